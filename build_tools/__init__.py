@@ -1,0 +1,13 @@
+"""The build of the LvLLM distribution: one module for each step, driven by setup.py and make.
+
+Importing this package refuses Pythons that upstream vLLM does not support. The check stands here,
+in syntax that any Python 3 reads, so that it comes before any other line can fail.
+"""
+
+import sys
+
+if not (3, 11) <= sys.version_info[:2] < (3, 15):
+    raise SystemExit(
+        f"lvllm build: LvLLM needs Python 3.11 to 3.14, and this is Python "
+        f"{sys.version_info[0]}.{sys.version_info[1]} ({sys.executable})"
+    )

@@ -1,0 +1,48 @@
+"""The PEP 517 build backend: setuptools', with the build requirements given by a hook.
+
+As a hook, and not a list in pyproject.toml, they are told only after the Python, the target and
+the compiler are known to be fit: pip would otherwise first fetch PyTorch, or fail to find it.
+"""
+
+from typing import Any
+
+from setuptools.build_meta import (
+    build_editable,
+    build_wheel,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+from build_tools.engine import find_compiler, find_torch
+from build_tools.errors import BuildError
+from build_tools.target import ROOT, select_target
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    """The lines of requirements/build.txt, without torch if the environment has one.
+
+    Raises BuildError if nothing can be built here.
+    """
+    select_target()
+    find_compiler()
+    lines = (ROOT / "requirements" / "build.txt").read_text().splitlines()
+    requirements = [line for line in lines if line and not line.startswith("#")]
+    return [line for line in requirements if find_torch() is None or not line.startswith("torch")]
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+
+def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
+    """Raises BuildError: the checkout is the source."""
+    raise BuildError("LvLLM has no sdist; build a wheel: `make wheel` or `python -m build --wheel`")

@@ -1,0 +1,86 @@
+"""The steps that LvLLM adds to setuptools' `build`: upstream before, the engine after."""
+
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Command, Distribution
+from setuptools.command.build import build
+
+from build_tools.engine import build_engine
+from build_tools.lay_in import TREE, lay_in
+from build_tools.record import README, STAMP
+from build_tools.target import ROOT, select_target
+from build_tools.upstream import fetch, pin_of
+
+
+class PlatformDistribution(Distribution):
+    """A distribution for one platform: its shared objects are not setuptools extensions."""
+
+    def has_ext_modules(self) -> bool:
+        """True: the wheel gets a platform tag and is installed into platlib."""
+        return True
+
+
+class Build(build):
+    """`build`, from an empty build_lib: files of an earlier build must not get into a wheel."""
+
+    sub_commands: ClassVar = [
+        ("build_upstream", None),
+        *build.sub_commands,
+        ("build_engine", None),
+    ]
+
+    def run(self) -> None:
+        """Run all steps."""
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class _Step(Command):
+    """A step of `build`. Setuptools sets `editable_mode` for editable installs."""
+
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None:
+        self.build_lib = ""
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        self.build_lib = self.get_finalized_command("build").build_lib
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class BuildUpstream(_Step):
+    """Lay upstream's vllm/ into the checkout; for a wheel, copy it into build_lib."""
+
+    def run(self) -> None:
+        """Raises BuildError if the tree cannot be laid in."""
+        target = select_target()
+        if target == "empty":
+            return
+        lay_in(fetch(pin_of(target)))
+        if self.editable_mode:
+            return
+
+        def ours(folder: str, names: list[str]) -> set[str]:
+            left_out = {"__pycache__"} | ({README, STAMP} if Path(folder) == TREE else set())
+            return left_out & set(names)
+
+        shutil.copytree(TREE, Path(self.build_lib, "vllm"), ignore=ours)
+
+
+class BuildEngine(_Step):
+    """Build lvllm/_engine.so: in the checkout for an editable install, else in build_lib."""
+
+    def run(self) -> None:
+        """Raises BuildError if the engine does not build."""
+        build_engine(ROOT if self.editable_mode else Path(self.build_lib))

@@ -1,0 +1,138 @@
+"""Builds the C++ engine with CMake and Ninja, both of which come from pip.
+
+`python -m build_tools.engine` builds lvllm/_engine.so in the checkout, incrementally;
+`python -m build_tools.engine test` builds and runs the C++ tests.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from build_tools.errors import BuildError
+from build_tools.googletest import find_googletest
+from build_tools.target import ROOT
+
+BUILD = ROOT / "build"
+LIBRARY = Path("lvllm", "_engine.so")
+
+# The first GCC that knows C++20 and the AMX and AVX512-BF16 intrinsics.
+OLDEST_GCC = 11
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler: $CXX, else g++. Raises BuildError without one that knows C++20."""
+    compiler = os.environ.get("CXX") or "g++"
+    path = shutil.which(compiler)
+    if path is None:
+        raise BuildError(
+            f"no C++ compiler: `{compiler}` is not there; install g++ {OLDEST_GCC} or newer "
+            "(Debian, Ubuntu: apt install g++), or set CXX"
+        )
+    banner = _output(path, "--version")
+    version = _output(path, "-dumpversion").split(".")[0]
+    if "clang" not in banner and re.fullmatch(r"\d+", version) and int(version) < OLDEST_GCC:
+        raise BuildError(f"{path} is GCC {version}: the engine needs g++ {OLDEST_GCC} or newer")
+    return path
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def build_engine(destination: Path) -> None:
+    """Build the engine and put it at `destination`/lvllm/_engine.so. Raises BuildError."""
+    build, stage = BUILD / "engine", BUILD / "engine-install"
+    _compile(build)
+    _run(_tool("cmake"), "--install", str(build), "--prefix", str(stage))
+    target = destination / LIBRARY
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A rename, not a copy over the old file: a running server has that one mapped.
+    new = target.with_suffix(".new")
+    shutil.copy2(stage / LIBRARY, new)
+    new.rename(target)
+
+
+def run_tests() -> None:
+    """Build the C++ tests in build/tests and run them. Raises BuildError if one fails."""
+    build = BUILD / "tests"
+    _compile(build, "-DLK_BUILD_TESTS=ON", f"-DLK_GOOGLETEST={find_googletest()}")
+    _run(_tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error")
+
+
+def find_torch() -> Path | None:
+    """The folder of the PyTorch to build with: the importable one, else the environment's own.
+
+    pip hides the environment's packages from an isolated build. Its PyTorch is still the one that
+    the engine will run with, and unpacking another takes longer than all else in the build.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0])
+    installed = Path(sysconfig.get_path("platlib"), "torch")
+    return installed if (installed / "include").is_dir() else None
+
+
+def check_tools() -> None:
+    """Raises BuildError if something that the build needs is not there."""
+    find_compiler()
+    _torch()
+    _tool("cmake")
+    _tool("ninja")
+
+
+def _torch() -> Path:
+    torch = find_torch()
+    if torch is None:
+        raise BuildError(
+            f"PyTorch is not installed in {sys.executable}, and the engine is built with its "
+            "headers: pip install -r requirements/build.txt (after use_existing_torch.py: "
+            "install your PyTorch first)"
+        )
+    return torch
+
+
+def _compile(build: Path, *options: str) -> None:
+    torch = _torch()
+    configure = [_tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [f"-DCMAKE_CXX_COMPILER={find_compiler()}", f"-DLK_TORCH_INCLUDE={torch}/include"]
+    configure += [f"-DLK_TORCH_LIBRARY={torch}/lib/libtorch_cpu.so", *options]
+    # An isolated pip build has its tools in a folder that is gone afterwards. CMake's cache must
+    # not outlive it; the object files may, and Ninja keeps those whose command is the same.
+    configured = build / "configured-with.txt"
+    command = "\n".join(configure)
+    if not configured.exists() or configured.read_text() != command:
+        _run(*configure, "--fresh")
+        configured.write_text(command)
+    jobs = os.environ.get("MAX_JOBS")
+    _run(_tool("cmake"), "--build", str(build), *(["--parallel", jobs] if jobs else []))
+
+
+def _tool(name: str) -> str:
+    """The path of cmake, ctest or ninja as installed by pip, whatever PATH is."""
+    package = "ninja" if name == "ninja" else "cmake"
+    try:
+        module = importlib.import_module(package)
+    except ImportError:
+        raise BuildError(
+            f"{package} is not installed in {sys.executable}: pip install -r requirements/build.txt"
+        ) from None
+    return str(Path(module.BIN_DIR if name == "ninja" else module.CMAKE_BIN_DIR, name))
+
+
+def _run(*command: str) -> None:
+    sys.stdout.flush()
+    if subprocess.run(command).returncode != 0:
+        tool = Path(command[0]).name
+        what = "the C++ tests failed" if tool == "ctest" else "the engine did not build"
+        raise BuildError(f"{what}: see the output of {tool}")
+
+
+if __name__ == "__main__":
+    run_tests() if sys.argv[1:] == ["test"] else build_engine(ROOT)

@@ -1,0 +1,118 @@
+"""What the distribution declares: upstream's metadata, read from its wheel, with LvLLM's own.
+
+`python -m build_tools.metadata` prints what a checkout's environment needs, for pip's `-r`.
+"""
+
+import configparser
+import re
+import zipfile
+from dataclasses import dataclass
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from build_tools.target import ROOT, select_target
+from build_tools.upstream import fetch, pin_of
+
+REQUIREMENTS = ROOT / "requirements"
+
+# Text models need none of these, and those of the package index are CUDA builds, which break
+# `transformers` beside a CPU-only PyTorch.
+MULTIMODAL = ("torchvision", "torchaudio", "torchcodec")
+TORCH = ("torch", *MULTIMODAL)
+
+ENTRY_POINTS = {
+    "console_scripts": ["lvllm = lvllm.cli:main"],
+    "vllm.general_plugins": ["lvllm = lvllm.plugin:register"],
+}
+
+
+@dataclass
+class Declared:
+    """Requirements, extras and entry points in the form that setuptools takes."""
+
+    requires: list[str]
+    extras: dict[str, list[str]]
+    entry_points: dict[str, list[str]]
+
+
+def read_requirements(name: str) -> list[str]:
+    """The requirements in a file of requirements/, without comments."""
+    lines = (line.split("#")[0].strip() for line in (REQUIREMENTS / name).read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def torch_is_pinned() -> bool:
+    """False once use_existing_torch.py has taken torch out of the build requirements."""
+    return any(Requirement(line).name == "torch" for line in read_requirements("build.txt"))
+
+
+def declare(target: str) -> Declared:
+    """Everything that the distribution of `target` declares."""
+    if target == "empty":
+        return Declared(read_requirements("lvllm.txt"), {}, ENTRY_POINTS)
+    metadata, entry_points = _read_wheel(fetch(pin_of(target)))
+    declared = translate(metadata, entry_points, pin_torch=torch_is_pinned())
+    declared.requires += read_requirements("lvllm.txt")
+    for group, entries in ENTRY_POINTS.items():
+        declared.entry_points.setdefault(group, []).extend(entries)
+    return declared
+
+
+def _read_wheel(wheel: Path) -> tuple[Message, str]:
+    with zipfile.ZipFile(wheel) as archive:
+
+        def read(name: str) -> str:
+            (path,) = (n for n in archive.namelist() if n.endswith(f".dist-info/{name}"))
+            return archive.read(path).decode()
+
+        return Parser().parsestr(read("METADATA")), read("entry_points.txt")
+
+
+def translate(metadata: Message, entry_points: str, pin_torch: bool = True) -> Declared:
+    """Turn a wheel's METADATA and entry_points.txt into what setuptools takes.
+
+    Requirements in MULTIMODAL move to the extra `multimodal`, together with xformers. With
+    `pin_torch` False, torch and its companions are required in any version.
+    """
+    requires: list[str] = []
+    extras: dict[str, list[str]] = {name: [] for name in metadata.get_all("Provides-Extra", [])}
+    extras["multimodal"] = ["xformers"]
+    for line in metadata.get_all("Requires-Dist", []):
+        unconditional, extra = _split_extra(line)
+        requirement = Requirement(unconditional)
+        if not pin_torch and requirement.name in TORCH:
+            requirement.specifier = SpecifierSet()
+        if extra is None and requirement.name in MULTIMODAL:
+            extra = "multimodal"
+        (requires if extra is None else extras[extra]).append(str(requirement))
+    parser = configparser.ConfigParser(delimiters="=")
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(entry_points)
+    groups = {
+        group: [f"{name} = {value}" for name, value in parser[group].items()]
+        for group in parser.sections()
+    }
+    return Declared(requires, extras, groups)
+
+
+def _split_extra(line: str) -> tuple[str, str | None]:
+    """Split `a>=1; (m) and extra == "x"` into `a>=1; (m)` and `x`."""
+    match = re.fullmatch(r"""(.+?)(?:;| and) *extra *== *["']([\w.-]+)["']""", line.strip())
+    return (match[1].strip(), match[2]) if match else (line, None)
+
+
+def installation(target: str) -> list[str]:
+    """All that a checkout's environment needs: to build, and to run.
+
+    torch comes from upstream's requirements alone, whose `+cpu` the build does not ask for.
+    """
+    build = [line for line in read_requirements("build.txt") if Requirement(line).name != "torch"]
+    return build + declare(target).requires
+
+
+if __name__ == "__main__":
+    print("\n".join(installation(select_target())))
