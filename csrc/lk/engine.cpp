@@ -1,0 +1,138 @@
+#include "lk/engine.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <unordered_map>
+
+namespace lk {
+namespace {
+
+struct Engine {
+  std::mutex mutex;
+  EngineOptions options;
+  const Kernels* kernels = nullptr;
+  std::unique_ptr<ThreadPool> pool;
+  Workspace workspace;
+  std::unordered_map<int64_t, LayerSpec> layers;
+  int64_t next_handle = 1;
+};
+
+// Never destroyed: workers may still be spinning, and tensors be released, while the process exits.
+Engine& engine() {
+  static Engine* instance = [] {
+    auto* created = new Engine;
+    // fork() copies the memory but not the workers. It waits for a running call, and the child
+    // forgets the pool (joining threads that do not exist would hang) and starts its own when
+    // asked.
+    pthread_atfork([] { engine().mutex.lock(); }, [] { engine().mutex.unlock(); },
+                   [] {
+                     static_cast<void>(engine().pool.release());
+                     engine().mutex.unlock();
+                   });
+    return created;
+  }();
+  return *instance;
+}
+
+Topology topology_of(const EngineOptions& options) {
+  Topology topology = options.topology.empty() ? detect_topology("/sys", allowed_cpus())
+                                               : parse_topology(options.topology);
+  return options.cpus.empty() ? topology : restrict_topology(topology, options.cpus);
+}
+
+const Kernels& kernels_of(const EngineOptions& options) {
+  const char* forced = std::getenv("LK_ISA");
+  return choose_kernels(!options.isa.empty() ? options.isa : forced ? forced : "");
+}
+
+// The pool and the kernels, started if need be. The caller holds the mutex.
+ThreadPool& ready(Engine& e) {
+  if (!e.kernels) e.kernels = &kernels_of(e.options);
+  if (!e.pool) e.pool = std::make_unique<ThreadPool>(topology_of(e.options), e.options.pool);
+  return *e.pool;
+}
+
+}  // namespace
+
+void configure(const EngineOptions& options) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  // Everything that can be wrong is found before the old pool goes.
+  const Topology topology = topology_of(options);
+  const Kernels& kernels = kernels_of(options);
+  plan_pool(topology, options.pool);
+  e.pool.reset();
+  e.pool = std::make_unique<ThreadPool>(topology, options.pool);
+  e.kernels = &kernels;
+  e.options = options;
+}
+
+Topology engine_topology() {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  return topology_of(e.options);
+}
+
+EngineInfo engine_info() {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  const ThreadPool& pool = ready(e);
+  return {e.kernels->isa, e.options.pool, pool.plan()};
+}
+
+int64_t create_layer(const LayerSpec& layer) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  ready(e);
+  e.layers.emplace(e.next_handle, layer);
+  return e.next_handle++;
+}
+
+void destroy_layer(int64_t handle) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  e.layers.erase(handle);
+}
+
+void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  const auto found = e.layers.find(handle);
+  if (found == e.layers.end()) {
+    throw std::invalid_argument("layer handle " + std::to_string(handle) +
+                                " names no expert layer; was it destroyed?");
+  }
+  const LayerSpec& layer = found->second;
+  if (hidden != layer.hidden) {
+    throw std::invalid_argument("x has rows of " + std::to_string(hidden) +
+                                " elements, the layer's hidden size is " +
+                                std::to_string(layer.hidden));
+  }
+  expert_block(layer, batch, *e.kernels, ready(e), e.workspace);
+}
+
+void* allocate_bank(const RowLayout& layout) {
+  void* memory = allocate(layout.bytes());
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  ThreadPool& pool = ready(e);
+  const PoolPlan& plan = pool.plan();
+  // On one node pages come as the loader writes them: what is resident is what has been loaded.
+  if (plan.nodes.size() == 1 || !e.options.topology.empty()) return memory;
+  const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, kHugePage);
+  std::atomic<size_t> next{0};
+  auto job = [&](int) {
+    for (size_t i = next++; i < extents.size(); i = next++) {
+      touch_on_node(memory, extents[i], plan.nodes[extents[i].node]);
+    }
+  };
+  pool.run(job);
+  return memory;
+}
+
+}  // namespace lk

@@ -1,0 +1,47 @@
+// The process-wide engine: one pool, one workspace, one set of kernels, and the layers by handle.
+#pragma once
+
+#include <string>
+
+#include "lk/memory.h"
+#include "lk/moe.h"
+#include "lk/thread_pool.h"
+#include "lk/topology.h"
+
+namespace lk {
+
+struct EngineOptions {
+  PoolOptions pool;
+  std::vector<int> cpus;  // run on these only; empty: all that the process may use
+  std::string topology;   // a synthetic machine, see parse_topology; empty: the real one
+  std::string isa;        // empty: LK_ISA from the environment, else the best this CPU runs
+};
+
+struct EngineInfo {
+  std::string isa;
+  PoolOptions options;
+  PoolPlan plan;
+};
+
+// All functions may be called from any thread; calls take turns on one mutex, which costs some 20
+// ns when nobody else is there. The pool starts at the first use and is started anew in a forked
+// child. Errors are std::invalid_argument (wrong value), OutOfMemory, or std::runtime_error.
+
+// Takes effect at once; waits for a running call.
+void configure(const EngineOptions& options);
+
+// The machine as configured: real or synthetic, after affinity, cpuset and the list of CPUs.
+Topology engine_topology();
+EngineInfo engine_info();
+
+// A number other than 0 that names the layer until it is destroyed. Weights stay the caller's.
+int64_t create_layer(const LayerSpec& layer);
+void destroy_layer(int64_t handle);
+
+// y of the batch; hidden is the x row length that the caller has, checked against the layer's.
+void run_layer(int64_t handle, const Batch& batch, int64_t hidden);
+
+// Memory for a bank of experts, its rows on the nodes that compute them. Free it with release().
+void* allocate_bank(const RowLayout& layout);
+
+}  // namespace lk

@@ -1,0 +1,62 @@
+// Where weights live: anonymous pages, huge where that helps, each row on the node that computes
+// it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace lk {
+
+class OutOfMemory : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// How the rows of a bank of experts are laid out: for each expert `parts` equal blocks of rows
+// (gate and up of w13: 2; w2: 1), each block divided among the nodes.
+struct RowLayout {
+  int64_t experts = 1;
+  int64_t parts = 1;
+  int64_t rows = 1;  // in one part
+  int64_t row_bytes = 1;
+
+  int64_t bytes() const { return experts * parts * rows * row_bytes; }
+};
+
+// Bytes [begin, end) of a bank belong to a node (an index into the pool's nodes).
+struct Extent {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int node = 0;
+};
+
+// The division of a bank's pages. Extents cover the bank in order without gaps; bounds lie on
+// pages: a page belongs to the node that owns its first byte.
+std::vector<Extent> plan_placement(const RowLayout& layout, const std::vector<int>& node_workers,
+                                   int64_t page_bytes);
+
+// Zeroed memory of at least `bytes`, starting on a huge page. Pages come into being when first
+// written. Throws OutOfMemory with what was asked and what is free if the machine (or the cgroup)
+// cannot hold it beside what earlier allocations still may grow to.
+void* allocate(int64_t bytes);
+void release(void* memory);
+
+// Touches the calling thread's share of pages so that they come to lie on `node` (the kernel's
+// number), or, if that is full, near it.
+void touch_on_node(void* memory, const Extent& extent, int node);
+
+// The kernel's node number of the page at each address, -1 for one not touched yet.
+std::vector<int> page_nodes(const std::vector<const void*>& addresses);
+
+// Bytes handed out and not released.
+int64_t allocated_bytes();
+
+// Bytes that the machine, or the memory cgroup this process is in, can still give.
+int64_t available_bytes();
+
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+}  // namespace lk

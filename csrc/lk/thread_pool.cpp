@@ -1,0 +1,213 @@
+#include "lk/thread_pool.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <climits>
+#include <stdexcept>
+#include <string>
+
+namespace lk {
+namespace {
+
+// How long a worker spins for the next job before it sleeps. A futex wake-up costs about 50 us on
+// a virtual machine; attention and the other work between two MoE layers needs these cores.
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+inline void cpu_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t value) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr);
+}
+
+void futex_wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX);
+}
+
+void pin(pthread_t thread, const std::vector<int>& cpus) {
+  const int limit = *std::max_element(cpus.begin(), cpus.end()) + 1;
+  cpu_set_t* mask = CPU_ALLOC(limit);
+  const size_t size = CPU_ALLOC_SIZE(limit);
+  CPU_ZERO_S(size, mask);
+  for (int cpu : cpus) CPU_SET_S(cpu, size, mask);
+  // May fail if the cpuset shrank since the topology was read; the worker then runs anywhere.
+  pthread_setaffinity_np(thread, size, mask);
+  CPU_FREE(mask);
+}
+
+}  // namespace
+
+void Backoff::pause() {
+  if (++turns_ < 2000) {
+    cpu_pause();
+  } else {
+    sched_yield();
+  }
+}
+
+PoolPlan plan_pool(const Topology& topology, const PoolOptions& options) {
+  const int cores = topology.core_count();
+  const int cpus = topology.cpu_count();
+  const int threads = options.threads == 0 ? cores : options.threads;
+  if (threads < 1 || threads > cpus) {
+    throw std::invalid_argument("threads is " + std::to_string(threads) + ", must be 1 to " +
+                                std::to_string(cpus) + ", the CPUs that this process may use");
+  }
+  // Each node's share, in order of who is furthest below its fair part; ties go to the lower node.
+  std::vector<int> share(topology.nodes.size(), 0);
+  std::vector<int> limit(topology.nodes.size(), 0);
+  for (size_t n = 0; n < topology.nodes.size(); ++n) {
+    limit[n] = static_cast<int>(topology.nodes[n].cores.size());
+  }
+  for (int placed = 0; placed < threads; ++placed) {
+    if (placed == cores) {  // every core has a worker: from here on SMT siblings
+      for (size_t n = 0; n < topology.nodes.size(); ++n) {
+        limit[n] = 0;
+        for (const Core& core : topology.nodes[n].cores) {
+          limit[n] += static_cast<int>(core.cpus.size());
+        }
+      }
+    }
+    int best = -1;
+    for (int n = 0; n < static_cast<int>(limit.size()); ++n) {
+      if (share[n] >= limit[n]) continue;
+      if (best < 0 || int64_t{share[n]} * limit[best] < int64_t{share[best]} * limit[n]) best = n;
+    }
+    ++share[best];
+  }
+
+  PoolPlan plan;
+  for (size_t n = 0; n < topology.nodes.size(); ++n) {
+    if (share[n] == 0) continue;
+    const Node& node = topology.nodes[n];
+    std::vector<int> whole_node;
+    std::vector<int> order;  // first CPUs of all cores, then their siblings
+    for (const Core& core : node.cores) {
+      whole_node.insert(whole_node.end(), core.cpus.begin(), core.cpus.end());
+    }
+    for (size_t sibling = 0; order.size() < whole_node.size(); ++sibling) {
+      for (const Core& core : node.cores) {
+        if (sibling < core.cpus.size()) order.push_back(core.cpus[sibling]);
+      }
+    }
+    for (int w = 0; w < share[n]; ++w) {
+      plan.workers.push_back(
+          {static_cast<int>(plan.nodes.size()),
+           options.binding == Binding::kCpuCore ? std::vector<int>{order[w]} : whole_node});
+    }
+    plan.nodes.push_back(node.id);
+    plan.node_workers.push_back(share[n]);
+  }
+  return plan;
+}
+
+std::vector<int64_t> divide_rows(int64_t rows, const std::vector<int>& node_workers) {
+  int64_t total = 0;
+  for (int workers : node_workers) total += workers;
+  std::vector<int64_t> bounds{0};
+  int64_t before = 0;
+  for (int workers : node_workers) {
+    before += workers;
+    bounds.push_back(rows * before / total);
+  }
+  return bounds;
+}
+
+ThreadPool::ThreadPool(const Topology& topology, const PoolOptions& options)
+    : plan_(plan_pool(topology, options)), options_(options), pinned_(!topology.synthetic) {
+  for (int thread = 0; thread < size(); ++thread) worker_of_.push_back(thread);
+  for (int thread = 1; thread < size(); ++thread) {
+    threads_.emplace_back([this, thread] {
+      const std::string name = "lk-" + std::to_string(thread);
+      pthread_setname_np(pthread_self(), name.c_str());
+      work(thread);
+    });
+    if (pinned_) pin(threads_.back().native_handle(), plan_.workers[thread].cpus);
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  stop_.store(true);
+  epoch_.fetch_add(1);
+  futex_wake_all(epoch_);
+  for (std::thread& thread : threads_) thread.join();
+}
+
+// Makes the caller, who is on `cpu`, the worker of that CPU.
+void ThreadPool::take_place(int cpu) {
+  const auto runs_here = [&](int worker) {
+    const std::vector<int>& cpus = plan_.workers[worker].cpus;
+    return std::find(cpus.begin(), cpus.end(), cpu) != cpus.end();
+  };
+  if (runs_here(worker_of_[0])) return;
+  for (int thread = 1; thread < size(); ++thread) {
+    if (!runs_here(worker_of_[thread])) continue;
+    std::swap(worker_of_[0], worker_of_[thread]);
+    pin(threads_[thread - 1].native_handle(), plan_.workers[worker_of_[thread]].cpus);
+    return;
+  }
+}
+
+void ThreadPool::run(Function function, void* context) {
+  if (threads_.empty()) {
+    function(context, 0);
+    return;
+  }
+  if (pinned_) take_place(sched_getcpu());
+  function_ = function;
+  context_ = context;
+  // 0 means closed, so the counter steps over it when it wraps.
+  uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+  if (epoch == 0) epoch = 1;
+  open_.store(epoch);
+  epoch_.store(epoch);
+  if (sleepers_.load() != 0) futex_wake_all(epoch_);
+
+  function(context, worker_of_[0]);
+
+  // A worker counts itself in before it looks whether the job is open, and here the job is closed
+  // before the count is read. In the single order of these operations one of the two sees the
+  // other.
+  open_.store(0);
+  for (Backoff backoff; active_.load() != 0;) backoff.pause();
+}
+
+void ThreadPool::wait_for_job(uint32_t seen) {
+  if (!options_.power_saving) {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int turn = 0; turn < 32; ++turn) {
+        if (epoch_.load(std::memory_order_relaxed) != seen) return;
+        cpu_pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+  }
+  sleepers_.fetch_add(1);
+  while (epoch_.load() == seen) futex_wait(epoch_, seen);
+  sleepers_.fetch_sub(1);
+}
+
+void ThreadPool::work(int thread) {
+  uint32_t seen = 0;
+  while (true) {
+    wait_for_job(seen);
+    seen = epoch_.load();
+    if (stop_.load()) return;
+    active_.fetch_add(1);
+    if (open_.load() == seen) function_(context_, worker_of_[thread]);
+    active_.fetch_sub(1);
+  }
+}
+
+}  // namespace lk

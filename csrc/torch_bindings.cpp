@@ -1,0 +1,200 @@
+// torch.ops.lvllm: the engine as PyTorch operators. The only file that knows torch, and only
+// through its stable ABI, so that one binary serves PyTorch 2.11 and later and any Python.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "lk/engine.h"
+#include "lk/memory.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+lk::Scalar scalar_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return lk::Scalar::kBf16;
+    case ScalarType::Half:
+      return lk::Scalar::kFp16;
+    default:
+      fail(std::string(name) + " must be bfloat16 or float16");
+  }
+}
+
+// A layer as engine.py has checked it: contiguous CPU tensors of the right dtype and shape.
+int64_t layer_create(const Tensor& w13, const Tensor& w2, const std::string& format,
+                     const std::string& activation, bool weight_on_input) {
+  lk::LayerSpec layer;
+  layer.format = format == "bf16" ? lk::Format::kBf16 : lk::Format::kFp16;
+  layer.activation = activation == "silu"   ? lk::Activation::kSilu
+                     : activation == "gelu" ? lk::Activation::kGelu
+                                            : lk::Activation::kGeluTanh;
+  layer.weight_on_input = weight_on_input;
+  layer.experts = w13.size(0);
+  layer.hidden = w13.size(2);
+  layer.intermediate = w2.size(2);
+  layer.w13 = w13.data_ptr();
+  layer.w2 = w2.data_ptr();
+  return lk::create_layer(layer);
+}
+
+void layer_destroy(int64_t handle) { lk::destroy_layer(handle); }
+
+Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
+                    const Tensor& layer) {
+  if (!x.is_cpu() || !topk_ids.is_cpu() || !topk_weights.is_cpu() || !layer.is_cpu()) {
+    fail("expert_block takes CPU tensors");
+  }
+  if (x.dim() != 2 || (x.size(1) > 1 && x.stride(1) != 1)) {
+    fail("x must be [tokens, hidden] with contiguous rows");
+  }
+  const int64_t tokens = x.size(0);
+  if (topk_ids.dim() != 2 || topk_ids.size(0) != tokens || !topk_ids.is_contiguous()) {
+    fail("topk_ids must be a contiguous [tokens, topk] tensor");
+  }
+  if (topk_weights.dim() != 2 || topk_weights.size(0) != tokens ||
+      topk_weights.size(1) != topk_ids.size(1) || !topk_weights.is_contiguous() ||
+      topk_weights.scalar_type() != ScalarType::Float) {
+    fail("topk_weights must be a contiguous float32 tensor of the shape of topk_ids");
+  }
+  if (layer.numel() != 1 || layer.scalar_type() != ScalarType::Long) {
+    fail("layer must be a handle: an int64 scalar tensor");
+  }
+  lk::Batch batch;
+  batch.type = scalar_of(x, "x");
+  batch.tokens = tokens;
+  batch.topk = topk_ids.size(1);
+  batch.x = x.data_ptr();
+  batch.x_stride = x.stride(0);
+  batch.weights = static_cast<const float*>(topk_weights.data_ptr());
+  if (topk_ids.scalar_type() == ScalarType::Int) {
+    batch.ids = static_cast<const int32_t*>(topk_ids.data_ptr());
+  } else if (topk_ids.scalar_type() == ScalarType::Long) {
+    batch.ids64 = static_cast<const int64_t*>(topk_ids.data_ptr());
+  } else {
+    fail("topk_ids must be int32 or int64");
+  }
+  const int64_t sizes[2] = {tokens, x.size(1)};
+  Tensor y = torch::stable::new_empty(x, {sizes, 2});
+  batch.y = y.data_ptr();
+  lk::run_layer(*static_cast<const int64_t*>(layer.data_ptr()), batch, x.size(1));
+  return y;
+}
+
+// Bytes, as a uint8 tensor that gives them back to the engine when its storage dies.
+Tensor allocate(int64_t experts, int64_t parts, int64_t rows, int64_t row_bytes) {
+  const lk::RowLayout layout{experts, parts, rows, row_bytes};
+  void* memory = lk::allocate_bank(layout);
+  const int64_t size[1] = {layout.bytes()};
+  const int64_t stride[1] = {1};
+  return torch::stable::from_blob(memory, {size, 1}, {stride, 1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Byte, [](void* data) { lk::release(data); });
+}
+
+void configure(int64_t threads, const std::string& binding, bool power_saving,
+               const std::vector<int64_t>& cpus, const std::string& topology,
+               const std::string& isa) {
+  lk::EngineOptions options;
+  options.pool.threads = static_cast<int>(threads);
+  options.pool.binding = binding == "NUMA_NODE" ? lk::Binding::kNumaNode : lk::Binding::kCpuCore;
+  options.pool.power_saving = power_saving;
+  options.cpus.assign(cpus.begin(), cpus.end());
+  options.topology = topology;
+  options.isa = isa;
+  lk::configure(options);
+}
+
+template <class List>
+std::string json(const List& values) {
+  std::ostringstream text;
+  const char* comma = "";
+  text << "[";
+  for (const auto& value : values) {
+    text << comma << value;
+    comma = ", ";
+  }
+  text << "]";
+  return text.str();
+}
+
+// {"isa", "binding", "power_saving", "nodes": [number, ...], "workers": [{"node", "cpus"}, ...]}
+std::string info() {
+  const lk::EngineInfo info = lk::engine_info();
+  std::vector<std::string> workers;
+  for (const lk::Worker& worker : info.plan.workers) {
+    workers.push_back("{\"node\": " + std::to_string(info.plan.nodes[worker.node]) +
+                      ", \"cpus\": " + json(worker.cpus) + "}");
+  }
+  const bool node_bound = info.options.binding == lk::Binding::kNumaNode;
+  return "{\"isa\": \"" + info.isa + "\", \"binding\": \"" +
+         (node_bound ? "NUMA_NODE" : "CPU_CORE") +
+         "\", \"power_saving\": " + (info.options.power_saving ? "true" : "false") +
+         ", \"nodes\": " + json(info.plan.nodes) + ", \"workers\": " + json(workers) + "}";
+}
+
+// [{"id", "memory_bytes", "cores": [[cpu, ...], ...]}, ...]
+std::string topology() {
+  std::vector<std::string> nodes;
+  for (const lk::Node& node : lk::engine_topology().nodes) {
+    std::vector<std::string> cores;
+    for (const lk::Core& core : node.cores) cores.push_back(json(core.cpus));
+    nodes.push_back("{\"id\": " + std::to_string(node.id) + ", \"memory_bytes\": " +
+                    std::to_string(node.memory_bytes) + ", \"cores\": " + json(cores) + "}");
+  }
+  return json(nodes);
+}
+
+int64_t available_bytes() { return lk::available_bytes(); }
+int64_t allocated_bytes() { return lk::allocated_bytes(); }
+
+std::vector<int64_t> page_nodes(const std::vector<int64_t>& addresses) {
+  std::vector<const void*> pages;
+  for (int64_t address : addresses) pages.push_back(reinterpret_cast<const void*>(address));
+  const std::vector<int> nodes = lk::page_nodes(pages);
+  return {nodes.begin(), nodes.end()};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(lvllm, m) {
+  // The handle is a tensor, not an int: torch.compile lifts a tensor to a graph input, so no handle
+  // of a past process is baked into a cached graph.
+  m.def("expert_block(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor layer) -> Tensor");
+  m.def(
+      "layer_create(Tensor w13, Tensor w2, str format, str activation, bool weight_on_input) -> "
+      "int");
+  m.def("layer_destroy(int handle) -> ()");
+  m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
+  m.def(
+      "configure(int threads, str binding, bool power_saving, int[] cpus, str topology, str isa) "
+      "-> ()");
+  m.def("info() -> str");
+  m.def("topology() -> str");
+  m.def("available_bytes() -> int");
+  m.def("allocated_bytes() -> int");
+  m.def("page_nodes(int[] addresses) -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lvllm, CPU, m) { m.impl("expert_block", TORCH_BOX(&expert_block)); }
+
+STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
+  m.impl("layer_create", TORCH_BOX(&layer_create));
+  m.impl("layer_destroy", TORCH_BOX(&layer_destroy));
+  m.impl("allocate", TORCH_BOX(&allocate));
+  m.impl("configure", TORCH_BOX(&configure));
+  m.impl("info", TORCH_BOX(&info));
+  m.impl("topology", TORCH_BOX(&topology));
+  m.impl("available_bytes", TORCH_BOX(&available_bytes));
+  m.impl("allocated_bytes", TORCH_BOX(&allocated_bytes));
+  m.impl("page_nodes", TORCH_BOX(&page_nodes));
+}
