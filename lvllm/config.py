@@ -1,0 +1,184 @@
+"""The settings in force: environment over YAML over defaults, checked against the model.
+
+`resolve` needs only the two sources and is what `lvllm env` prints. `HybridConfig.of` also
+needs vLLM's configuration; it runs once, in the front process, before any weight is read, and
+the result travels to the workers inside `additional_config`.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from lvllm import envs, placement, threads
+from lvllm.envs import SettingError, ThreadBinding, UseWeight
+
+# Where the front process leaves the resolved settings for the workers.
+RESOLVED = "lvllm_resolved"
+SECTION = "additional_config.lvllm"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A resolved value; `written` and `source` are the text and the place it came from."""
+
+    variable: envs.Variable
+    value: Any
+    source: str
+    written: object = None
+
+    def refuse(self, reason: str) -> SettingError:
+        """An error about this setting: one line with its name, its value and `reason`."""
+        where = f"{SECTION}.{self.variable.key}" if self.source == "config" else self.variable.name
+        return SettingError(f"{where}={str(self.written)!r}: {reason}")
+
+
+def resolve(environ: Mapping[str, str], section: object) -> dict[str, Setting]:
+    """Every setting by key, from the environment and the `additional_config.lvllm` section.
+
+    Raises SettingError for an unknown name or a value that is not allowed.
+    """
+    envs.check_names(environ)
+    if section is None:
+        section = {}
+    if not isinstance(section, Mapping):
+        raise SettingError(f"{SECTION}={section!r} is not allowed: a mapping")
+    for key in section:
+        if key not in envs.BY_KEY or key in envs.ENVIRONMENT_ONLY:
+            hint = envs.suggest(str(key), set(envs.BY_KEY) - envs.ENVIRONMENT_ONLY)
+            if key in envs.ENVIRONMENT_ONLY:
+                hint = f"only the variable {envs.BY_KEY[key].name} sets it"
+            raise SettingError(f"{SECTION}.{key} is not a setting: {hint}")
+    settings = {}
+    for key, variable in envs.BY_KEY.items():
+        sources = (
+            ("environment", environ.get(variable.name), variable.name),
+            ("config", section.get(key), f"{SECTION}.{key}"),
+        )
+        settings[key] = Setting(variable, variable.default, "default")
+        for source, written, where in reversed(sources):  # the first of them wins
+            value = envs.parse(variable, written, where)
+            if not envs.is_unset(written):
+                settings[key] = Setting(variable, value, source, written)
+    return settings
+
+
+class HybridConfig(BaseModel):
+    """What a worker needs to know; every value is final."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    thread_binding: ThreadBinding
+    power_saving: bool
+    # Logical CPUs of each local rank, for the engine and for PyTorch.
+    engine_cpus: tuple[tuple[int, ...], ...]
+    omp_cpus: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, vllm_config: Any, machine: threads.Machine) -> "HybridConfig":
+        """Resolve and check the settings for this model on this `machine`.
+
+        Raises SettingError for a setting that the model, the machine or this version of LvLLM
+        cannot honour.
+        """
+        section = vllm_config.additional_config.get("lvllm")
+        settings = resolve(os.environ, section)
+        _check_model(vllm_config)
+        _check_gpu_lane(settings, vllm_config)
+        _check_weights(settings)
+        parallel = vllm_config.parallel_config
+        ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
+        shares = threads.divide(machine, ranks)
+        limit = min(threads.logical_cpus(share) for share in shares)
+
+        def count(key: str, default: int) -> int:
+            setting = settings[key]
+            if setting.value is not None and setting.value > limit:
+                raise setting.refuse(
+                    f"each of the {ranks} ranks of this host has {limit} logical CPUs;"
+                    f" allowed is 1 to {limit}"
+                )
+            return setting.value or default
+
+        lk_threads = count("lk_threads", min(limit, threads.default_threads(machine, ranks)))
+        omp_threads = count("omp_num_threads", lk_threads)
+        return cls(
+            thread_binding=settings["lk_thread_binding"].value,
+            power_saving=settings["lk_power_saving"].value,
+            engine_cpus=tuple(tuple(threads.choose(share, lk_threads)) for share in shares),
+            omp_cpus=tuple(tuple(threads.choose(share, omp_threads)) for share in shares),
+        )
+
+    @classmethod
+    def current(cls) -> "HybridConfig":
+        """The settings of the engine that is being built in this process."""
+        from vllm.config import get_current_vllm_config
+
+        return cls.model_validate(get_current_vllm_config().additional_config[RESOLVED])
+
+
+def _check_model(vllm_config: Any) -> None:
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if not current_platform.is_cpu():
+        raise SettingError(
+            f"LVLLM_MOE_NUMA_ENABLED=1 on {current_platform.device_name}: this version runs experts"
+            " on vLLM's CPU platform only; unset it for stock vLLM"
+        )
+    if not _is_moe(model):
+        return
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16"):
+        raise SettingError(
+            f"dtype={dtype!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1: bfloat16 or float16"
+        )
+    if model.quantization is not None:
+        raise SettingError(
+            f"quantization={model.quantization!r} of {model.model} is not supported by"
+            " LVLLM_MOE_NUMA_ENABLED=1 yet: allowed are unquantised bfloat16 and float16"
+            " checkpoints"
+        )
+    if parallel.enable_eplb:
+        raise SettingError(
+            "enable-eplb=True is not allowed with LVLLM_MOE_NUMA_ENABLED=1: experts on the CPU"
+            " are placed once; set it to false"
+        )
+
+
+def _is_moe(model: Any) -> bool:
+    return bool(model.get_num_experts())
+
+
+def _check_gpu_lane(settings: Mapping[str, Setting], vllm_config: Any) -> None:
+    model = vllm_config.model_config
+    layers = placement.moe_layers(model.hf_text_config) if _is_moe(model) else []
+    resident = settings["gpu_resident_moe_layers"]
+    if unknown := [layer for layer in resident.value if layer not in layers]:
+        raise resident.refuse(
+            f"layer {unknown[0]} of {model.model} has no routed experts; those that have are"
+            f" {placement.describe(layers) or 'none'}"
+        )
+    threshold = settings["gpu_prefill_min_batch_size"]
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    if threshold.value > most:
+        raise threshold.refuse(f"more than max_num_batched_tokens; allowed is 0 to {most}")
+    for key in ("gpu_resident_moe_layers", "gpu_prefetch_window", "gpu_prefill_min_batch_size"):
+        if settings[key].value:
+            raise settings[key].refuse(
+                "this version runs all experts on the CPU; allowed is 0 or empty"
+                if key != "gpu_resident_moe_layers"
+                else "this version runs all experts on the CPU; allowed is empty"
+            )
+
+
+def _check_weights(settings: Mapping[str, Setting]) -> None:
+    if settings["moe_use_weight"].value is UseWeight.INT4:
+        raise settings["moe_use_weight"].refuse(
+            "this version computes in the checkpoint's format only; allowed are TO_DTYPE and KEEP"
+        )
+    for key in ("moe_quant_on_gpu", "enable_numa_interleave"):
+        if settings[key].value:
+            raise settings[key].refuse("not in this version yet; allowed is 0")

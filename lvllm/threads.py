@@ -1,0 +1,67 @@
+"""Which logical CPUs each rank of this host computes on."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+# A machine as its NUMA nodes; a node as its physical cores; a core as its logical CPUs.
+Core = Sequence[int]
+Machine = Sequence[Sequence[Core]]
+
+# The API server, the scheduler and the operating system need somewhere to run; on a machine of
+# four cores or fewer, giving them a core of their own costs more than sharing does.
+SPARE_CORES = 4
+
+
+def default_threads(machine: Machine, ranks: int) -> int:
+    """Engine threads of each of `ranks` ranks when LK_THREADS is not set; at least 1."""
+    cores = sum(len(node) for node in machine)
+    usable = cores if cores <= SPARE_CORES else cores - SPARE_CORES
+    return max(1, usable // ranks)
+
+
+def divide(machine: Machine, ranks: int) -> list[Machine]:
+    """The nodes, or pieces of nodes, of each rank.
+
+    Ranks get whole nodes where there are enough of them, so that no rank reads another's
+    memory; otherwise the ranks that share a node divide its cores.
+    """
+    nodes = [node for node in machine if node]
+    if len(nodes) >= ranks:
+        bounds = [rank * len(nodes) // ranks for rank in range(ranks + 1)]
+        return [nodes[begin:end] for begin, end in pairwise(bounds)]
+    shares: list[Machine] = []
+    for n, node in enumerate(nodes):
+        on_node = (n + 1) * ranks // len(nodes) - n * ranks // len(nodes)
+        if len(node) >= on_node:
+            bounds = [rank * len(node) // on_node for rank in range(on_node + 1)]
+            pieces = [node[begin:end] for begin, end in pairwise(bounds)]
+        else:  # more ranks than cores: they take turns on them
+            pieces = [[node[r % len(node)]] for r in range(on_node)]
+        shares.extend([piece] for piece in pieces)
+    return shares
+
+
+def choose(share: Machine, threads: int) -> list[int]:
+    """`threads` logical CPUs of a rank's `share`, evenly over its nodes.
+
+    Rows of weights are divided evenly among the nodes, so the nodes must be equally strong. The
+    second logical CPU of a core is taken only when all cores are: it shares the core's vector
+    units and its path to memory.
+    """
+    queues = [
+        [core[level] for level in range(max(map(len, node))) for core in node if level < len(core)]
+        for node in share
+    ]
+    chosen: list[list[int]] = [[] for _ in queues]
+    taken = 0
+    for place in range(max(map(len, queues))):
+        for node, queue in enumerate(queues):
+            if place < len(queue) and taken < threads:
+                chosen[node].append(queue[place])
+                taken += 1
+    return [cpu for node in chosen for cpu in node]
+
+
+def logical_cpus(share: Machine) -> int:
+    """The largest thread count that `choose` can serve."""
+    return sum(len(core) for node in share for core in node)

@@ -1,0 +1,66 @@
+"""Parsing of single settings and the documentation made from them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvllm import envs, placement
+
+LAYERS = envs.BY_KEY["gpu_resident_moe_layers"]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("0", (0,)), ("0-1", (0, 1)), ("0,9", (0, 9)), ("0,1,8-9", (0, 1, 8, 9)), ("", ()), (" ", ())],
+)
+def test_layer_lists(text: str, layers: tuple[int, ...]) -> None:
+    assert envs.parse(LAYERS, text, LAYERS.name) == layers
+
+
+@pytest.mark.parametrize("text", ["0-", "9-3", "-1", "abc", "1,,2", "1;2", "0x1", "1.5", "-", ","])
+def test_bad_layer_lists_name_variable_and_value(text: str) -> None:
+    with pytest.raises(envs.SettingError) as caught:
+        envs.parse(LAYERS, text, LAYERS.name)
+    message = str(caught.value)
+    assert message.startswith(f"LVLLM_GPU_RESIDENT_MOE_LAYERS={text!r} is not allowed: ")
+    assert "0,1,8-9" in message
+    assert "\n" not in message
+
+
+@given(st.sets(st.integers(0, 200), min_size=1))
+def test_describe_is_the_inverse_of_parse(layers: set[int]) -> None:
+    ordered = tuple(sorted(layers))
+    assert envs.parse_layers(placement.describe(list(ordered))) == ordered
+
+
+@pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)
+def test_unset_and_empty_mean_the_default(variable: envs.Variable) -> None:
+    assert envs.parse(variable, None, variable.name) == variable.default
+    assert envs.parse(variable, "  ", variable.name) == variable.default
+
+
+@pytest.mark.parametrize("variable", envs.VARIABLES, ids=lambda v: v.name)
+@pytest.mark.parametrize("text", ["abc", "-1", "0-", "1e3", "٣"])
+def test_every_variable_refuses_nonsense(variable: envs.Variable, text: str) -> None:
+    with pytest.raises(envs.SettingError, match=variable.name):
+        envs.parse(variable, text, variable.name)
+
+
+def test_zero_switches_prefill_off_but_is_no_thread_count() -> None:
+    assert envs.parse(envs.BY_KEY["gpu_prefill_min_batch_size"], "0", "x") == 0
+    with pytest.raises(envs.SettingError, match="LK_THREADS='0' is not allowed: a whole number"):
+        envs.parse(envs.BY_KEY["lk_threads"], "0", "LK_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("LVLLM_GPU_PREFTCH_WINDOW", "LVLLM_GPU_PREFETCH_WINDOW"), ("LK_THREDS", "LK_THREADS")],
+)
+def test_a_misspelt_variable_is_not_ignored(name: str, suggestion: str) -> None:
+    with pytest.raises(envs.SettingError, match=f"{name} is not a setting.*mean {suggestion}"):
+        envs.check_names({"PATH": "", name: "1"})
+
+
+def test_document_has_every_variable() -> None:
+    document = envs.markdown()
+    assert all(f"| `{variable.name}` |" in document for variable in envs.VARIABLES)

@@ -1,0 +1,33 @@
+"""Which layers of a model have experts."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lvllm import placement
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),  # Mixtral, OLMoE, MiniMax
+        ({"first_k_dense_replace": 3, "moe_layer_freq": 1}, [3, 4, 5]),  # DeepSeek-V3
+        ({"first_k_dense_replace": 1, "moe_layer_freq": 2}, [2, 4]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, [1, 5]),  # Qwen
+        ({"decoder_sparse_step": 1, "mlp_only_layers": []}, [0, 1, 2, 3, 4, 5]),
+        ({"mlp_layer_types": ["dense", "sparse"] * 3}, [1, 3, 5]),  # GLM, EXAONE
+        ({"hybrid_override_pattern": "MEM*-E"}, [1, 5]),  # Nemotron-H
+        ({"moe_layers_enum": "4,5"}, [4, 5]),  # Step-3
+        ({"moe_layer_freq": [0, 1, 1, 1, 1, 0]}, [1, 2, 3, 4]),  # MiMo
+        ({"first_k_dense_replace": None}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_families(fields: dict[str, Any], expected: list[int]) -> None:
+    assert placement.moe_layers(SimpleNamespace(num_hidden_layers=6, **fields)) == expected
+
+
+def test_describe() -> None:
+    assert placement.describe([]) == ""
+    assert placement.describe([3]) == "3"
+    assert placement.describe([1, 2, 3, 7, 9, 10]) == "1-3,7,9-10"
