@@ -1,0 +1,111 @@
+"""HybridMoEMethod: where a layer's batch of tokens is computed."""
+
+from types import ModuleType
+from typing import Any, get_args
+
+import torch
+from torch.nn import Module
+from vllm.distributed import get_world_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+from lvllm import engine, placement, startup
+
+# vLLM shows the loggers below its own name only.
+logger = init_logger("vllm.plugins.lvllm")
+
+
+ACTIVATIONS = get_args(engine.Activation)
+
+
+class HybridMoEMethod(FusedMoEMethodBase):
+    """Creates a layer's weights in engine memory and applies them with lk.
+
+    `weight_format` is a module of `lvllm.formats`. Raises ValueError for a layer that lk cannot
+    compute: an unknown activation, biases, a clamp limit, LoRA on experts.
+    """
+
+    # vLLM would move the weights to the GPU and back around process_weights_after_loading.
+    requires_device_loading = False
+
+    def __init__(self, moe: FusedMoEConfig, weight_format: ModuleType, prefix: str) -> None:
+        super().__init__(moe)
+        self.weight_format = weight_format
+        self._refuse_unsupported(moe, prefix)
+        info = startup.start_engine(get_world_group().local_rank)
+        logger.info_once(
+            "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
+            info.isa,
+            info.threads,
+            len(info.nodes),
+            placement.describe(sorted({cpu for worker in info.cpus for cpu in worker})),
+        )
+
+    @staticmethod
+    def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:
+        activation = moe.activation.value
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{prefix}: activation {activation!r} is not supported; supported are"
+                f" {', '.join(ACTIVATIONS)}"
+            )
+        unsupported = {
+            "biases on experts": moe.has_bias,
+            f"swiglu_limit {moe.swiglu_limit}": moe.swiglu_limit is not None,
+            "LoRA on experts": moe.is_lora_enabled,
+        }
+        for feature, present in unsupported.items():
+            if present:
+                raise ValueError(f"{prefix}: {feature} are not supported by LvLLM yet")
+
+    def create_weights(  # type: ignore[override]
+        self,
+        layer: Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the layer's parameters; see `lvllm.formats`."""
+        self.weight_format.create_weights(
+            layer,
+            num_experts,
+            hidden_size,
+            intermediate_size_per_partition,
+            params_dtype,
+            extra_weight_attrs,
+        )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Hand the loaded weights to the engine."""
+        layer.engine = self.weight_format.finalize(layer)
+        layer.engine_handle = layer.engine.handle
+
+    def get_fused_moe_quant_config(self, layer: Module) -> FusedMoEQuantConfig:  # type: ignore[override]
+        """Activations reach the engine unquantised, whatever the weights are."""
+        return FusedMoEQuantConfig.make()
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype:
+        """lk takes 32-bit expert ids."""
+        return torch.int32
+
+    def apply(  # type: ignore[override]
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the routed experts of `layer` on x [M, H] -> [M, H], same dtype.
+
+        topk_ids [M, k] are global expert ids; under expert parallelism the ones of other ranks
+        become -1, which the engine skips.
+        """
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids]
+        return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)

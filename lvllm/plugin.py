@@ -1,0 +1,72 @@
+"""The `vllm.general_plugins` entry point: inert unless LVLLM_MOE_NUMA_ENABLED=1.
+
+vLLM calls `register` in every process it starts, and may call it more than once in one.
+"""
+
+import os
+from typing import Any, NoReturn
+
+from lvllm import envs
+
+
+def register() -> None:
+    """Put LvLLM's expert layer in the place of vLLM's, and check every configuration.
+
+    An unusable setting ends the process with one line and exit code 1: SystemExit, since vLLM
+    prints any other exception as a traceback.
+    """
+    try:
+        if not envs.enabled(os.environ):
+            return
+        envs.check_names(os.environ)
+        for variable in envs.VARIABLES:
+            envs.parse(variable, os.environ.get(variable.name), variable.name)
+    except envs.SettingError as error:
+        raise SystemExit(f"lvllm: {error}") from None
+    _replace_routed_experts()
+    _check_every_configuration()
+
+
+def _replace_routed_experts() -> None:
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from lvllm.routed_experts import HybridRoutedExperts
+
+    if RoutedExperts.__name__ not in op_registry_oot:
+        RoutedExperts.register_oot(HybridRoutedExperts)
+        # Registration goes by class name, so a model's own subclass (gpt-oss, DBRX, the
+        # Transformers backend) is not replaced. Its experts would run on vLLM's kernels, unsaid.
+        RoutedExperts._get_quant_method = _refuse_subclass
+
+
+def _refuse_subclass(layer: Any, prefix: str, quant_config: Any, moe_config: Any) -> NoReturn:
+    raise ValueError(
+        f"{prefix}: experts of the class {type(layer).__name__} are not supported with"
+        " LVLLM_MOE_NUMA_ENABLED=1 yet; unset it for stock vLLM"
+    )
+
+
+def _check_every_configuration() -> None:
+    """Run our checks right after the platform's own, the last of vLLM's that may change values.
+
+    vLLM offers no hook between the complete configuration and the start of its processes; the
+    platform's class method is the narrowest place that every way of starting passes.
+    """
+    from vllm.platforms import current_platform
+
+    from lvllm import startup
+
+    platform = type(current_platform)
+    upstream = platform.check_and_update_config
+    if getattr(upstream, "__func__", upstream).__module__ == __name__:
+        return
+
+    def check_and_update_config(cls, vllm_config):  # type: ignore[no-untyped-def]
+        upstream(vllm_config)
+        try:
+            startup.prepare(vllm_config)
+        except envs.SettingError as error:
+            raise SystemExit(f"lvllm: {error}") from None
+
+    platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]

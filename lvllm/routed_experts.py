@@ -1,0 +1,23 @@
+"""The out-of-tree layer: vLLM's routed experts, with LvLLM's method in place of vLLM's."""
+
+from typing import Any
+
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from lvllm import formats
+from lvllm.moe_method import HybridMoEMethod
+
+
+class HybridRoutedExperts(RoutedExperts):
+    """Routed experts whose weights lie in the engine's memory.
+
+    The name of a weight's owner and the whole of loading stay upstream's; only the quantisation
+    method differs, and through it where parameters are made and who computes on them.
+    """
+
+    def _get_quant_method(
+        self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        return HybridMoEMethod(moe_config, formats.find(quant_config, prefix), prefix)

@@ -1,0 +1,171 @@
+"""Small random checkpoints of real architectures, each from a seed.
+
+    python tests/models/make.py qwen3_moe OUT
+
+Weights are drawn wide enough (standard deviation 1/sqrt(inputs)) that every block changes the
+result: with the usual 0.02, a layer that computes nothing would still pass a comparison.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 384
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# Latent attention with the head sizes that vLLM's CPU kernel is built for (DeepSeek's own).
+MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+# DeepSeek's own kind of position encoding. Plain RoPE on latent attention would hit a fault of vLLM
+# 0.32's CPU operator, which takes queries of shape [tokens, heads, size] for a single head.
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+# What the real checkpoints' config.json has and transformers leaves out, since its code implies it.
+UNWRITTEN = ("topk_method", "scoring_func")
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 80,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 72,
+            "shared_expert_intermediate_size": 96,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "olmoe": (
+        "OlmoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 4, "intermediate_size": 104},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **MLA,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "scoring_func": "softmax",
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+            "routed_scaling_factor": 2.0,
+            "norm_topk_prob": False,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **MLA,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "head_dim": 32,
+            "moe_intermediate_size": 72,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+}
+
+
+def make(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a bfloat16 checkpoint of `architecture` to `folder`, with `changes` to its config."""
+    config_class, fields = ARCHITECTURES[architecture]
+    config = getattr(transformers, config_class)(**{**COMMON, **fields, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "embed" not in name:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif "embed" in name:
+                parameter.normal_()
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(0, 0.2)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="512MB")
+    _complete_config(folder / "config.json", fields)
+    return folder
+
+
+def _complete_config(path: Path, fields: dict[str, Any]) -> None:
+    config = json.loads(path.read_text())
+    config |= {name: fields[name] for name in UNWRITTEN if name in fields}
+    path.write_text(json.dumps(config, indent=2))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(make(arguments.architecture, arguments.folder, arguments.seed))

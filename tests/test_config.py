@@ -1,0 +1,153 @@
+"""Settings resolved from environment and YAML, and checked against a model by vLLM itself."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvllm import config, envs
+from lvllm.config import RESOLVED, HybridConfig
+
+vllm = pytest.importorskip("vllm")
+
+
+def test_environment_wins_over_yaml_over_default() -> None:
+    environ = {"LK_THREADS": "3", "LK_POWER_SAVING": ""}
+    settings = config.resolve(environ, {"lk_threads": 5, "lk_power_saving": True})
+    assert (settings["lk_threads"].value, settings["lk_threads"].source) == (3, "environment")
+    assert (settings["lk_power_saving"].value, settings["lk_power_saving"].source) == (
+        True,
+        "config",
+    )
+    assert settings["gpu_prefetch_window"].source == "default"
+
+
+def test_yaml_layers_may_be_a_number_a_text_or_a_list() -> None:
+    for written in (0, "0", [0]):
+        settings = config.resolve({}, {"gpu_resident_moe_layers": written})
+        assert settings["gpu_resident_moe_layers"].value == (0,)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"gpu_prefetch_windo": 1}, "did you mean gpu_prefetch_window?"),
+        ({"moe_numa_enabled": 1}, "only the variable LVLLM_MOE_NUMA_ENABLED sets it"),
+        ({"lk_threads": "many"}, "additional_config.lvllm.lk_threads='many' is not allowed"),
+        ({"gpu_prefetch_window": -1}, "gpu_prefetch_window='-1' is not allowed: a whole number"),
+        ([1], "additional_config.lvllm=[1] is not allowed: a mapping"),
+    ],
+)
+def test_bad_sections(section: object, message: str) -> None:
+    with pytest.raises(envs.SettingError) as caught:
+        config.resolve({}, section)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_yaml_value_is_refused_even_when_the_variable_wins() -> None:
+    with pytest.raises(envs.SettingError, match="lk_threads='x'"):
+        config.resolve({"LK_THREADS": "1"}, {"lk_threads": "x"})
+
+
+@pytest.fixture
+def configure(qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that builds vLLM's configuration as `vllm serve` does, LvLLM enabled."""
+    from lvllm import plugin
+
+    monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
+    # Restored afterwards: preparing a configuration sets it for the worker processes.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+
+    def build(environment: dict[str, str] | None = None, **arguments: Any) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+
+        for name, value in (environment or {}).items():
+            monkeypatch.setenv(name, value)
+        plugin.register()
+        defaults: dict[str, Any] = {
+            "model": str(qwen3_moe),
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "max_model_len": 128,
+            "max_num_batched_tokens": 256,
+        }
+        return EngineArgs(**{**defaults, **arguments}).create_engine_config()
+
+    return build
+
+
+CPUS = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("LVLLM_MOE_NUMA_ENABLED", "2", "0 or 1"),
+        ("LK_THREAD_BINDING", "CORE", "CPU_CORE or NUMA_NODE"),
+        ("LK_THREADS", "100000", f"allowed is 1 to {CPUS}"),
+        ("OMP_NUM_THREADS", "100000", f"allowed is 1 to {CPUS}"),
+        ("OMP_NUM_THREADS", "0", "a whole number from 1"),
+        ("LVLLM_MOE_USE_WEIGHT", "INT4", "TO_DTYPE and KEEP"),
+        ("LVLLM_MOE_USE_WEIGHT", "int8", "TO_DTYPE, KEEP or INT4"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0-", "layer indices"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "1", "those that have are 0,2"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0,7", "those that have are 0,2"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0,2", "allowed is empty"),
+        ("LVLLM_GPU_PREFETCH_WINDOW", "-1", "a whole number of at least 0"),
+        ("LVLLM_GPU_PREFETCH_WINDOW", "1", "allowed is 0 or empty"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "257", "allowed is 0 to 256"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "256", "allowed is 0 or empty"),
+        ("LK_POWER_SAVING", "yes", "0 or 1"),
+        ("LVLLM_ENABLE_NUMA_INTERLEAVE", "1", "allowed is 0"),
+        ("LVLLM_MOE_QUANT_ON_GPU", "1", "allowed is 0"),
+        ("LK_ISA", "avx9", "portable, avx2 or avx512_bf16"),
+    ],
+)
+def test_refusals_are_one_line_and_exit_code_1(
+    configure: Any, name: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        configure({name: value})
+    message = caught.value.code
+    assert isinstance(message, str), "a text makes Python print it and exit with code 1"
+    assert message.startswith(f"lvllm: {name}={value!r}")
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_the_same_refusals_for_yaml(configure: Any) -> None:
+    section = {"lvllm": {"gpu_resident_moe_layers": "5"}}
+    with pytest.raises(SystemExit, match=r"gpu_resident_moe_layers='5': layer 5 .* are 0,2"):
+        configure(additional_config=section)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float32"}, "dtype='float32' is not allowed"),
+        ({"quantization": "experts_int8"}, "quantization='experts_int8' of .* is not supported"),
+    ],
+)
+def test_models_that_lk_cannot_run(configure: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        configure(**arguments)
+
+
+def test_workers_get_final_values(configure: Any) -> None:
+    built = configure({"LK_THREADS": "1", "LVLLM_MOE_USE_WEIGHT": "KEEP", "LK_POWER_SAVING": "1"})
+    resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    assert resolved.power_saving
+    assert [len(cpus) for cpus in resolved.engine_cpus] == [1]
+    assert resolved.omp_cpus == resolved.engine_cpus
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == str(resolved.omp_cpus[0][0])
+
+
+@pytest.mark.skipif(CPUS < 2, reason="needs two CPUs")
+def test_ranks_divide_the_cpus(configure: Any) -> None:
+    built = configure(tensor_parallel_size=2)
+    resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    first, second = resolved.engine_cpus
+    assert not set(first) & set(second)

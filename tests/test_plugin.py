@@ -1,0 +1,58 @@
+"""The entry point, in this process."""
+
+from typing import Any
+
+import pytest
+
+from lvllm import plugin
+
+
+@pytest.fixture
+def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
+
+
+@pytest.mark.usefixtures("enabled")
+def test_the_layer_is_replaced_however_often_the_plugin_is_loaded() -> None:
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from lvllm.routed_experts import HybridRoutedExperts
+
+    for _ in range(3):
+        plugin.register()
+    assert op_registry_oot["RoutedExperts"] is HybridRoutedExperts
+
+
+@pytest.mark.usefixtures("enabled")
+def test_a_models_own_expert_class_is_refused_and_not_ignored() -> None:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    class OwnExperts(RoutedExperts):
+        pass
+
+    plugin.register()
+    layer: Any = object.__new__(OwnExperts)
+    with pytest.raises(ValueError, match="experts of the class OwnExperts are not"):
+        layer._get_quant_method("model.layers.0", None, None)
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "01"])
+def test_a_wrong_switch_ends_the_process(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", value)
+    with pytest.raises(SystemExit, match=f"lvllm: LVLLM_MOE_NUMA_ENABLED='{value}' is not allowed"):
+        plugin.register()
+
+
+@pytest.mark.usefixtures("enabled")
+def test_a_misspelt_variable_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LVLLM_GPU_RESIDENT_LAYERS", "0")
+    with pytest.raises(SystemExit, match="did you mean LVLLM_GPU_RESIDENT_MOE_LAYERS"):
+        plugin.register()
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_switched_off_nothing_is_looked_at(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even settings that would be refused: the program is stock vLLM."""
+    monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", value)
+    monkeypatch.setenv("LK_THREADS", "nonsense")
+    plugin.register()
