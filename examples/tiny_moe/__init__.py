@@ -1,0 +1,1 @@
+"""Parts of the demo model's trainer: its tasks, its tokenizer and its network."""

@@ -1,0 +1,41 @@
+"""The questions of an evaluation, one JSON object a line."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+TINY_MOE = Path(__file__).with_name("tiny_moe_questions.jsonl")
+
+
+class Question(BaseModel):
+    """A chat question and its only right answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    operands: tuple[int | str, ...]
+    question: str
+    answer: str
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat that asks it: one user turn."""
+        return [{"role": "user", "content": self.question}]
+
+
+def load_questions(path: Path = TINY_MOE) -> list[Question]:
+    """Reads a question file; by default the 500 held out from the demo model's training.
+
+    Raises ValueError, naming file and line, if a line is not a question or the file has none.
+    """
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            questions.append(Question.model_validate_json(line))
+        except ValidationError as error:
+            reason = error.errors()[0]
+            field = ".".join(map(str, reason["loc"]))
+            raise ValueError(f"{path}, line {number}: {field} {reason['msg']}") from None
+    if not questions:
+        raise ValueError(f"{path} holds no questions")
+    return questions
