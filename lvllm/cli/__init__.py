@@ -1,0 +1,5 @@
+"""The `lvllm` command."""
+
+from lvllm.cli.app import main
+
+__all__ = ["main"]

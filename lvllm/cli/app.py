@@ -1,0 +1,19 @@
+"""The commands, each in a module of its own."""
+
+import typer
+
+from lvllm.cli import env, evaluate
+
+app = typer.Typer(
+    help="LvLLM: MoE models larger than the GPU, served by vLLM (`vllm serve --config FILE`).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("env")(env.env)
+app.command("eval")(evaluate.evaluate)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
