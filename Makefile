@@ -1,0 +1,66 @@
+# `make help` lists the targets. Variables, given as `make demo NAME=VALUE` or in the environment:
+#   PYTHON              the Python 3.11 to 3.14 that .venv is made from
+#   VLLM_TARGET_DEVICE  cpu or cuda; by default cuda where an NVIDIA driver is installed
+#   PIP_EXTRA_INDEX_URL must name PyTorch's CPU index for `cpu`, unless pip's configuration does:
+#                       upstream requires torch==2.13.0+cpu, which the default index does not have
+#   MAX_JOBS            how many compilers run at once
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+BOOTSTRAP := $(PYTHON) -m build_tools.bootstrap --venv $(VENV)
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-cpp test-python lint format docs wheel verify-upstream \
+	clean clean-upstream
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: ## make .venv, lay upstream in, build the engine, install (editable)
+	@$(BOOTSTRAP)
+
+demo: install ## serve the demo model through the engine and answer one chat request
+	@$(RUN) examples/demo.py
+
+test: test-cpp test-python ## the whole test suite
+
+test-cpp: ## the engine's C++ tests
+	@$(BOOTSTRAP) --tools test
+	@$(RUN) -m build_tools.engine test
+
+test-python: ## the Python tests
+	@$(BOOTSTRAP) --tools test
+	@$(RUN) -m pytest
+
+lint: ## check format, lint, types, and that the generated documentation is current
+	@$(BOOTSTRAP) --tools lint --tools test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+	@$(RUN) -m lvllm.envs | cmp - docs/configuration.md \
+		|| { echo 'error: docs/configuration.md is not current: run `make docs`' >&2; exit 1; }
+
+format: ## format all code in place
+	@$(BOOTSTRAP) --tools lint
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+docs: install ## regenerate docs/configuration.md
+	@mkdir -p docs
+	$(RUN) -m lvllm.envs > docs/configuration.md
+
+wheel: install ## build the wheel into dist/
+	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+verify-upstream: ## prove that vllm/ is the pinned upstream, byte for byte
+	@$(PYTHON) -m build_tools.verify_upstream
+
+clean: ## remove everything built; keep .venv, the fetched wheels and the laid-in tree
+	find build -mindepth 1 -maxdepth 1 ! -name upstream -exec rm -rf {} + 2>/dev/null || true
+	rm -rf dist lvllm/_engine.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+clean-upstream: ## remove the laid-in vllm/ tree, with any edits in it
+	find vllm -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -1,0 +1,158 @@
+"""Serve the demo model, ask it one question, show the answer and what computed it.
+
+    python examples/demo.py ["What is 47 + 38?"]
+
+Starts `vllm serve --config config.yaml` on a free port with LvLLM enabled, waits until it
+answers, streams one chat completion, and stops the server whatever happens.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import typer
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINE_LINE = re.compile(
+    r"LvLLM: experts on (?P<engine>\w+), (?P<isa>\w+), (?P<threads>\d+) threads on"
+    r" (?P<nodes>\d+) NUMA node"
+)
+# Starting takes 25 to 60 s here; a cold disk or a busy machine may need several times that.
+START_SECONDS = 300
+
+console = Console()
+
+
+@contextmanager
+def server(log: Path, *arguments: str, **environment: str) -> Iterator[str]:
+    """`vllm serve` with LvLLM, from the repository's root, until the block ends.
+
+    Gives the base URL once the server answers. Raises SystemExit with the end of its log if it
+    does not. The server and its children are stopped on leaving.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [str(vllm), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(process, url, log)
+        yield url
+    finally:
+        _stop(process)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    started = time.monotonic()
+    with console.status("") as status:
+        while time.monotonic() - started < START_SECONDS:
+            status.update(f"starting the server, {time.monotonic() - started:.0f} s")
+            if process.poll() is not None:
+                raise SystemExit(_failure(f"the server stopped ({process.returncode})", log))
+            try:
+                with urlopen(f"{url}/health", timeout=2):
+                    return
+            except (URLError, OSError):
+                time.sleep(0.5)
+    raise SystemExit(_failure(f"the server did not answer within {START_SECONDS} s", log))
+
+
+def _failure(what: str, log: Path) -> str:
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    return f"demo: {what}; the end of its log ({log}):\n{tail}"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the server to stop, then end its whole process group."""
+    process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def ask(url: str, question: str) -> tuple[int, float, float]:
+    """Stream the answer to the terminal; (tokens, seconds to the first, seconds of the rest)."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    begin = time.perf_counter()
+    first = last = 0.0
+    tokens = 0
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        stream=True,
+        stream_options={"include_usage": True},
+        temperature=0,
+        max_tokens=128,
+    )
+    console.print(f"\n[bold]you[/]    {question}\n[bold]model[/]  ", end="")
+    for chunk in stream:
+        if chunk.usage:
+            tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            if choice.delta.content:
+                last = time.perf_counter()
+                first = first or last
+                console.print(choice.delta.content, end="", markup=False, highlight=False)
+    console.print("\n")
+    if not first:
+        raise SystemExit("demo: the server answered without any text")
+    return tokens, first - begin, last - first
+
+
+def report(log: Path, tokens: int, first: float, rest: float) -> None:
+    """What ran where, from the server's own log line."""
+    ran = ENGINE_LINE.search(log.read_text(errors="replace"))
+    if ran is None:
+        raise SystemExit(_failure("no layer was computed by LvLLM", log))
+    table = Table(show_header=False)
+    table.add_row("engine", ran["engine"])
+    table.add_row("instruction set", ran["isa"])
+    table.add_row("threads", ran["threads"])
+    table.add_row("NUMA nodes", ran["nodes"])
+    table.add_row("first token after", f"{first * 1000:.0f} ms")
+    rate = f"{(tokens - 1) / rest:.0f} tokens per second" if tokens > 1 and rest > 0 else "-"
+    table.add_row("decoding", rate)
+    console.print(table)
+
+
+def main(question: Annotated[str, typer.Argument()] = "What is 47 + 38?") -> None:
+    """Serve the demo model and ask it QUESTION."""
+    log = Path(tempfile.mkdtemp(prefix="lvllm-demo-")) / "server.log"
+    console.print("starting the server: vllm serve --config config.yaml")
+    started = time.monotonic()
+    with server(log, "--config", "config.yaml") as url:
+        console.print(f"server ready after {time.monotonic() - started:.0f} s, log {log}")
+        report(log, *ask(url, question))
+    console.print("server stopped")
+
+
+if __name__ == "__main__":
+    typer.run(main)
