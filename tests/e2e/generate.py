@@ -1,0 +1,90 @@
+"""Greedy generation through vLLM in a process of its own.
+
+    python -m tests.e2e.generate RESULT.json JOBS
+
+JOBS is a JSON list such as [{"model": DIR, "prompts": [[1, 5]], "max_tokens": 8}]; other keys of
+a job are arguments of `vllm.LLM`. The result has one list a job, with one
+{"tokens": [...], "logprobs": [...]} a prompt.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+# Small enough for a test machine; every test may replace them.
+DEFAULTS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 64 << 20,
+    "enable_prefix_caching": False,
+    "disable_log_stats": True,
+    "skip_tokenizer_init": True,
+}
+
+
+Job = dict[str, Any]
+Answers = list[dict[str, list[Any]]]
+
+
+def generate(
+    jobs: list[Job], enabled: bool = True, environment: dict[str, str] | None = None
+) -> list[Answers]:
+    """Run `jobs` one after the other in a fresh process, LvLLM's switch set as `enabled`."""
+    # Asked for log-probabilities, vLLM compiles a small function: 10 s of g++ that change nothing.
+    defaults = {"LVLLM_MOE_NUMA_ENABLED": str(int(enabled)), "TORCHDYNAMO_DISABLE": "1"}
+    env = os.environ | defaults | (environment or {})
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.e2e.generate", result.name, json.dumps(jobs)],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+        if process.returncode:
+            raise RuntimeError(f"generation failed:\n{process.stdout[-8000:]}")
+        # Which engine ran is part of what is tested: a plugin that never loads must not pass.
+        assert ("LvLLM: experts on lk" in process.stdout) == enabled
+        return json.load(result)
+
+
+def run(job: Job) -> Answers:
+    """One job, in this process."""
+    from vllm import LLM, SamplingParams
+
+    prompts, max_tokens = job.pop("prompts"), job.pop("max_tokens")
+    llm = LLM(**{**DEFAULTS, **job})
+    sampling = SamplingParams(
+        temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False
+    )
+    answers: Answers = []
+    for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling):
+        tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
+        chosen = [step[token].logprob for token, step in zip(tokens, steps, strict=True)]
+        answers.append({"tokens": tokens, "logprobs": chosen})
+    return answers
+
+
+def main() -> None:
+    """Child process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    results = []
+    for job in json.loads(sys.argv[2]):
+        results.append(run(job))
+        cleanup_dist_env_and_memory()
+    Path(sys.argv[1]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
