@@ -12,6 +12,8 @@
 #include <mutex>
 #include <sstream>
 
+#include "lk/rows.h"
+
 namespace lk {
 namespace {
 
@@ -127,18 +129,14 @@ int64_t resident_bytes(const std::map<void*, int64_t>& sizes) {
 
 std::vector<Extent> plan_placement(const RowLayout& layout, const std::vector<int>& node_workers,
                                    int64_t page_bytes) {
-  int64_t total = 0;
-  for (int workers : node_workers) total += workers;
+  const std::vector<int64_t> bounds = divide_rows(layout.rows, node_workers);
   const int64_t part_bytes = layout.rows * layout.row_bytes;
   std::vector<Extent> extents;
   int64_t begin = 0;
   for (int64_t part = 0; part < layout.experts * layout.parts; ++part) {
-    int64_t before = 0;
     for (int node = 0; node < static_cast<int>(node_workers.size()); ++node) {
-      before += node_workers[node];
-      // The same division as divide_rows(), so that a worker finds its rows on its own node.
       const int64_t end =
-          round_up(part * part_bytes + layout.rows * before / total * layout.row_bytes, page_bytes);
+          round_up(part * part_bytes + bounds[node + 1] * layout.row_bytes, page_bytes);
       const int64_t bounded = std::min(end, layout.bytes());
       if (bounded <= begin) continue;
       if (!extents.empty() && extents.back().node == node) {

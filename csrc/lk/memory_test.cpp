@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "lk/rows.h"
 #include "lk/thread_pool.h"
 #include "lk/topology.h"
 

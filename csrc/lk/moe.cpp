@@ -5,6 +5,7 @@
 #include <string>
 
 #include "lk/phase.h"
+#include "lk/rows.h"
 
 namespace lk {
 namespace {
@@ -112,14 +113,10 @@ class Pass {
   // fewer than eight pieces a worker.
   void plan_rows(int64_t rows, int64_t row_bytes, Phase* phase, Rows* out) {
     const std::vector<int>& workers = pool_.plan().node_workers;
-    int64_t total = 0;
-    for (int count : workers) total += count;
-    int64_t before = 0;
     for (int node = 0; node < nodes_; ++node) {
       Rows& mine = out[node];
-      mine.begin = rows * before / total;
-      before += workers[node];
-      mine.end = rows * before / total;
+      mine.begin = first_row(rows, workers, node);
+      mine.end = first_row(rows, workers, node + 1);
       const int64_t fair = ceil_div((mine.end - mine.begin) * active_, 8 * workers[node]);
       mine.piece = std::min(std::clamp<int64_t>(kPieceBytes / row_bytes, 4, kMaxPieceRows),
                             std::max<int64_t>(ceil_div(fair, 4) * 4, 4));

@@ -112,18 +112,6 @@ PoolPlan plan_pool(const Topology& topology, const PoolOptions& options) {
   return plan;
 }
 
-std::vector<int64_t> divide_rows(int64_t rows, const std::vector<int>& node_workers) {
-  int64_t total = 0;
-  for (int workers : node_workers) total += workers;
-  std::vector<int64_t> bounds{0};
-  int64_t before = 0;
-  for (int workers : node_workers) {
-    before += workers;
-    bounds.push_back(rows * before / total);
-  }
-  return bounds;
-}
-
 ThreadPool::ThreadPool(const Topology& topology, const PoolOptions& options)
     : plan_(plan_pool(topology, options)), options_(options), pinned_(!topology.synthetic) {
   for (int thread = 0; thread < size(); ++thread) worker_of_.push_back(thread);

@@ -36,10 +36,6 @@ struct PoolPlan {
 };
 PoolPlan plan_pool(const Topology& topology, const PoolOptions& options);
 
-// Bounds of the division of `rows` among nodes in proportion to their workers:
-// node n owns rows [bounds[n], bounds[n + 1]).
-std::vector<int64_t> divide_rows(int64_t rows, const std::vector<int>& node_workers);
-
 // A job is a function that claims pieces of work until none is left. Each worker calls it at most
 // once, and one that wakes up too late is not waited for: on a machine whose cores are shared, a
 // call ends when the work does, not when the slowest thread has been scheduled.

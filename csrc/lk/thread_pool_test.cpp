@@ -7,6 +7,8 @@
 #include <atomic>
 #include <set>
 
+#include "lk/rows.h"
+
 namespace lk {
 namespace {
 

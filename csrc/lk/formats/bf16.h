@@ -1,7 +1,7 @@
 // bf16 weights: how K-contiguous rows become a dot product.
 #pragma once
 
-#include "lk/simd.h"
+#include "lk/formats/widened.h"
 
 namespace lk::LK_ISA {
 
@@ -27,24 +27,7 @@ struct Bf16 {
 
 #else
 
-struct Bf16 {
-  using Act = float;
-  using Weights = F32x16;
-  static constexpr int kStep = 16;
-  static constexpr int kBytes = 32;
-  static constexpr int kChains = kFloatChains;
-
-  static Act to_act(float value) { return value; }
-  static Weights load(const char* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
-  static Weights load_tail(const char* p, int n) {
-    uint16_t rest[kStep] = {};
-    std::memcpy(rest, p, n * sizeof(uint16_t));
-    return load_bf16(rest);
-  }
-  static F32x16 fma(F32x16 acc, Weights w, const Act* act) {
-    return LK_ISA::fma(w, LK_ISA::load(act), acc);
-  }
-};
+using Bf16 = Widened<load_bf16>;
 
 #endif
 
