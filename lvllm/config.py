@@ -165,13 +165,13 @@ def _check_gpu_lane(settings: Mapping[str, Setting], vllm_config: Any) -> None:
     most = vllm_config.scheduler_config.max_num_batched_tokens
     if threshold.value > most:
         raise threshold.refuse(f"more than max_num_batched_tokens; allowed is 0 to {most}")
-    for key in ("gpu_resident_moe_layers", "gpu_prefetch_window", "gpu_prefill_min_batch_size"):
-        if settings[key].value:
-            raise settings[key].refuse(
-                "this version runs all experts on the CPU; allowed is 0 or empty"
-                if key != "gpu_resident_moe_layers"
-                else "this version runs all experts on the CPU; allowed is empty"
-            )
+    for setting, allowed in (
+        (resident, "empty"),
+        (settings["gpu_prefetch_window"], "0 or empty"),
+        (threshold, "0 or empty"),
+    ):
+        if setting.value:
+            raise setting.refuse(f"this version runs all experts on the CPU; allowed is {allowed}")
 
 
 def _check_weights(settings: Mapping[str, Setting]) -> None:

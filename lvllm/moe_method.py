@@ -15,7 +15,6 @@ from lvllm import engine, placement, startup
 # vLLM shows the loggers below its own name only.
 logger = init_logger("vllm.plugins.lvllm")
 
-
 ACTIVATIONS = get_args(engine.Activation)
 
 

@@ -18,9 +18,9 @@ def register() -> None:
     try:
         if not envs.enabled(os.environ):
             return
-        envs.check_names(os.environ)
-        for variable in envs.VARIABLES:
-            envs.parse(variable, os.environ.get(variable.name), variable.name)
+        from lvllm.config import resolve
+
+        resolve(os.environ, None)  # the variables alone, before any configuration is read
     except envs.SettingError as error:
         raise SystemExit(f"lvllm: {error}") from None
     _replace_routed_experts()

@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "models" / "tiny-moe"
+# Where worker processes are not what is tested, starting without them takes half the time, and one
+# process can load one model after the other.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 # Small enough for a test machine; every test may replace them.
 DEFAULTS: dict[str, Any] = {

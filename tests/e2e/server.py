@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.generate import ROOT
 
 
 def fail_to_serve(*arguments: str, **environment: str) -> tuple[int, str]:

@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.generate import Job, generate
+from tests.e2e.generate import ONE_PROCESS, TINY, Job, generate
 from tests.models.make import VOCABULARY, make
-
-# Where worker processes are not what is tested, starting without them takes half the time.
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-TINY = Path(__file__).parents[2] / "examples/models/tiny-moe"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import transformers
 
 from lvllm.evaluation import load_questions
 from tests.e2e import reference
-from tests.e2e.generate import Answers, generate
+from tests.e2e.generate import ONE_PROCESS, TINY, Answers, generate
 from tests.models.make import ARCHITECTURES, VOCABULARY, make
 
 # In log-probability. Typical errors seen are 0.005 to 0.012, those of bfloat16 in transformers too.
@@ -64,9 +64,6 @@ def check_against_reference(folder: Path, asked: Prompts, answers: Answers) -> N
     assert median(errors) > 3 * TYPICAL, "a comparison that does not notice missing experts"
 
 
-TINY = Path(__file__).parents[2] / "examples/models/tiny-moe"
-
-
 def chats() -> Prompts:
     """Every tenth held-out question, as the demo model's chat template writes it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
@@ -90,8 +87,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
         {"model": str(folder), "prompts": asked, "max_tokens": 36 if folder == TINY else 12}
         for folder, asked in cases.values()
     ]
-    # Without worker processes, one process can load one model after the other.
-    answers = generate(jobs, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    answers = generate(jobs, environment=ONE_PROCESS)
     return {
         name: (*case, answer) for (name, case), answer in zip(cases.items(), answers, strict=True)
     }

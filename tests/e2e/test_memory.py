@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from tests.e2e.generate import ONE_PROCESS, ROOT
 from tests.models.make import ARCHITECTURES, COMMON
 
 GIB = 1 << 30
@@ -46,8 +47,8 @@ def test_peak_is_the_weights_and_small_change(large_model: Path) -> None:
     assert weights >= 2 * GIB
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(large_model)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        cwd=ROOT,
+        env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | ONE_PROCESS,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -51,6 +51,17 @@ YARN: dict[str, Any] = {
     "beta_slow": 1.0,
 }
 
+DEEPSEEK: dict[str, Any] = {
+    **MLA,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+
 # What the real checkpoints' config.json has and transformers leaves out, since its code implies it.
 UNWRITTEN = ("topk_method", "scoring_func")
 
@@ -84,14 +95,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": (
         "DeepseekV2Config",
         {
-            **MLA,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 3,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "n_group": 4,
-            "topk_group": 2,
+            **DEEPSEEK,
             "topk_method": "group_limited_greedy",
             "scoring_func": "softmax",
             "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
@@ -102,14 +106,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": (
         "DeepseekV3Config",
         {
-            **MLA,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 3,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "n_group": 4,
-            "topk_group": 2,
+            **DEEPSEEK,
             "topk_method": "noaux_tc",
             "scoring_func": "sigmoid",
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
