@@ -73,3 +73,12 @@ def test_every_rank_can_be_served(shape: list[list[int]], ranks: int) -> None:
         assert len(flat) == len(set(flat))
         if ranks <= cores:
             assert set(flat) == {cpu for node in nodes for core in node for cpu in core}
+
+
+@given(st.integers(1, 32), st.integers(1, 64), st.integers(1, 2), st.integers(1, 16))
+def test_no_more_threads_than_cores_by_default(
+    nodes: int, cores: int, smt: int, ranks: int
+) -> None:
+    """Over all ranks; a rank cannot have less than one thread."""
+    each = threads.default_threads(machine(nodes, cores, smt), ranks)
+    assert each == 1 or each * ranks <= nodes * cores

@@ -135,22 +135,51 @@ std::vector<Extent> plan_placement(const RowLayout& layout, const std::vector<in
   int64_t begin = 0;
   for (int64_t part = 0; part < layout.experts * layout.parts; ++part) {
     for (int node = 0; node < static_cast<int>(node_workers.size()); ++node) {
+      const int64_t bound = part * part_bytes + bounds[node + 1] * layout.row_bytes;
       const int64_t end =
-          round_up(part * part_bytes + bounds[node + 1] * layout.row_bytes, page_bytes);
-      const int64_t bounded = std::min(end, layout.bytes());
-      if (bounded <= begin) continue;
+          bound == layout.bytes()
+              ? bound
+              : std::min(round_up(bound - page_bytes / 2, page_bytes), layout.bytes());
+      if (end <= begin) continue;
       if (!extents.empty() && extents.back().node == node) {
-        extents.back().end = bounded;
+        extents.back().end = end;
       } else {
-        extents.push_back({begin, bounded, node});
+        extents.push_back({begin, end, node});
       }
-      begin = bounded;
+      begin = end;
     }
   }
   return extents;
 }
 
-void* allocate(int64_t bytes) {
+int64_t cross_node_bytes(const RowLayout& layout, const std::vector<int>& node_workers,
+                         const std::vector<Extent>& extents) {
+  const std::vector<int64_t> bounds = divide_rows(layout.rows, node_workers);
+  int64_t cross = 0;
+  size_t at = 0;
+  for (int64_t part = 0; part < layout.experts * layout.parts; ++part) {
+    for (int node = 0; node < static_cast<int>(node_workers.size()); ++node) {
+      const int64_t begin = (part * layout.rows + bounds[node]) * layout.row_bytes;
+      const int64_t end = (part * layout.rows + bounds[node + 1]) * layout.row_bytes;
+      for (int64_t from = begin; from < end; from = std::min(end, extents[at].end)) {
+        while (extents[at].end <= from) ++at;
+        if (extents[at].node != node) cross += std::min(end, extents[at].end) - from;
+      }
+    }
+  }
+  return cross;
+}
+
+int64_t placement_page(const RowLayout& layout, const std::vector<int>& node_workers) {
+  // Small pages cost up to a fifth of the decode speed (see allocate(); measured on a virtual
+  // machine, where page walks are slowest). Rows on another socket are read at roughly half speed,
+  // so that the two are even somewhere between an eighth and a fifth: a judgement, not measured.
+  const std::vector<Extent> huge = plan_placement(layout, node_workers, kHugePage);
+  const int64_t cross = cross_node_bytes(layout, node_workers, huge);
+  return cross > layout.bytes() / 8 ? kSmallPage : kHugePage;
+}
+
+void* allocate(int64_t bytes, int64_t page_bytes) {
   const int64_t size = round_up(std::max<int64_t>(bytes, 1), kHugePage);
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
@@ -178,7 +207,11 @@ void* allocate(int64_t bytes) {
   // 2.7 ms on one Zen 5 core, on huge pages 2.2 ms. The last, partly used huge page is left in
   // small ones, so that what becomes resident is what was asked for.
   const int64_t huge = bytes / kHugePage * kHugePage;
-  if (huge > 0) madvise(aligned, huge, MADV_HUGEPAGE);
+  if (page_bytes == kSmallPage) {
+    madvise(aligned, size, MADV_NOHUGEPAGE);
+  } else if (huge > 0) {
+    madvise(aligned, huge, MADV_HUGEPAGE);
+  }
   all.sizes[aligned] = size;
   return aligned;
 }

@@ -33,15 +33,27 @@ struct Extent {
   int node = 0;
 };
 
+constexpr int64_t kSmallPage = int64_t{4} << 10;
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
 // The division of a bank's pages. Extents cover the bank in order without gaps; bounds lie on
-// pages: a page belongs to the node that owns its first byte.
+// pages: a page belongs to the node that owns its middle, so that at most half a page on each side
+// of a bound between two nodes lies on the wrong one.
 std::vector<Extent> plan_placement(const RowLayout& layout, const std::vector<int>& node_workers,
                                    int64_t page_bytes);
 
-// Zeroed memory of at least `bytes`, starting on a huge page. Pages come into being when first
-// written. Throws OutOfMemory with what was asked and what is free if the machine (or the cgroup)
-// cannot hold it beside what earlier allocations still may grow to.
-void* allocate(int64_t bytes);
+// Bytes of rows that such extents put on another node than the one that computes them.
+int64_t cross_node_bytes(const RowLayout& layout, const std::vector<int>& node_workers,
+                         const std::vector<Extent>& extents);
+
+// The pages to place a bank in: huge ones unless they would put more than an eighth of it on the
+// wrong nodes, as they do where a node's share of an expert is no larger than they are.
+int64_t placement_page(const RowLayout& layout, const std::vector<int>& node_workers);
+
+// Zeroed memory of at least `bytes`, starting on a huge page, in pages of kHugePage or kSmallPage.
+// Pages come into being when first written. Throws OutOfMemory with what was asked and what is free
+// if the machine (or the cgroup) cannot hold it beside what earlier allocations still may grow to.
+void* allocate(int64_t bytes, int64_t page_bytes = kHugePage);
 void release(void* memory);
 
 // Touches the calling thread's share of pages so that they come to lie on `node` (the kernel's
@@ -56,7 +68,5 @@ int64_t allocated_bytes();
 
 // Bytes that the machine, or the memory cgroup this process is in, can still give.
 int64_t available_bytes();
-
-constexpr int64_t kHugePage = int64_t{2} << 20;
 
 }  // namespace lk

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <utility>
 
 #include "lk/rows.h"
 #include "lk/thread_pool.h"
@@ -46,14 +47,37 @@ TEST_P(Placement, CoversTheBankAndFollowsTheRows) {
   }
   EXPECT_EQ(at, layout.bytes());
 
-  // A page belongs to the node that computes the row at its start.
+  // A page belongs to the node that computes the row at its middle.
   const std::vector<int64_t> bounds = divide_rows(layout.rows, workers);
-  for (int64_t byte = 0; byte < layout.bytes(); byte += page) {
+  for (int64_t byte = page / 2; byte < layout.bytes(); byte += page) {
     const int64_t row = byte / layout.row_bytes % layout.rows;
     int node = 0;
     while (row >= bounds[node + 1]) ++node;
     EXPECT_EQ(owner(extents, byte), node) << "byte " << byte;
   }
+}
+
+// Counted row by row, and at most half a page a bound between two nodes.
+TEST_P(Placement, PutsLittleOnTheWrongNode) {
+  const auto& [layout, workers, page] = GetParam();
+  const std::vector<int64_t> rows = divide_rows(layout.rows, workers);
+  const std::vector<Extent> extents = plan_placement(layout, workers, page);
+  int64_t cross = 0;
+  int64_t bounds = 0;
+  size_t at = 0;
+  int last = -1;
+  for (int64_t row = 0; row < layout.experts * layout.parts * layout.rows; ++row) {
+    int node = 0;
+    while (row % layout.rows >= rows[node + 1]) ++node;
+    if (last >= 0 && node != last) ++bounds;
+    last = node;
+    for (int64_t byte = row * layout.row_bytes; byte < (row + 1) * layout.row_bytes; ++byte) {
+      if (byte == extents[at].end) ++at;
+      if (extents[at].node != node) ++cross;
+    }
+  }
+  EXPECT_EQ(cross_node_bytes(layout, workers, extents), cross);
+  EXPECT_LE(cross, bounds * page / 2);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -63,7 +87,38 @@ INSTANTIATE_TEST_SUITE_P(
                     PlacementCase{{3, 1, 2048, 1536}, {3, 1}, 4096},
                     PlacementCase{{5, 2, 33, 2 * 47}, {1, 1, 1, 1, 1, 1, 1, 1}, 4096},
                     PlacementCase{{1, 1, 7168, 4096}, std::vector<int>(32, 1), kHugePage},
-                    PlacementCase{{2, 1, 3, 100}, {4, 0, 4}, 4096}));
+                    PlacementCase{{2, 1, 3, 100}, {4, 0, 4}, 4096},
+                    PlacementCase{{2, 1, 130, 57}, {1, 1, 1}, 4096}));
+
+// The experts of real models on 1, 2, 4, 8 and 32 nodes: w13 and w2, in bf16 and in 4 bits.
+TEST(Placement, OfRealShapes) {
+  for (const auto& [hidden, intermediate] :
+       {std::pair<int64_t, int64_t>{2048, 768}, {7168, 2048}}) {
+    for (int nodes : {1, 2, 4, 8, 32}) {
+      const std::vector<int> workers(nodes, 8);
+      for (int64_t bits : {16, 4}) {
+        for (const RowLayout& layout : {RowLayout{16, 2, intermediate, hidden * bits / 8},
+                                        RowLayout{16, 1, hidden, intermediate * bits / 8}}) {
+          const int64_t page = placement_page(layout, workers);
+          const int64_t cross =
+              cross_node_bytes(layout, workers, plan_placement(layout, workers, page));
+          if (nodes == 1) {
+            EXPECT_EQ(page, kHugePage);
+            EXPECT_EQ(cross, 0);
+          }
+          EXPECT_LE(cross, layout.bytes() / 8)
+              << layout.rows << " x " << layout.row_bytes << " bytes on " << nodes << " nodes";
+        }
+      }
+    }
+  }
+}
+
+TEST(PlacementPage, HugeOnlyWhereANodeOwnsManyOfThem) {
+  // Half of one part of w13: 14 MiB of DeepSeek-V3's, 1.5 MiB of Qwen3-30B-A3B's, in bf16.
+  EXPECT_EQ(placement_page({8, 2, 2048, 14336}, {8, 8}), kHugePage);
+  EXPECT_EQ(placement_page({8, 2, 768, 4096}, {8, 8}), kSmallPage);
+}
 
 TEST(Allocate, ZeroedAlignedAndCounted) {
   const int64_t before = allocated_bytes();
@@ -86,6 +141,36 @@ TEST(Allocate, PagesComeWhenTouchedAndOnTheNodeAskedFor) {
   touch_on_node(memory, {kHugePage, 2 * kHugePage, 0}, node);
   EXPECT_EQ(page_nodes(pages), (std::vector<int>{-1, node, -1}));
   release(memory);
+}
+
+TEST(Allocate, SmallPagesOnRequest) {
+  auto* memory = static_cast<char*>(allocate(2 * kHugePage, kSmallPage));
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(memory) % kHugePage, 0u);
+  memory[0] = 1;
+  EXPECT_EQ(page_nodes({memory + kSmallPage}), (std::vector<int>{-1}));  // not of the same page
+  release(memory);
+}
+
+// As allocate_bank does it, for every bank that has a plan: each page read back by move_pages.
+TEST(Allocate, EveryPageLiesWhereThePlanSays) {
+  const Topology machine = detect_topology("/sys", allowed_cpus());
+  const PoolPlan plan = plan_pool(machine, {});
+  for (const RowLayout& layout : {RowLayout{5, 2, 768, 1024}, RowLayout{3, 1, 2048, 1536}}) {
+    const int64_t page = placement_page(layout, plan.node_workers);
+    const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, page);
+    auto* memory = static_cast<char*>(allocate(layout.bytes(), page));
+    std::vector<const void*> pages;
+    std::vector<int> wanted;
+    for (const Extent& extent : extents) {
+      touch_on_node(memory, extent, plan.nodes[extent.node]);
+      for (int64_t at = extent.begin; at < extent.end; at += kSmallPage) {
+        pages.push_back(memory + at);
+        wanted.push_back(plan.nodes[extent.node]);
+      }
+    }
+    EXPECT_EQ(page_nodes(pages), wanted);
+    release(memory);
+  }
 }
 
 TEST(Allocate, RefusesWhatTheMachineCannotHold) {

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "lk/thread_pool.h"
+#include "lk/wait.h"
 
 namespace lk {
 
@@ -16,15 +16,14 @@ struct alignas(64) Queue {
   int64_t count = 0;
 };
 
-// One phase: pieces divided among nodes, and how many are done.
+// One phase: pieces divided among nodes, and how many are not done.
 struct Phase {
   Queue queues[kMaxNodes];
-  alignas(64) std::atomic<int64_t> done{0};
-  int64_t total = 0;
+  Countdown left;
 
   void set(int node, int64_t count) {
     queues[node].count = count;
-    total += count;
+    left.add(static_cast<uint32_t>(count));
   }
 
   // A piece of work: number `index` of the queue of `node`; none left if index is negative.
@@ -49,7 +48,7 @@ struct Phase {
   // before it runs, so that its first rows can be prefetched: piece(claim, next).
   template <class Piece>
   void drain(int node, int nodes, Piece&& piece) {
-    int64_t mine = 0;
+    uint32_t mine = 0;
     Claim now = claim({node, 0}, node, nodes);
     while (now.index >= 0) {
       const Claim next = claim(now, node, nodes);
@@ -57,8 +56,8 @@ struct Phase {
       ++mine;
       now = next;
     }
-    if (mine != 0) done.fetch_add(mine, std::memory_order_release);
-    for (Backoff backoff; done.load(std::memory_order_acquire) < total;) backoff.pause();
+    if (mine != 0) left.subtract(mine);
+    left.wait();
   }
 };
 

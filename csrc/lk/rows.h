@@ -1,18 +1,27 @@
 // Which node owns which rows: the same answer for who computes them and for where they lie.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <vector>
 
 namespace lk {
 
-// The first of `rows` that node `node` owns; for the number after the last node, the end. Nodes own
-// rows in proportion to their workers.
+// Rows are divided in whole tiles of this many. A tile is stored transposed (the first bytes of all
+// its rows, then the next bytes of all of them), so a row has no bytes of its own that could lie on
+// a node.
+constexpr int64_t kTileRows = 64;
+
+// The first of `rows` that node `node` owns, a multiple of kTileRows; for the number after the last
+// node, the end. Nodes own tiles in proportion to their workers, each less than one tile from its
+// exact share.
 inline int64_t first_row(int64_t rows, const std::vector<int>& node_workers, int node) {
   const auto begin = node_workers.begin();
   const int64_t before = std::accumulate(begin, begin + node, int64_t{0});
-  return rows * before / std::accumulate(begin, node_workers.end(), int64_t{0});
+  const int64_t workers = std::accumulate(begin, node_workers.end(), int64_t{0});
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  return std::min(tiles * before / workers * kTileRows, rows);
 }
 
 // Bounds of the division: node n owns rows [bounds[n], bounds[n + 1]).

@@ -1,39 +1,14 @@
 #include "lk/thread_pool.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
-#include <climits>
 #include <stdexcept>
 #include <string>
 
 namespace lk {
 namespace {
-
-// How long a worker spins for the next job before it sleeps. A futex wake-up costs about 50 us on
-// a virtual machine; attention and the other work between two MoE layers needs these cores.
-constexpr auto kSpin = std::chrono::microseconds(50);
-
-inline void cpu_pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-void futex_wait(std::atomic<uint32_t>& word, uint32_t value) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr);
-}
-
-void futex_wake_all(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX);
-}
 
 void pin(pthread_t thread, const std::vector<int>& cpus) {
   const int limit = *std::max_element(cpus.begin(), cpus.end()) + 1;
@@ -47,14 +22,6 @@ void pin(pthread_t thread, const std::vector<int>& cpus) {
 }
 
 }  // namespace
-
-void Backoff::pause() {
-  if (++turns_ < 2000) {
-    cpu_pause();
-  } else {
-    sched_yield();
-  }
-}
 
 PoolPlan plan_pool(const Topology& topology, const PoolOptions& options) {
   const int cores = topology.core_count();
@@ -168,19 +135,12 @@ void ThreadPool::run(Function function, void* context) {
   // before the count is read. In the single order of these operations one of the two sees the
   // other.
   open_.store(0);
-  for (Backoff backoff; active_.load() != 0;) backoff.pause();
+  active_.wait();
 }
 
 void ThreadPool::wait_for_job(uint32_t seen) {
-  if (!options_.power_saving) {
-    const auto end = std::chrono::steady_clock::now() + kSpin;
-    do {
-      for (int turn = 0; turn < 32; ++turn) {
-        if (epoch_.load(std::memory_order_relaxed) != seen) return;
-        cpu_pause();
-      }
-    } while (std::chrono::steady_clock::now() < end);
-  }
+  const auto changed = [&] { return epoch_.load(std::memory_order_relaxed) != seen; };
+  if (!options_.power_saving && spin_until(changed, kIdleSpin)) return;
   sleepers_.fetch_add(1);
   while (epoch_.load() == seen) futex_wait(epoch_, seen);
   sleepers_.fetch_sub(1);
@@ -192,9 +152,9 @@ void ThreadPool::work(int thread) {
     wait_for_job(seen);
     seen = epoch_.load();
     if (stop_.load()) return;
-    active_.fetch_add(1);
+    active_.add(1);
     if (open_.load() == seen) function_(context_, worker_of_[thread]);
-    active_.fetch_sub(1);
+    active_.subtract(1);
   }
 }
 

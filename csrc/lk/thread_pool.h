@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lk/topology.h"
+#include "lk/wait.h"
 
 namespace lk {
 
@@ -79,20 +80,10 @@ class ThreadPool {
   // On cache lines of their own: workers spin on the first while others count in and out.
   alignas(64) std::atomic<uint32_t> epoch_{0};  // counts jobs; the futex that workers sleep on
   alignas(64) std::atomic<uint32_t> open_{0};   // the epoch of the job that may be entered, or 0
-  std::atomic<int> active_{0};                  // workers inside a job, or about to look
+  Countdown active_;                            // workers inside a job, or about to look
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;  // threads 1, 2, ...
-};
-
-// One turn of a wait for another thread: pauses at first, then gives the core away, since on a
-// shared machine the thread waited for may need this very core.
-class Backoff {
- public:
-  void pause();
-
- private:
-  int turns_ = 0;
 };
 
 }  // namespace lk
