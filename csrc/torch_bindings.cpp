@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -30,31 +31,120 @@ lk::Scalar scalar_of(const Tensor& tensor, const char* name) {
   }
 }
 
-// A layer as engine.py has checked it: contiguous CPU tensors of the right dtype and shape.
-int64_t layer_create(const Tensor& w13, const Tensor& w2, const std::string& format,
-                     const std::string& activation, bool weight_on_input) {
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T>
+T* data_of(const OptionalTensor& tensor) {
+  return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+lk::Format format_of(const std::string& name, bool zero_points, bool act8) {
+  using lk::Format;
+  if (name == "bf16") return Format::kBf16;
+  if (name == "fp16") return Format::kFp16;
+  if (name == "fp8") return Format::kFp8;
+  if (name == "int8") return act8 ? Format::kInt8Act8 : Format::kInt8;
+  if (name == "mxfp4" || name == "nvfp4") return Format::kFp4;
+  if (name != "int4") fail("format is \"" + name + "\"");
+  if (zero_points) return act8 ? Format::kInt4ZeroAct8 : Format::kInt4Zero;
+  return act8 ? Format::kInt4Act8 : Format::kInt4;
+}
+
+lk::Activation activation_of(const std::string& name) {
+  using lk::Activation;
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "swigluoai") return Activation::kSwigluOai;
+  if (name != "relu2") fail("activation is \"" + name + "\"");
+  return Activation::kRelu2;
+}
+
+lk::ScaleType scale_type_of(const Tensor& scale) {
+  switch (scale.scalar_type()) {
+    case ScalarType::BFloat16:
+      return lk::ScaleType::kBf16;
+    case ScalarType::Half:
+      return lk::ScaleType::kFp16;
+    case ScalarType::Float:
+      return lk::ScaleType::kFloat;
+    case ScalarType::Byte:
+      return lk::ScaleType::kE8m0;
+    case ScalarType::Float8_e4m3fn:
+      return lk::ScaleType::kE4m3;
+    default:
+      fail("scales must be bfloat16, float16, float32, uint8 (e8m0) or float8_e4m3fn");
+  }
+}
+
+lk::Matrix matrix_of(const std::string& format, int64_t group_size, const Tensor& weights,
+                     int64_t parts, int64_t k, const OptionalTensor& scale,
+                     const OptionalTensor& zero, const OptionalTensor& global_scale,
+                     const OptionalTensor& bias) {
+  lk::Matrix m;
+  m.weights = static_cast<char*>(weights.mutable_data_ptr());
+  m.parts = parts;
+  m.rows = weights.size(1) / parts;
+  m.k = k;
+  m.row_bytes = weights.size(2) * static_cast<int64_t>(weights.element_size());
+  m.zero = data_of<uint8_t>(zero);
+  m.bias = data_of<float>(bias);
+  m.part_scale = data_of<float>(global_scale);
+  if (!scale) return m;
+  if (format == "fp8" && scale->dim() == 3) {
+    m.scale_type = lk::ScaleType::kFloatBlocks;
+    m.scale = data_of<char>(scale);
+    m.group = 128;
+  } else if (scale->dim() == 3) {
+    m.scale_type = scale_type_of(*scale);
+    m.scale = data_of<char>(scale);
+    // One group a row: rounded up to whole blocks of activations.
+    m.group = group_size < k ? group_size : (k + lk::kActBlock - 1) / lk::kActBlock * lk::kActBlock;
+  } else if (scale->dim() == 2) {
+    m.row_scale = data_of<float>(scale);
+  } else {
+    m.part_scale = data_of<float>(scale);
+    m.shared_part_scale = true;
+  }
+  return m;
+}
+
+// A layer as engine.py has checked it: contiguous CPU tensors of the right dtypes and shapes, which
+// it keeps alive.
+int64_t layer_create(const std::string& format, const std::string& activation,
+                     int64_t activation_bits, int64_t group_size, bool interleaved,
+                     double swiglu_alpha, double swiglu_limit, bool weight_on_input,
+                     const Tensor& w13, const Tensor& w2, const OptionalTensor& w13_scale,
+                     const OptionalTensor& w2_scale, const OptionalTensor& w13_zero,
+                     const OptionalTensor& w2_zero, const OptionalTensor& w13_global_scale,
+                     const OptionalTensor& w2_global_scale, const OptionalTensor& w13_bias,
+                     const OptionalTensor& w2_bias) {
   lk::LayerSpec layer;
-  layer.format = format == "bf16" ? lk::Format::kBf16 : lk::Format::kFp16;
-  layer.activation = activation == "silu"   ? lk::Activation::kSilu
-                     : activation == "gelu" ? lk::Activation::kGelu
-                                            : lk::Activation::kGeluTanh;
+  layer.format = format_of(format, w13_zero.has_value(), activation_bits == 8);
+  layer.activation = {activation_of(activation), static_cast<float>(swiglu_alpha),
+                      static_cast<float>(swiglu_limit)};
   layer.weight_on_input = weight_on_input;
+  const int64_t parts = lk::has_gate(layer.activation.kind) ? 2 : 1;
   layer.experts = w13.size(0);
-  layer.hidden = w13.size(2);
-  layer.intermediate = w2.size(2);
-  layer.w13 = w13.data_ptr();
-  layer.w2 = w2.data_ptr();
+  layer.hidden = w2.size(1);
+  layer.intermediate = w13.size(1) / parts;
+  layer.w13 = matrix_of(format, group_size, w13, parts, layer.hidden, w13_scale, w13_zero,
+                        w13_global_scale, w13_bias);
+  layer.w13.interleaved = interleaved;
+  layer.w2 = matrix_of(format, group_size, w2, 1, layer.intermediate, w2_scale, w2_zero,
+                       w2_global_scale, w2_bias);
   return lk::create_layer(layer);
 }
 
 void layer_destroy(int64_t handle) { lk::destroy_layer(handle); }
+void layer_restore(int64_t handle) { lk::restore_layer(handle); }
 
 Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
                     const Tensor& layer) {
   if (!x.is_cpu() || !topk_ids.is_cpu() || !topk_weights.is_cpu() || !layer.is_cpu()) {
     fail("expert_block takes CPU tensors");
   }
-  if (x.dim() != 2 || (x.size(1) > 1 && x.stride(1) != 1)) {
+  if (x.dim() != 2 || (x.size(0) > 0 && x.size(1) > 1 && x.stride(1) != 1)) {
     fail("x must be [tokens, hidden] with contiguous rows");
   }
   const int64_t tokens = x.size(0);
@@ -171,9 +261,13 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   // of a past process is baked into a cached graph.
   m.def("expert_block(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor layer) -> Tensor");
   m.def(
-      "layer_create(Tensor w13, Tensor w2, str format, str activation, bool weight_on_input) -> "
-      "int");
+      "layer_create(str format, str activation, int activation_bits, int group_size, "
+      "bool interleaved, float swiglu_alpha, float swiglu_limit, bool weight_on_input, "
+      "Tensor(a!) w13, Tensor(b!) w2, Tensor(c!)? w13_scale, Tensor(d!)? w2_scale, "
+      "Tensor(e!)? w13_zero, Tensor(f!)? w2_zero, Tensor? w13_global_scale, "
+      "Tensor? w2_global_scale, Tensor(g!)? w13_bias, Tensor(h!)? w2_bias) -> int");
   m.def("layer_destroy(int handle) -> ()");
+  m.def("layer_restore(int handle) -> ()");
   m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
   m.def(
       "configure(int threads, str binding, bool power_saving, int[] cpus, str topology, str isa) "
@@ -190,6 +284,7 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CPU, m) { m.impl("expert_block", TORCH_BOX(&exp
 STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("layer_create", TORCH_BOX(&layer_create));
   m.impl("layer_destroy", TORCH_BOX(&layer_destroy));
+  m.impl("layer_restore", TORCH_BOX(&layer_restore));
   m.impl("allocate", TORCH_BOX(&allocate));
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("info", TORCH_BOX(&info));

@@ -191,16 +191,25 @@ VARIABLES: tuple[Variable, ...] = (
         "LK_ISA",
         None,
         "the best the CPU has",
-        "portable, avx2 or avx512_bf16",
+        "portable, avx2, avx512, avx512_vnni or avx512_bf16",
         "Forces the engine's instruction set, for tests and bug reports. Environment only.",
-        parse_choice("portable", "avx2", "avx512_bf16"),
+        parse_choice("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
+    ),
+    Variable(
+        "LK_ACTIVATION_BITS",
+        None,
+        "8 for int8 experts, 16 for all others",
+        "16 or 8",
+        "8: int8 and int4 experts multiply activations rounded to 8 bits, in blocks of 32 with a"
+        " scale each, where the CPU has VNNI. 16: they never do. Environment only.",
+        parse_choice("16", "8"),
     ),
 )
 
 BY_KEY: Mapping[str, Variable] = {variable.key: variable for variable in VARIABLES}
 
-# Read before the configuration is (the switch) or by the C++ engine itself (the instruction set).
-ENVIRONMENT_ONLY = frozenset({"moe_numa_enabled", "lk_isa"})
+# Read before the configuration is (the switch) or by the engine itself, with or without vLLM.
+ENVIRONMENT_ONLY = frozenset({"moe_numa_enabled", "lk_isa", "lk_activation_bits"})
 
 
 def is_unset(value: object) -> bool:

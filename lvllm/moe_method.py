@@ -1,7 +1,7 @@
 """HybridMoEMethod: where a layer's batch of tokens is computed."""
 
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -10,12 +10,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from lvllm import engine, placement, startup
+from lvllm import placement, startup
 
 # vLLM shows the loggers below its own name only.
 logger = init_logger("vllm.plugins.lvllm")
 
-ACTIVATIONS = get_args(engine.Activation)
+# vLLM's names that mean the same in the engine. Its swigluoai interleaves gate and up, its relu2
+# has a gate: those need weights of their own and come with the checkpoints that have them.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 class HybridMoEMethod(FusedMoEMethodBase):

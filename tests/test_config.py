@@ -103,7 +103,8 @@ CPUS = len(os.sched_getaffinity(0))
         ("LK_POWER_SAVING", "yes", "0 or 1"),
         ("LVLLM_ENABLE_NUMA_INTERLEAVE", "1", "allowed is 0"),
         ("LVLLM_MOE_QUANT_ON_GPU", "1", "allowed is 0"),
-        ("LK_ISA", "avx9", "portable, avx2 or avx512_bf16"),
+        ("LK_ISA", "avx9", "portable, avx2, avx512, avx512_vnni or avx512_bf16"),
+        ("LK_ACTIVATION_BITS", "4", "16 or 8"),
     ],
 )
 def test_refusals_are_one_line_and_exit_code_1(

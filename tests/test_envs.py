@@ -53,6 +53,20 @@ def test_zero_switches_prefill_off_but_is_no_thread_count() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("lk_isa", ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")),
+        ("lk_activation_bits", ("16", "8")),
+    ],
+)
+def test_choices_are_the_ones_allowed(key: str, values: tuple[str, ...]) -> None:
+    variable = envs.BY_KEY[key]
+    assert [envs.parse(variable, value, key) for value in values] == list(values)
+    assert variable.allowed.replace(" or ", ", ").split(", ") == list(values)
+    assert key in envs.ENVIRONMENT_ONLY
+
+
+@pytest.mark.parametrize(
     ("name", "suggestion"),
     [("LVLLM_GPU_PREFTCH_WINDOW", "LVLLM_GPU_PREFETCH_WINDOW"), ("LK_THREDS", "LK_THREADS")],
 )

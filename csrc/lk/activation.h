@@ -1,4 +1,4 @@
-// Gated activations, as plain loops that the compiler vectorises for the set instructions.
+// Activations, 16 at a time.
 #pragma once
 
 #include "lk/kernels.h"
@@ -8,64 +8,94 @@ namespace lk::LK_ISA {
 
 // e^x with a relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. Inputs are cut
 // to where the result is a normal float.
-inline float exp_fast(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+inline F32x16 exp_fast(F32x16 x) {
+  x = min(max(x, -87.0f), 88.0f);
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-  const float shifted = x * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
+  const F32x16 shifted = fma(x, broadcast(1.44269504f), broadcast(12582912.0f));
+  const F32x16 n = shifted - 12582912.0f;
   // ln 2 in two parts, so that n * ln2 loses nothing.
-  float r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
+  F32x16 r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
   // Taylor's terms are enough here: |r| <= 0.347, the first one left out is r^8/40320 < 6e-9.
-  float p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return float_of(bits_of(p) + (bits_of(shifted) << 23));
+  F32x16 p = broadcast(1.0f / 5040);
+  p = fma(p, r, broadcast(1.0f / 720));
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  return scale_exponent(p, shifted);
 }
 
-inline float silu(float x) { return x / (1.0f + exp_fast(-x)); }
+inline F32x16 silu(F32x16 x) { return x / (exp_fast(x * -1.0f) + 1.0f); }
 
 // erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7.
-inline float gelu(float x) {
-  const float z = x * 0.70710678f;
-  const float a = z < 0.0f ? -z : z;
-  const float t = 1.0f / (1.0f + 0.3275911f * a);
-  float p = 1.061405429f;
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const float tail = p * t * exp_fast(-a * a);  // 1 - erf(a)
-  return 0.5f * x * (z < 0.0f ? tail : 2.0f - tail);
+inline F32x16 gelu(F32x16 x) {
+  const F32x16 z = x * 0.70710678f;
+  const F32x16 a = select_negative(z, z * -1.0f, z);
+  const F32x16 t = broadcast(1.0f) / fma(a, broadcast(0.3275911f), broadcast(1.0f));
+  F32x16 p = broadcast(1.061405429f);
+  p = fma(p, t, broadcast(-1.453152027f));
+  p = fma(p, t, broadcast(1.421413741f));
+  p = fma(p, t, broadcast(-0.284496736f));
+  p = fma(p, t, broadcast(0.254829592f));
+  const F32x16 tail = p * t * exp_fast(a * a * -1.0f);  // 1 - erf(a)
+  return x * 0.5f * select_negative(z, tail, broadcast(2.0f) - tail);
 }
 
 // x * (1 + tanh(u)) / 2 is x / (1 + e^(-2u)).
-inline float gelu_tanh(float x) {
-  const float u = 0.79788456f * (x + 0.044715f * x * x * x);
-  return x / (1.0f + exp_fast(-2.0f * u));
+inline F32x16 gelu_tanh(F32x16 x) {
+  const F32x16 u = fma(x * x * x, broadcast(0.044715f), x) * 0.79788456f;
+  return x / (exp_fast(u * -2.0f) + 1.0f);
 }
 
-template <class F, float (*kFunction)(float)>
-void activate_with(const float* gate, const float* up, int64_t n, void* out) {
-  auto* act = static_cast<typename F::Act*>(out);
-  for (int64_t i = 0; i < n; ++i) act[i] = F::to_act(kFunction(gate[i]) * up[i]);
+template <Activation kKind>
+F32x16 activate(const ActivationSpec& spec, F32x16 gate, F32x16 up) {
+  if constexpr (kKind == Activation::kSilu) return silu(gate) * up;
+  if constexpr (kKind == Activation::kGelu) return gelu(gate) * up;
+  if constexpr (kKind == Activation::kGeluTanh) return gelu_tanh(gate) * up;
+  if constexpr (kKind == Activation::kSwigluOai) {
+    // OpenAI's gpt-oss: both clamped, sigmoid(alpha * gate) for sigmoid(gate), and up + 1.
+    gate = min(gate, spec.limit);
+    up = max(min(up, spec.limit), -spec.limit);
+    return (up + 1.0f) * gate / (exp_fast(gate * -spec.alpha) + 1.0f);
+  }
+  if constexpr (kKind == Activation::kRelu2) {
+    up = max(up, 0.0f);
+    return up * up;
+  }
 }
 
-template <class F>
-void activate(Activation activation, const float* gate, const float* up, int64_t n, void* act) {
-  switch (activation) {
+template <Activation kKind>
+void activate_rows(const ActivationSpec& spec, const float* gate, const float* up, int64_t n,
+                   float* out) {
+  if (!has_gate(kKind)) gate = up;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(out + i, activate<kKind>(spec, load(gate + i), load(up + i)));
+  }
+  if (i == n) return;
+  float last[2][kLanes] = {};
+  std::memcpy(last[0], gate + i, (n - i) * sizeof(float));
+  std::memcpy(last[1], up + i, (n - i) * sizeof(float));
+  store(last[0], activate<kKind>(spec, load(last[0]), load(last[1])));
+  std::memcpy(out + i, last[0], (n - i) * sizeof(float));
+}
+
+inline void activate(const ActivationSpec& spec, const float* gate, const float* up, int64_t n,
+                     float* out) {
+  switch (spec.kind) {
     case Activation::kSilu:
-      return activate_with<F, silu>(gate, up, n, act);
+      return activate_rows<Activation::kSilu>(spec, gate, up, n, out);
     case Activation::kGelu:
-      return activate_with<F, gelu>(gate, up, n, act);
+      return activate_rows<Activation::kGelu>(spec, gate, up, n, out);
     case Activation::kGeluTanh:
-      return activate_with<F, gelu_tanh>(gate, up, n, act);
+      return activate_rows<Activation::kGeluTanh>(spec, gate, up, n, out);
+    case Activation::kSwigluOai:
+      return activate_rows<Activation::kSwigluOai>(spec, gate, up, n, out);
+    case Activation::kRelu2:
+      return activate_rows<Activation::kRelu2>(spec, gate, up, n, out);
   }
 }
 

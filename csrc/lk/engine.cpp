@@ -57,6 +57,16 @@ ThreadPool& ready(Engine& e) {
   return *e.pool;
 }
 
+// The caller holds the mutex.
+const LayerSpec& layer_of(const Engine& e, int64_t handle) {
+  const auto found = e.layers.find(handle);
+  if (found == e.layers.end()) {
+    throw std::invalid_argument("layer handle " + std::to_string(handle) +
+                                " names no expert layer; was it released?");
+  }
+  return found->second;
+}
+
 }  // namespace
 
 void configure(const EngineOptions& options) {
@@ -88,7 +98,7 @@ EngineInfo engine_info() {
 int64_t create_layer(const LayerSpec& layer) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  ready(e);
+  order_layer(layer, ready(e));
   e.layers.emplace(e.next_handle, layer);
   return e.next_handle++;
 }
@@ -99,15 +109,17 @@ void destroy_layer(int64_t handle) {
   e.layers.erase(handle);
 }
 
+void restore_layer(int64_t handle) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  restore_layer(layer_of(e, handle), ready(e));
+  e.layers.erase(handle);
+}
+
 void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  const auto found = e.layers.find(handle);
-  if (found == e.layers.end()) {
-    throw std::invalid_argument("layer handle " + std::to_string(handle) +
-                                " names no expert layer; was it destroyed?");
-  }
-  const LayerSpec& layer = found->second;
+  const LayerSpec& layer = layer_of(e, handle);
   if (hidden != layer.hidden) {
     throw std::invalid_argument("x has rows of " + std::to_string(hidden) +
                                 " elements, the layer's hidden size is " +
@@ -117,14 +129,15 @@ void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
 }
 
 void* allocate_bank(const RowLayout& layout) {
-  void* memory = allocate(layout.bytes());
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
   ThreadPool& pool = ready(e);
   const PoolPlan& plan = pool.plan();
   // On one node pages come as the loader writes them: what is resident is what has been loaded.
-  if (plan.nodes.size() == 1 || !e.options.topology.empty()) return memory;
-  const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, kHugePage);
+  if (plan.nodes.size() == 1 || !e.options.topology.empty()) return allocate(layout.bytes());
+  const int64_t page = placement_page(layout, plan.node_workers);
+  void* memory = allocate(layout.bytes(), page);
+  const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, page);
   std::atomic<size_t> next{0};
   auto job = [&](int) {
     for (size_t i = next++; i < extents.size(); i = next++) {

@@ -34,9 +34,12 @@ void configure(const EngineOptions& options);
 Topology engine_topology();
 EngineInfo engine_info();
 
-// A number other than 0 that names the layer until it is destroyed. Weights stay the caller's.
+// A number other than 0 that names the layer until it is destroyed. Its weights come row-major, are
+// put into the kernels' order in place, and stay the caller's.
 int64_t create_layer(const LayerSpec& layer);
 void destroy_layer(int64_t handle);
+// Destroys the layer and puts its weights back into row-major order.
+void restore_layer(int64_t handle);
 
 // y of the batch; hidden is the x row length that the caller has, checked against the layer's.
 void run_layer(int64_t handle, const Batch& batch, int64_t hidden);

@@ -3,58 +3,130 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
+
+#include "lk/tiles.h"
 
 namespace lk {
 
-enum class Format { kBf16, kFp16 };
-enum class Activation { kSilu, kGelu, kGeluTanh };
+// How the weights of a matrix are stored, and whether activations meet them as 8-bit integers.
+enum class Format {
+  kBf16,
+  kFp16,
+  kFp8,       // e4m3fn
+  kInt8,      // two's complement
+  kInt8Act8,  // the same, activations quantised to 8 bits
+  kInt4,      // value + 8, two a byte, even K in the low nibble
+  kInt4Act8,  //
+  kInt4Zero,  // value + a zero point for each group
+  kInt4ZeroAct8,
+  kFp4,  // e2m1
+};
+constexpr int kFormats = static_cast<int>(Format::kFp4) + 1;
+
+// Weights along K in the four bytes of a unit.
+constexpr int unit_weights(Format format) {
+  return format <= Format::kFp16 ? 2 : format <= Format::kInt8Act8 ? 4 : 8;
+}
+
+enum class ScaleType { kNone, kBf16, kFp16, kFloat, kE8m0, kE4m3, kFloatBlocks };
+
+enum class Activation { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2 };
+struct ActivationSpec {
+  Activation kind = Activation::kSilu;
+  float alpha = 1.702f;  // of kSwigluOai
+  float limit = 7.0f;    // of kSwigluOai
+};
+constexpr bool has_gate(Activation activation) { return activation != Activation::kRelu2; }
+
 enum class Scalar { kBf16, kFp16 };  // element type of x and of the output
 
-// Dot products of consecutive weight rows with some rows of activations:
-// out[t][r] = sum over k of weights[r][k] * acts[t][k], summed in an order that depends on k alone.
-// So a token's result does not depend on the tokens beside it, nor on how rows are divided.
+// Activations are packed in blocks of 32, in zeros up to whole ones. Where they are quantised, a
+// block shares a scale, or two blocks do (kWideActBlockLog2).
+constexpr int kActBlockLog2 = 5;
+constexpr int kWideActBlockLog2 = 6;
+constexpr int64_t kActBlock = int64_t{1} << kActBlockLog2;
+
+// Dot products of the rows of (a part of) one tile with some rows of activations:
+// out[t * kTileRows + r] = sum over k of weights[r][k] * scale[r][k / group] * acts[t][k], summed
+// in an order that depends on k alone. So a token's result does not depend on the tokens beside it,
+// nor on how rows are divided.
 struct MatmulArgs {
-  const void* weights;  // first row; rows are contiguous, row_bytes apart
-  const void* next;     // what this thread reads next, to be prefetched; may be null
-  int64_t row_bytes;
-  int64_t rows;
-  int64_t k;
-  const void* const* acts;  // one pointer a token, to k activations and zeros up to padded(k)
-  float* const* out;        // one pointer a token
-  int64_t tokens;
+  const char* tile = nullptr;  // see tiles.h
+  const char* next =
+      nullptr;  // the tile that this thread reads next, to be prefetched; may be null
+  int64_t tile_rows = 0;
+  int64_t first_row = 0;  // of the tile; a multiple of kLanes
+  int64_t rows = 0;
+  int64_t k = 0;
+  int64_t row_bytes = 0;
+  // Group scales: element [k / group][row] of the tile. kFloatBlocks: element [k / group] for rows
+  // before block_end, of the second array after it.
+  ScaleType scale_type = ScaleType::kNone;
+  const void* scale = nullptr;
+  const float* next_block_scale = nullptr;
+  int64_t block_end = kTileRows;
+  int64_t group = 0;                   // 0: no group scales
+  const uint8_t* zero = nullptr;       // as scale; only of the formats with zero points
+  const void* const* acts = nullptr;   // one packed row a token
+  int act_block_log2 = kActBlockLog2;  // as they were packed
+  int64_t tokens = 0;
+  float* out = nullptr;     // [tokens][kTileRows]
+  char* scratch = nullptr;  // scratch_bytes(tokens), on a cache line
 };
 
+// Scratch of a matmul: sums that wait for the rest of their group, and one block of unpacked
+// weights with its scales.
+constexpr int64_t kUnpackedBytes = 64 * kTileRows * 4;
+constexpr int64_t kScaleRowsBytes = 18 * kTileRows * 4;
+constexpr int64_t scratch_bytes(int64_t tokens) {
+  return kUnpackedBytes + kScaleRowsBytes + tokens * kTileRows * 4;
+}
+
 struct FormatKernels {
-  int act_bytes;  // bytes of one activation: 2 if the instruction set multiplies bf16, else 4
-                  // (float)
+  // Bytes of one packed row of k activations.
+  int64_t (*act_row_bytes)(int64_t k);
+  // Packs activations [at, at + n) of a row of k. `at` is a multiple of 2^block_log2, and n too
+  // unless the row ends there. Formats that quantise them do it in blocks of that size.
+  void (*pack)(const float* values, int64_t n, int64_t at, int64_t k, int block_log2, void* row);
   void (*matmul)(const MatmulArgs& args);
-  // act[i] = x[i] * scale for i < n, then zeros up to padded(n).
-  void (*pack)(const void* x, Scalar type, int64_t n, float scale, void* act);
-  // act[i] = activation(gate[i]) * up[i] for i < n.
-  void (*activate)(Activation activation, const float* gate, const float* up, int64_t n, void* act);
+};
+
+// What is left to do to a row of sums: out[i] = in[i] * row_scale[i] * scale + bias[i].
+struct Epilogue {
+  const float* row_scale = nullptr;  // may be null
+  float scale = 1.0f;
+  const float* bias = nullptr;  // may be null
 };
 
 struct Kernels {
   const char* isa;
-  FormatKernels bf16;
-  FormatKernels fp16;
+  FormatKernels formats[kFormats];
+  // values[i] = x[i] as float.
+  void (*widen)(const void* x, Scalar type, int64_t n, float* values);
+  void (*finish)(const Epilogue& epilogue, int64_t n, const float* in, float* out);
+  // out[i] = activation(gate[i]) * up[i]; gate is not read if the activation has none.
+  void (*activate)(const ActivationSpec& spec, const float* gate, const float* up, int64_t n,
+                   float* out);
   // out[h] = sum over j of weights[j] * rows[j * stride + h], in the order of j, skipping ids < 0.
   void (*combine)(const float* rows, int64_t stride, const float* weights, const int32_t* ids,
                   int topk, int64_t n, Scalar type, void* out);
 
-  const FormatKernels& of(Format format) const { return format == Format::kBf16 ? bf16 : fp16; }
+  const FormatKernels& of(Format format) const { return formats[static_cast<int>(format)]; }
 };
-
-// Activation rows are padded with zeros to whole vectors.
-constexpr int64_t kActPadding = 32;
-constexpr int64_t padded(int64_t n) { return (n + kActPadding - 1) / kActPadding * kActPadding; }
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
-const Kernels& avx512_bf16_kernels();
+const Kernels& avx512_kernels();       // F, BW, DQ, VL: Intel since Skylake-X
+const Kernels& avx512_vnni_kernels();  // and VNNI: Intel since Cascade Lake
+const Kernels& avx512_bf16_kernels();  // and BF16 and VBMI: AMD since Zen 4, Intel since Sapphire
+                                       // Rapids
 
-// The kernels named "portable", "avx2" or "avx512_bf16", or the best that this CPU runs if `isa` is
-// empty. Throws std::invalid_argument for another name or one this CPU cannot run.
+// The names of those that this CPU runs, the best one last.
+std::vector<std::string> available_kernels();
+
+// The kernels of that name, or the best that this CPU runs if `isa` is empty. Throws
+// std::invalid_argument for another name or one this CPU cannot run.
 const Kernels& choose_kernels(const std::string& isa);
 
 }  // namespace lk

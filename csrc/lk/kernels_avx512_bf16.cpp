@@ -1,20 +1,13 @@
-// AVX-512 with BF16: AMD since Zen 4, Intel since Cooper Lake and Sapphire Rapids.
+// AVX-512 with VNNI, BF16 and VBMI: AMD since Zen 4, Intel since Sapphire Rapids.
 #define LK_ISA avx512_bf16
-#include "lk/activation.h"
-#include "lk/formats/bf16.h"
-#include "lk/formats/fp16.h"
-#include "lk/matmul.h"
+#include "lk/kernels_table.h"
 
 namespace lk {
 
 const Kernels& avx512_bf16_kernels() {
-  using namespace avx512_bf16;
-  // 4 x 6 accumulators and 4 rows of weights: 28 of 32 registers.
-  static constexpr Kernels kKernels{
-      "avx512_bf16",
-      {sizeof(Bf16::Act), matmul<Bf16, 4, 6>, pack<Bf16>, activate<Bf16>},
-      {sizeof(Fp16::Act), matmul<Fp16, 2, 6>, pack<Fp16>, activate<Fp16>},
-      combine};
+  // 20 or 24 sums of 32 registers; the rest hold weights.
+  static constexpr Kernels kKernels =
+      avx512_bf16::kernels_table<avx512_bf16::Registers{4, 5, 4, 6, 2}>("avx512_bf16");
   return kKernels;
 }
 

@@ -4,25 +4,25 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <random>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <tuple>
 #include <vector>
 
-#define LK_ISA test_reference
-#include "lk/simd.h"
+#include "lk/test_values.h"
+#include "lk/tiles.h"
 
 namespace lk {
 namespace {
 
-using test_reference::bf16_to_float;
-using test_reference::float_of;
-using test_reference::float_to_bf16;
-using test_reference::float_to_fp16;
-using test_reference::fp16_to_float;
+using namespace test_values;
 
 TEST(Conversions, Bf16RoundsToNearestEven) {
   EXPECT_EQ(float_to_bf16(1.0f), 0x3f80);
   EXPECT_EQ(float_to_bf16(float_of(0x3f808000)), 0x3f80);  // a tie goes to the even neighbour
   EXPECT_EQ(float_to_bf16(float_of(0x3f818000)), 0x3f82);
+  EXPECT_EQ(float_to_bf16(float_of(0x3f818001)), 0x3f82);
   EXPECT_EQ(float_to_bf16(float_of(0x3f808001)), 0x3f81);
   EXPECT_EQ(float_to_bf16(INFINITY), 0x7f80);
   EXPECT_TRUE(std::isnan(bf16_to_float(float_to_bf16(float_of(0x7f800001)))));
@@ -33,16 +33,13 @@ TEST(Conversions, Fp16ThereAndBack) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const auto half = static_cast<uint16_t>(bits);
     const float value = fp16_to_float(half);
-    const int exponent = half >> 10 & 31;
-    const int fraction = half & 1023;
-    if (exponent == 31) {
-      EXPECT_TRUE(fraction ? std::isnan(value) : std::isinf(value));
-      EXPECT_EQ(std::isnan(fp16_to_float(float_to_fp16(value))), fraction != 0);
+    if ((half & 0x7c00) == 0x7c00) {
+      const bool nan = (half & 1023) != 0;
+      EXPECT_TRUE(nan ? std::isnan(value) : std::isinf(value));
+      EXPECT_EQ(std::isnan(fp16_to_float(float_to_fp16(value))), nan);
       continue;
     }
-    const double want =
-        std::ldexp(exponent ? 1024 + fraction : fraction, (exponent ? exponent : 1) - 25);
-    EXPECT_EQ(value, static_cast<float>(half & 0x8000 ? -want : want));
+    EXPECT_EQ(value, static_cast<float>(small_float(half, 5, 10, 15)));
     EXPECT_EQ(float_to_fp16(value), half);
     if (half < 0x7bff) {
       const float middle = (value + fp16_to_float(static_cast<uint16_t>(half + 1))) / 2;
@@ -54,159 +51,525 @@ TEST(Conversions, Fp16ThereAndBack) {
   EXPECT_EQ(float_to_fp16(-1e-30f), 0x8000);
 }
 
-struct KernelCase {
-  std::string isa;
-  Format format;
+// Group scales of a product: whole_row stands for one group, as long as a row is when padded.
+struct Scales {
+  ScaleType type = ScaleType::kNone;
+  int64_t group = 0;
 };
+constexpr int64_t kWholeRow = -1;
 
-void PrintTo(const KernelCase& c, std::ostream* out) {
-  *out << c.isa << (c.format == Format::kBf16 ? " bf16" : " fp16");
+std::vector<Scales> scales_of(Format format) {
+  std::vector<Scales> all;
+  if (format == Format::kFp4) return {{ScaleType::kE8m0, 32}, {ScaleType::kE4m3, 16}};
+  if (!has_zero_points(format)) all.push_back({});
+  if (format == Format::kFp8) all.push_back({ScaleType::kFloatBlocks, 128});
+  if (is_int4(format)) {
+    for (int64_t group : {int64_t{32}, int64_t{64}, int64_t{128}, kWholeRow}) {
+      for (ScaleType type : {ScaleType::kBf16, ScaleType::kFp16, ScaleType::kFloat}) {
+        all.push_back({type, group});
+      }
+    }
+  }
+  return all;
 }
 
-class Kernel : public testing::TestWithParam<KernelCase> {
+// Rows of a tile.
+struct Range {
+  int64_t tile_rows;
+  int64_t first;
+  int64_t rows;
+};
+
+// An activation as a format meets it on an instruction set: as float, bf16 or in blocks of bytes.
+std::vector<double> rounded(const std::string& isa, Format format, size_t block,
+                            const std::vector<float>& x) {
+  std::vector<double> values(x.begin(), x.end());
+  const bool bf16 = isa == "avx512_bf16";
+  if (is_act8(format) && (bf16 || isa == "avx512_vnni")) {
+    for (size_t begin = 0; begin < x.size(); begin += block) {
+      const size_t end = std::min(begin + block, x.size());
+      float largest = 0;
+      for (size_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(x[i]));
+      const float inverse = largest > 0 ? 127 / largest : 0;
+      for (size_t i = begin; i < end; ++i) {
+        values[i] = double{largest / 127} * std::nearbyint(x[i] * inverse);
+      }
+    }
+  } else if (bf16 && format != Format::kFp16) {
+    for (double& value : values) value = bf16_to_float(float_to_bf16(static_cast<float>(value)));
+  }
+  return values;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// A tile of weights with its scales and some tokens, all in memory that ends where it must.
+class Product {
+ public:
+  Product(const Kernels& kernels, Format format, int64_t tile_rows, int64_t k, int64_t tokens,
+          Scales scales, int64_t block_end, Random& random)
+      : kernels_(kernels),
+        format_(format),
+        tile_rows_(tile_rows),
+        k_(k),
+        scale_type_(scales.type),
+        group_(scales.group == kWholeRow ? (k + 31) / 32 * 32 : scales.group),
+        // Wide blocks wherever no group ends in the middle of one, now and then.
+        block_log2_(group_ % 64 == 0 && random_below(random, 2) ? kWideActBlockLog2
+                                                                : kActBlockLog2),
+        block_end_(block_end) {
+    const int64_t groups = group_ == 0 ? 0 : (k + group_ - 1) / group_;
+    const bool blocks = scales.type == ScaleType::kFloatBlocks;
+    weights = random_weights(format, tile_rows, k, random);
+    scale_ = random_scales(scales.type, blocks ? groups : tile_rows * groups, random);
+    if (blocks) next_scale_ = random_scales(scales.type, groups, random);
+    if (has_zero_points(format)) {
+      for (int64_t i = 0; i < tile_rows * groups; ++i) zero_.push_back(random_below(random, 16));
+    }
+    for (int64_t t = 0; t < tokens; ++t) set_token(t, random_floats(k, random));
+    order();
+  }
+
+  void set_token(int64_t token, const std::vector<float>& x) {
+    const int64_t count = std::max<int64_t>(token + 1, acts_.size());
+    acts_.resize(count);
+    x_.resize(count);
+    x_[token] = x;
+    // All ones are NaN as float and as bf16: what is not written would be noticed.
+    acts_[token].assign(format().act_row_bytes(k_), -1);
+    format().pack(x.data(), k_, 0, k_, block_log2_, acts_[token].data());
+  }
+
+  // To be called when row-major `weights` have changed.
+  void order() {
+    tile_ = weights;
+    turn(tile_.data(), row_bytes(format_, k_), kUnitBytes);
+    if (group_ == 0) return;
+    const int64_t groups = (k_ + group_ - 1) / group_;
+    ordered_scale_ = scale_;
+    ordered_zero_ = zero_;
+    if (scale_type_ != ScaleType::kFloatBlocks) {
+      turn(ordered_scale_.data(), groups * bytes_of(scale_type_), bytes_of(scale_type_));
+    }
+    if (!zero_.empty()) turn(reinterpret_cast<char*>(ordered_zero_.data()), groups, 1);
+  }
+
+  // [tokens][kTileRows], NaN where nothing was written.
+  std::vector<float> run(int64_t first, int64_t rows, int64_t token, int64_t tokens) const {
+    std::vector<const void*> acts;
+    for (int64_t t = 0; t < tokens; ++t) acts.push_back(acts_[token + t].data());
+    std::vector<float> out(tokens * kTileRows, NAN);
+    const std::unique_ptr<char, Free> scratch(
+        static_cast<char*>(std::aligned_alloc(64, scratch_bytes(tokens))));
+    std::memset(scratch.get(), -1, scratch_bytes(tokens));
+    MatmulArgs args;
+    args.tile = tile_.data();
+    args.next = tokens % 2 ? tile_.data() : nullptr;
+    args.tile_rows = tile_rows_;
+    args.first_row = first;
+    args.rows = rows;
+    args.k = k_;
+    args.row_bytes = row_bytes(format_, k_);
+    args.scale_type = scale_type_;
+    args.group = group_;
+    if (scale_type_ == ScaleType::kFloatBlocks) {
+      args.scale = first < block_end_ ? scale_.data() : next_scale_.data();
+      args.next_block_scale = reinterpret_cast<const float*>(next_scale_.data());
+      const int64_t end = block_end_ - first;
+      args.block_end = end > 0 && end < rows ? end : kTileRows;
+    } else if (group_ != 0) {
+      args.scale = ordered_scale_.data() + first * bytes_of(scale_type_);
+      if (!zero_.empty()) args.zero = ordered_zero_.data() + first;
+    }
+    args.act_block_log2 = block_log2_;
+    args.acts = acts.data();
+    args.tokens = tokens;
+    args.out = out.data();
+    args.scratch = scratch.get();
+    format().matmul(args);
+    return out;
+  }
+
+  // Sums of all rows in double precision, and of their terms' sizes; both [tokens][tile_rows].
+  void reference(std::vector<double>* sums, std::vector<double>* sizes) const {
+    const int64_t tokens = x_.size();
+    sums->assign(tokens * tile_rows_, 0.0);
+    sizes->assign(tokens * tile_rows_, 0.0);
+    std::vector<double> w(k_ * tile_rows_);  // [k][row]
+    std::vector<double> off(zero_.empty() ? 0 : w.size());
+    const int64_t groups = group_ == 0 ? 0 : (k_ + group_ - 1) / group_;
+    for (int64_t r = 0; r < tile_rows_; ++r) {
+      const char* row = weights.data() + r * row_bytes(format_, k_);
+      for (int64_t i = 0; i < k_; ++i) {
+        const int64_t group = group_ == 0 ? 0 : i / group_;
+        double scale = 1;
+        if (scale_type_ == ScaleType::kFloatBlocks) {
+          scale = element<float>((r < block_end_ ? scale_ : next_scale_).data(), group);
+        } else if (group_ != 0) {
+          scale = scale_value(scale_type_, scale_.data(), r * groups + group);
+        }
+        w[i * tile_rows_ + r] = scale * code_value(format_, get_code(format_, row, i));
+        if (!zero_.empty()) off[i * tile_rows_ + r] = scale * (zero_[r * groups + group] - 8);
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      const std::vector<double> x = rounded(kernels_.isa, format_, size_t{1} << block_log2_, x_[t]);
+      double* sum = sums->data() + t * tile_rows_;
+      double* size = sizes->data() + t * tile_rows_;
+      for (int64_t i = 0; i < k_; ++i) {
+        const double* weight = w.data() + i * tile_rows_;
+        for (int64_t r = 0; r < tile_rows_; ++r) {
+          const double term = weight[r] * x[i];
+          sum[r] += term;
+          size[r] += std::abs(term);
+        }
+        for (int64_t r = 0; r < tile_rows_ && !off.empty(); ++r) {
+          const double term = off[i * tile_rows_ + r] * x[i];
+          sum[r] -= term;
+          size[r] += std::abs(term);
+        }
+      }
+    }
+  }
+
+  std::vector<char> weights;  // row-major
+
+ private:
+  const FormatKernels& format() const { return kernels_.of(format_); }
+  void turn(char* rows, int64_t bytes, int64_t unit) const {
+    std::vector<char> buffer(tile_rows_ * bytes);
+    tile_in_place(rows, tile_rows_, bytes, unit, buffer.data());
+  }
+
+  const Kernels& kernels_;
+  const Format format_;
+  const int64_t tile_rows_;
+  const int64_t k_;
+  const ScaleType scale_type_;
+  const int64_t group_;
+  const int block_log2_;  // of activations
+  const int64_t block_end_;
+  std::vector<char> tile_, scale_, next_scale_, ordered_scale_;
+  std::vector<uint8_t> zero_, ordered_zero_;
+  std::vector<std::vector<float>> x_;
+  std::vector<std::vector<char>> acts_;
+};
+
+using Case = std::tuple<std::string, Format>;
+
+std::string case_name(const testing::TestParamInfo<Case>& info) {
+  return std::get<0>(info.param) + "_" + name_of(std::get<1>(info.param));
+}
+
+class Matmul : public testing::TestWithParam<Case> {
  protected:
-  void SetUp() override {
-    try {
-      kernels_ = &choose_kernels(GetParam().isa);
-    } catch (const std::invalid_argument& error) {
-      GTEST_SKIP() << error.what();
+  const Kernels& kernels() const { return choose_kernels(std::get<0>(GetParam())); }
+  Format format() const { return std::get<1>(GetParam()); }
+
+  // The product of some rows against the reference; the same bits for a token alone and for rows
+  // among others.
+  void check(const Range& range, int64_t k, int64_t tokens, Scales scales, int64_t block_end) {
+    SCOPED_TRACE(testing::Message() << "k " << k << ", rows " << range.first << "+" << range.rows
+                                    << " of " << range.tile_rows << ", tokens " << tokens
+                                    << ", scales " << static_cast<int>(scales.type) << " per "
+                                    << scales.group << ", block end " << block_end);
+    const Product product(kernels(), format(), range.tile_rows, k, tokens, scales, block_end,
+                          random_);
+    const std::vector<float> out = product.run(range.first, range.rows, 0, tokens);
+    const std::vector<float> whole = product.run(0, range.tile_rows, 0, tokens);
+    std::vector<double> want, size;
+    product.reference(&want, &size);
+    int wrong = 0;
+    for (int64_t t = 0; t < tokens && wrong < 3; ++t) {
+      for (int64_t r = 0; r < range.rows && wrong < 3; ++r) {
+        const int64_t at = t * range.tile_rows + range.first + r;
+        const float got = out[t * kTileRows + r];
+        if (!(std::abs(got - want[at]) <= 1e-5 * size[at] + 1e-30)) {
+          ADD_FAILURE() << "token " << t << ", row " << r << " is " << got << ", not " << want[at];
+          ++wrong;
+        }
+      }
+      if (!same_bits(out, t, 0, whole, t, range.first, range.rows)) {
+        ADD_FAILURE() << "token " << t << " has other bits in the whole tile";
+        ++wrong;
+      }
+    }
+    for (int64_t t : {int64_t{0}, tokens / 2, tokens - 1}) {
+      const std::vector<float> alone = product.run(range.first, range.rows, t, 1);
+      EXPECT_TRUE(same_bits(out, t, 0, alone, 0, 0, range.rows)) << "token " << t << " alone";
     }
   }
-  const FormatKernels& format() const { return kernels_->of(GetParam().format); }
-  bool bf16_acts() const { return format().act_bytes == 2; }
-  uint16_t encode(float value) const {
-    return GetParam().format == Format::kBf16 ? float_to_bf16(value) : float_to_fp16(value);
-  }
-  float decode(uint16_t value) const {
-    return GetParam().format == Format::kBf16 ? bf16_to_float(value) : fp16_to_float(value);
-  }
-  float act(const std::vector<char>& row, int64_t i) const {
-    return bf16_acts() ? bf16_to_float(reinterpret_cast<const uint16_t*>(row.data())[i])
-                       : reinterpret_cast<const float*>(row.data())[i];
-  }
-  std::vector<char> act_row(int64_t k) const {
-    return std::vector<char>(padded(k) * format().act_bytes, 0x7f);
+
+  static bool same_bits(const std::vector<float>& a, int64_t a_token, int64_t a_row,
+                        const std::vector<float>& b, int64_t b_token, int64_t b_row, int64_t rows) {
+    return std::memcmp(a.data() + a_token * kTileRows + a_row,
+                       b.data() + b_token * kTileRows + b_row, rows * sizeof(float)) == 0;
   }
 
-  const Kernels* kernels_ = nullptr;
-  std::mt19937 random_{1};
-  std::normal_distribution<float> normal_;
+  Random random_{1};
 };
 
-// All sizes of tiles and tails, each with weights that end where their memory does, and the same
-// bits for a token alone and among others, for a row alone and among others.
-TEST_P(Kernel, Matmul) {
-  for (int64_t k : {1, 15, 16, 17, 31, 32, 33, 64, 95, 100, 768, 2047}) {
-    for (int64_t rows : {1, 3, 4, 9}) {
-      for (int64_t tokens : {1, 2, 3, 5, 6, 7, 13, 48}) {
-        std::vector<uint16_t> weights(rows * k);
-        for (auto& w : weights) w = encode(normal_(random_));
-        std::vector<std::vector<char>> acts;
-        std::vector<const void*> act_rows;
-        std::vector<std::vector<float>> out(tokens, std::vector<float>(rows, NAN));
-        std::vector<float*> out_rows;
-        for (int64_t t = 0; t < tokens; ++t) {
-          std::vector<uint16_t> x(k);
-          for (auto& value : x) value = float_to_bf16(normal_(random_));
-          acts.push_back(act_row(k));
-          format().pack(x.data(), Scalar::kBf16, k, 1.0f, acts.back().data());
+// Tails of K, ragged tiles and every split of tokens over passes. The lists have no common divisor,
+// so that each size of one list meets each of another.
+TEST_P(Matmul, Sizes) {
+  constexpr int64_t kSizes[] = {1, 2, 3, 7, 31, 32, 33, 64, 100, 258, 2047};
+  constexpr Range kRanges[] = {{64, 0, 64}, {64, 32, 32}, {45, 0, 45},  {45, 32, 13},
+                               {13, 0, 13}, {1, 0, 1},    {64, 16, 47}, {32, 0, 32}};
+  constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 16, 18, 24, 40, 200};
+  constexpr int64_t kBlockEnds[] = {kTileRows, 28, 1, 40, 63};
+  const std::vector<Scales> scales = scales_of(format());
+  for (int64_t i = 0; i < 11 * 13; ++i) {
+    const bool even = code_bits(format()) == 4;
+    const int64_t k = kSizes[i % 11];
+    check(kRanges[i % 8], even ? (k + 1) / 2 * 2 : k, kTokens[i % 13],
+          scales[(i + i / 13) % scales.size()], kBlockEnds[i % 5]);
+    if (HasFailure()) return;
+  }
+}
+
+TEST_P(Matmul, AnyNumberOfRows) {
+  const std::vector<Scales> scales = scales_of(format());
+  for (int64_t rows = 1; rows <= kTileRows; ++rows) {
+    check({rows, 0, rows}, 46, rows % 2 ? 17 : 3, scales[rows % scales.size()], rows / 2 + 1);
+    if (HasFailure()) return;
+  }
+}
+
+// All codes there are, at each place in a unit.
+TEST_P(Matmul, Codes) {
+  const int64_t k = unit_weights(format());
+  const Scales scales = has_zero_points(format()) ? Scales{ScaleType::kFloat, 32} : Scales{};
+  Product product(kernels(), format(), kTileRows, k, 0, scales, kTileRows, random_);
+  product.set_token(0, std::vector<float>(k, 1.0f));
+  // What the group scale and the zero point make of a weight of 0 and of one of 1.
+  const auto fill = [&](uint32_t code) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      for (int64_t i = 0; i < k; ++i) {
+        set_code(format(), product.weights.data() + r * row_bytes(format(), k), i, code);
+      }
+    }
+    product.order();
+    return product.run(0, kTileRows, 0, 1);
+  };
+  std::vector<float> base(kTileRows, 0.0f);
+  std::vector<float> slope(kTileRows, 1.0f);
+  const uint32_t zero = is_int4(format()) ? 8 : 0;
+  if (has_zero_points(format())) {
+    base = fill(zero);
+    slope = fill(zero + 1);
+    for (int64_t r = 0; r < kTileRows; ++r) slope[r] = (slope[r] - base[r]) / k;
+  }
+  fill(zero);
+  for (int64_t place = 0; place < k; ++place) {
+    for (uint32_t first = 0; first < 1u << code_bits(format()); first += kTileRows) {
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        set_code(format(), product.weights.data() + r * row_bytes(format(), k), place,
+                 (first + r) & ((1u << code_bits(format())) - 1));
+      }
+      product.order();
+      const std::vector<float> out = product.run(0, kTileRows, 0, 1);
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const uint32_t code = (first + r) & ((1u << code_bits(format())) - 1);
+        const double want = code_value(format(), code);
+        const float got = out[r];
+        // vdpbf16ps takes subnormal numbers for zeros.
+        if (format() == Format::kBf16 && std::abs(want) < 0x1p-126 && got == 0) continue;
+        const double bound = 1e-5 * std::abs(want) + (zero == 8 ? 1e-4 : 0);
+        const bool right = std::isnan(want)   ? std::isnan(got)
+                           : std::isinf(want) ? got == want
+                                              : std::abs(base[r] + slope[r] * want - got) <= bound;
+        ASSERT_TRUE(right) << "code " << code << " at " << place << " is " << got << ", not "
+                           << want;
+      }
+    }
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      set_code(format(), product.weights.data() + r * row_bytes(format(), k), place, zero);
+    }
+  }
+}
+
+// Rows are packed in pieces by those who make them.
+TEST_P(Matmul, PackInPieces) {
+  const FormatKernels& kernel = kernels().of(format());
+  for (int64_t k : {1, 31, 32, 77, 300}) {
+    const std::vector<float> x = random_floats(k, random_);
+    for (int log2 : {kActBlockLog2, kWideActBlockLog2}) {
+      // Bytes that pad a row to cache lines are nobody's.
+      std::vector<char> at_once(kernel.act_row_bytes(k), 0);
+      std::vector<char> in_pieces = at_once;
+      kernel.pack(x.data(), k, 0, k, log2, at_once.data());
+      for (int64_t piece : {1 << log2, 128, 256}) {
+        for (int64_t at = 0; at < k; at += piece) {
+          const int64_t n = std::min(piece, k - at);
+          const std::vector<float> part(x.begin() + at, x.begin() + at + n);  // ends where it must
+          kernel.pack(part.data(), n, at, k, log2, in_pieces.data());
         }
-        for (int64_t t = 0; t < tokens; ++t) {
-          act_rows.push_back(acts[t].data());
-          out_rows.push_back(out[t].data());
-        }
-        format().matmul({weights.data(), weights.data(), 2 * k, rows, k, act_rows.data(),
-                         out_rows.data(), tokens});
-        for (int64_t t = 0; t < tokens; ++t) {
-          for (int64_t r = 0; r < rows; ++r) {
-            double want = 0;
-            double size = 0;
-            for (int64_t i = 0; i < k; ++i) {
-              const double term = double{decode(weights[r * k + i])} * act(acts[t], i);
-              want += term;
-              size += std::abs(term);
-            }
-            EXPECT_NEAR(out[t][r], want, 1e-6 * size + 1e-30) << k << " " << rows << " " << tokens;
-          }
-        }
-        float alone = NAN;
-        float* alone_out = &alone;
-        format().matmul({weights.data() + (rows - 1) * k, nullptr, 2 * k, 1, k,
-                         &act_rows[tokens - 1], &alone_out, 1});
-        EXPECT_EQ(alone, out[tokens - 1][rows - 1]) << k << " " << rows << " " << tokens;
+        EXPECT_EQ(in_pieces, at_once) << k << " in pieces of " << piece;
       }
     }
   }
 }
 
-TEST_P(Kernel, PackScalesAndPadsWithZeros) {
-  for (Scalar type : {Scalar::kBf16, Scalar::kFp16}) {
-    for (int64_t n : {1, 31, 32, 100}) {
-      std::vector<uint16_t> x(n);
+// An activation that is no number makes no number of every row.
+TEST_P(Matmul, NonFiniteActivations) {
+  const Scales scales = scales_of(format()).back();
+  for (int64_t tokens : {1, 20}) {
+    for (float bad : {INFINITY, -INFINITY, NAN}) {
+      Product product(kernels(), format(), kTileRows, 70, tokens, scales, kTileRows, random_);
+      std::vector<float> x = random_floats(70, random_);
+      x[68] = bad;
+      product.set_token(0, x);
+      const std::vector<float> out = product.run(0, kTileRows, 0, tokens);
+      for (int64_t r = 0; r < kTileRows; ++r) EXPECT_FALSE(std::isfinite(out[r])) << bad;
+      for (int64_t i = kTileRows; i < tokens * kTileRows; ++i) EXPECT_TRUE(std::isfinite(out[i]));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Matmul,
+                         testing::Combine(testing::ValuesIn(available_kernels()),
+                                          testing::ValuesIn(kAllFormats)),
+                         case_name);
+
+class Rows : public testing::TestWithParam<std::string> {
+ protected:
+  const Kernels& kernels() const { return choose_kernels(GetParam()); }
+  Random random_{2};
+};
+
+// All codes that a group scale can have.
+TEST_P(Rows, ScaleCodes) {
+  for (const auto& [type, group] : scales_of(Format::kFp4)) {
+    for (uint32_t first = 0; first < 256; first += kTileRows) {
+      std::vector<uint8_t> scale(kTileRows), weights(kTileRows * 4);
+      for (uint32_t r = 0; r < kTileRows; ++r) {
+        scale[r] = static_cast<uint8_t>(first + r);
+        weights[r * 4] = 2;  // 1.0
+      }
+      const FormatKernels& kernel = kernels().of(Format::kFp4);
+      const std::vector<float> x = {1, 0, 0, 0, 0, 0, 0, 0};
+      std::vector<char> row(kernel.act_row_bytes(8));
+      kernel.pack(x.data(), 8, 0, 8, kActBlockLog2, row.data());
+      const void* acts = row.data();
+      std::vector<float> out(kTileRows);
+      alignas(64) char scratch[scratch_bytes(1)];
+      MatmulArgs args;
+      args.tile = reinterpret_cast<const char*>(weights.data());
+      args.tile_rows = args.rows = kTileRows;
+      args.k = 8;
+      args.row_bytes = 4;
+      args.scale_type = type;
+      args.scale = scale.data();
+      args.group = group;
+      args.acts = &acts;
+      args.tokens = 1;
+      args.out = out.data();
+      args.scratch = scratch;
+      kernel.matmul(args);
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const double want = scale_value(type, scale.data(), r);
+        if (std::isnan(want)) {
+          EXPECT_TRUE(std::isnan(out[r])) << int{scale[r]};
+        } else {
+          EXPECT_EQ(out[r], want) << int{scale[r]};
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Rows, Widen) {
+  for (int64_t n : {1, 7, 16, 31, 256, 300}) {
+    std::vector<uint16_t> x(n);
+    std::vector<float> values(n);
+    for (uint16_t& value : x) value = float_to_bf16(random_normal(random_));
+    kernels().widen(x.data(), Scalar::kBf16, n, values.data());
+    for (int64_t i = 0; i < n; ++i) EXPECT_EQ(values[i], bf16_to_float(x[i]));
+    for (uint16_t& value : x) value = float_to_fp16(random_normal(random_));
+    kernels().widen(x.data(), Scalar::kFp16, n, values.data());
+    for (int64_t i = 0; i < n; ++i) EXPECT_EQ(values[i], fp16_to_float(x[i]));
+  }
+}
+
+TEST_P(Rows, Finish) {
+  for (int64_t n : {1, 13, 64}) {
+    const std::vector<float> in = random_floats(n, random_);
+    const std::vector<float> row_scale = random_floats(n, random_);
+    const std::vector<float> bias = random_floats(n, random_);
+    for (int options = 0; options < 8; ++options) {
+      Epilogue epilogue;
+      if (options & 1) epilogue.row_scale = row_scale.data();
+      if (options & 2) epilogue.bias = bias.data();
+      if (options & 4) epilogue.scale = 0.37f;
+      std::vector<float> out(n, NAN);
+      std::vector<float> in_place = in;
+      kernels().finish(epilogue, n, in.data(), out.data());
+      kernels().finish(epilogue, n, in_place.data(), in_place.data());
+      EXPECT_EQ(in_place, out);
       for (int64_t i = 0; i < n; ++i) {
-        const float value = normal_(random_);
-        x[i] = type == Scalar::kBf16 ? float_to_bf16(value) : float_to_fp16(value);
-      }
-      std::vector<char> row = act_row(n);
-      format().pack(x.data(), type, n, 0.75f, row.data());
-      for (int64_t i = 0; i < padded(n); ++i) {
-        const float from = i >= n                  ? 0
-                           : type == Scalar::kBf16 ? bf16_to_float(x[i])
-                                                   : fp16_to_float(x[i]);
-        const float want = 0.75f * from;
-        EXPECT_EQ(act(row, i), bf16_acts() ? bf16_to_float(float_to_bf16(want)) : want);
+        const double product = double{in[i]} * (options & 1 ? row_scale[i] : 1.0f) * epilogue.scale;
+        const double want = product + (options & 2 ? bias[i] : 0.0f);
+        EXPECT_NEAR(out[i], want, 3e-7 * (std::abs(product) + std::abs(want))) << options;
       }
     }
   }
 }
 
-TEST_P(Kernel, Activations) {
-  std::vector<float> gate;
+TEST_P(Rows, Activate) {
+  std::vector<float> gate, up;
   for (float x = -100; x < 100; x += 0.0137f) gate.push_back(x);
   for (float x : {-1e30f, -0.0f, 0.0f, 1e-30f, 1e30f}) gate.push_back(x);
+  for (size_t i = 0; i < gate.size(); ++i) up.push_back(4 * random_normal(random_));
   const auto n = static_cast<int64_t>(gate.size());
-  const std::vector<float> up(n, 1.0f);
-  for (Activation activation : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh}) {
-    std::vector<char> row = act_row(n);
-    format().activate(activation, gate.data(), up.data(), n, row.data());
+  for (const ActivationSpec& spec :
+       {ActivationSpec{Activation::kSilu}, ActivationSpec{Activation::kGelu},
+        ActivationSpec{Activation::kGeluTanh}, ActivationSpec{Activation::kSwigluOai},
+        ActivationSpec{Activation::kSwigluOai, 1.0f, 3.5f}, ActivationSpec{Activation::kRelu2}}) {
+    std::vector<float> out(n, NAN);
+    const bool gated = has_gate(spec.kind);
+    kernels().activate(spec, gated ? gate.data() : nullptr, up.data(), n, out.data());
     for (int64_t i = 0; i < n; ++i) {
-      const double x = gate[i];
-      const double want =
-          activation == Activation::kSilu ? x / (1 + std::exp(-x))
-          : activation == Activation::kGelu
-              ? 0.5 * x * (1 + std::erf(x / M_SQRT2))
-              : 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-      const double bound = bf16_acts() ? std::abs(want) / 256 : std::abs(want) * 2e-6;
-      // Absolute part: the tail of erf, and e^-87 where exp is cut off.
-      EXPECT_NEAR(act(row, i), want, bound + 1e-6 * std::min(1.0, std::abs(x))) << x;
+      const double want = activated(spec, gate[i], up[i]);
+      // Relative, and absolute for the tail of erf and where exp is cut off at e^-87.
+      const double bound = 3e-6 * std::abs(want) +
+                           1e-6 * std::min(1.0, std::abs(double{gate[i]})) * (std::abs(up[i]) + 1);
+      EXPECT_NEAR(out[i], want, bound) << static_cast<int>(spec.kind) << " of " << gate[i];
     }
   }
 }
 
-TEST_P(Kernel, Combine) {
-  const int64_t n = 600;
-  std::vector<float> rows(3 * 700);
-  for (float& value : rows) value = normal_(random_);
+TEST_P(Rows, Combine) {
+  constexpr int64_t kStride = 700;
+  const std::vector<float> rows = random_floats(3 * kStride, random_);
   const float weights[3] = {0.5f, 2.0f, -1.0f};
   const int32_t ids[3] = {4, -1, 0};
-  std::vector<uint16_t> out(n);
-  kernels_->combine(rows.data(), 700, weights, ids, 3, n, Scalar::kFp16, out.data());
-  for (int64_t i = 0; i < n; ++i) {
-    const float want = 0.5f * rows[i] - rows[1400 + i];
-    EXPECT_NEAR(fp16_to_float(out[i]), want, std::abs(want) / 2048 + 1e-6);
+  for (int64_t n : {1, 255, 256, 600}) {
+    for (Scalar type : {Scalar::kBf16, Scalar::kFp16}) {
+      std::vector<uint16_t> out(n);
+      kernels().combine(rows.data(), kStride, weights, ids, 3, n, type, out.data());
+      for (int64_t i = 0; i < n; ++i) {
+        const float want = 0.5f * rows[i] - rows[2 * kStride + i];
+        const bool bf16 = type == Scalar::kBf16;
+        EXPECT_NEAR(bf16 ? bf16_to_float(out[i]) : fp16_to_float(out[i]), want,
+                    std::abs(want) / (bf16 ? 256 : 2048) + 1e-6);
+      }
+      kernels().combine(nullptr, kStride, weights, ids, 0, n, type, out.data());
+      EXPECT_EQ(out, std::vector<uint16_t>(n, 0));
+    }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Kernel,
-                         testing::Values(KernelCase{"portable", Format::kBf16},
-                                         KernelCase{"portable", Format::kFp16},
-                                         KernelCase{"avx2", Format::kBf16},
-                                         KernelCase{"avx2", Format::kFp16},
-                                         KernelCase{"avx512_bf16", Format::kBf16},
-                                         KernelCase{"avx512_bf16", Format::kFp16}));
+INSTANTIATE_TEST_SUITE_P(All, Rows, testing::ValuesIn(available_kernels()),
+                         [](const auto& info) { return info.param; });
 
 TEST(ChooseKernels, NamesWhatThisCpuRuns) {
-  EXPECT_STREQ(choose_kernels("portable").isa, "portable");
+  for (const std::string& isa : available_kernels()) {
+    EXPECT_EQ(choose_kernels(isa).isa, isa);
+  }
+  EXPECT_EQ(available_kernels().front(), "portable");
+  EXPECT_EQ(choose_kernels("").isa, available_kernels().back());
   try {
     choose_kernels("sse9");
     FAIL();

@@ -1,177 +1,660 @@
-// Rows times tokens, for any format: F loads a run of weights and multiplies it with activations.
+// Rows of a tile times tokens, for any format.
+//
+// A format F names its arithmetic (F::Math), how many weights along K four bytes hold (F::kUnit),
+// in which order it unpacks them (F::kOrder) and unpack(): 16 rows' units to F::kUnit /
+// Math::kWidth vectors, one a step. All else about a format is in the arguments: which scales, over
+// which groups.
 #pragma once
 
-#include "lk/kernels.h"
-#include "lk/simd.h"
+#include <algorithm>
+#include <type_traits>
+
+#include "lk/arithmetic.h"
 
 namespace lk::LK_ISA {
 
-// How far ahead of a row's use its lines are asked for. One stream of rows with 4 KiB reached 92%
-// of the read bandwidth on Zen 4, four interleaved streams 55%; the hardware's own prefetcher alone
-// stops at every page.
+// How far ahead of their use weights are asked for. One stream with 4 KiB reached 92% of the read
+// bandwidth on Zen 4; the hardware's own prefetcher alone stops at every page.
 constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kScalePrefetchBytes = 1024;
+constexpr int64_t kBlockSteps = kUnpackedBytes / (kTileRows * 4);  // of unpacked weights, in L1
 
-// R rows times T tokens. Each product is summed over all of K in order, step i into chain i modulo
-// kChains, whatever R and T: this is what makes a token's result independent of its batch.
-// kPrefetch asks for R rows at `ahead` on the way: 0 not at all, 3 into L1, 2 into L2.
-template <class F, int R, int T, int kPrefetch>
-inline __attribute__((always_inline)) void tile(const char* weights, int64_t row_bytes, int64_t k,
-                                                const void* const* acts, float* const* out,
-                                                int64_t row, const char* ahead) {
-  constexpr int kChains = F::kChains;
-  const typename F::Act* act[T];
-  for (int t = 0; t < T; ++t) act[t] = static_cast<const typename F::Act*>(acts[t]);
-  F32x16 acc[kChains][R][T];
-  for (auto& chain : acc) {
-    for (auto& of_row : chain) {
-      for (auto& sum : of_row) sum = zeros();
-    }
-  }
-  int64_t at = 0;
-  for (; at + kChains * F::kStep <= k; at += kChains * F::kStep) {
-    const int64_t byte = at / F::kStep * F::kBytes;
-    for (int c = 0; c < kChains; ++c) {
-      typename F::Weights w[R];
-      for (int r = 0; r < R; ++r) {
-        const int64_t offset = r * row_bytes + byte + c * F::kBytes;
-        w[r] = F::load(weights + offset);
-        // In the order of addresses, not of rows: one linear stream is what the memory likes.
-        if (kPrefetch && c == 0) {
-          __builtin_prefetch(ahead + byte * R + r * kChains * F::kBytes, 0, kPrefetch);
-        }
-      }
-      for (int t = 0; t < T; ++t) {
-        for (int r = 0; r < R; ++r) {
-          acc[c][r][t] = F::fma(acc[c][r][t], w[r], act[t] + at + c * F::kStep);
-        }
-      }
-    }
-  }
-  for (int c = 0; at < k; ++c, at += F::kStep) {
-    const int64_t byte = at / F::kStep * F::kBytes;
-    for (int r = 0; r < R; ++r) {
-      const char* from = weights + r * row_bytes + byte;
-      const auto w = at + F::kStep <= k ? F::load(from) : F::load_tail(from, int(k - at));
-      for (int t = 0; t < T; ++t)
-        acc[c % kChains][r][t] = F::fma(acc[c % kChains][r][t], w, act[t] + at);
-    }
-  }
-  for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < R; ++r) {
-      for (int c = 1; c < kChains; ++c) acc[0][r][t] = add(acc[0][r][t], acc[c][r][t]);
-      if (R != 4) out[t][row + r] = sum(acc[0][r][t]);
-    }
-    if constexpr (R == 4) {
-      sum4(acc[0][0][t], acc[0][1][t], acc[0][2][t], acc[0][3][t], out[t] + row);
-    }
-  }
+template <class F>
+constexpr int kSteps = F::kUnit / F::Math::kWidth;
+template <class F>
+constexpr bool kZeroPoints = requires { F::kZeroPoints; };
+template <class F>
+constexpr bool kGroupScales = !requires { F::kNoGroupScales; };
+
+// Formats with zero points need the sum of each block of activations, behind the activations.
+template <class F>
+int64_t act_row_bytes(int64_t k) {
+  const int64_t bytes = F::Math::row_bytes(k);
+  return (bytes + (kZeroPoints<F> ? act_blocks(k) * 4 : 0) + 63) / 64 * 64;
 }
-
-// The tile for `tokens`, 1 to T.
-template <class F, int R, int T, int kPrefetch>
-inline __attribute__((always_inline)) void tile_of(int64_t tokens, const char* weights,
-                                                   int64_t row_bytes, int64_t k,
-                                                   const void* const* acts, float* const* out,
-                                                   int64_t row, const char* ahead) {
-  if constexpr (T == 1) {
-    tile<F, R, 1, kPrefetch>(weights, row_bytes, k, acts, out, row, ahead);
-  } else if (tokens == T) {
-    tile<F, R, T, kPrefetch>(weights, row_bytes, k, acts, out, row, ahead);
-  } else {
-    tile_of<F, R, T - 1, kPrefetch>(tokens, weights, row_bytes, k, acts, out, row, ahead);
-  }
-}
-
-// Few tokens: the time goes into reading weights, so those a few KiB ahead are asked for, and at
-// the end of the run the start of the next one.
-template <class F, int R, int T>
-void one_pass(const MatmulArgs& a) {
-  const char* row = static_cast<const char*>(a.weights);
-  const char* next = static_cast<const char*>(a.next);
-  const int64_t ahead = (kPrefetchBytes + R * a.row_bytes - 1) / (R * a.row_bytes) * R;
-  const int64_t whole = a.rows / R * R;
-  for (int64_t r = 0; r < whole; r += R, row += R * a.row_bytes) {
-    const char* asked = row + ahead * a.row_bytes;
-    if (r + ahead >= a.rows) asked = next ? next + (r + ahead - a.rows) * a.row_bytes : row;
-    tile_of<F, R, T, 3>(a.tokens, row, a.row_bytes, a.k, a.acts, a.out, r, asked);
-  }
-  for (int64_t r = whole; r < a.rows; ++r, row += a.row_bytes) {
-    tile_of<F, 1, T, 0>(a.tokens, row, a.row_bytes, a.k, a.acts, a.out, r, nullptr);
-  }
-}
-
-// Many tokens: a tile of them stays in L1 while the rows pass from L2. All passes but the first
-// also ask for a part of the next run, so that it is in L2 when its turn comes.
-template <class F, int R, int T>
-void by_tiles(const MatmulArgs& a) {
-  const char* weights = static_cast<const char*>(a.weights);
-  const char* next = static_cast<const char*>(a.next);
-  const int64_t tiles = (a.tokens + T - 1) / T;
-  const int64_t whole = a.rows / R * R;
-  int64_t done = 0;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t tokens = (a.tokens - done + tiles - i - 1) / (tiles - i);  // tiles of equal size
-    const auto* acts = a.acts + done;
-    auto* out = a.out + done;
-    for (int64_t r = 0; r < whole; r += R) {
-      const char* here = weights + r * a.row_bytes;
-      if (i == 0) {
-        tile_of<F, R, T, 2>(tokens, here, a.row_bytes, a.k, acts, out, r, here + R * a.row_bytes);
-      } else if (next && r / R % (tiles - 1) == i - 1) {
-        tile_of<F, R, T, 2>(tokens, here, a.row_bytes, a.k, acts, out, r, next + r * a.row_bytes);
-      } else {
-        tile_of<F, R, T, 0>(tokens, here, a.row_bytes, a.k, acts, out, r, nullptr);
-      }
-    }
-    for (int64_t r = whole; r < a.rows; ++r) {
-      tile_of<F, 1, T, 0>(tokens, weights + r * a.row_bytes, a.row_bytes, a.k, acts, out, r,
-                          nullptr);
-    }
-    done += tokens;
-  }
-}
-
-// kRows x kTokens is what the registers hold as accumulators.
-template <class F, int kRows, int kTokens>
-void matmul(const MatmulArgs& a) {
-  if (a.tokens <= kTokens) {
-    one_pass<F, 1, kTokens>(a);
-  } else {
-    by_tiles<F, kRows, kTokens>(a);
-  }
+template <class F>
+const float* act_sums(const char* row, int64_t k) {
+  return reinterpret_cast<const float*>(row + F::Math::row_bytes(k));
 }
 
 template <class F>
-void pack(const void* x, Scalar type, int64_t n, float scale, void* out) {
-  auto* act = static_cast<typename F::Act*>(out);
-  const auto* in = static_cast<const uint16_t*>(x);
-  if (type == Scalar::kBf16 && sizeof(*act) == sizeof(*in) && scale == 1.0f) {
-    std::memcpy(act, in, n * sizeof(*in));
-  } else if (type == Scalar::kBf16) {
-    for (int64_t i = 0; i < n; ++i) act[i] = F::to_act(bf16_to_float(in[i]) * scale);
-  } else {
-    for (int64_t i = 0; i < n; ++i) act[i] = F::to_act(fp16_to_float(in[i]) * scale);
+void pack(const float* values, int64_t n, int64_t at, int64_t k, int block_log2, void* out) {
+  auto* row = static_cast<char*>(out);
+  const int log2 = F::Math::kWidth == 4 ? block_log2 : kActBlockLog2;
+  const int64_t size = int64_t{1} << log2;
+  for (int64_t i = 0; i < n; i += size) {
+    const float* from = values + i;
+    float padded[int64_t{1} << kWideActBlockLog2] = {};
+    if (n - i < size) {
+      std::memcpy(padded, from, (n - i) * sizeof(float));
+      from = padded;
+    }
+    const int64_t block = (at + i) >> log2;
+    const float sum = F::Math::template pack<F::kOrder>(from, row, block, log2, k);
+    if constexpr (kZeroPoints<F>) const_cast<float*>(act_sums<F>(row, k))[block] = sum;
   }
-  for (int64_t i = n; i < padded(n); ++i) act[i] = 0;
 }
 
-inline void combine(const float* rows, int64_t stride, const float* weights, const int32_t* ids,
-                    int topk, int64_t n, Scalar type, void* out) {
-  auto* y = static_cast<uint16_t*>(out);
-  constexpr int64_t kBlock = 256;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t size = n - begin < kBlock ? n - begin : kBlock;
-    float total[kBlock] = {};
-    for (int j = 0; j < topk; ++j) {
-      if (ids[j] < 0) continue;
-      const float* row = rows + j * stride + begin;
-      for (int64_t i = 0; i < size; ++i) total[i] += weights[j] * row[i];
+// Unpacked weights as a format: what many tokens pass over.
+template <class M>
+struct Unpacked {
+  using Math = M;
+  static constexpr int kUnit = M::kWidth;
+};
+
+// Lines to ask for while a step runs: what few_tokens reads kPrefetchBytes later, or a part of the
+// block that comes after many_tokens' present one. Spread over the steps, since a burst fills the
+// queue of outstanding misses and stops the loads behind it.
+struct Ahead {
+  const char* at = nullptr;   // null: nothing
+  int64_t stride = 0;         // from step to step
+  const char* end = nullptr;  // past it jump bytes are added
+  int64_t jump = 0;
+  // Into L2 only: what is read after all passes over what is here; null: nothing.
+  const char* far = nullptr;
+  int64_t far_stride = 0;  // at most two lines
+};
+
+// sum[r][t] += `units` units of R vectors of rows times T tokens' activations. Weights are `stride`
+// bytes a unit apart. kLines are asked for a unit.
+template <class F, int R, int T, int kLines>
+inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)[R][T],
+                                                    const char* weights, int64_t stride,
+                                                    int64_t units, LaneMask last_lanes,
+                                                    const char* const* acts, int64_t act_offset,
+                                                    Ahead ahead) {
+  using Math = typename F::Math;
+  constexpr int kStepBytes = Math::kWidth * Math::kActBytes;
+  const char* act[T];
+#pragma GCC unroll 32
+  for (int t = 0; t < T; ++t) act[t] = acts[t] + act_offset;
+  for (int64_t u = 0; u < units; ++u, weights += stride) {
+    if (kLines != 0 && ahead.at != nullptr) {
+      const char* asked = ahead.at < ahead.end ? ahead.at : ahead.at + ahead.jump;
+      ahead.at += ahead.stride;
+      for (int line = 0; line < kLines; ++line) __builtin_prefetch(asked + line * 64);
+      if (ahead.far != nullptr) {
+        __builtin_prefetch(ahead.far, 0, 2);
+        if (ahead.far_stride > 64) __builtin_prefetch(ahead.far + 64, 0, 2);
+        ahead.far += ahead.far_stride;
+      }
     }
-    if (type == Scalar::kBf16) {
-      for (int64_t i = 0; i < size; ++i) y[begin + i] = float_to_bf16(total[i]);
+    const int64_t offset = u * kSteps<F> * kStepBytes;
+    if constexpr (kSteps<F> == 1) {
+      typename Math::Weights w[R];
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) {
+        if constexpr (requires { F::kOrder; }) {
+          F::unpack(load_units(weights + r * 64, r == R - 1 ? last_lanes : first_lanes(16)), &w[r]);
+        } else {
+          w[r] = *reinterpret_cast<const typename Math::Weights*>(weights + r * 64);
+        }
+      }
+#pragma GCC unroll 32
+      for (int t = 0; t < T; ++t) {
+        const auto a = Math::act(act[t] + offset);
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) sum[r][t] = Math::multiply_add(sum[r][t], w[r], a);
+      }
     } else {
-      for (int64_t i = 0; i < size; ++i) y[begin + i] = float_to_fp16(total[i]);
+      // Two vectors of rows share a load of activations, if their weights leave the registers room.
+      constexpr int kTogether = R % 2 == 0 && kSteps<F> <= 4 && kVectors == 1 ? 2 : 1;
+#pragma GCC unroll 32
+      for (int first = 0; first < R; first += kTogether) {
+        typename Math::Weights w[kTogether][kSteps<F>];
+#pragma GCC unroll 32
+        for (int r = 0; r < kTogether; ++r) {
+          const bool last = first + r == R - 1;
+          F::unpack(load_units(weights + (first + r) * 64, last ? last_lanes : first_lanes(16)),
+                    w[r]);
+        }
+#pragma GCC unroll 32
+        for (int step = 0; step < kSteps<F>; ++step) {
+#pragma GCC unroll 32
+          for (int t = 0; t < T; ++t) {
+            const char* from = act[t] + offset + step * kStepBytes;
+            if constexpr (kTogether == 1) {
+              sum[first][t] = Math::multiply_add(sum[first][t], w[0][step], from);
+            } else {
+              const auto a = Math::act(from);
+#pragma GCC unroll 32
+              for (int r = 0; r < kTogether; ++r) {
+                sum[first + r][t] = Math::multiply_add(sum[first + r][t], w[r][step], a);
+              }
+            }
+          }
+        }
+      }
     }
+  }
+}
+
+// The scales of a group of up to 64 rows as floats; zero points as what is to be taken off.
+__attribute__((noinline)) inline void scale_row(const MatmulArgs& a, int64_t group, int64_t rows,
+                                                float* out) {
+  const int64_t at = group * a.tile_rows;
+  // A stream of its own beside the weights'. Past the tile stands the next one's.
+  const int64_t size = a.scale_type == ScaleType::kFloat  ? 4
+                       : a.scale_type <= ScaleType::kFp16 ? 2
+                                                          : 1;
+  for (int64_t line = 0; line < kTileRows * size; line += 64) {
+    __builtin_prefetch(static_cast<const char*>(a.scale) + at * size + kScalePrefetchBytes + line);
+  }
+  switch (a.scale_type) {
+    case ScaleType::kNone:
+      for (int64_t r = 0; r < kTileRows; ++r) out[r] = 1.0f;
+      return;
+    case ScaleType::kBf16: {
+      const auto* scale = static_cast<const uint16_t*>(a.scale) + at;
+      for (int64_t r = 0; r < rows; ++r) out[r] = bf16_to_float(scale[r]);
+      return;
+    }
+    case ScaleType::kFp16: {
+      const auto* scale = static_cast<const uint16_t*>(a.scale) + at;
+      for (int64_t r = 0; r < rows; ++r) out[r] = fp16_to_float(scale[r]);
+      return;
+    }
+    case ScaleType::kFloat:
+      std::memcpy(out, static_cast<const float*>(a.scale) + at, rows * sizeof(float));
+      return;
+    case ScaleType::kE8m0: {  // 2^(code - 127), all ones NaN
+      const auto* scale = static_cast<const uint8_t*>(a.scale) + at;
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint32_t code = scale[r];
+        const uint32_t bits = code == 0 ? 0x00400000u : code << 23;
+        out[r] = float_of(code == 255 ? 0x7fc00000u : bits);
+      }
+      return;
+    }
+    case ScaleType::kE4m3: {
+      const auto* scale = static_cast<const uint8_t*>(a.scale) + at;
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint32_t code = scale[r];
+        const uint32_t magnitude = code & 0x7f;
+        const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
+        const uint32_t normal = (magnitude << 20) + (120u << 23);
+        uint32_t bits = magnitude < 8 ? bits_of(subnormal) : normal;
+        bits = magnitude == 0x7f ? 0x7fc00000u : bits;
+        out[r] = float_of(bits | (code & 0x80) << 24);
+      }
+      return;
+    }
+    case ScaleType::kFloatBlocks: {
+      const float first = static_cast<const float*>(a.scale)[group];
+      for (int64_t r = 0; r < kTileRows; ++r) out[r] = first;
+      for (int64_t r = a.block_end; r < kTileRows; ++r) out[r] = a.next_block_scale[group];
+      return;
+    }
+  }
+}
+template <class F>
+inline void zero_row(const MatmulArgs& a, int64_t group, int64_t rows, float* out) {
+  const uint8_t* zero = a.zero + group * a.tile_rows;
+  for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<float>(zero[r]) - kInt4Middle;
+}
+
+// The sum of a token's activations over [begin, end) of K.
+template <class F>
+float act_sum(const char* row, int64_t begin, int64_t end, int64_t k, int block_log2) {
+  const int log2 = F::Math::kWidth == 4 ? block_log2 : kActBlockLog2;
+  const float* sums = act_sums<F>(row, k);
+  float total = 0;
+  for (int64_t b = begin >> log2; b << log2 < end; ++b) total += sums[b];
+  return total;
+}
+
+// A run of K with one set of scales, in units.
+struct Segment {
+  int64_t begin = 0;
+  int64_t end = 0;
+  bool begins_group = true;
+  bool ends_group = true;
+  int64_t group_begin = 0;       // of the group that it is in
+  const float* scale = nullptr;  // [rows]
+  const float* zero = nullptr;   // [rows], of formats with zero points
+};
+
+// Units in a run with one set of scales, of weights or of activations.
+template <class F>
+int64_t segment_units(const MatmulArgs& a, int64_t units) {
+  if constexpr (F::Math::kWidth == 4) return (int64_t{1} << a.act_block_log2) / F::kUnit;
+  return a.group == 0 ? units : a.group / F::kUnit;
+}
+template <class F>
+int64_t scale_group(const MatmulArgs& a, int64_t unit) {
+  return a.group == 0 ? 0 : unit * F::kUnit / a.group;
+}
+template <class F>
+int64_t about(int64_t unit, int64_t k, int block_log2) {
+  return F::Math::about(k, unit * F::kUnit >> block_log2);
+}
+
+// Whether totals stay in registers beside the sums of a segment, instead of in memory: worth most
+// of what a segment's end costs, which is a load and a store for each sum.
+// Not for bf16: vdpbf16ps takes so long that half as many sums would wait for each other.
+template <class F, int R, int T>
+constexpr bool kKeepTotals = F::Math::kWidth == 4 && R * T <= 12;
+
+// The sums over all of K so far: in registers, or where they belong.
+template <class F, int R, int T>
+struct Totals {
+  F32x16 kept[kKeepTotals<F, R, T> ? R : 1][kKeepTotals<F, R, T> ? T : 1];
+};
+template <class F, int R, int T>
+inline __attribute__((always_inline)) void fetch(Totals<F, R, T>& totals, const float* out) {
+  if constexpr (kKeepTotals<F, R, T>) {
+#pragma GCC unroll 32
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) totals.kept[r][t] = load(out + t * kTileRows + r * kLanes);
+    }
+  }
+}
+template <class F, int R, int T>
+inline __attribute__((always_inline)) void put_back(const Totals<F, R, T>& totals, float* out) {
+  if constexpr (kKeepTotals<F, R, T>) {
+#pragma GCC unroll 32
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) store(out + t * kTileRows + r * kLanes, totals.kept[r][t]);
+    }
+  }
+}
+
+// totals += scale * (sum - zero * activations): what a segment that ends its group ends with.
+template <class F, int R, int T>
+inline __attribute__((always_inline)) void apply(const Segment& s, int64_t k, int block_log2,
+                                                 typename F::Math::Sum (&sum)[R][T], int64_t row,
+                                                 const char* const* acts, Totals<F, R, T>& totals,
+                                                 float* out) {
+  using Math = typename F::Math;
+  const int64_t block = about<F>(s.group_begin, k, block_log2);
+  const float* scale = s.scale + row;
+  const float* zero = s.zero + row;
+#pragma GCC unroll 32
+  for (int t = 0; t < T; ++t) {
+    const float act_scale = Math::scale(acts[t] + block);
+    F32x16 taken_off = zeros();
+    if constexpr (kZeroPoints<F>) {
+      taken_off = broadcast(
+          -act_sum<F>(acts[t], s.group_begin * F::kUnit, s.end * F::kUnit, k, block_log2));
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      float* at = out + t * kTileRows + r * kLanes;
+      F32x16 total;
+      if constexpr (kKeepTotals<F, R, T>) {
+        total = totals.kept[r][t];
+      } else {
+        total = load(at);
+      }
+      if constexpr (!kGroupScales<F>) {
+        total = Math::add(sum[r][t], act_scale, total);
+      } else {
+        F32x16 value = Math::value(sum[r][t], act_scale);
+        if constexpr (kZeroPoints<F>) value = fma(load(zero + r * kLanes), taken_off, value);
+        total = fma(value, load(scale + r * kLanes), total);
+      }
+      if constexpr (kKeepTotals<F, R, T>) {
+        totals.kept[r][t] = total;
+      } else {
+        store(at, total);
+      }
+    }
+  }
+}
+
+// The leftover bytes of all rows as a unit like the others.
+inline void load_tail(const MatmulArgs& a, char* unit) {
+  const int64_t tail = a.row_bytes % kUnitBytes;
+  const char* from = a.tile + a.tile_rows * (a.row_bytes - tail) + a.first_row * tail;
+  std::memset(unit, 0, kTileRows * kUnitBytes);
+  for (int64_t r = 0; r < a.rows; ++r) std::memcpy(unit + r * kUnitBytes, from + r * tail, tail);
+}
+
+// The share of the next tile that a pass asks for, so that memory is read while several tokens pass
+// over what is in L2.
+struct FarShare {
+  const char* from = nullptr;
+  int64_t stride = 0;  // a unit
+};
+
+// Few tokens, R vectors of rows from `row` on: weights are unpacked on their way from memory.
+template <class F, int R, int T>
+void few_tokens(const MatmulArgs& a, int64_t row, const char* tail, const FarShare& far) {
+  using Math = typename F::Math;
+  const auto* acts = reinterpret_cast<const char* const*>(a.acts);
+  float* const out = a.out + row;
+  const int64_t k = a.k;
+  const int block_log2 = a.act_block_log2;
+  const int64_t stride = a.tile_rows * kUnitBytes;
+  const int64_t whole = a.row_bytes / kUnitBytes;
+  const int64_t units = whole + (tail != nullptr);
+  const int64_t length = segment_units<F>(a, units);
+  const char* const weights = a.tile + (a.first_row + row) * kUnitBytes;
+  const LaneMask lanes =
+      first_lanes(a.rows - row < R * kLanes ? a.rows - row - (R - 1) * kLanes : kLanes);
+  Ahead ahead{weights, stride, weights + whole * stride, -kPrefetchBytes};
+  if (a.next) ahead.jump = a.next + (a.first_row + row) * kUnitBytes - ahead.end;
+  ahead.far_stride = far.stride;
+  alignas(64) float scale[kTileRows];
+  alignas(64) float zero[kZeroPoints<F> ? kTileRows : 1];
+  Totals<F, R, T> totals;
+  fetch<F, R, T>(totals, out);
+  int64_t group = -1;
+  int64_t group_end = 0;  // the unit where the scales end to hold
+  for (int64_t begin = 0; begin < units; begin += length) {
+    const int64_t end = begin + length < units ? begin + length : units;
+    if (kGroupScales<F> && begin >= group_end) {
+      scale_row(a, ++group, a.rows, scale);
+      if constexpr (kZeroPoints<F>) zero_row<F>(a, group, a.rows, zero);
+      group_end = a.group == 0 ? units : group_end + a.group / F::kUnit;
+    }
+    typename Math::Sum sum[R][T];
+#pragma GCC unroll 32
+    for (int t = 0; t < T; ++t) {
+      const auto start = Math::begin(acts[t] + about<F>(begin, k, block_log2));
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) sum[r][t] = Math::copy(start);
+    }
+    const int64_t inside = end < whole ? end : whole;
+    ahead.at = weights + begin * stride + kPrefetchBytes;
+    if (far.from && row == 0) ahead.far = far.from + begin * far.stride;
+    multiply<F, R, T, R>(sum, weights + begin * stride, stride, inside - begin, lanes, acts,
+                         begin * F::kUnit * Math::kActBytes, ahead);
+    if (end > whole) {
+      multiply<F, R, T, 0>(sum, tail + row * kUnitBytes, 0, 1, first_lanes(kLanes), acts,
+                           whole * F::kUnit * Math::kActBytes, {});
+    }
+    apply<F, R, T>({.begin = begin, .end = end, .group_begin = begin, .scale = scale, .zero = zero},
+                   k, block_log2, sum, row, acts, totals, out);
+  }
+  put_back<F, R, T>(totals, out);
+}
+
+// Cache lines of a block as it lies in memory.
+template <class F>
+constexpr int64_t kBlockLines = kBlockSteps * (kSteps<F> < 4 ? 4 / kSteps<F> : 1);
+
+// A block of weights that many tokens pass over.
+struct Block {
+  const char* weights = nullptr;  // of the first segment
+  int64_t stride = 0;             // bytes of one step of all rows
+  const Segment* segments = nullptr;
+  int count = 0;
+  const char* next = nullptr;  // the block to be asked for meanwhile, or null
+  int64_t next_from = 0;       // its first line to be asked for
+  int64_t next_shares = 1;     // among how many calls its lines are divided
+  int64_t k = 0;
+  int act_block_log2 = kActBlockLog2;
+};
+
+// R vectors of a block's rows from `row` on, times T tokens. waiting holds sums, [T][kTileRows], of
+// groups that another block began or will end.
+template <class F, int R, int T>
+__attribute__((noinline)) void block_times_tokens(const Block& block, int64_t row,
+                                                  const char* const* acts, float* out,
+                                                  float* waiting) {
+  using Math = typename F::Math;
+  using Sum = typename Math::Sum;
+  // Formats whose weights need no unpacking multiply them as they lie.
+  using Source = std::conditional_t<kSteps<F> == 1, F, Unpacked<Math>>;
+  constexpr int kLines = kBlockLines<F> / kBlockSteps;
+  const int64_t k = block.k;
+  const int block_log2 = block.act_block_log2;
+  const int64_t stride = block.stride;
+  const Segment* const segments = block.segments;
+  const int count = block.count;
+  const int64_t first = segments[0].begin;
+  const char* const weights = block.weights + row * kUnitBytes;
+  const char* const next = row == 0 ? block.next : nullptr;
+  Ahead ahead;
+  ahead.stride = kLines * 64 / block.next_shares;
+  const char* act[T];
+#pragma GCC unroll 32
+  for (int t = 0; t < T; ++t) act[t] = acts[t];
+  Totals<F, R, T> totals;
+  fetch<F, R, T>(totals, out);
+  for (int i = 0; i < count; ++i) {
+    const Segment s = segments[i];
+    Sum sum[R][T];
+    if (Math::kWidth == 4 || s.begins_group) {
+      const int64_t begin = about<F>(s.begin, k, block_log2);
+#pragma GCC unroll 32
+      for (int t = 0; t < T; ++t) {
+        const Sum start = Math::begin(act[t] + begin);
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) sum[r][t] = Math::copy(start);
+      }
+    } else {
+#pragma GCC unroll 32
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) {
+          std::memcpy(&sum[r][t], waiting + t * kTileRows + r * kLanes, sizeof(Sum));
+        }
+      }
+    }
+    const int64_t step = (s.begin - first) * kSteps<F>;
+    if (next) ahead.at = next + block.next_from * 64 + step * ahead.stride;
+    multiply<Source, R, T, kLines>(sum, weights + step * stride, stride,
+                                   (s.end - s.begin) * kSteps<F>, first_lanes(kLanes), act,
+                                   s.begin * F::kUnit * Math::kActBytes, ahead);
+    if (Math::kWidth == 4 || s.ends_group) {
+      apply<F, R, T>(s, k, block_log2, sum, row, act, totals, out);
+    } else {
+#pragma GCC unroll 32
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) {
+          std::memcpy(waiting + t * kTileRows + r * kLanes, &sum[r][t], sizeof(Sum));
+        }
+      }
+    }
+  }
+  put_back<F, R, T>(totals, out);
+}
+
+// Calls f.template operator()<T>() for T = tokens, 1 to kMost.
+template <int kMost, class Function>
+inline __attribute__((always_inline)) void with_tokens(int64_t tokens, Function&& f) {
+  if constexpr (kMost > 1) {
+    if (tokens < kMost) return with_tokens<kMost - 1>(tokens, f);
+  }
+  f.template operator()<kMost>();
+}
+
+// Units [u0, u1) of all rows as block_times_tokens wants them: unpacked, and no row too few.
+template <class F>
+__attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int64_t u1,
+                                            const char* tail, char* out) {
+  const int64_t stride = a.tile_rows * kUnitBytes;
+  const int64_t whole = a.row_bytes / kUnitBytes;
+  const int64_t vectors = (a.rows + kLanes - 1) / kLanes;
+  const LaneMask last_lanes = first_lanes(a.rows - (vectors - 1) * kLanes);
+  const char* first = a.tile + a.first_row * kUnitBytes;
+  for (int64_t u = u0; u < u1; ++u, out += kSteps<F> * kTileRows * kUnitBytes) {
+    const char* from = u < whole ? first + u * stride : tail;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const bool masked = v == vectors - 1 && u < whole;
+      const U32x16 units = load_units(from + v * 64, masked ? last_lanes : first_lanes(kLanes));
+      if constexpr (kSteps<F> == 1) {
+        std::memcpy(out + v * 64, &units, sizeof(units));
+      } else {
+        typename F::Math::Weights w[kSteps<F>];
+        F::unpack(units, w);
+#pragma GCC unroll 32
+        for (int step = 0; step < kSteps<F>; ++step) {
+          std::memcpy(out + step * kTileRows * kUnitBytes + v * 64, &w[step], 64);
+        }
+      }
+    }
+  }
+}
+
+// The segments of units [u0, u1), with their scales and zero points as floats, made in `rows`.
+template <class F>
+__attribute__((noinline)) int cut_block(const MatmulArgs& a, int64_t u0, int64_t u1, int64_t units,
+                                        float* rows, Segment* segments) {
+  const int64_t length = segment_units<F>(a, units);
+  int count = 0;
+  int64_t known = -1;
+  float* next_row = rows;
+  for (int64_t begin = u0; begin < u1; begin = segments[count - 1].end) {
+    Segment& s = segments[count++];
+    s.begin = begin;
+    s.group_begin = begin / length * length;
+    s.end = s.group_begin + length < u1 ? s.group_begin + length : u1;
+    s.begins_group = begin == s.group_begin;
+    s.ends_group = s.end == s.group_begin + length || s.end == units;
+    if constexpr (kGroupScales<F>) {
+      const int64_t group = scale_group<F>(a, begin);
+      if (group != known) {
+        known = group;
+        rows = next_row;
+        scale_row(a, group, a.rows, rows);
+        next_row += kTileRows;
+        if constexpr (kZeroPoints<F>) {
+          zero_row<F>(a, group, a.rows, next_row);
+          next_row += kTileRows;
+        }
+      }
+      s.scale = rows;
+      s.zero = rows + kTileRows;
+    }
+  }
+  return count;
+}
+
+// Many tokens: a block of weights is unpacked into L1, and the tokens pass over it, R vectors and T
+// tokens at a time.
+template <class F, int R, int T>
+void many_tokens(const MatmulArgs& a, const char* tail) {
+  constexpr int64_t kUnits = kBlockSteps / kSteps<F>;
+  const auto* acts = reinterpret_cast<const char* const*>(a.acts);
+  const int64_t whole = a.row_bytes / kUnitBytes;
+  const int64_t units = whole + (tail != nullptr);
+  const int64_t vectors = (a.rows + kLanes - 1) / kLanes;
+  const bool in_place = kSteps<F> == 1 && a.rows == kTileRows && a.tile_rows == kTileRows;
+  auto* const rows = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
+  auto* const waiting = reinterpret_cast<float*>(a.scratch + kUnpackedBytes + kScaleRowsBytes);
+  const int64_t tiles = (a.tokens + T - 1) / T;
+  Segment segments[kBlockSteps + 1];
+  for (int64_t u0 = 0; u0 < units; u0 += kUnits) {
+    const int64_t u1 = u0 + kUnits < units ? u0 + kUnits : units;
+    Block block{.weights = a.scratch,
+                .stride = kTileRows * kUnitBytes,
+                .segments = segments,
+                .k = a.k,
+                .act_block_log2 = a.act_block_log2};
+    block.count = cut_block<F>(a, u0, u1, units, rows, segments);
+    if (in_place && u1 <= whole) {
+      block.weights = a.tile + u0 * kTileRows * kUnitBytes;
+    } else {
+      unpack_block<F>(a, u0, u1, tail, a.scratch);
+    }
+    // While the first tokens pass the next block comes from memory, at a pace that leaves the queue
+    // of misses room; while the last ones do, from L2 into L1.
+    const char* next =
+        u1 < whole ? a.tile + a.first_row * kUnitBytes + u1 * a.tile_rows * kUnitBytes : a.next;
+    int64_t done = 0;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t tokens = (a.tokens - done + tiles - i - 1) / (tiles - i);  // of equal size
+      const int64_t shares = std::clamp<int64_t>(tiles - 1, 1, 4);
+      const bool last = i == tiles - 1;
+      block.next = i < shares || last ? next : nullptr;
+      block.next_shares = last ? 1 : shares;
+      block.next_from = last ? 0 : i * kBlockLines<F> / shares;
+      with_tokens<T>(tokens, [&]<int kTokens>() {
+        for (int64_t v = 0; v < vectors;) {
+          const int64_t row = v * kLanes;
+          const int64_t at = done * kTileRows + row;
+          if (v + R <= vectors) {
+            block_times_tokens<F, R, kTokens>(block, row, acts + done, a.out + at, waiting + at);
+            v += R;
+          } else {
+            block_times_tokens<F, 1, kTokens>(block, row, acts + done, a.out + at, waiting + at);
+            v += 1;
+          }
+        }
+      });
+      done += tokens;
+    }
+  }
+}
+
+// What the registers hold as sums, in vectors of rows times tokens: where weights are unpacked on
+// their way from memory (rows as wide as a tile if possible, which makes one linear stream), and
+// where they lie unpacked in L1.
+struct Registers {
+  int few_rows, few_tokens, rows, tokens;
+  int byte_rows;  // instead of rows, for products of bytes: their totals stay in registers too
+};
+template <class F, Registers kRegisters>
+constexpr int kManyRows = F::Math::kWidth == 4 ? kRegisters.byte_rows : kRegisters.rows;
+// Up to so many passes of few tokens, over weights that are in L2 after the first, cost no more
+// than to unpack blocks of them for many tokens. On Zen 5: weights that need no unpacking gain by
+// staying in L1; nibbles as bytes cost two instructions a vector, less than to store and load them
+// again.
+template <class F>
+constexpr int64_t kFewPasses = kSteps<F> == 1         ? 3
+                               : F::Math::kWidth == 4 ? kTileRows
+                                                      : 6;
+
+template <class F, Registers kRegisters>
+void matmul(const MatmulArgs& a) {
+  std::memset(a.out, 0, a.tokens * kTileRows * sizeof(float));
+  alignas(64) char tail_unit[kTileRows * kUnitBytes];
+  const char* tail = nullptr;
+  if (a.row_bytes % kUnitBytes != 0) {
+    load_tail(a, tail_unit);
+    tail = tail_unit;
+  }
+  constexpr int kFew = kRegisters.few_tokens;
+  const int64_t passes = (a.tokens + kFew - 1) / kFew;
+  if (passes > kFewPasses<F>) {
+    return many_tokens<F, kManyRows<F, kRegisters>, kRegisters.tokens>(a, tail);
+  }
+  MatmulArgs pass = a;
+  for (int64_t i = 0, done = 0; i < passes; ++i, done += pass.tokens) {
+    pass.acts = a.acts + done;
+    pass.out = a.out + done * kTileRows;
+    pass.tokens = (a.tokens - done + passes - i - 1) / (passes - i);
+    pass.next = i == passes - 1 ? a.next : a.tile;
+    FarShare far;
+    if (a.next && passes > 1) {
+      const int64_t units = a.row_bytes / kUnitBytes;
+      far.stride = std::max<int64_t>(a.tile_rows * kUnitBytes / passes, 64);
+      if (i * far.stride < a.tile_rows * kUnitBytes) far.from = a.next + i * units * far.stride;
+    }
+    with_tokens<kFew>(pass.tokens, [&]<int T>() {
+      int64_t row = 0;
+      for (; row + (kRegisters.few_rows - 1) * kLanes < a.rows;
+           row += kRegisters.few_rows * kLanes) {
+        few_tokens<F, kRegisters.few_rows, T>(pass, row, tail, far);
+      }
+      for (; row < a.rows; row += kLanes) few_tokens<F, 1, T>(pass, row, tail, far);
+    });
   }
 }
 

@@ -3,22 +3,11 @@
 
 #include <cstdint>
 
-#include "lk/kernels.h"
+#include "lk/layer.h"
 #include "lk/thread_pool.h"
 #include "lk/workspace.h"
 
 namespace lk {
-
-struct LayerSpec {
-  Format format = Format::kBf16;
-  Activation activation = Activation::kSilu;
-  bool weight_on_input = false;  // the router's weight scales x instead of the expert's output
-  int64_t experts = 0;
-  int64_t hidden = 0;
-  int64_t intermediate = 0;
-  const void* w13 = nullptr;  // [experts, 2 * intermediate, hidden]: gate rows, then up rows
-  const void* w2 = nullptr;   // [experts, hidden, intermediate]
-};
 
 struct Batch {
   Scalar type = Scalar::kBf16;  // of x and y

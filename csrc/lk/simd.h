@@ -44,122 +44,212 @@ inline uint16_t float_to_fp16(float value) {
   return static_cast<uint16_t>((bits >= 0x477ff000u ? special : finite) | (sign >> 16));
 }
 
+// The widest vectors that the compiler may use here; 64 bytes are 4, 2 or 1 of them.
 #if defined(__AVX512F__)
-
-constexpr int kFloatChains = 2;
-struct F32x16 {
-  __m512 v;
-};
-inline F32x16 zeros() { return {_mm512_setzero_ps()}; }
-inline F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline F32x16 load_bf16(const uint16_t* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
-}
-inline F32x16 load_fp16(const uint16_t* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
-inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
-// Four sums at once, in the same order of additions as sum(): lanes 8 apart, then 4, 2 and 1. Costs
-// a third of four separate ones, which at K = 768 took as long as half the multiplications.
-inline void sum4(F32x16 a, F32x16 b, F32x16 c, F32x16 d, float* out) {
-  const __m512 ab =
-      _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xee));
-  const __m512 cd =
-      _mm512_add_ps(_mm512_shuffle_f32x4(c.v, d.v, 0x44), _mm512_shuffle_f32x4(c.v, d.v, 0xee));
-  __m512 all =
-      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4e));
-  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
-}
-
+constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
-
-constexpr int kFloatChains = 2;
-struct F32x16 {
-  __m256 v[2];
-};
-inline F32x16 zeros() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
-inline F32x16 load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
-inline __m256 load8_bf16(const uint16_t* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-inline __m256 load8_fp16(const uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline F32x16 load_bf16(const uint16_t* p) { return {{load8_bf16(p), load8_bf16(p + 8)}}; }
-inline F32x16 load_fp16(const uint16_t* p) { return {{load8_fp16(p), load8_fp16(p + 8)}}; }
-inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
-  return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
-}
-inline F32x16 add(F32x16 a, F32x16 b) {
-  return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}};
-}
-inline float sum(F32x16 a) {
-  const __m256 eight = _mm256_add_ps(a.v[0], a.v[1]);
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
-}
-
-inline void sum4(F32x16 a, F32x16 b, F32x16 c, F32x16 d, float* out) {
-  out[0] = sum(a);
-  out[1] = sum(b);
-  out[2] = sum(c);
-  out[3] = sum(d);
-}
-
+constexpr int kVectorBytes = 32;
 #else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kVectors = 64 / kVectorBytes;
+constexpr int kVectorLanes = kVectorBytes / 4;
 
-// The compiler's own vectors of four, which every target has (SSE2, NEON).
-typedef float Float4 __attribute__((vector_size(16)));
+typedef float FloatVector __attribute__((vector_size(kVectorBytes), may_alias));
+typedef uint32_t UintVector __attribute__((vector_size(kVectorBytes), may_alias));
+typedef int32_t IntVector __attribute__((vector_size(kVectorBytes), may_alias));
+typedef float FloatMemory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef uint32_t UintMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 
-constexpr int kFloatChains = 1;
 struct F32x16 {
-  Float4 v[4];
+  FloatVector v[kVectors];
 };
+struct U32x16 {
+  UintVector v[kVectors];
+};
+
 inline F32x16 zeros() { return {}; }
-inline F32x16 load(const float* p) {
+inline F32x16 broadcast(float value) {
   F32x16 a;
-  std::memcpy(&a, p, sizeof(a));
+  for (auto& v : a.v) v = value - FloatVector{};  // x - 0 is x, so nothing is computed
   return a;
 }
-inline F32x16 load_bf16(const uint16_t* p) {
-  float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = bf16_to_float(p[i]);
-  return load(values);
+inline F32x16 load(const float* p) {
+  F32x16 a;
+  for (int i = 0; i < kVectors; ++i) {
+    a.v[i] = *reinterpret_cast<const FloatMemory*>(p + i * kVectorLanes);
+  }
+  return a;
 }
-inline F32x16 load_fp16(const uint16_t* p) {
-  float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = fp16_to_float(p[i]);
-  return load(values);
+inline void store(float* p, F32x16 a) {
+  for (int i = 0; i < kVectors; ++i) *reinterpret_cast<FloatMemory*>(p + i * kVectorLanes) = a.v[i];
 }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
   F32x16 result;
-  for (int i = 0; i < 4; ++i) result.v[i] = a.v[i] * b.v[i] + c.v[i];
-  return result;
-}
-inline F32x16 add(F32x16 a, F32x16 b) {
-  F32x16 result;
-  for (int i = 0; i < 4; ++i) result.v[i] = a.v[i] + b.v[i];
-  return result;
-}
-inline float sum(F32x16 a) {
-  const Float4 four = (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]);
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-inline void sum4(F32x16 a, F32x16 b, F32x16 c, F32x16 d, float* out) {
-  out[0] = sum(a);
-  out[1] = sum(b);
-  out[2] = sum(c);
-  out[3] = sum(d);
-}
-
+  for (int i = 0; i < kVectors; ++i) {
+#if defined(__AVX512F__)
+    result.v[i] = _mm512_fmadd_ps(a.v[i], b.v[i], c.v[i]);
+#elif defined(__AVX2__)
+    result.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
+#else
+    result.v[i] = a.v[i] * b.v[i] + c.v[i];
 #endif
+  }
+  return result;
+}
+inline F32x16 operator+(F32x16 a, F32x16 b) {
+  for (int i = 0; i < kVectors; ++i) a.v[i] = a.v[i] + b.v[i];
+  return a;
+}
+inline F32x16 operator-(F32x16 a, F32x16 b) {
+  for (int i = 0; i < kVectors; ++i) a.v[i] = a.v[i] - b.v[i];
+  return a;
+}
+inline F32x16 operator*(F32x16 a, F32x16 b) {
+  for (int i = 0; i < kVectors; ++i) a.v[i] = a.v[i] * b.v[i];
+  return a;
+}
+inline F32x16 operator/(F32x16 a, F32x16 b) {
+  for (int i = 0; i < kVectors; ++i) a.v[i] = a.v[i] / b.v[i];
+  return a;
+}
+inline F32x16 operator+(F32x16 a, float b) { return a + broadcast(b); }
+inline F32x16 operator-(F32x16 a, float b) { return a - broadcast(b); }
+inline F32x16 operator*(F32x16 a, float b) { return a * broadcast(b); }
+// The smaller and the larger one; a where it is not a number.
+inline F32x16 min(F32x16 a, float b) {
+  for (auto& v : a.v) v = v > b - FloatVector{} ? b - FloatVector{} : v;
+  return a;
+}
+inline F32x16 max(F32x16 a, float b) {
+  for (auto& v : a.v) v = v < b - FloatVector{} ? b - FloatVector{} : v;
+  return a;
+}
+// if_negative where `sign` is below zero, `otherwise` elsewhere.
+inline F32x16 select_negative(F32x16 sign, F32x16 if_negative, F32x16 otherwise) {
+  for (int i = 0; i < kVectors; ++i) {
+    otherwise.v[i] = sign.v[i] < FloatVector{} ? if_negative.v[i] : otherwise.v[i];
+  }
+  return otherwise;
+}
+// a * 2^n, n being the low bits of `shifted`, a number in [2^23, 2^24).
+inline F32x16 scale_exponent(F32x16 a, F32x16 shifted) {
+  for (int i = 0; i < kVectors; ++i) {
+    a.v[i] = (FloatVector)((UintVector)a.v[i] + ((UintVector)shifted.v[i] << 23));
+  }
+  return a;
+}
+
+// Some of the 16 lanes, from the first: the rows of a tile's last vector.
+#if defined(__AVX512F__)
+using LaneMask = __mmask16;
+inline LaneMask first_lanes(int64_t n) { return static_cast<LaneMask>((1u << n) - 1); }
+#else
+using LaneMask = int64_t;
+inline LaneMask first_lanes(int64_t n) { return n; }
+#endif
+
+// Four bytes of each of the masked lanes; zeros in the others, whose memory is not touched.
+inline U32x16 load_units(const char* p, LaneMask lanes) {
+#if defined(__AVX512F__)
+  return {(UintVector)_mm512_maskz_loadu_epi32(lanes, p)};
+#else
+  U32x16 a = {};
+  if (lanes == 16) {
+    for (int i = 0; i < kVectors; ++i) {
+      a.v[i] = *reinterpret_cast<const UintMemory*>(p + i * kVectorBytes);
+    }
+  } else {
+    std::memcpy(&a, p, lanes * 4);
+  }
+  return a;
+#endif
+}
+
+inline U32x16 operator&(U32x16 a, uint32_t b) {
+  for (auto& v : a.v) v &= b;
+  return a;
+}
+inline U32x16 operator<<(U32x16 a, int n) {
+  for (auto& v : a.v) v <<= n;
+  return a;
+}
+inline U32x16 operator>>(U32x16 a, int n) {
+  for (auto& v : a.v) v >>= n;
+  return a;
+}
+inline F32x16 as_float(U32x16 a) {
+  F32x16 result;
+  for (int i = 0; i < kVectors; ++i) result.v[i] = (FloatVector)a.v[i];
+  return result;
+}
+// Byte `n` of each lane as a signed integer, as float.
+inline F32x16 signed_byte(U32x16 a, int n) {
+  F32x16 result;
+  for (int i = 0; i < kVectors; ++i) {
+    const IntVector value = ((IntVector)a.v[i] << (24 - 8 * n)) >> 24;
+    result.v[i] = __builtin_convertvector(value, FloatVector);
+  }
+  return result;
+}
+
+// Half `n` (0 the low one) of each lane from fp16 to float.
+inline F32x16 half_to_float(U32x16 a, int n) {
+  F32x16 result;
+  const U32x16 halves = (a >> 16 * n) & 0xffff;
+  for (int i = 0; i < kVectors; ++i) {
+#if defined(__AVX512F__)
+    result.v[i] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)halves.v[i]));
+#elif defined(__AVX2__)
+    const auto all = (__m256i)halves.v[i];
+    result.v[i] = _mm256_cvtph_ps(
+        _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+#else
+    for (int lane = 0; lane < kVectorLanes; ++lane) {
+      result.v[i][lane] = fp16_to_float(static_cast<uint16_t>(halves.v[i][lane]));
+    }
+#endif
+  }
+  return result;
+}
+
+// Byte `n` of each lane from e4m3fn (OCP 8-bit floating point: bias 7, no infinity, all ones NaN).
+inline F32x16 e4m3_to_float(U32x16 a, int n) {
+  F32x16 result;
+  const U32x16 bytes = a >> 8 * n;
+  for (int i = 0; i < kVectors; ++i) {
+    const UintVector magnitude = bytes.v[i] & 0x7f;
+    const FloatVector subnormal =
+        __builtin_convertvector((IntVector)magnitude, FloatVector) * 0x1p-9f;
+    UintVector bits = magnitude < 8 ? (UintVector)subnormal : (magnitude << 20) + (120u << 23);
+    bits = magnitude == 0x7f ? UintVector{} + 0x7fc00000u : bits;
+    result.v[i] = (FloatVector)(bits | (bytes.v[i] & 0x80) << 24);
+  }
+  return result;
+}
+
+// table[low four bits of each lane].
+inline F32x16 lookup(const float* table, U32x16 index) {
+  F32x16 result;
+#if defined(__AVX512F__)
+  result.v[0] = _mm512_permutexvar_ps((__m512i)index.v[0], _mm512_loadu_ps(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_loadu_ps(table);
+  const __m256 high = _mm256_loadu_ps(table + 8);
+  for (int i = 0; i < kVectors; ++i) {
+    const auto at = (__m256i)index.v[i];
+    result.v[i] =
+        _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at),
+                         _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));  // by bit 3
+  }
+#else
+  for (int i = 0; i < kVectors; ++i) {
+    for (int lane = 0; lane < kVectorLanes; ++lane) {
+      result.v[i][lane] = table[index.v[i][lane] & 15];
+    }
+  }
+#endif
+  return result;
+}
 
 }  // namespace lk::LK_ISA

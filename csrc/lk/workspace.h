@@ -41,10 +41,11 @@ struct Workspace {
   Scratch<int32_t> expert_begin;  // [experts + 1] where an expert's slots begin in `slots`
   Scratch<int32_t> active;        // experts with at least one slot
   Scratch<int32_t> slots;         // slots in the order of their experts
-  Scratch<char> acts;             // x as the kernels want it, a row a token (or a slot)
+  Scratch<char> acts;             // x as the kernels want it, a row a token
   Scratch<char> inter;            // activated intermediate, a row a slot in the order of `slots`
   Scratch<float> partial;         // [slot][hidden] output of each expert
   Scratch<float> ones;            // combine weights where the router's went into x
+  Scratch<char> workers;          // what each worker needs for itself
 };
 
 }  // namespace lk

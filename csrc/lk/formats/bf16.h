@@ -1,34 +1,25 @@
-// bf16 weights: how K-contiguous rows become a dot product.
+// bf16 weights: two along K in a unit.
 #pragma once
 
-#include "lk/formats/widened.h"
+#include "lk/arithmetic.h"
 
 namespace lk::LK_ISA {
 
-#if defined(__AVX512BF16__)
-
-// vdpbf16ps multiplies pairs of bf16 and adds them to 16 floats: activations are bf16 too.
 struct Bf16 {
-  using Act = uint16_t;
-  using Weights = __m512bh;
-  static constexpr int kStep = 32;   // weights in one load
-  static constexpr int kBytes = 64;  // that they take
-  static constexpr int kChains = 1;
-
-  static Act to_act(float value) { return float_to_bf16(value); }
-  static Weights load(const char* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static Weights load_tail(const char* p, int n) {
-    return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
-  }
-  static F32x16 fma(F32x16 acc, Weights w, const Act* act) {
-    return {_mm512_dpbf16_ps(acc.v, w, (__m512bh)_mm512_loadu_si512(act))};
-  }
-};
-
+  static constexpr bool kNoGroupScales = true;
+  static constexpr int kUnit = 2;
+#if defined(__AVX512BF16__)
+  using Math = Pairs;
+  static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  static void unpack(U32x16 bits, Pairs::Weights* w) { w[0] = (__m512bh)bits.v[0]; }
 #else
-
-using Bf16 = Widened<load_bf16>;
-
+  using Math = Floats;
+  static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  static void unpack(U32x16 bits, F32x16* w) {
+    w[0] = as_float(bits << 16);
+    w[1] = as_float(bits & 0xffff0000);
+  }
 #endif
+};
 
 }  // namespace lk::LK_ISA

@@ -1,11 +1,20 @@
-// fp16 weights: widened to float. No CPU before AVX512-FP16 multiplies halves, and that one would
-// add them in half precision.
+// fp16 weights: two along K in a unit, widened to float. No CPU before AVX512-FP16 multiplies
+// halves, and that one would add them in half precision.
 #pragma once
 
-#include "lk/formats/widened.h"
+#include "lk/arithmetic.h"
 
 namespace lk::LK_ISA {
 
-using Fp16 = Widened<load_fp16>;
+struct Fp16 {
+  static constexpr bool kNoGroupScales = true;
+  using Math = Floats;
+  static constexpr int kUnit = 2;
+  static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  static void unpack(U32x16 bits, F32x16* w) {
+    w[0] = half_to_float(bits, 0);
+    w[1] = half_to_float(bits, 1);
+  }
+};
 
 }  // namespace lk::LK_ISA

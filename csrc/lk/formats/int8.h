@@ -1,0 +1,50 @@
+// int8 weights: four along K in a unit.
+#pragma once
+
+#include "lk/arithmetic.h"
+
+namespace lk::LK_ISA {
+
+struct Int8 {
+  static constexpr bool kNoGroupScales = true;
+  static constexpr int kUnit = 4;
+#if defined(__AVX512BF16__)
+  using Math = Pairs;
+  static constexpr uint8_t kOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
+  static void unpack(U32x16 bits, Pairs::Weights* w) {
+    // Through float, whose upper half is the bf16: eight bits are exact in it.
+    for (int i = 0; i < 2; ++i) {
+      const auto low = (__m512i)signed_byte(bits, i).v[0];
+      const auto high = (__m512i)signed_byte(bits, i + 2).v[0];
+      w[i] = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high,
+                                                 _mm512_set1_epi32(0xffff), 0xf4);
+    }
+  }
+#else
+  using Math = Floats;
+  static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  static void unpack(U32x16 bits, F32x16* w) {
+    for (int i = 0; i < kUnit; ++i) w[i] = signed_byte(bits, i);
+  }
+#endif
+};
+
+#if defined(__AVX512VNNI__)
+
+struct Int8Act8 {
+  static constexpr bool kNoGroupScales = true;
+  using Math = Bytes<128>;  // flipping the sign bit adds 128
+  static constexpr int kUnit = 4;
+  static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  static void unpack(U32x16 bits, __m512i* w) {
+    w[0] = _mm512_xor_si512((__m512i)bits.v[0], _mm512_set1_epi8(-128));
+  }
+};
+
+#else
+
+using Int8Act8 = Int8;
+
+#endif
+
+}  // namespace lk::LK_ISA

@@ -1,0 +1,36 @@
+// 4-bit weights: eight along K in a unit, each a code for one of 16 values. Values is a type with
+// the table kFloat of them (and kBf16, where the CPU multiplies bf16).
+#pragma once
+
+#include "lk/arithmetic.h"
+
+namespace lk::LK_ISA {
+
+template <class Values>
+struct Nibbles {
+  static constexpr int kUnit = 8;
+#if defined(__AVX512BF16__)
+  using Math = Pairs;
+  // vpermw looks only at the low five bits of each 16-bit word, so a shift brings a nibble into
+  // place and a table that stands there twice makes the fifth bit harmless: seven instructions for
+  // 128 weights. Pair i is nibble i of both words of the unit.
+  static constexpr uint8_t kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+  static void unpack(U32x16 bits, Pairs::Weights* w) {
+    const __m512i table =
+        _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(Values::kBf16)));
+    const auto codes = (__m512i)bits.v[0];
+    w[0] = (__m512bh)_mm512_permutexvar_epi16(codes, table);
+    w[1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
+    w[2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
+    w[3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
+  }
+#else
+  using Math = Floats;
+  static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  static void unpack(U32x16 bits, F32x16* w) {
+    for (int i = 0; i < kUnit; ++i) w[i] = lookup(Values::kFloat, bits >> 4 * i);
+  }
+#endif
+};
+
+}  // namespace lk::LK_ISA

@@ -1,0 +1,150 @@
+#include "lk/layer.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+namespace lk {
+namespace {
+
+constexpr int64_t kScaleBlockRows = 128;  // of kFloatBlocks
+constexpr int64_t kScaleBlockColumns = 128;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of bytes of all experts that are reordered alike.
+struct RowArray {
+  char* data;
+  int64_t row_bytes;
+  int64_t unit;  // 0: rows keep their order, they are only de-interleaved
+};
+
+std::vector<RowArray> arrays_of(const Matrix& m) {
+  std::vector<RowArray> arrays{{m.weights, m.row_bytes, kUnitBytes}};
+  if (m.scale && m.scale_type != ScaleType::kFloatBlocks) {
+    arrays.push_back({m.scale, m.groups() * m.scale_bytes(), m.scale_bytes()});
+  }
+  if (m.zero) arrays.push_back({reinterpret_cast<char*>(m.zero), m.groups(), 1});
+  if (m.row_scale) arrays.push_back({reinterpret_cast<char*>(m.row_scale), 4, 0});
+  if (m.bias) arrays.push_back({reinterpret_cast<char*>(m.bias), 4, 0});
+  return arrays;
+}
+
+// Runs work(index, buffer) for index 0 to count - 1 on all workers; each has a buffer of its own.
+template <class Work>
+void for_each(ThreadPool& pool, int64_t count, int64_t buffer_bytes, Work&& work) {
+  std::atomic<int64_t> next{0};
+  std::vector<std::vector<char>> buffers(pool.size(), std::vector<char>(buffer_bytes));
+  auto job = [&](int worker) {
+    for (int64_t i = next++; i < count; i = next++) work(i, buffers[worker].data());
+  };
+  pool.run(job);
+}
+
+void tile_matrix(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) {
+  for (const RowArray& array : arrays_of(m)) {
+    if (array.unit == 0) continue;
+    const int64_t tiles = tile_count(m.rows);
+    for_each(pool, experts * m.parts * tiles, kTileRows * array.row_bytes,
+             [&](int64_t index, char* buffer) {
+               const int64_t tile = index % tiles;
+               char* begin = array.data + index / tiles * m.rows * array.row_bytes +
+                             tile_offset(tile, array.row_bytes);
+               const auto turn = back ? untile_in_place : tile_in_place;
+               turn(begin, tile_rows(tile, m.rows), array.row_bytes, array.unit, buffer);
+             });
+  }
+}
+
+// Rows 0, 2, 4 ... of each expert, then rows 1, 3, 5 ...; or back.
+void deinterleave(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) {
+  for (const RowArray& array : arrays_of(m)) {
+    const int64_t rows = 2 * m.rows;
+    for_each(pool, experts, rows * array.row_bytes, [&](int64_t expert, char* buffer) {
+      char* data = array.data + expert * rows * array.row_bytes;
+      std::memcpy(buffer, data, rows * array.row_bytes);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t apart = row % 2 * m.rows + row / 2;
+        std::memcpy(data + (back ? row : apart) * array.row_bytes,
+                    buffer + (back ? apart : row) * array.row_bytes, array.row_bytes);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+int64_t Matrix::scale_bytes() const {
+  switch (scale_type) {
+    case ScaleType::kNone:
+      return 0;
+    case ScaleType::kBf16:
+    case ScaleType::kFp16:
+      return 2;
+    case ScaleType::kE8m0:
+    case ScaleType::kE4m3:
+      return 1;
+    default:
+      return 4;
+  }
+}
+
+const char* Matrix::tile(int64_t expert, int64_t part, int64_t row) const {
+  return weights + ((expert * parts + part) * rows + row / kTileRows * kTileRows) * row_bytes;
+}
+
+MatmulArgs Matrix::product(int64_t expert, int64_t part, int64_t row, int64_t count) const {
+  const int64_t index = row / kTileRows;
+  MatmulArgs args;
+  args.tile = tile(expert, part, row);
+  args.tile_rows = lk::tile_rows(index, rows);
+  args.first_row = row % kTileRows;
+  args.rows = count;
+  args.k = k;
+  args.row_bytes = row_bytes;
+  args.scale_type = scale_type;
+  args.group = group;
+  if (scale_type == ScaleType::kFloatBlocks) {
+    const int64_t columns = ceil_div(k, kScaleBlockColumns);
+    const int64_t first = part * rows + row;
+    // Interleaved rows of gate and up share their blocks: row r of a part was row 2 r + part.
+    const int64_t block = interleaved ? row / (kScaleBlockRows / 2) : first / kScaleBlockRows;
+    const auto* scales = reinterpret_cast<const float*>(scale) +
+                         (expert * ceil_div(parts * rows, kScaleBlockRows) + block) * columns;
+    args.scale = scales;
+    const int64_t end = interleaved ? count : (block + 1) * kScaleBlockRows - first;
+    args.block_end = end < count ? end : kTileRows;
+    args.next_block_scale = scales + columns;
+  } else if (group != 0) {
+    const int64_t at =
+        ((expert * parts + part) * rows + index * kTileRows) * groups() + args.first_row;
+    args.scale = scale + at * scale_bytes();
+    if (zero) args.zero = zero + at;
+  }
+  return args;
+}
+
+Epilogue Matrix::epilogue(int64_t expert, int64_t part, int64_t row, float scale) const {
+  const int64_t at = (expert * parts + part) * rows + row;
+  Epilogue epilogue;
+  epilogue.scale = scale;
+  if (row_scale) epilogue.row_scale = row_scale + at;
+  if (part_scale) epilogue.scale *= part_scale[shared_part_scale ? expert : expert * parts + part];
+  if (bias) epilogue.bias = bias + at;
+  return epilogue;
+}
+
+void order_layer(const LayerSpec& layer, ThreadPool& pool) {
+  if (layer.w13.interleaved) deinterleave(layer.w13, layer.experts, false, pool);
+  tile_matrix(layer.w13, layer.experts, false, pool);
+  tile_matrix(layer.w2, layer.experts, false, pool);
+}
+
+void restore_layer(const LayerSpec& layer, ThreadPool& pool) {
+  tile_matrix(layer.w13, layer.experts, true, pool);
+  tile_matrix(layer.w2, layer.experts, true, pool);
+  if (layer.w13.interleaved) deinterleave(layer.w13, layer.experts, true, pool);
+}
+
+}  // namespace lk

@@ -1,0 +1,250 @@
+// Random layers of experts for the tests.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <ostream>
+#include <random>
+#include <vector>
+
+#include "lk/layer.h"
+#include "lk/test_values.h"
+
+namespace lk::test_values {
+
+// What a matrix has beside its weights. Zero points come with their formats.
+struct Extras {
+  ScaleType scale_type = ScaleType::kNone;
+  int64_t group = 0;
+  bool row_scale = false;
+  bool part_scale = false;
+  bool shared_part_scale = false;
+  bool bias = false;
+};
+
+inline std::vector<float> random_float_scales(int64_t count, Random& random) {
+  std::uniform_real_distribution<float> uniform(0.5f, 2.0f);
+  std::vector<float> scales(count);
+  for (float& scale : scales) scale = uniform(random);
+  return scales;
+}
+
+struct MatrixData {
+  std::vector<char> weights, scale;
+  std::vector<uint8_t> zero;
+  std::vector<float> row_scale, part_scale, bias;
+
+  bool operator==(const MatrixData&) const = default;
+};
+
+// Rows of all experts as a checkpoint has them: row-major, maybe interleaved.
+class TestMatrix {
+ public:
+  TestMatrix(Format format, int64_t experts, int64_t parts, int64_t rows, int64_t k,
+             bool interleaved, const Extras& extras, Random& random)
+      : format_(format), extras_(extras) {
+    Matrix& m = spec_;
+    m.parts = parts;
+    m.rows = rows;
+    m.k = k;
+    m.row_bytes = row_bytes(format, k);
+    m.interleaved = interleaved;
+    m.scale_type = extras.scale_type;
+    m.group = extras.group;
+    m.shared_part_scale = extras.shared_part_scale;
+    const int64_t all = experts * parts * rows;
+    data.weights = random_weights(format, all, k, random);
+    const bool blocks = extras.scale_type == ScaleType::kFloatBlocks;
+    data.scale = random_scales(extras.scale_type,
+                               (blocks ? experts * block_rows() : all) * m.groups(), random);
+    if (has_zero_points(format)) {
+      for (int64_t i = 0; i < all * m.groups(); ++i) {
+        data.zero.push_back(static_cast<uint8_t>(random_below(random, 16)));
+      }
+    }
+    if (extras.row_scale) data.row_scale = random_float_scales(all, random);
+    if (extras.part_scale) {
+      data.part_scale =
+          random_float_scales(experts * (extras.shared_part_scale ? 1 : parts), random);
+    }
+    if (extras.bias) data.bias = random_floats(all, random);
+    for (int64_t i = 0; i < all; ++i) {
+      const int64_t part = i / rows % parts;
+      for (int64_t at = 0; at < k; ++at) {
+        values.push_back(value_as_it_came(i / (parts * rows), part, i % rows, at));
+      }
+    }
+    double squares = 0;
+    for (double value : values) squares += value * value;
+    size = std::sqrt(squares / static_cast<double>(all));
+  }
+  TestMatrix(const TestMatrix&) = delete;
+  TestMatrix& operator=(const TestMatrix&) = delete;
+
+  // The matrix that has its arrays in `data`.
+  Matrix spec() {
+    Matrix m = spec_;
+    m.weights = data.weights.data();
+    if (extras_.scale_type != ScaleType::kNone) m.scale = data.scale.data();
+    if (!data.zero.empty()) m.zero = data.zero.data();
+    if (extras_.row_scale) m.row_scale = data.row_scale.data();
+    if (extras_.part_scale) m.part_scale = data.part_scale.data();
+    if (extras_.bias) m.bias = data.bias.data();
+    return m;
+  }
+
+  // Which row of its expert a part's row was.
+  int64_t row_as_it_came(int64_t part, int64_t row) const {
+    return spec_.interleaved ? 2 * row + part : part * spec_.rows + row;
+  }
+
+  MatrixData data;
+  std::vector<double> values;  // [experts][parts][rows][k], scaled
+  double size = 0;             // of a row times a vector of normal numbers
+
+ private:
+  int64_t block_rows() const { return (spec_.parts * spec_.rows + 127) / 128; }
+
+  double value_as_it_came(int64_t expert, int64_t part, int64_t row, int64_t at) const {
+    const Matrix& m = spec_;
+    const int64_t came = row_as_it_came(part, row);
+    const int64_t index = expert * m.parts * m.rows + came;
+    const int64_t group = m.group == 0 ? 0 : at / m.group;
+    double value =
+        code_value(format_, get_code(format_, data.weights.data() + index * m.row_bytes, at));
+    const int64_t scale = index * m.groups() + group;
+    if (!data.zero.empty()) value -= data.zero[scale] - 8;
+    if (m.scale_type == ScaleType::kFloatBlocks) {
+      value *= element<float>(data.scale.data(),
+                              (expert * block_rows() + came / 128) * m.groups() + group);
+    } else if (m.scale_type != ScaleType::kNone) {
+      value *= scale_value(m.scale_type, data.scale.data(), scale);
+    }
+    if (extras_.row_scale) value *= data.row_scale[index];
+    if (extras_.part_scale) {
+      value *= data.part_scale[extras_.shared_part_scale ? expert : expert * m.parts + part];
+    }
+    return value;
+  }
+
+  const Format format_;
+  const Extras extras_;
+  Matrix spec_;
+};
+
+// A kind of layer, without its size.
+struct Kind {
+  const char* name = "";
+  Format format = Format::kBf16;
+  ActivationSpec activation{};
+  bool interleaved = false;
+  bool weight_on_input = false;
+  Extras w13{}, w2{};
+  Scalar type = Scalar::kBf16;  // of x and y
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Kind& kind) { return out << kind.name; }
+
+struct TestLayer {
+  TestLayer(const Kind& kind, int64_t experts, int64_t hidden, int64_t intermediate, Random& random)
+      : w13(kind.format, experts, has_gate(kind.activation.kind) ? 2 : 1, intermediate, hidden,
+            kind.interleaved, kind.w13, random),
+        w2(kind.format, experts, 1, hidden, intermediate, false, kind.w2, random) {
+    // A bias counts as much as the sum that it is added to: see TestBatch for w13.
+    for (float& bias : w2.data.bias) bias *= static_cast<float>(w2.size);
+    spec.format = kind.format;
+    spec.activation = kind.activation;
+    spec.weight_on_input = kind.weight_on_input;
+    spec.experts = experts;
+    spec.hidden = hidden;
+    spec.intermediate = intermediate;
+    spec.w13 = w13.spec();
+    spec.w2 = w2.spec();
+  }
+
+  TestMatrix w13, w2;
+  LayerSpec spec;
+};
+
+constexpr Extras kWithBias{.bias = true};
+constexpr Extras kRowScales{.row_scale = true};
+constexpr Extras kRowScalesAndBias{.row_scale = true, .bias = true};
+constexpr Extras kOneScale{.part_scale = true, .shared_part_scale = true};
+constexpr Extras kBlockScales{.scale_type = ScaleType::kFloatBlocks, .group = 128};
+constexpr Extras kMxScales{.scale_type = ScaleType::kE8m0, .group = 32, .bias = true};
+constexpr Extras kNvScales{.scale_type = ScaleType::kE4m3, .group = 16, .part_scale = true};
+constexpr ActivationSpec kGptOss{Activation::kSwigluOai, 1.702f, 1.5f};
+
+constexpr Extras groups_of(int64_t group, ScaleType type, bool bias = false) {
+  return {.scale_type = type, .group = group, .bias = bias};
+}
+
+// Each format with its kinds of scales, each activation, with and without interleaving.
+inline const Kind kKinds[] = {
+    {.name = "bf16"},
+    {.name = "bf16_biases", .w13 = kWithBias, .w2 = kWithBias},
+    {.name = "bf16_gpt_oss",
+     .activation = kGptOss,
+     .interleaved = true,
+     .w13 = kWithBias,
+     .w2 = kWithBias},
+    {.name = "bf16_no_gate", .activation = {Activation::kRelu2}, .w13 = kWithBias, .w2 = kWithBias},
+    {.name = "bf16_weight_on_input", .weight_on_input = true, .w13 = kWithBias, .w2 = kWithBias},
+    {.name = "fp16",
+     .format = Format::kFp16,
+     .activation = {Activation::kGelu},
+     .type = Scalar::kFp16},
+    {.name = "fp8_one_scale", .format = Format::kFp8, .w13 = kOneScale, .w2 = kOneScale},
+    {.name = "fp8_row_scales",
+     .format = Format::kFp8,
+     .activation = {Activation::kGeluTanh},
+     .w13 = kRowScales,
+     .w2 = kRowScales},
+    {.name = "fp8_blocks", .format = Format::kFp8, .w13 = kBlockScales, .w2 = kBlockScales},
+    {.name = "fp8_blocks_interleaved",
+     .format = Format::kFp8,
+     .activation = kGptOss,
+     .interleaved = true,
+     .w13 = kBlockScales,
+     .w2 = kBlockScales},
+    {.name = "int8_gpt_oss",
+     .format = Format::kInt8,
+     .activation = kGptOss,
+     .interleaved = true,
+     .w13 = kRowScalesAndBias,
+     .w2 = kRowScalesAndBias},
+    {.name = "int8_act8", .format = Format::kInt8Act8, .w13 = kRowScales, .w2 = kRowScales},
+    {.name = "int8_act8_weight_on_input",
+     .format = Format::kInt8Act8,
+     .activation = {Activation::kRelu2},
+     .weight_on_input = true,
+     .w13 = kRowScales,
+     .w2 = kRowScalesAndBias},
+    {.name = "int4",
+     .format = Format::kInt4,
+     .w13 = groups_of(32, ScaleType::kBf16),
+     .w2 = groups_of(64, ScaleType::kBf16)},
+    {.name = "int4_act8",
+     .format = Format::kInt4Act8,
+     .w13 = groups_of(128, ScaleType::kFloat),
+     .w2 = groups_of(128, ScaleType::kFloat)},
+    {.name = "int4_zero_gpt_oss",
+     .format = Format::kInt4Zero,
+     .activation = kGptOss,
+     .interleaved = true,
+     .w13 = groups_of(32, ScaleType::kFp16, true),
+     .w2 = groups_of(32, ScaleType::kFp16, true)},
+    {.name = "int4_zero_act8",
+     .format = Format::kInt4ZeroAct8,
+     .w13 = groups_of(64, ScaleType::kFp16),
+     .w2 = groups_of(64, ScaleType::kFp16)},
+    {.name = "mxfp4_gpt_oss",
+     .format = Format::kFp4,
+     .activation = kGptOss,
+     .interleaved = true,
+     .w13 = kMxScales,
+     .w2 = kMxScales},
+    {.name = "nvfp4", .format = Format::kFp4, .w13 = kNvScales, .w2 = kNvScales},
+};
+
+}  // namespace lk::test_values

@@ -1,0 +1,195 @@
+// For tests: random weights in every format, and what they are worth, one value at a time in double
+// precision. Nothing here is shared with the kernels but the conversions, which have a test of
+// their own.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "lk/kernels.h"
+#include "lk/layer.h"
+
+#define LK_ISA test_values
+#include "lk/simd.h"
+
+namespace lk::test_values {
+
+constexpr Format kAllFormats[] = {
+    Format::kBf16, Format::kFp16,     Format::kFp8,      Format::kInt8,         Format::kInt8Act8,
+    Format::kInt4, Format::kInt4Act8, Format::kInt4Zero, Format::kInt4ZeroAct8, Format::kFp4};
+
+inline std::string name_of(Format format) {
+  constexpr const char* kNames[] = {"bf16", "fp16",      "fp8",       "int8",           "int8_act8",
+                                    "int4", "int4_act8", "int4_zero", "int4_zero_act8", "fp4"};
+  return kNames[static_cast<int>(format)];
+}
+inline bool has_zero_points(Format format) {
+  return format == Format::kInt4Zero || format == Format::kInt4ZeroAct8;
+}
+inline bool is_int4(Format format) {
+  return format >= Format::kInt4 && format <= Format::kInt4ZeroAct8;
+}
+inline bool is_act8(Format format) {
+  return format == Format::kInt8Act8 || format == Format::kInt4Act8 ||
+         format == Format::kInt4ZeroAct8;
+}
+inline int64_t row_bytes(Format format, int64_t k) { return k * kUnitBytes / unit_weights(format); }
+inline int64_t bytes_of(ScaleType type) {
+  Matrix matrix;
+  matrix.scale_type = type;
+  return matrix.scale_bytes();
+}
+
+// A float with `fraction` bits after an exponent of `exponent` bits, without infinities and NaNs.
+inline double small_float(uint32_t code, int exponent, int fraction, int bias) {
+  const uint32_t low = code & ((1u << fraction) - 1);
+  const int high = static_cast<int>(code >> fraction & ((1u << exponent) - 1));
+  const double sign = code >> (exponent + fraction) & 1 ? -1 : 1;
+  return sign * (high == 0 ? std::ldexp(low, 1 - bias - fraction)
+                           : std::ldexp(low + (1u << fraction), high - bias - fraction));
+}
+inline double e4m3(uint32_t code) { return (code & 127) == 127 ? NAN : small_float(code, 4, 3, 7); }
+inline double e8m0(uint32_t code) {
+  return code == 255 ? NAN : std::ldexp(1.0, static_cast<int>(code) - 127);
+}
+
+template <class T>
+T element(const void* array, int64_t index) {
+  T value;
+  std::memcpy(&value, static_cast<const char*>(array) + index * sizeof(T), sizeof(T));
+  return value;
+}
+
+// What a code of a format is worth, of int4 with a zero point of 8.
+inline double code_value(Format format, uint32_t code) {
+  switch (format) {
+    case Format::kBf16:
+      return bf16_to_float(static_cast<uint16_t>(code));
+    case Format::kFp16:
+      return fp16_to_float(static_cast<uint16_t>(code));
+    case Format::kFp8:
+      return e4m3(code);
+    case Format::kInt8:
+    case Format::kInt8Act8:
+      return static_cast<int8_t>(code);
+    case Format::kFp4:
+      return small_float(code, 2, 1, 1);
+    default:
+      return static_cast<int>(code) - 8;
+  }
+}
+inline int code_bits(Format format) { return 32 / unit_weights(format); }
+
+// The code of the weight at `k` of a row-major row.
+inline uint32_t get_code(Format format, const void* row, int64_t k) {
+  switch (code_bits(format)) {
+    case 16:
+      return element<uint16_t>(row, k);
+    case 8:
+      return element<uint8_t>(row, k);
+    default:
+      return element<uint8_t>(row, k / 2) >> (k % 2 * 4) & 15;
+  }
+}
+inline void set_code(Format format, void* row, int64_t k, uint32_t code) {
+  auto* bytes = static_cast<char*>(row);
+  switch (code_bits(format)) {
+    case 16:
+      std::memcpy(bytes + 2 * k, &code, 2);
+      return;
+    case 8:
+      std::memcpy(bytes + k, &code, 1);
+      return;
+    default: {
+      const int shift = k % 2 * 4;
+      bytes[k / 2] = static_cast<char>((bytes[k / 2] & ~(15 << shift)) | code << shift);
+    }
+  }
+}
+inline double scale_value(ScaleType type, const void* scales, int64_t index) {
+  switch (type) {
+    case ScaleType::kNone:
+      return 1;
+    case ScaleType::kBf16:
+      return bf16_to_float(element<uint16_t>(scales, index));
+    case ScaleType::kFp16:
+      return fp16_to_float(element<uint16_t>(scales, index));
+    case ScaleType::kE8m0:
+      return e8m0(element<uint8_t>(scales, index));
+    case ScaleType::kE4m3:
+      return e4m3(element<uint8_t>(scales, index));
+    default:
+      return element<float>(scales, index);
+  }
+}
+
+using Random = std::mt19937;
+
+inline float random_normal(Random& random) { return std::normal_distribution<float>()(random); }
+inline uint32_t random_below(Random& random, uint32_t end) {
+  return std::uniform_int_distribution<uint32_t>(0, end - 1)(random);
+}
+
+// Random finite weights: normal where the format is wide, else any code.
+inline std::vector<char> random_weights(Format format, int64_t rows, int64_t k, Random& random) {
+  const int64_t bytes = row_bytes(format, k);
+  std::vector<char> weights(rows * bytes);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < k; ++i) {
+      uint32_t code = random_below(random, 1u << std::min(code_bits(format), 8));
+      if (format == Format::kBf16) code = float_to_bf16(random_normal(random));
+      if (format == Format::kFp16) code = float_to_fp16(random_normal(random));
+      if (format == Format::kFp8 && (code & 127) == 127) code = 0;
+      set_code(format, weights.data() + row * bytes, i, code);
+    }
+  }
+  return weights;
+}
+inline std::vector<char> random_scales(ScaleType type, int64_t count, Random& random) {
+  const int64_t bytes = bytes_of(type);
+  std::vector<char> scales(count * bytes);
+  for (int64_t i = 0; i < count && bytes != 0; ++i) {
+    const float value = std::uniform_real_distribution<float>(0.5f, 2.0f)(random);
+    uint32_t code = bits_of(value);
+    if (type == ScaleType::kBf16) code = float_to_bf16(value);
+    if (type == ScaleType::kFp16) code = float_to_fp16(value);
+    if (type == ScaleType::kE8m0) code = 124 + random_below(random, 7);
+    if (type == ScaleType::kE4m3) code = 0x20 + random_below(random, 0x40);
+    std::memcpy(scales.data() + i * bytes, &code, bytes);
+  }
+  return scales;
+}
+inline std::vector<float> random_floats(int64_t count, Random& random) {
+  std::vector<float> values(count);
+  for (float& value : values) value = random_normal(random);
+  return values;
+}
+
+// What an activation makes of a gate and an up value.
+inline double activated(const ActivationSpec& spec, double gate, double up) {
+  switch (spec.kind) {
+    case Activation::kSilu:
+      return gate / (1 + std::exp(-gate)) * up;
+    case Activation::kGelu:
+      return 0.5 * gate * std::erfc(-gate / M_SQRT2) * up;
+    case Activation::kGeluTanh:
+      return gate /
+             (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (gate + 0.044715 * std::pow(gate, 3)))) * up;
+    case Activation::kSwigluOai: {
+      const double limit = spec.limit;
+      gate = std::min(gate, limit);
+      up = std::clamp(up, -limit, limit);
+      return (up + 1) * gate / (1 + std::exp(-double{spec.alpha} * gate));
+    }
+    case Activation::kRelu2:
+      return up > 0 ? up * up : 0;
+  }
+  return NAN;
+}
+
+}  // namespace lk::test_values

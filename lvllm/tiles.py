@@ -1,0 +1,101 @@
+"""The order in which the engine keeps weights, group scales and zero points, in plain PyTorch.
+
+An engine layer permutes its tensors in place. This module is the same permutation on any device, so
+that a GPU can undo it after the copy. The bytes are the same, only their order differs:
+
+- The rows of a matrix are its parts, one after the other: for w13 the gate rows and the up rows.
+- Each part is cut in tiles of 64 rows; the last one may have fewer.
+- A row is cut in units: 4 bytes of weights, or one element of scales or zero points. A tile of n
+  rows holds unit 0 of its n rows, then unit 1 of its n rows, and so on; where the row is no whole
+  number of units, the leftover bytes of each row follow, row after row.
+
+Of interleaved rows (gate 0, up 0, gate 1, ...), the gate rows come first; so do their row scales
+and float32 biases, which are otherwise left as they are, like the scales of blocks and of tensors.
+
+So 64 consecutive bytes are 4 bytes along K of 16 outputs: each output has its own vector lane.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["TILE_ROWS", "WEIGHT_UNIT", "from_tiles", "to_tiles"]
+
+TILE_ROWS = 64
+WEIGHT_UNIT = 4
+"""Bytes of a weight row that stay together."""
+
+
+def to_tiles(
+    tensor: torch.Tensor,
+    parts: int = 1,
+    unit_bytes: int = WEIGHT_UNIT,
+    *,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """A copy of a row-major tensor whose memory is in the engine's order.
+
+    Args:
+        tensor: [E, rows, columns] of any dtype, contiguous. Its shape and dtype are kept, though an
+            element of the result is no longer at its own place.
+        parts: matrices that follow each other in the rows: 2 for w13 of a gated activation and its
+            scales, else 1.
+        unit_bytes: 4 for weights, the size of an element for scales and zero points.
+        interleaved: the rows are gate 0, up 0, gate 1, up 1, ... (parts is 2): the result has the
+            gate rows first.
+    """
+    tiles = torch.empty_like(tensor)
+    for row_view, tile_view in _views(tensor, tiles, parts, unit_bytes, interleaved):
+        tile_view.copy_(row_view)
+    return tiles
+
+
+def from_tiles(
+    tiles: torch.Tensor,
+    parts: int = 1,
+    unit_bytes: int = WEIGHT_UNIT,
+    *,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """The inverse of `to_tiles`: a row-major copy of a tensor in the engine's order."""
+    rows = torch.empty_like(tiles)
+    for row_view, tile_view in _views(rows, tiles, parts, unit_bytes, interleaved):
+        row_view.copy_(tile_view)
+    return rows
+
+
+def _views(
+    rows: torch.Tensor, tiles: torch.Tensor, parts: int, unit_bytes: int, interleaved: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of views of equal shape that show the same weights in both orders."""
+    experts, all_rows, columns = rows.shape
+    row_bytes = columns * rows.element_size()
+    # Whole units move as one integer; bytes only where a row ends within a unit.
+    step = 1 if row_bytes % unit_bytes else unit_bytes
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[step]
+    unit, length, part_rows = unit_bytes // step, row_bytes // step, all_rows // parts
+    units = length // unit
+    body = units * unit
+
+    by_part = (part_rows, parts) if interleaved else (parts, part_rows)
+    source = rows.view(integer).unflatten(1, by_part)
+    if interleaved:
+        source = source.transpose(1, 2)
+    target = tiles.view(integer).view(experts, parts, part_rows * length)
+    whole = part_rows // TILE_ROWS
+    for first, count, n in (
+        (0, whole, TILE_ROWS),
+        (whole * TILE_ROWS, 1, part_rows % TILE_ROWS),
+    ):
+        if count * n == 0:
+            continue
+        last = first + count * n
+        r = source[:, :, first:last].unflatten(2, (count, n))
+        t = target[:, :, first * length : last * length].unflatten(2, (count, n * length))
+        if units:
+            yield (
+                r[..., :body].unflatten(-1, (units, unit)),
+                t[..., : n * body].unflatten(-1, (units, n, unit)).transpose(-3, -2),
+            )
+        if body < length:
+            yield r[..., body:], t[..., n * body :].unflatten(-1, (n, length - body))

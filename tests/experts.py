@@ -1,0 +1,252 @@
+"""Random expert layers in every weight format, and what they mean in plain PyTorch.
+
+The dequantisation follows the formats' definitions, not the engine: tables and exponents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from lvllm.engine import DTYPES, ExpertLayer
+
+FORMATS = tuple(DTYPES)
+FOUR_BIT = ("int4", "mxfp4", "nvfp4")
+GATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+ACTIVATIONS = (*GATED, "swigluoai", "relu2")
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""Value of each of the 16 codes of e2m1."""
+
+
+def nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., K/2] -> codes 0 to 15 [..., K], the even ones from the low nibbles."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def along_k(scale: torch.Tensor, group_size: int, k: int) -> torch.Tensor:
+    """[..., groups] -> float32 [..., K], each scale once for every weight of its group."""
+    return scale.float().repeat_interleave(group_size, dim=-1)[..., :k]
+
+
+def dequantise(
+    format: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zero: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    group_size: int | None = None,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """float32 [E, rows, K] of one projection in the shapes that `ExpertLayer` takes."""
+    if format in ("bf16", "fp16"):
+        return weight.float()
+    assert scale is not None
+    if format == "int8":
+        return weight.float() * scale[..., None]
+    if format == "fp8":
+        rows, k = weight.shape[1:]
+        if scale.dim() == 3:
+            blocks = along_k(scale, 128, k)
+            return weight.float() * blocks.repeat_interleave(128, dim=1)[:, :rows]
+        return weight.float() * (scale[..., None] if scale.dim() == 2 else scale[:, None, None])
+    codes = nibbles(weight)
+    rows, k = codes.shape[1:]
+    if format == "mxfp4":
+        return E2M1[codes.int()] * along_k(torch.exp2(scale.float() - 127), 32, k)
+    if format == "nvfp4":
+        assert global_scale is not None
+        per_row = global_scale.view(len(weight), -1)
+        parts = per_row.shape[1]
+        per_row = (
+            per_row.repeat(1, rows // parts)
+            if interleaved
+            else per_row.repeat_interleave(rows // parts, dim=1)
+        )
+        return E2M1[codes.int()] * along_k(scale, 16, k) * per_row[..., None]
+    group = group_size if group_size not in (None, -1) else k
+    assert group is not None
+    scale = scale.view(*codes.shape[:2], -1)
+    middle = 8.0 if zero is None else along_k(zero.view(scale.shape), group, k)
+    return (codes.float() - middle) * along_k(scale, group, k)
+
+
+@dataclass
+class Layer:
+    """The arguments of an `ExpertLayer`; what it makes of them is decided by `dequantise`."""
+
+    arguments: dict[str, Any]
+
+    def make(self, **changes: Any) -> ExpertLayer:
+        """The engine's layer, on copies: it permutes what it is given."""
+        arguments = self.arguments | changes
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                arguments[name] = value.clone()
+        return ExpertLayer(**arguments)
+
+    def dequantised(self, name: str) -> torch.Tensor:
+        """float32 weights of "w13" or "w2", their rows in the order they were given in."""
+        a = self.arguments
+        return dequantise(
+            a["format"],
+            a[name],
+            a.get(f"{name}_scale"),
+            a.get(f"{name}_zero"),
+            a.get(f"{name}_global_scale"),
+            a.get("group_size"),
+            a.get("interleaved", False) and name == "w13",
+        )
+
+    def reference(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """The expert block in `dtype` on dequantised weights: [M, H]."""
+        w13, w2 = self.dequantised("w13").to(dtype), self.dequantised("w2").to(dtype)
+        biases = self.arguments.get("w13_bias"), self.arguments.get("w2_bias")
+        on_input = self.arguments.get("apply_router_weight_on_input", False)
+        out = torch.zeros(x.shape, dtype=dtype)
+        for expert in range(len(w13)):
+            token, slot = torch.where(ids == expert)
+            if not len(token):
+                continue
+            weight = weights[token, slot, None].to(dtype)
+            h = x[token].to(dtype) * (weight if on_input else 1)
+            b13, b2 = (None if b is None else b[expert].to(dtype) for b in biases)
+            y = F.linear(self.activated(F.linear(h, w13[expert], b13)), w2[expert], b2)
+            out.index_add_(0, token, y if on_input else y * weight)
+        return out
+
+    def activated(self, h: torch.Tensor) -> torch.Tensor:
+        """The activation, from [M, rows of w13] to [M, I]."""
+        name = self.arguments.get("activation", "silu")
+        if name == "relu2":
+            return h.relu().square()
+        interleaved = self.arguments.get("interleaved", False)
+        gate, up = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=-1)
+        if name != "swigluoai":
+            return GATED[name](gate) * up
+        limit = self.arguments.get("swiglu_limit", 7.0)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + 1) * gate * torch.sigmoid(self.arguments.get("swiglu_alpha", 1.702) * gate)
+
+
+@dataclass
+class Random:
+    """Random tensors of one seed."""
+
+    seed: int = 0
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def uniform(self, low: float, high: float, *shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=self.generator) * (high - low) + low
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+
+def random_projection(
+    random: Random,
+    name: str,
+    format: str,
+    experts: int,
+    rows: int,
+    k: int,
+    *,
+    parts: int = 1,
+    fp8_scale: str = "block",
+    group_size: int = 32,
+    zero: bool = False,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, torch.Tensor]:
+    """The tensors of one projection, whose outputs are of about the size of its inputs."""
+    size = k**-0.5
+    if format in ("bf16", "fp16"):
+        return {name: (random.normal(experts, rows, k) * size).to(DTYPES[format])}
+    scale = f"{name}_scale"
+    if format == "int8":
+        return {
+            name: random.integers(-128, 128, experts, rows, k).to(torch.int8),
+            scale: random.uniform(0.5, 1.5, experts, rows) * size / 74,
+        }
+    if format == "fp8":
+        shape = {
+            "block": (experts, -(-rows // 128), -(-k // 128)),
+            "channel": (experts, rows),
+            "tensor": (experts,),
+        }[fp8_scale]
+        return {
+            name: (random.normal(experts, rows, k) * 60).to(torch.float8_e4m3fn),
+            scale: random.uniform(0.5, 1.5, *shape) * size / 60,
+        }
+    packed = {name: random.integers(0, 256, experts, rows, k // 2).to(torch.uint8)}
+    if format == "mxfp4":
+        exponent = round(torch.tensor(size / 3).log2().item()) + 127
+        shape = (experts, rows, -(-k // 32))
+        return packed | {scale: random.integers(exponent - 2, exponent + 2, *shape).to(torch.uint8)}
+    if format == "nvfp4":
+        shape = (experts, rows, -(-k // 16))
+        of_parts = (experts, parts) if name == "w13" else (experts,)
+        return packed | {
+            scale: random.uniform(2, 60, *shape).to(torch.float8_e4m3fn),
+            f"{name}_global_scale": random.uniform(0.5, 1.5, *of_parts) * size / 90,
+        }
+    shape = (experts, rows, 1 if group_size == -1 else -(-k // group_size))
+    tensors = packed | {scale: (random.uniform(0.5, 1.5, *shape) * size / 5).to(scale_dtype)}
+    if zero:
+        tensors[f"{name}_zero"] = random.integers(0, 16, *shape).to(torch.uint8)
+    return tensors
+
+
+def random_layer(
+    random: Random,
+    format: str,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    activation: str = "silu",
+    bias: bool = False,
+    bias_dtype: torch.dtype = torch.bfloat16,
+    group_size: int = 32,
+    fp8_scale: str = "block",
+    zero: bool = False,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    **arguments: Any,
+) -> Layer:
+    """A layer of random weights; further arguments go to `ExpertLayer`."""
+    parts = 1 if activation == "relu2" else 2
+    rows = parts * intermediate
+    how: dict[str, Any] = {
+        "fp8_scale": fp8_scale,
+        "group_size": group_size,
+        "zero": zero,
+        "scale_dtype": scale_dtype,
+    }
+    tensors = random_projection(
+        random, "w13", format, experts, rows, hidden, parts=parts, **how
+    ) | random_projection(random, "w2", format, experts, hidden, intermediate, **how)
+    if bias:
+        tensors["w13_bias"] = random.normal(experts, rows).to(bias_dtype)
+        tensors["w2_bias"] = random.normal(experts, hidden).to(bias_dtype)
+    if format == "int4":
+        arguments["group_size"] = group_size
+    return Layer({"format": format, "activation": activation} | tensors | arguments)
