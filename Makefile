@@ -11,8 +11,8 @@ BOOTSTRAP := $(PYTHON) -m build_tools.bootstrap --venv $(VENV)
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cpp test-python lint format docs wheel verify-upstream \
-	clean clean-upstream
+.PHONY: help install demo test test-cpp test-asan test-tsan test-python lint format docs wheel \
+	verify-upstream clean clean-upstream
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,6 +28,14 @@ test: test-cpp test-python ## the whole test suite
 test-cpp: ## the engine's C++ tests
 	@$(BOOTSTRAP) --tools test
 	@$(RUN) -m build_tools.engine test
+
+test-asan: ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(BOOTSTRAP) --tools test
+	@$(RUN) -m build_tools.engine test asan
+
+test-tsan: ## the C++ tests under ThreadSanitizer
+	@$(BOOTSTRAP) --tools test
+	@$(RUN) -m build_tools.engine test tsan
 
 test-python: ## the Python tests
 	@$(BOOTSTRAP) --tools test

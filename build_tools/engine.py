@@ -1,7 +1,8 @@
 """Builds the C++ engine with CMake and Ninja, both of which come from pip.
 
 `python -m build_tools.engine` builds lvllm/_engine.so in the checkout, incrementally;
-`python -m build_tools.engine test` builds and runs the C++ tests.
+`python -m build_tools.engine test` builds and runs the C++ tests; `test asan` and `test tsan` do so
+under sanitizers.
 """
 
 import importlib
@@ -20,6 +21,9 @@ from build_tools.target import ROOT
 
 BUILD = ROOT / "build"
 LIBRARY = Path("lvllm", "_engine.so")
+
+# Each in a build folder of its own: all objects differ.
+SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
 # The first GCC that knows C++20 and the AMX and AVX512-BF16 intrinsics.
 OLDEST_GCC = 11
@@ -58,10 +62,17 @@ def build_engine(destination: Path) -> None:
     new.rename(target)
 
 
-def run_tests() -> None:
-    """Build the C++ tests in build/tests and run them. Raises BuildError if one fails."""
-    build = BUILD / "tests"
-    _compile(build, "-DLK_BUILD_TESTS=ON", f"-DLK_GOOGLETEST={find_googletest()}")
+def run_tests(sanitizer: str | None = None) -> None:
+    """Build the C++ tests below build/ and run them, if asked under one of SANITIZERS.
+
+    Raises BuildError if one fails.
+    """
+    build = BUILD / (f"tests-{sanitizer}" if sanitizer else "tests")
+    options = ["-DLK_BUILD_TESTS=ON", "-DLK_BUILD_TORCH_OPS=OFF"]
+    options += [f"-DLK_GOOGLETEST={find_googletest()}"]
+    if sanitizer:
+        options += [f"-DLK_SANITIZE={SANITIZERS[sanitizer]}"]
+    _compile(build, *options)
     _run(_tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error")
 
 
@@ -135,4 +146,12 @@ def _run(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    run_tests() if sys.argv[1:] == ["test"] else build_engine(ROOT)
+    match sys.argv[1:]:
+        case []:
+            build_engine(ROOT)
+        case ["test"]:
+            run_tests()
+        case ["test", sanitizer] if sanitizer in SANITIZERS:
+            run_tests(sanitizer)
+        case _:
+            sys.exit("usage: python -m build_tools.engine [test [asan|tsan]]")
