@@ -1,326 +1,63 @@
-"""Times the expert block of the lk engine against the roofline of this machine.
+"""Times the expert block of the lk engine against the roofline of this machine, and its peers.
 
-    python benchmarks/moe_block.py --shape qwen3-30b-a3b --tokens 1,4,16,512 --json results.json
+    python benchmarks/moe_block.py --shape qwen3-30b-a3b --format bf16,int4 --peers
 
-The roofline of a call is the time in which the machine could read the weights of the distinct
-experts that its tokens chose, or do its multiplications, whichever is longer. Both rates are
-measured in the same run, in turns with the timed calls, since the read bandwidth of a virtual
-machine may change by half within minutes.
+The roofline of a call is the time in which the machine could read the weights and scales of the
+distinct experts that its tokens chose, or do its multiplications in bf16, whichever is longer.
+Both rates are measured in the same run, in turns with the timed calls, since the read bandwidth of
+a virtual machine may change by half within minutes.
+
+Every engine runs in a process of its own, which is stopped while another runs, on the same routed
+batches and on weights of the same format and size. A peer that wants another PyTorch gets its own
+interpreter: `--peer-python zentorch=/path/to/venv/bin/python`.
 """
 
 from __future__ import annotations
 
 import os
-
-# PyTorch's own threads must sleep while the engine is timed; read when OpenMP is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import json
-import platform
-import re
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import sys
 from pathlib import Path
+
+# PyTorch's own threads must sleep while an engine is timed; read when OpenMP is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if not __package__:  # run as a script, whose folder gives way to the checkout
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import importlib.util
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.call_cost import THREADS as CALL_COST_THREADS
+from benchmarks.call_cost import call_cost
+from benchmarks.cases import Shape, UserError
+from benchmarks.measure import Rates, Result, measure
+from benchmarks.peers import MODULES
+from benchmarks.peers.protocol import Died, Peer
+from benchmarks.peers.settings import Refused, Settings
+from benchmarks.probes import PROBE_BYTES, Probes, last_level_cache, machine
+from benchmarks.report import Report, plot, table, write_markdown
+from benchmarks.weights import FORMATS, layer_bytes
 from lvllm import bank, engine
 
-# hidden x intermediate x experts x top-k of the routed experts.
-SHAPES = {
-    "qwen3-30b-a3b": "2048x768x128x8",
-    "qwen3-235b-a22b": "4096x1536x128x8",
-    "qwen3-next-80b-a3b": "2048x512x512x10",
-    "mixtral-8x7b": "4096x14336x8x2",
-    "deepseek-v2-lite": "2048x1408x64x6",
-    "deepseek-v3": "7168x2048x256x8",
-    "deepseek-v3-32": "7168x2048x32x8",  # an eighth of its experts, for smaller machines
-    "glm-4.5-air": "4096x1408x128x8",
-    "gpt-oss-20b": "2880x2880x32x4",
-    "olmoe-1b-7b": "2048x1024x64x8",
-    "tiny": "64x32x4x2",
-}
-
-MIN_SECONDS = 2.0  # of timed calls a cell
-MIN_ROUNDS, MAX_ROUNDS = 5, 60
-PROBE_BYTES = 256 << 20
-PEAK_SIZE = 1536  # of the square matrices whose product gives the matrix peak
-REFERENCE_TOKENS = 16  # whose error is measured
+WORKING_BYTES = (1 << 30) + 2 * PROBE_BYTES  # beside the layers
+PROCESS_BYTES = 400 << 20  # of an engine's interpreter and PyTorch
+MAX_LAYERS = 32
 
 console = Console(stderr=True)
 
 
-class UserError(Exception):
-    """One line for the user."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    hidden: int
-    intermediate: int
-    experts: int
-    topk: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", SHAPES.get(text.lower(), text))
-        if not match:
-            raise UserError(
-                f"--shape is {text!r}, must be HxIxExK (hidden, intermediate, experts, top-k; "
-                f"2048x768x128x8) or one of {', '.join(SHAPES)}"
-            )
-        shape = cls(*(int(part) for part in match.groups()))
-        if min(asdict(shape).values()) < 1:
-            raise UserError(f"--shape is {text!r}, every size must be at least 1")
-        if shape.topk > shape.experts:
-            raise UserError(f"--shape is {text!r}: top-{shape.topk} of {shape.experts} experts")
-        return shape
-
-    def __str__(self) -> str:
-        return "x".join(str(size) for size in asdict(self).values())
-
-    @property
-    def expert_weights(self) -> int:
-        return 3 * self.hidden * self.intermediate
-
-    def layer_bytes(self, dtype: torch.dtype) -> int:
-        return self.experts * self.expert_weights * dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Result:
-    shape: str
-    format: str
-    tokens: int
-    threads: int
-    ms: float
-    """Median of a call."""
-    gb_s: float
-    """Bytes of the distinct experts' weights over that time."""
-    gflop_s: float
-    roofline: float
-    """Time that the machine's rates allow over the time taken: 1 is all that it can do."""
-    error: float
-    """Relative Frobenius error against float32 PyTorch on the same weights and inputs."""
-
-
-def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, parts: int) -> torch.Tensor:
-    """Normal values of variance 1/columns in the engine's memory.
-
-    Blocks of 8 Mi values are repeated: drawing each value of a large layer would take a minute.
-    """
-    tensor = bank.allocate(shape, dtype, parts=parts)
-    flat = tensor.view(-1)
-    size = min(flat.numel(), (8 << 20) + 7)  # no multiple of a row, so that rows differ
-    block = torch.randn(size).mul_(shape[-1] ** -0.5).to(dtype)
-    for begin in range(0, flat.numel(), size):
-        end = min(begin + size, flat.numel())
-        flat[begin:end] = block[: end - begin]
-    return tensor
-
-
-@dataclass(frozen=True)
-class Weights:
-    w13: torch.Tensor
-    w2: torch.Tensor
-    layer: engine.ExpertLayer
-
-    @classmethod
-    def random(cls, shape: Shape, format: str) -> Weights:
-        dtype = engine.DTYPES[format]
-        w13 = random_tensor((shape.experts, 2 * shape.intermediate, shape.hidden), dtype, 2)
-        w2 = random_tensor((shape.experts, shape.hidden, shape.intermediate), dtype, 1)
-        return cls(w13, w2, engine.ExpertLayer(format=format, w13=w13, w2=w2))
-
-
-@dataclass(frozen=True)
-class Routed:
-    """A batch with its routing."""
-
-    x: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-
-    @classmethod
-    def random(cls, shape: Shape, tokens: int, dtype: torch.dtype) -> Routed:
-        scores = torch.randn(tokens, shape.experts)
-        weights, ids = torch.softmax(scores, dim=-1).topk(shape.topk)
-        weights /= weights.sum(dim=-1, keepdim=True)
-        return cls(torch.randn(tokens, shape.hidden).to(dtype), ids.int(), weights)
-
-
-def reference(weights: Weights, batch: Routed, tokens: int) -> torch.Tensor:
-    """The first tokens' outputs in float32."""
-    out = torch.zeros(tokens, batch.x.shape[1])
-    x = batch.x[:tokens].float()
-    for expert in batch.ids[:tokens].unique().tolist():
-        token, slot = torch.where(batch.ids[:tokens] == expert)
-        gate, up = (x[token] @ weights.w13[expert].float().T).chunk(2, dim=-1)
-        down = (torch.nn.functional.silu(gate) * up) @ weights.w2[expert].float().T
-        out.index_add_(0, token, down * batch.weights[token, slot, None])
-    return out
-
-
-def seconds(call: Callable[..., object], *args: object) -> float:
-    start = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - start
-
-
-class Probes:
-    """The machine's rates, measured by PyTorch on as many threads as the engine has."""
-
-    def __init__(self, weights: list[Weights]) -> None:
-        memory = [w.w13.view(-1).view(torch.int16) for w in weights]
-        self._memory = [m[: m.numel() // 4 * 4].view(torch.int64) for m in memory]
-        # Too little weight to be out of the caches: read something else.
-        if sum(m.numel() * 8 for m in self._memory) < PROBE_BYTES:
-            self._memory = [torch.ones(PROBE_BYTES // 8, dtype=torch.int64)]
-        self._turn = 0
-        # bf16 where the CPU multiplies it, float32 where that is faster.
-        self._operands = [
-            torch.randn(2, PEAK_SIZE, PEAK_SIZE).to(dtype)
-            for dtype in (torch.bfloat16, torch.float32)
-        ]
-        for a, b in self._operands:
-            a @ b
-
-    def read_rate(self) -> float:
-        """Bytes a second of one sequential reader a thread, over up to 256 MiB of weights."""
-        memory = self._memory[self._turn % len(self._memory)]
-        words = min(memory.numel(), PROBE_BYTES // 8)
-        begin = (self._turn * 7919 * 4096) % (memory.numel() - words + 1)
-        self._turn += 1
-        chunk = memory[begin : begin + words]
-        return words * 8 / seconds(chunk.sum)
-
-    def matrix_rate(self) -> float:
-        """Operations a second of a square matrix product."""
-        return max(2 * PEAK_SIZE**3 / seconds(torch.matmul, a, b) for a, b in self._operands)
-
-
-def layers_for(shape: Shape, dtype: torch.dtype) -> int:
-    """How many layers to rotate so that one's weights have left the caches when its turn comes."""
-    wanted = max(2, -(-4 * last_level_cache() // shape.layer_bytes(dtype)))
-    available = bank.available_bytes() - (1 << 30)
-    fitting = available // shape.layer_bytes(dtype)
-    if fitting < 1:
-        raise UserError(
-            f"--shape {shape} needs {shape.layer_bytes(dtype) / 2**30:.1f} GiB for one layer and "
-            f"1 GiB to work in; {bank.available_bytes() / 2**30:.1f} GiB are free"
-        )
-    return int(min(wanted, fitting, 256))
-
-
-def last_level_cache() -> int:
-    """Bytes of all last-level caches; 32 MiB if the system does not say."""
-    caches: dict[str, int] = {}
-    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
-        try:
-            size = (index / "size").read_text().strip()
-            caches[(index / "shared_cpu_list").read_text()] = int(size.removesuffix("K")) << 10
-        except (OSError, ValueError):
-            continue
-    return sum(caches.values()) or 32 << 20
-
-
-def measure(
-    shape: Shape, format: str, tokens: int, layers: list[Weights], probes: Probes
-) -> tuple[Result, list[float], list[float]]:
-    """One cell of the table, and the rates measured beside it."""
-    dtype = engine.DTYPES[format]
-    batches = [Routed.random(shape, tokens, dtype) for _ in range(8)]
-    first = layers[0].layer(batches[0].x, batches[0].ids, batches[0].weights)
-    checked = min(tokens, REFERENCE_TOKENS)
-    wanted = reference(layers[0], batches[0], checked)
-    error = float((first[:checked].float() - wanted).norm() / wanted.norm())
-
-    times: list[float] = []
-    fractions: list[float] = []
-    gb_s: list[float] = []
-    reads: list[float] = []
-    peaks: list[float] = []
-    flops = 2 * tokens * shape.topk * shape.expert_weights
-    # A round of calls takes about 50 ms, so that the probes beside it saw the same machine.
-    once = seconds(layers[-1].layer, batches[0].x, batches[0].ids, batches[0].weights)
-    calls = max(1, min(len(layers), int(0.05 / once)))
-    spent = 0.0
-    turn = 0
-    while len(reads) < MAX_ROUNDS and (len(reads) < MIN_ROUNDS or spent < MIN_SECONDS):
-        reads.append(probes.read_rate())
-        if len(peaks) < 5 or len(reads) % 10 == 0:
-            peaks.append(probes.matrix_rate())
-        for _ in range(calls):
-            layer, batch = layers[turn % len(layers)].layer, batches[turn % len(batches)]
-            took = seconds(layer, batch.x, batch.ids, batch.weights)
-            bytes_read = int(batch.ids.unique().numel()) * shape.expert_weights * dtype.itemsize
-            limit = max(bytes_read / reads[-1], flops / statistics.median(peaks))
-            times.append(took)
-            gb_s.append(bytes_read / took / 1e9)
-            fractions.append(limit / took)
-            spent += took
-            turn += 1
-    ms = statistics.median(times) * 1e3
-    result = Result(
-        shape=str(shape),
-        format=format,
-        tokens=tokens,
-        threads=engine.info().threads,
-        ms=ms,
-        gb_s=statistics.median(gb_s),
-        gflop_s=flops / ms / 1e6,
-        roofline=statistics.median(fractions),
-        error=error,
-    )
-    return result, reads, peaks
-
-
-def machine(read_rates: list[float], matrix_rates: list[float]) -> dict[str, object]:
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    info = engine.info()
-    return {
-        "cpu": cpu.group(1) if cpu else platform.processor(),
-        "physical_cores": engine.topology().physical_cores,
-        "numa_nodes": list(info.nodes),
-        "threads": info.threads,
-        "isa": info.isa,
-        "huge_pages": info.huge_pages,
-        "last_level_cache_bytes": last_level_cache(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "read_gb_s": statistics.median(read_rates) / 1e9,
-        "read_gb_s_range": [min(read_rates) / 1e9, max(read_rates) / 1e9],
-        "matrix_gflop_s": statistics.median(matrix_rates) / 1e9,
-    }
-
-
-def table(results: list[Result], about: dict[str, object]) -> Table:
-    title = (
-        f"{about['cpu']}, {about['isa']}, {about['threads']} threads; read "
-        f"{about['read_gb_s']:.1f} GB/s, matrix {about['matrix_gflop_s']:.0f} GFLOP/s"
-    )
-    view = Table(title=title, box=None, padding=(0, 1), title_justify="left")
-    for name in ("shape", "format", "tokens", "ms", "GB/s", "GFLOP/s", "roofline", "error"):
-        view.add_column(name, justify="right", no_wrap=True)
-    for r in results:
-        view.add_row(
-            r.shape,
-            r.format,
-            str(r.tokens),
-            f"{r.ms:.3f}",
-            f"{r.gb_s:.1f}",
-            f"{r.gflop_s:.0f}",
-            f"{r.roofline:.0%}",
-            f"{r.error:.1e}",
-        )
-    return view
+def parse_list(option: str, texts: list[str], allowed: tuple[str, ...]) -> list[str]:
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    for part in parts:
+        if part not in allowed:
+            raise UserError(f"{option} is {part!r}, must be one of {', '.join(allowed)}")
+    return list(dict.fromkeys(parts))
 
 
 def parse_tokens(text: str) -> list[int]:
@@ -330,59 +67,215 @@ def parse_tokens(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def run(
-    shapes: list[str], format: str, tokens: str, threads: int | None, json_file: Path | None
-) -> None:
-    parsed = [Shape.parse(shape) for shape in shapes]
-    counts = parse_tokens(tokens)
-    if format not in engine.DTYPES:
-        raise UserError(f"--format is {format!r}, must be one of {', '.join(engine.DTYPES)}")
-    if json_file and not json_file.parent.is_dir():
-        raise UserError(f"--json: there is no folder {json_file.parent}")
-    try:
-        engine.configure(threads=threads)
-    except ValueError as error:
-        raise UserError(f"--threads: {error}") from None
-    torch.set_num_threads(engine.info().threads)
-    torch.manual_seed(0)
+def parse_pythons(texts: list[str]) -> dict[str, str]:
+    pythons = {}
+    for text in texts:
+        name, _, python = text.partition("=")
+        if name not in MODULES or name == "lk" or not python:
+            peers = ", ".join(name for name in MODULES if name != "lk")
+            raise UserError(f"--peer-python is {text!r}, must be NAME=PYTHON, NAME one of {peers}")
+        if not os.access(python, os.X_OK):
+            raise UserError(f"--peer-python: {python} is no program")
+        pythons[name] = python
+    return pythons
 
+
+def check_folder(option: str, file: Path | None) -> None:
+    if file and not file.parent.is_dir():
+        raise UserError(f"{option}: there is no folder {file.parent}")
+
+
+def layers_for(shape: Shape, format: str, engines: int) -> int:
+    """How many layers to rotate so that at most 1 in 20 of their bytes can be in the caches."""
+    layer = layer_bytes(shape, format)
+    wanted = max(2, -(-20 * last_level_cache() // layer))
+    available = bank.available_bytes() - WORKING_BYTES - engines * PROCESS_BYTES
+    # Each engine holds them, and one of them makes its own order of one more.
+    fitting = (available // layer - 1) // engines
+    if fitting < 1:
+        raise UserError(
+            f"--shape {shape} in {format} needs {layer / 2**30:.1f} GiB for a layer, one for each "
+            f"of {engines} engines and one to work in; {max(available, 0) / 2**30:.1f} GiB are free"
+            + ("; choose fewer engines with --peer" if engines > 1 else "")
+        )
+    return int(min(wanted, fitting, MAX_LAYERS))
+
+
+@dataclass(frozen=True)
+class Engine:
+    peer: Peer
+    formats: list[str]
+
+
+class Engines:
+    """The processes, and what became of them."""
+
+    def __init__(self, stack: ExitStack, threads: int, pythons: dict[str, str]) -> None:
+        self._stack, self._threads, self._pythons = stack, threads, pythons
+        self._running: dict[str, Engine] = {}
+        self.notes: dict[str, str] = {}
+        """The version of each, or why it takes no part."""
+
+    def start_lk(self, activation_bits: int | None) -> None:
+        name = "lk" if activation_bits is None else f"lk a{activation_bits}"
+        self._start(name, "lk", Settings(self._threads, activation_bits))
+
+    def start_peer(self, name: str) -> None:
+        with console.status(f"starting {name}"):
+            self._start(name, MODULES[name], Settings(self._threads))
+        if name not in self._running:
+            say(f"{name}: {self.notes[name]}")
+
+    def _start(self, name: str, module: str, settings: Settings) -> None:
+        python = self._pythons.get(name, sys.executable)
+        peer = self._stack.enter_context(Peer(module, python, settings))
+        try:
+            self.notes[name], formats = peer.introduce()
+            self._running[name] = Engine(peer, formats)
+        except Refused as reason:
+            self.notes[name] = str(reason)
+        except Died as words:
+            self.notes[name] = f"does not start: {words}"
+
+    def prepare(self, shape: Shape, format: str) -> dict[str, Peer]:
+        """Random weights in every engine that computes the format."""
+        for running in self._running.values():
+            running.peer.release()
+        able = {n: e.peer for n, e in self._running.items() if format in e.formats}
+        refused = {}
+        layers = layers_for(shape, format, len(able))
+        for name, peer in list(able.items()):
+            with console.status(f"{shape} {format}: {layers} layers of random weights for {name}"):
+                try:
+                    peer.prepare(shape, format, layers, seed=1)
+                    continue
+                except Refused as reason:
+                    refused[name] = str(reason)
+                except Died as words:
+                    self.drop(name, str(words))
+            del able[name]
+        if not any(is_lk(name) for name in able):
+            raise UserError("; ".join(why for name, why in refused.items() if is_lk(name)))
+        return able
+
+    def drop(self, name: str, words: str) -> None:
+        if is_lk(name):
+            raise UserError(f"{name} died: {words}")
+        say(f"{name} died: {words}")
+        self.notes[name] += f", died: {words}"
+        del self._running[name]
+
+
+def is_lk(name: str) -> bool:
+    return name.split()[0] == "lk"
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def compare(
+    engines: Engines, shapes: list[Shape], formats: list[str], counts: list[int], budget: float
+) -> Report:
+    probes, rates = Probes(), Rates()
     results: list[Result] = []
-    read_rates: list[float] = []
-    matrix_rates: list[float] = []
-    for shape in parsed:
-        count = layers_for(shape, engine.DTYPES[format])
-        with console.status(f"{shape}: filling {count} layers with random weights"):
-            layers = [Weights.random(shape, format) for _ in range(count)]
-            probes = Probes(layers)
-        for batch_tokens in counts:
-            with console.status(f"{shape} {format}: {batch_tokens} tokens"):
-                result, reads, peaks = measure(shape, format, batch_tokens, layers, probes)
-            results.append(result)
-            read_rates += reads
-            matrix_rates += peaks
-        del layers, probes
-    about = machine(read_rates, matrix_rates)
-    Console().print(table(results, about))
-    if json_file:
-        report = {"machine": about, "results": [asdict(result) for result in results]}
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    threads = engine.info().threads
+    for shape in shapes:
+        for format in formats:
+            able = engines.prepare(shape, format)
+            expert_bytes = layer_bytes(shape, format) / shape.experts
+            for tokens in counts:
+                with console.status(f"{shape} {format}: {tokens} tokens"):
+                    cells, died = measure(
+                        able, shape, format, tokens, threads, expert_bytes, budget, probes, rates
+                    )
+                results += cells
+                for name, words in died.items():
+                    del able[name]
+                    engines.drop(name, words)
+    return Report(machine(), engines.notes, results, rates)
 
 
 def main(
     shape: Annotated[
         list[str] | None, typer.Option(help="HxIxExK or a model's name; may be repeated.")
     ] = None,
-    format: Annotated[str, typer.Option(help="Weight format: bf16 or fp16.")] = "bf16",
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Weight formats: {', '.join(FORMATS)}; a list, may be repeated."),
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Batch sizes.")] = "1,4,16,64,512",
     threads: Annotated[int | None, typer.Option(help="Default: all physical cores.")] = None,
+    activation_bits: Annotated[
+        list[str] | None,
+        typer.Option(help="Bits of lk's activations, 8 or 16; both may be compared."),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Time every installed peer, too.")] = False,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Time these peers; a list, may be repeated.")
+    ] = None,
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PYTHON: the interpreter that a peer is installed in."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Timed calls of each engine in each cell.")
+    ] = 1.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw results here (needs matplotlib).")
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write a table here, between its markers.")
+    ] = None,
+    cost: Annotated[
+        bool, typer.Option("--call-cost", help="Time calls of next to no arithmetic instead.")
+    ] = False,
 ) -> None:
-    """Times the expert block of the lk engine against the roofline of this machine."""
+    """Times the expert block of the lk engine, and of its peers, against the roofline."""
     try:
-        run(shape or ["qwen3-30b-a3b"], format, tokens, threads, json_file)
+        shapes = [Shape.parse(text) for text in shape or ["qwen3-30b-a3b"]]
+        formats = parse_list("--format", format or ["bf16"], FORMATS)
+        counts = parse_tokens(tokens)
+        bits = parse_list("--activation-bits", activation_bits or [], ("8", "16"))
+        others = tuple(name for name in MODULES if name != "lk")
+        chosen = list(others) if peers else parse_list("--peer", peer or [], others)
+        pythons = parse_pythons(peer_python or [])
+        for option, file in (
+            ("--json", json_file),
+            ("--plot", plot_file),
+            ("--markdown", markdown_file),
+        ):
+            check_folder(option, file)
+        if plot_file and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--plot needs matplotlib: pip install matplotlib")
+        try:
+            engine.configure(threads=CALL_COST_THREADS if cost and threads is None else threads)
+        except ValueError as error:
+            raise UserError(f"--threads: {error}") from None
+        threads = engine.info().threads
+        torch.set_num_threads(threads)
+        if cost:
+            print(json.dumps(call_cost(threads), indent=2))
+            return
+        with ExitStack() as stack:
+            engines = Engines(stack, threads, pythons)
+            for value in bits or ["default"]:
+                engines.start_lk(None if value == "default" else int(value))
+            for name in chosen:
+                engines.start_peer(name)
+            report = compare(engines, shapes, formats, counts, seconds)
+        # A pipe has no width; the table wants 100 columns.
+        Console(width=None if sys.stdout.isatty() else 120).print(table(report))
+        if json_file:
+            json_file.write_text(report.json())
+        if plot_file:
+            plot(report, plot_file)
+        if markdown_file:
+            write_markdown(report, markdown_file)
     except (UserError, MemoryError, ValueError) as error:
         # The engine's own errors are one line each, too.
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        say(f"error: {error}")
         raise SystemExit(1) from None
 
 

@@ -1,0 +1,102 @@
+"""The machine's rates, measured by PyTorch on as many threads as the engines have."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lvllm import bank, engine
+
+PROBE_BYTES = 256 << 20
+TRIES = 2  # of which the better counts
+PEAK_SIZE = 1536  # of the square matrices whose product gives the matrix peak
+
+
+def seconds(call: Callable[..., object], *args: object) -> float:
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+class Probes:
+    def __init__(self) -> None:
+        # Huge pages, as the weights have.
+        self._memory = bank.allocate((1, 2 * PROBE_BYTES // 8), torch.int64).view(-1)
+        self._turn = 0
+        # bf16 where the CPU multiplies it, float32 where that is faster.
+        before = _threads()
+        pairs = [
+            torch.randn(2, PEAK_SIZE, PEAK_SIZE).to(dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+        for pair in pairs:
+            self._multiply(pair)
+        _pin([0, *sorted(_threads() - before)])
+        self._operands = min(pairs, key=self._multiply)
+        self._memory.fill_(1)
+
+    @staticmethod
+    def _multiply(pair: torch.Tensor) -> float:
+        return seconds(torch.matmul, pair[0], pair[1])
+
+    def read_rate(self) -> float:
+        """Bytes a second of one sequential reader a thread."""
+        return max(self._read() for _ in range(TRIES))
+
+    def _read(self) -> float:
+        words = PROBE_BYTES // 8
+        begin = (self._turn * 7919 * 4096) % (self._memory.numel() - words + 1)
+        self._turn += 1
+        chunk = self._memory[begin : begin + words]
+        return PROBE_BYTES / seconds(chunk.sum)
+
+    def matrix_rate(self) -> float:
+        """Operations a second of a square matrix product."""
+        return max(2 * PEAK_SIZE**3 / self._multiply(self._operands) for _ in range(TRIES))
+
+
+def _threads() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+def _pin(threads: list[int]) -> None:
+    """A thread a core. After a long sleep they wake on one core and stay there for milliseconds,
+    which halves a rate. 0 is the calling thread."""
+    cores = [core for node in engine.topology().nodes for core in node.cores]
+    for thread, core in zip(threads, cores, strict=False):
+        os.sched_setaffinity(thread, core)
+
+
+def last_level_cache() -> int:
+    """Bytes of all last-level caches; 32 MiB if the system does not say."""
+    caches: dict[str, int] = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
+        try:
+            size = (index / "size").read_text().strip()
+            caches[(index / "shared_cpu_list").read_text()] = int(size.removesuffix("K")) << 10
+        except (OSError, ValueError):
+            continue
+    return sum(caches.values()) or 32 << 20
+
+
+def machine() -> dict[str, object]:
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    info = engine.info()
+    return {
+        "cpu": cpu.group(1) if cpu else platform.processor(),
+        "physical_cores": engine.topology().physical_cores,
+        "numa_nodes": list(info.nodes),
+        "threads": info.threads,
+        "isa": info.isa,
+        "huge_pages": info.huge_pages,
+        "last_level_cache_bytes": last_level_cache(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
