@@ -177,13 +177,16 @@ def say(text: str) -> None:
 def compare(
     engines: Engines, shapes: list[Shape], formats: list[str], counts: list[int], budget: float
 ) -> Report:
-    probes, rates = Probes(), Rates()
+    probes: Probes | None = None
+    rates = Rates()
     results: list[Result] = []
     threads = engine.info().threads
     for shape in shapes:
         for format in formats:
             able = engines.prepare(shape, format)
             expert_bytes = layer_bytes(shape, format) / shape.experts
+            # Only now: it pins this thread, and the request may have been refused.
+            probes = probes or Probes()
             for tokens in counts:
                 with console.status(f"{shape} {format}: {tokens} tokens"):
                     cells, died = measure(
