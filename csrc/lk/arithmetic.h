@@ -11,8 +11,8 @@
 
 namespace lk::LK_ISA {
 
-// Where each of a block's activations comes from, `kOrder` saying it for each eight; `within` is
-// the number of lanes that a permutation reaches.
+// Where each of a block's activations comes from, kOrder saying it for each eight; kWithin is the
+// number of lanes that a permutation reaches.
 template <class Index, const uint8_t (&kOrder)[8], int kWithin>
 struct PackOrder {
   alignas(64) Index index[kActBlock];
@@ -25,16 +25,28 @@ struct PackOrder {
 
 constexpr int64_t act_blocks(int64_t k) { return (k + kActBlock - 1) / kActBlock; }
 
-// Every CPU: float weights and activations.
-struct Floats {
-  using Weights = F32x16;
+// What arithmetics with float sums share: a sum begins at zero and is its own value, and a packed
+// row has nothing behind its activations.
+template <int kBytes>
+struct FloatSums {
   using Sum = F32x16;
-  using Act = F32x16;
-  static constexpr int kWidth = 1;
-  static constexpr int kActBytes = 4;
+  static constexpr int kActBytes = kBytes;
 
   static Sum begin(const char*) { return zeros(); }
   static Sum copy(Sum start) { return start; }
+  static float scale(const char*) { return 1.0f; }
+  static F32x16 value(Sum sum, float) { return sum; }
+  static F32x16 add(Sum sum, float, F32x16 to) { return sum + to; }
+  static int64_t about(int64_t, int64_t) { return 0; }
+  static int64_t row_bytes(int64_t k) { return act_blocks(k) * kActBlock * kActBytes; }
+};
+
+// Every CPU: float weights and activations.
+struct Floats : FloatSums<4> {
+  using Weights = F32x16;
+  using Act = F32x16;
+  static constexpr int kWidth = 1;
+
   static Act act(const char* p) { return broadcast(*reinterpret_cast<const float*>(p)); }
   static Sum multiply_add(Sum sum, Weights w, Act a) { return fma(w, a, sum); }
   static Sum multiply_add(Sum sum, Weights w, const char* p) {
@@ -47,10 +59,6 @@ struct Floats {
     return fma(w, act(p), sum);
 #endif
   }
-  static float scale(const char*) { return 1.0f; }
-  static F32x16 value(Sum sum, float) { return sum; }
-  static F32x16 add(Sum sum, float, F32x16 to) { return sum + to; }
-
   // A block of activations in the order that unpacked weights have, kOrder in each eight. Returns
   // the sum of what they have become.
   template <const uint8_t (&kOrder)[8]>
@@ -60,22 +68,16 @@ struct Floats {
     for (int i = 0; i < kActBlock; ++i) sum += values[i];
     return sum;
   }
-  static int64_t about(int64_t, int64_t) { return 0; }
-  static int64_t row_bytes(int64_t k) { return act_blocks(k) * kActBlock * kActBytes; }
 };
 
 #if defined(__AVX512BF16__)
 
 // vdpbf16ps multiplies pairs of bf16, exact in float, and adds both products to a float.
-struct Pairs {
+struct Pairs : FloatSums<2> {
   using Weights = __m512bh;
-  using Sum = F32x16;
   using Act = __m512bh;
   static constexpr int kWidth = 2;
-  static constexpr int kActBytes = 2;
 
-  static Sum begin(const char*) { return zeros(); }
-  static Sum copy(Sum start) { return start; }
   // Volatile, or GCC 12 would load what several rows need once and have no registers for it.
   static Act act(const char* p) {
     __m512i pair;
@@ -89,10 +91,6 @@ struct Pairs {
         : "v"(w), "m"(*reinterpret_cast<const int32_t*>(p)));
     return sum;
   }
-  static float scale(const char*) { return 1.0f; }
-  static F32x16 value(Sum sum, float) { return sum; }
-  static F32x16 add(Sum sum, float, F32x16 to) { return sum + to; }
-
   template <const uint8_t (&kOrder)[8]>
   static float pack(const float* values, char* row, int64_t block, int, int64_t) {
     static constexpr PackOrder<uint16_t, kOrder, 32> kPackOrder;
@@ -104,8 +102,6 @@ struct Pairs {
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     return _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), pairs, ones));
   }
-  static int64_t about(int64_t, int64_t) { return 0; }
-  static int64_t row_bytes(int64_t k) { return act_blocks(k) * kActBlock * kActBytes; }
 };
 
 #endif

@@ -17,7 +17,7 @@ enum class Format {
   kInt8,      // two's complement
   kInt8Act8,  // the same, activations quantised to 8 bits
   kInt4,      // value + 8, two a byte, even K in the low nibble
-  kInt4Act8,  //
+  kInt4Act8,
   kInt4Zero,  // value + a zero point for each group
   kInt4ZeroAct8,
   kFp4,  // e2m1
@@ -53,8 +53,7 @@ constexpr int64_t kActBlock = int64_t{1} << kActBlockLog2;
 // nor on how rows are divided.
 struct MatmulArgs {
   const char* tile = nullptr;  // see tiles.h
-  const char* next =
-      nullptr;  // the tile that this thread reads next, to be prefetched; may be null
+  const char* next = nullptr;  // the tile that is read next, to be prefetched; may be null
   int64_t tile_rows = 0;
   int64_t first_row = 0;  // of the tile; a multiple of kLanes
   int64_t rows = 0;

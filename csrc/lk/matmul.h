@@ -154,31 +154,31 @@ __attribute__((noinline)) inline void scale_row(const MatmulArgs& a, int64_t gro
                                                 float* out) {
   const int64_t at = group * a.tile_rows;
   // A stream of its own beside the weights'. Past the tile stands the next one's.
-  const int64_t size = a.scale_type == ScaleType::kFloat  ? 4
-                       : a.scale_type <= ScaleType::kFp16 ? 2
-                                                          : 1;
-  for (int64_t line = 0; line < kTileRows * size; line += 64) {
-    __builtin_prefetch(static_cast<const char*>(a.scale) + at * size + kScalePrefetchBytes + line);
-  }
+  const auto ask = [&](const auto* scale) {
+    const char* from = reinterpret_cast<const char*>(scale) + kScalePrefetchBytes;
+    constexpr int64_t kBytes = kTileRows * sizeof(*scale);
+    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line);
+    return scale;
+  };
   switch (a.scale_type) {
     case ScaleType::kNone:
       for (int64_t r = 0; r < kTileRows; ++r) out[r] = 1.0f;
       return;
     case ScaleType::kBf16: {
-      const auto* scale = static_cast<const uint16_t*>(a.scale) + at;
+      const auto* scale = ask(static_cast<const uint16_t*>(a.scale) + at);
       for (int64_t r = 0; r < rows; ++r) out[r] = bf16_to_float(scale[r]);
       return;
     }
     case ScaleType::kFp16: {
-      const auto* scale = static_cast<const uint16_t*>(a.scale) + at;
+      const auto* scale = ask(static_cast<const uint16_t*>(a.scale) + at);
       for (int64_t r = 0; r < rows; ++r) out[r] = fp16_to_float(scale[r]);
       return;
     }
     case ScaleType::kFloat:
-      std::memcpy(out, static_cast<const float*>(a.scale) + at, rows * sizeof(float));
+      std::memcpy(out, ask(static_cast<const float*>(a.scale) + at), rows * sizeof(float));
       return;
     case ScaleType::kE8m0: {  // 2^(code - 127), all ones NaN
-      const auto* scale = static_cast<const uint8_t*>(a.scale) + at;
+      const auto* scale = ask(static_cast<const uint8_t*>(a.scale) + at);
       for (int64_t r = 0; r < rows; ++r) {
         const uint32_t code = scale[r];
         const uint32_t bits = code == 0 ? 0x00400000u : code << 23;
@@ -187,7 +187,7 @@ __attribute__((noinline)) inline void scale_row(const MatmulArgs& a, int64_t gro
       return;
     }
     case ScaleType::kE4m3: {
-      const auto* scale = static_cast<const uint8_t*>(a.scale) + at;
+      const auto* scale = ask(static_cast<const uint8_t*>(a.scale) + at);
       for (int64_t r = 0; r < rows; ++r) {
         const uint32_t code = scale[r];
         const uint32_t magnitude = code & 0x7f;
@@ -399,7 +399,6 @@ constexpr int64_t kBlockLines = kBlockSteps * (kSteps<F> < 4 ? 4 / kSteps<F> : 1
 // A block of weights that many tokens pass over.
 struct Block {
   const char* weights = nullptr;  // of the first segment
-  int64_t stride = 0;             // bytes of one step of all rows
   const Segment* segments = nullptr;
   int count = 0;
   const char* next = nullptr;  // the block to be asked for meanwhile, or null
@@ -422,7 +421,7 @@ __attribute__((noinline)) void block_times_tokens(const Block& block, int64_t ro
   constexpr int kLines = kBlockLines<F> / kBlockSteps;
   const int64_t k = block.k;
   const int block_log2 = block.act_block_log2;
-  const int64_t stride = block.stride;
+  constexpr int64_t kStride = kTileRows * kUnitBytes;  // of a step
   const Segment* const segments = block.segments;
   const int count = block.count;
   const int64_t first = segments[0].begin;
@@ -457,7 +456,7 @@ __attribute__((noinline)) void block_times_tokens(const Block& block, int64_t ro
     }
     const int64_t step = (s.begin - first) * kSteps<F>;
     if (next) ahead.at = next + block.next_from * 64 + step * ahead.stride;
-    multiply<Source, R, T, kLines>(sum, weights + step * stride, stride,
+    multiply<Source, R, T, kLines>(sum, weights + step * kStride, kStride,
                                    (s.end - s.begin) * kSteps<F>, first_lanes(kLanes), act,
                                    s.begin * F::kUnit * Math::kActBytes, ahead);
     if (Math::kWidth == 4 || s.ends_group) {
@@ -562,11 +561,8 @@ void many_tokens(const MatmulArgs& a, const char* tail) {
   Segment segments[kBlockSteps + 1];
   for (int64_t u0 = 0; u0 < units; u0 += kUnits) {
     const int64_t u1 = u0 + kUnits < units ? u0 + kUnits : units;
-    Block block{.weights = a.scratch,
-                .stride = kTileRows * kUnitBytes,
-                .segments = segments,
-                .k = a.k,
-                .act_block_log2 = a.act_block_log2};
+    Block block{
+        .weights = a.scratch, .segments = segments, .k = a.k, .act_block_log2 = a.act_block_log2};
     block.count = cut_block<F>(a, u0, u1, units, rows, segments);
     if (in_place && u1 <= whole) {
       block.weights = a.tile + u0 * kTileRows * kUnitBytes;
