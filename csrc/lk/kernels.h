@@ -47,16 +47,13 @@ constexpr int kActBlockLog2 = 5;
 constexpr int kWideActBlockLog2 = 6;
 constexpr int64_t kActBlock = int64_t{1} << kActBlockLog2;
 
-// Dot products of the rows of (a part of) one tile with some rows of activations:
+// Dot products of the rows of one tile with some rows of activations:
 // out[t * kTileRows + r] = sum over k of weights[r][k] * scale[r][k / group] * acts[t][k], summed
-// in an order that depends on k alone. So a token's result does not depend on the tokens beside it,
-// nor on how rows are divided.
+// in an order that depends on k alone. So a token's result does not depend on the tokens beside it.
 struct MatmulArgs {
   const char* tile = nullptr;  // see tiles.h
   const char* next = nullptr;  // the tile that is read next, to be prefetched; may be null
-  int64_t tile_rows = 0;
-  int64_t first_row = 0;  // of the tile; a multiple of kLanes
-  int64_t rows = 0;
+  int64_t rows = 0;            // of the tile
   int64_t k = 0;
   int64_t row_bytes = 0;
   // Group scales: element [k / group][row] of the tile. kFloatBlocks: element [k / group] for rows

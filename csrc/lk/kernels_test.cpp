@@ -73,13 +73,6 @@ std::vector<Scales> scales_of(Format format) {
   return all;
 }
 
-// Rows of a tile.
-struct Range {
-  int64_t tile_rows;
-  int64_t first;
-  int64_t rows;
-};
-
 // An activation as a format meets it on an instruction set: as float, bf16 or in blocks of bytes.
 std::vector<double> rounded(const std::string& isa, Format format, size_t block,
                             const std::vector<float>& x) {
@@ -108,11 +101,11 @@ struct Free {
 // A tile of weights with its scales and some tokens, all in memory that ends where it must.
 class Product {
  public:
-  Product(const Kernels& kernels, Format format, int64_t tile_rows, int64_t k, int64_t tokens,
+  Product(const Kernels& kernels, Format format, int64_t rows, int64_t k, int64_t tokens,
           Scales scales, int64_t block_end, Random& random)
       : kernels_(kernels),
         format_(format),
-        tile_rows_(tile_rows),
+        rows_(rows),
         k_(k),
         scale_type_(scales.type),
         group_(scales.group == kWholeRow ? (k + 31) / 32 * 32 : scales.group),
@@ -122,11 +115,11 @@ class Product {
         block_end_(block_end) {
     const int64_t groups = group_ == 0 ? 0 : (k + group_ - 1) / group_;
     const bool blocks = scales.type == ScaleType::kFloatBlocks;
-    weights = random_weights(format, tile_rows, k, random);
-    scale_ = random_scales(scales.type, blocks ? groups : tile_rows * groups, random);
+    weights = random_weights(format, rows, k, random);
+    scale_ = random_scales(scales.type, blocks ? groups : rows * groups, random);
     if (blocks) next_scale_ = random_scales(scales.type, groups, random);
     if (has_zero_points(format)) {
-      for (int64_t i = 0; i < tile_rows * groups; ++i) zero_.push_back(random_below(random, 16));
+      for (int64_t i = 0; i < rows * groups; ++i) zero_.push_back(random_below(random, 16));
     }
     for (int64_t t = 0; t < tokens; ++t) set_token(t, random_floats(k, random));
     order();
@@ -157,7 +150,7 @@ class Product {
   }
 
   // [tokens][kTileRows], NaN where nothing was written.
-  std::vector<float> run(int64_t first, int64_t rows, int64_t token, int64_t tokens) const {
+  std::vector<float> run(int64_t token, int64_t tokens) const {
     std::vector<const void*> acts;
     for (int64_t t = 0; t < tokens; ++t) acts.push_back(acts_[token + t].data());
     std::vector<float> out(tokens * kTileRows, NAN);
@@ -167,21 +160,18 @@ class Product {
     MatmulArgs args;
     args.tile = tile_.data();
     args.next = tokens % 2 ? tile_.data() : nullptr;
-    args.tile_rows = tile_rows_;
-    args.first_row = first;
-    args.rows = rows;
+    args.rows = rows_;
     args.k = k_;
     args.row_bytes = row_bytes(format_, k_);
     args.scale_type = scale_type_;
     args.group = group_;
     if (scale_type_ == ScaleType::kFloatBlocks) {
-      args.scale = first < block_end_ ? scale_.data() : next_scale_.data();
+      args.scale = scale_.data();
       args.next_block_scale = reinterpret_cast<const float*>(next_scale_.data());
-      const int64_t end = block_end_ - first;
-      args.block_end = end > 0 && end < rows ? end : kTileRows;
+      args.block_end = block_end_;
     } else if (group_ != 0) {
-      args.scale = ordered_scale_.data() + first * bytes_of(scale_type_);
-      if (!zero_.empty()) args.zero = ordered_zero_.data() + first;
+      args.scale = ordered_scale_.data();
+      if (!zero_.empty()) args.zero = ordered_zero_.data();
     }
     args.act_block_log2 = block_log2_;
     args.acts = acts.data();
@@ -192,15 +182,15 @@ class Product {
     return out;
   }
 
-  // Sums of all rows in double precision, and of their terms' sizes; both [tokens][tile_rows].
+  // Sums of all rows in double precision, and of their terms' sizes; both [tokens][rows].
   void reference(std::vector<double>* sums, std::vector<double>* sizes) const {
     const int64_t tokens = x_.size();
-    sums->assign(tokens * tile_rows_, 0.0);
-    sizes->assign(tokens * tile_rows_, 0.0);
-    std::vector<double> w(k_ * tile_rows_);  // [k][row]
+    sums->assign(tokens * rows_, 0.0);
+    sizes->assign(tokens * rows_, 0.0);
+    std::vector<double> w(k_ * rows_);  // [k][row]
     std::vector<double> off(zero_.empty() ? 0 : w.size());
     const int64_t groups = group_ == 0 ? 0 : (k_ + group_ - 1) / group_;
-    for (int64_t r = 0; r < tile_rows_; ++r) {
+    for (int64_t r = 0; r < rows_; ++r) {
       const char* row = weights.data() + r * row_bytes(format_, k_);
       for (int64_t i = 0; i < k_; ++i) {
         const int64_t group = group_ == 0 ? 0 : i / group_;
@@ -210,23 +200,23 @@ class Product {
         } else if (group_ != 0) {
           scale = scale_value(scale_type_, scale_.data(), r * groups + group);
         }
-        w[i * tile_rows_ + r] = scale * code_value(format_, get_code(format_, row, i));
-        if (!zero_.empty()) off[i * tile_rows_ + r] = scale * (zero_[r * groups + group] - 8);
+        w[i * rows_ + r] = scale * code_value(format_, get_code(format_, row, i));
+        if (!zero_.empty()) off[i * rows_ + r] = scale * (zero_[r * groups + group] - 8);
       }
     }
     for (int64_t t = 0; t < tokens; ++t) {
       const std::vector<double> x = rounded(kernels_.isa, format_, size_t{1} << block_log2_, x_[t]);
-      double* sum = sums->data() + t * tile_rows_;
-      double* size = sizes->data() + t * tile_rows_;
+      double* sum = sums->data() + t * rows_;
+      double* size = sizes->data() + t * rows_;
       for (int64_t i = 0; i < k_; ++i) {
-        const double* weight = w.data() + i * tile_rows_;
-        for (int64_t r = 0; r < tile_rows_; ++r) {
+        const double* weight = w.data() + i * rows_;
+        for (int64_t r = 0; r < rows_; ++r) {
           const double term = weight[r] * x[i];
           sum[r] += term;
           size[r] += std::abs(term);
         }
-        for (int64_t r = 0; r < tile_rows_ && !off.empty(); ++r) {
-          const double term = off[i * tile_rows_ + r] * x[i];
+        for (int64_t r = 0; r < rows_ && !off.empty(); ++r) {
+          const double term = off[i * rows_ + r] * x[i];
           sum[r] -= term;
           size[r] += std::abs(term);
         }
@@ -239,13 +229,13 @@ class Product {
  private:
   const FormatKernels& format() const { return kernels_.of(format_); }
   void turn(char* rows, int64_t bytes, int64_t unit) const {
-    std::vector<char> buffer(tile_rows_ * bytes);
-    tile_in_place(rows, tile_rows_, bytes, unit, buffer.data());
+    std::vector<char> buffer(rows_ * bytes);
+    tile_in_place(rows, rows_, bytes, unit, buffer.data());
   }
 
   const Kernels& kernels_;
   const Format format_;
-  const int64_t tile_rows_;
+  const int64_t rows_;
   const int64_t k_;
   const ScaleType scale_type_;
   const int64_t group_;
@@ -268,44 +258,31 @@ class Matmul : public testing::TestWithParam<Case> {
   const Kernels& kernels() const { return choose_kernels(std::get<0>(GetParam())); }
   Format format() const { return std::get<1>(GetParam()); }
 
-  // The product of some rows against the reference; the same bits for a token alone and for rows
-  // among others.
-  void check(const Range& range, int64_t k, int64_t tokens, Scales scales, int64_t block_end) {
-    SCOPED_TRACE(testing::Message() << "k " << k << ", rows " << range.first << "+" << range.rows
-                                    << " of " << range.tile_rows << ", tokens " << tokens
+  // A product against the reference; the same bits for a token alone.
+  void check(int64_t rows, int64_t k, int64_t tokens, Scales scales, int64_t block_end) {
+    SCOPED_TRACE(testing::Message() << "k " << k << ", rows " << rows << ", tokens " << tokens
                                     << ", scales " << static_cast<int>(scales.type) << " per "
                                     << scales.group << ", block end " << block_end);
-    const Product product(kernels(), format(), range.tile_rows, k, tokens, scales, block_end,
-                          random_);
-    const std::vector<float> out = product.run(range.first, range.rows, 0, tokens);
-    const std::vector<float> whole = product.run(0, range.tile_rows, 0, tokens);
+    const Product product(kernels(), format(), rows, k, tokens, scales, block_end, random_);
+    const std::vector<float> out = product.run(0, tokens);
     std::vector<double> want, size;
     product.reference(&want, &size);
     int wrong = 0;
     for (int64_t t = 0; t < tokens && wrong < 3; ++t) {
-      for (int64_t r = 0; r < range.rows && wrong < 3; ++r) {
-        const int64_t at = t * range.tile_rows + range.first + r;
+      for (int64_t r = 0; r < rows && wrong < 3; ++r) {
+        const int64_t at = t * rows + r;
         const float got = out[t * kTileRows + r];
         if (!(std::abs(got - want[at]) <= 1e-5 * size[at] + 1e-30)) {
           ADD_FAILURE() << "token " << t << ", row " << r << " is " << got << ", not " << want[at];
           ++wrong;
         }
       }
-      if (!same_bits(out, t, 0, whole, t, range.first, range.rows)) {
-        ADD_FAILURE() << "token " << t << " has other bits in the whole tile";
-        ++wrong;
-      }
     }
     for (int64_t t : {int64_t{0}, tokens / 2, tokens - 1}) {
-      const std::vector<float> alone = product.run(range.first, range.rows, t, 1);
-      EXPECT_TRUE(same_bits(out, t, 0, alone, 0, 0, range.rows)) << "token " << t << " alone";
+      const std::vector<float> alone = product.run(t, 1);
+      EXPECT_EQ(std::memcmp(out.data() + t * kTileRows, alone.data(), rows * sizeof(float)), 0)
+          << "token " << t << " alone has other bits";
     }
-  }
-
-  static bool same_bits(const std::vector<float>& a, int64_t a_token, int64_t a_row,
-                        const std::vector<float>& b, int64_t b_token, int64_t b_row, int64_t rows) {
-    return std::memcmp(a.data() + a_token * kTileRows + a_row,
-                       b.data() + b_token * kTileRows + b_row, rows * sizeof(float)) == 0;
   }
 
   Random random_{1};
@@ -315,15 +292,14 @@ class Matmul : public testing::TestWithParam<Case> {
 // so that each size of one list meets each of another.
 TEST_P(Matmul, Sizes) {
   constexpr int64_t kSizes[] = {1, 2, 3, 7, 31, 32, 33, 64, 100, 258, 2047};
-  constexpr Range kRanges[] = {{64, 0, 64}, {64, 32, 32}, {45, 0, 45},  {45, 32, 13},
-                               {13, 0, 13}, {1, 0, 1},    {64, 16, 47}, {32, 0, 32}};
+  constexpr int64_t kRows[] = {64, 32, 45, 61, 13, 1, 47, 64};
   constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 16, 18, 24, 40, 200};
   constexpr int64_t kBlockEnds[] = {kTileRows, 28, 1, 40, 63};
   const std::vector<Scales> scales = scales_of(format());
   for (int64_t i = 0; i < 11 * 13; ++i) {
     const bool even = code_bits(format()) == 4;
     const int64_t k = kSizes[i % 11];
-    check(kRanges[i % 8], even ? (k + 1) / 2 * 2 : k, kTokens[i % 13],
+    check(kRows[i % 8], even ? (k + 1) / 2 * 2 : k, kTokens[i % 13],
           scales[(i + i / 13) % scales.size()], kBlockEnds[i % 5]);
     if (HasFailure()) return;
   }
@@ -332,7 +308,7 @@ TEST_P(Matmul, Sizes) {
 TEST_P(Matmul, AnyNumberOfRows) {
   const std::vector<Scales> scales = scales_of(format());
   for (int64_t rows = 1; rows <= kTileRows; ++rows) {
-    check({rows, 0, rows}, 46, rows % 2 ? 17 : 3, scales[rows % scales.size()], rows / 2 + 1);
+    check(rows, 46, rows % 2 ? 17 : 3, scales[rows % scales.size()], rows / 2 + 1);
     if (HasFailure()) return;
   }
 }
@@ -351,7 +327,7 @@ TEST_P(Matmul, Codes) {
       }
     }
     product.order();
-    return product.run(0, kTileRows, 0, 1);
+    return product.run(0, 1);
   };
   std::vector<float> base(kTileRows, 0.0f);
   std::vector<float> slope(kTileRows, 1.0f);
@@ -369,7 +345,7 @@ TEST_P(Matmul, Codes) {
                  (first + r) & ((1u << code_bits(format())) - 1));
       }
       product.order();
-      const std::vector<float> out = product.run(0, kTileRows, 0, 1);
+      const std::vector<float> out = product.run(0, 1);
       for (int64_t r = 0; r < kTileRows; ++r) {
         const uint32_t code = (first + r) & ((1u << code_bits(format())) - 1);
         const double want = code_value(format(), code);
@@ -421,7 +397,7 @@ TEST_P(Matmul, NonFiniteActivations) {
       std::vector<float> x = random_floats(70, random_);
       x[68] = bad;
       product.set_token(0, x);
-      const std::vector<float> out = product.run(0, kTileRows, 0, tokens);
+      const std::vector<float> out = product.run(0, tokens);
       for (int64_t r = 0; r < kTileRows; ++r) EXPECT_FALSE(std::isfinite(out[r])) << bad;
       for (int64_t i = kTileRows; i < tokens * kTileRows; ++i) EXPECT_TRUE(std::isfinite(out[i]));
     }
@@ -457,7 +433,7 @@ TEST_P(Rows, ScaleCodes) {
       alignas(64) char scratch[scratch_bytes(1)];
       MatmulArgs args;
       args.tile = reinterpret_cast<const char*>(weights.data());
-      args.tile_rows = args.rows = kTileRows;
+      args.rows = kTileRows;
       args.k = 8;
       args.row_bytes = 4;
       args.scale_type = type;

@@ -91,16 +91,13 @@ int64_t Matrix::scale_bytes() const {
 }
 
 const char* Matrix::tile(int64_t expert, int64_t part, int64_t row) const {
-  return weights + ((expert * parts + part) * rows + row / kTileRows * kTileRows) * row_bytes;
+  return weights + ((expert * parts + part) * rows + row) * row_bytes;
 }
 
-MatmulArgs Matrix::product(int64_t expert, int64_t part, int64_t row, int64_t count) const {
-  const int64_t index = row / kTileRows;
+MatmulArgs Matrix::product(int64_t expert, int64_t part, int64_t row) const {
   MatmulArgs args;
   args.tile = tile(expert, part, row);
-  args.tile_rows = lk::tile_rows(index, rows);
-  args.first_row = row % kTileRows;
-  args.rows = count;
+  args.rows = tile_rows(row / kTileRows, rows);
   args.k = k;
   args.row_bytes = row_bytes;
   args.scale_type = scale_type;
@@ -113,12 +110,11 @@ MatmulArgs Matrix::product(int64_t expert, int64_t part, int64_t row, int64_t co
     const auto* scales = reinterpret_cast<const float*>(scale) +
                          (expert * ceil_div(parts * rows, kScaleBlockRows) + block) * columns;
     args.scale = scales;
-    const int64_t end = interleaved ? count : (block + 1) * kScaleBlockRows - first;
-    args.block_end = end < count ? end : kTileRows;
+    const int64_t end = interleaved ? args.rows : (block + 1) * kScaleBlockRows - first;
+    args.block_end = end < args.rows ? end : kTileRows;
     args.next_block_scale = scales + columns;
   } else if (group != 0) {
-    const int64_t at =
-        ((expert * parts + part) * rows + index * kTileRows) * groups() + args.first_row;
+    const int64_t at = ((expert * parts + part) * rows + row) * groups();
     args.scale = scale + at * scale_bytes();
     if (zero) args.zero = zero + at;
   }

@@ -33,10 +33,10 @@ struct Matrix {
   int64_t scale_bytes() const;
   int64_t tile_bytes() const { return kTileRows * row_bytes; }
 
-  // The arguments of a product that depend on the weights alone, for `count` rows of a part from
-  // `row` on, which lie in one tile.
-  MatmulArgs product(int64_t expert, int64_t part, int64_t row, int64_t count) const;
+  // The tile whose first row is `row` of a part.
   const char* tile(int64_t expert, int64_t part, int64_t row) const;
+  // The arguments of its product that depend on the weights alone.
+  MatmulArgs product(int64_t expert, int64_t part, int64_t row) const;
   // What is left to do to sums of rows from `row` on, `scale` times as large.
   Epilogue epilogue(int64_t expert, int64_t part, int64_t row, float scale) const;
 };

@@ -19,13 +19,12 @@ constexpr int64_t kExperts = 2;
 std::vector<char> gather_row(const MatmulArgs& args, int64_t row) {
   const int64_t whole = args.row_bytes / kUnitBytes * kUnitBytes;
   const int64_t tail = args.row_bytes - whole;
-  const int64_t lane = args.first_row + row;
   std::vector<char> bytes;
   for (int64_t at = 0; at < whole; at += kUnitBytes) {
-    const char* unit = args.tile + at * args.tile_rows + lane * kUnitBytes;
+    const char* unit = args.tile + at * args.rows + row * kUnitBytes;
     bytes.insert(bytes.end(), unit, unit + kUnitBytes);
   }
-  const char* rest = args.tile + whole * args.tile_rows + lane * tail;
+  const char* rest = args.tile + whole * args.rows + row * tail;
   bytes.insert(bytes.end(), rest, rest + tail);
   return bytes;
 }
@@ -35,30 +34,28 @@ double value_of(const MatmulArgs& args, const Epilogue& epilogue, Format format,
                 const std::vector<char>& bytes, int64_t row, int64_t k) {
   const int64_t group = args.group == 0 ? 0 : k / args.group;
   double value = code_value(format, get_code(format, bytes.data(), k));
-  if (args.zero) value -= args.zero[group * args.tile_rows + row] - 8;
+  if (args.zero) value -= args.zero[group * args.rows + row] - 8;
   if (args.scale_type == ScaleType::kFloatBlocks) {
     value *= row < args.block_end ? static_cast<const float*>(args.scale)[group]
                                   : args.next_block_scale[group];
   } else if (args.group != 0) {
-    value *= scale_value(args.scale_type, args.scale, group * args.tile_rows + row);
+    value *= scale_value(args.scale_type, args.scale, group * args.rows + row);
   }
   return value * (epilogue.row_scale ? epilogue.row_scale[row] : 1.0f) * epilogue.scale;
 }
 
-// The rows [row, row + count) of a part, which lie in one tile, against those that came.
+// The tile whose first row is `row` of a part, against the rows that came.
 void check_product(const TestMatrix& test, const MatrixData& came, const Matrix& m, Format format,
-                   int64_t expert, int64_t part, int64_t row, int64_t count) {
-  SCOPED_TRACE(testing::Message() << "expert " << expert << ", part " << part << ", rows " << row
-                                  << "+" << count);
-  const MatmulArgs args = m.product(expert, part, row, count);
+                   int64_t expert, int64_t part, int64_t row) {
+  SCOPED_TRACE(testing::Message() << "expert " << expert << ", part " << part << ", row " << row);
+  const MatmulArgs args = m.product(expert, part, row);
   EXPECT_EQ(args.tile, m.tile(expert, part, row));
-  EXPECT_EQ(args.rows, count);
+  EXPECT_EQ(args.rows, std::min(kTileRows, m.rows - row));
   EXPECT_EQ(args.k, m.k);
   EXPECT_EQ(args.row_bytes, m.row_bytes);
-  EXPECT_LE(args.first_row + count, args.tile_rows);
   const Epilogue epilogue = m.epilogue(expert, part, row, 1.0f);
   EXPECT_EQ(m.epilogue(expert, part, row, 0.5f).scale, 0.5f * epilogue.scale);
-  for (int64_t r = 0; r < count; ++r) {
+  for (int64_t r = 0; r < args.rows; ++r) {
     const std::vector<char> bytes = gather_row(args, r);
     for (int64_t k = 0; k < m.k; ++k) {
       const int64_t at = ((expert * m.parts + part) * m.rows + row + r) * m.k + k;
@@ -72,15 +69,12 @@ void check_product(const TestMatrix& test, const MatrixData& came, const Matrix&
   }
 }
 
-// Whole tiles and what pieces of them may be.
 void check_matrix(const TestMatrix& test, const MatrixData& came, const Matrix& m, Format format) {
   for (int64_t expert = 0; expert < kExperts; ++expert) {
     for (int64_t part = 0; part < m.parts; ++part) {
-      for (int64_t length : {kTileRows, kTileRows / 2, kLanes}) {
-        for (int64_t row = 0; row < m.rows; row += length) {
-          check_product(test, came, m, format, expert, part, row, std::min(length, m.rows - row));
-          if (testing::Test::HasFatalFailure()) return;
-        }
+      for (int64_t row = 0; row < m.rows; row += kTileRows) {
+        check_product(test, came, m, format, expert, part, row);
+        if (testing::Test::HasFatalFailure()) return;
       }
     }
   }

@@ -150,9 +150,9 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
 }
 
 // The scales of a group of up to 64 rows as floats; zero points as what is to be taken off.
-__attribute__((noinline)) inline void scale_row(const MatmulArgs& a, int64_t group, int64_t rows,
-                                                float* out) {
-  const int64_t at = group * a.tile_rows;
+__attribute__((noinline)) inline void scale_row(const MatmulArgs& a, int64_t group, float* out) {
+  const int64_t rows = a.rows;
+  const int64_t at = group * rows;
   // A stream of its own beside the weights'. Past the tile stands the next one's.
   const auto ask = [&](const auto* scale) {
     const char* from = reinterpret_cast<const char*>(scale) + kScalePrefetchBytes;
@@ -208,9 +208,9 @@ __attribute__((noinline)) inline void scale_row(const MatmulArgs& a, int64_t gro
   }
 }
 template <class F>
-inline void zero_row(const MatmulArgs& a, int64_t group, int64_t rows, float* out) {
-  const uint8_t* zero = a.zero + group * a.tile_rows;
-  for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<float>(zero[r]) - kInt4Middle;
+inline void zero_row(const MatmulArgs& a, int64_t group, float* out) {
+  const uint8_t* zero = a.zero + group * a.rows;
+  for (int64_t r = 0; r < a.rows; ++r) out[r] = static_cast<float>(zero[r]) - kInt4Middle;
 }
 
 // The sum of a token's activations over [begin, end) of K.
@@ -327,7 +327,7 @@ inline __attribute__((always_inline)) void apply(const Segment& s, int64_t k, in
 // The leftover bytes of all rows as a unit like the others.
 inline void load_tail(const MatmulArgs& a, char* unit) {
   const int64_t tail = a.row_bytes % kUnitBytes;
-  const char* from = a.tile + a.tile_rows * (a.row_bytes - tail) + a.first_row * tail;
+  const char* from = a.tile + a.rows * (a.row_bytes - tail);
   std::memset(unit, 0, kTileRows * kUnitBytes);
   for (int64_t r = 0; r < a.rows; ++r) std::memcpy(unit + r * kUnitBytes, from + r * tail, tail);
 }
@@ -347,15 +347,15 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* tail, const FarSha
   float* const out = a.out + row;
   const int64_t k = a.k;
   const int block_log2 = a.act_block_log2;
-  const int64_t stride = a.tile_rows * kUnitBytes;
+  const int64_t stride = a.rows * kUnitBytes;
   const int64_t whole = a.row_bytes / kUnitBytes;
   const int64_t units = whole + (tail != nullptr);
   const int64_t length = segment_units<F>(a, units);
-  const char* const weights = a.tile + (a.first_row + row) * kUnitBytes;
+  const char* const weights = a.tile + row * kUnitBytes;
   const LaneMask lanes =
       first_lanes(a.rows - row < R * kLanes ? a.rows - row - (R - 1) * kLanes : kLanes);
   Ahead ahead{weights, stride, weights + whole * stride, -kPrefetchBytes};
-  if (a.next) ahead.jump = a.next + (a.first_row + row) * kUnitBytes - ahead.end;
+  if (a.next) ahead.jump = a.next + row * kUnitBytes - ahead.end;
   ahead.far_stride = far.stride;
   alignas(64) float scale[kTileRows];
   alignas(64) float zero[kZeroPoints<F> ? kTileRows : 1];
@@ -366,8 +366,8 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* tail, const FarSha
   for (int64_t begin = 0; begin < units; begin += length) {
     const int64_t end = begin + length < units ? begin + length : units;
     if (kGroupScales<F> && begin >= group_end) {
-      scale_row(a, ++group, a.rows, scale);
-      if constexpr (kZeroPoints<F>) zero_row<F>(a, group, a.rows, zero);
+      scale_row(a, ++group, scale);
+      if constexpr (kZeroPoints<F>) zero_row<F>(a, group, zero);
       group_end = a.group == 0 ? units : group_end + a.group / F::kUnit;
     }
     typename Math::Sum sum[R][T];
@@ -487,13 +487,12 @@ inline __attribute__((always_inline)) void with_tokens(int64_t tokens, Function&
 template <class F>
 __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int64_t u1,
                                             const char* tail, char* out) {
-  const int64_t stride = a.tile_rows * kUnitBytes;
+  const int64_t stride = a.rows * kUnitBytes;
   const int64_t whole = a.row_bytes / kUnitBytes;
   const int64_t vectors = (a.rows + kLanes - 1) / kLanes;
   const LaneMask last_lanes = first_lanes(a.rows - (vectors - 1) * kLanes);
-  const char* first = a.tile + a.first_row * kUnitBytes;
   for (int64_t u = u0; u < u1; ++u, out += kSteps<F> * kTileRows * kUnitBytes) {
-    const char* from = u < whole ? first + u * stride : tail;
+    const char* from = u < whole ? a.tile + u * stride : tail;
     for (int64_t v = 0; v < vectors; ++v) {
       const bool masked = v == vectors - 1 && u < whole;
       const U32x16 units = load_units(from + v * 64, masked ? last_lanes : first_lanes(kLanes));
@@ -531,10 +530,10 @@ __attribute__((noinline)) int cut_block(const MatmulArgs& a, int64_t u0, int64_t
       if (group != known) {
         known = group;
         rows = next_row;
-        scale_row(a, group, a.rows, rows);
+        scale_row(a, group, rows);
         next_row += kTileRows;
         if constexpr (kZeroPoints<F>) {
-          zero_row<F>(a, group, a.rows, next_row);
+          zero_row<F>(a, group, next_row);
           next_row += kTileRows;
         }
       }
@@ -554,7 +553,7 @@ void many_tokens(const MatmulArgs& a, const char* tail) {
   const int64_t whole = a.row_bytes / kUnitBytes;
   const int64_t units = whole + (tail != nullptr);
   const int64_t vectors = (a.rows + kLanes - 1) / kLanes;
-  const bool in_place = kSteps<F> == 1 && a.rows == kTileRows && a.tile_rows == kTileRows;
+  const bool in_place = kSteps<F> == 1 && a.rows == kTileRows;
   auto* const rows = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
   auto* const waiting = reinterpret_cast<float*>(a.scratch + kUnpackedBytes + kScaleRowsBytes);
   const int64_t tiles = (a.tokens + T - 1) / T;
@@ -571,8 +570,7 @@ void many_tokens(const MatmulArgs& a, const char* tail) {
     }
     // While the first tokens pass the next block comes from memory, at a pace that leaves the queue
     // of misses room; while the last ones do, from L2 into L1.
-    const char* next =
-        u1 < whole ? a.tile + a.first_row * kUnitBytes + u1 * a.tile_rows * kUnitBytes : a.next;
+    const char* next = u1 < whole ? a.tile + u1 * a.rows * kUnitBytes : a.next;
     int64_t done = 0;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t tokens = (a.tokens - done + tiles - i - 1) / (tiles - i);  // of equal size
@@ -640,8 +638,8 @@ void matmul(const MatmulArgs& a) {
     FarShare far;
     if (a.next && passes > 1) {
       const int64_t units = a.row_bytes / kUnitBytes;
-      far.stride = std::max<int64_t>(a.tile_rows * kUnitBytes / passes, 64);
-      if (i * far.stride < a.tile_rows * kUnitBytes) far.from = a.next + i * units * far.stride;
+      far.stride = std::max<int64_t>(a.rows * kUnitBytes / passes, 64);
+      if (i * far.stride < a.rows * kUnitBytes) far.from = a.next + i * units * far.stride;
     }
     with_tokens<kFew>(pass.tokens, [&]<int T>() {
       int64_t row = 0;

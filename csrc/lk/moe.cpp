@@ -166,7 +166,7 @@ class Pass {
     for (int64_t at = 0; at < tiles.rows; at += kTileRows) {
       const int64_t row = tiles.row + at;
       const bool last = at + kTileRows >= tiles.rows;
-      MatmulArgs args = matrix.product(expert, part, row, std::min(kTileRows, tiles.rows - at));
+      MatmulArgs args = matrix.product(expert, part, row);
       args.next = last ? next : matrix.tile(expert, part, row + kTileRows);
       args.acts = acts;
       args.act_block_log2 = act_block_log2;
