@@ -200,7 +200,7 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "8 for int8 experts, 16 for all others",
         "16 or 8",
-        "8: int8 and int4 experts multiply activations rounded to 8 bits, in blocks of 32 with a"
+        "8: int8 and int4 experts multiply activations rounded to 8 bits, in blocks with a"
         " scale each, where the CPU has VNNI. 16: they never do. Environment only.",
         parse_choice("16", "8"),
     ),

@@ -47,9 +47,10 @@ class ExpertLayer:
         swiglu_alpha, swiglu_limit: of swigluoai.
         interleaved: the rows of w13, its scales, zero points and bias are gate 0, up 0, gate 1, ...
         activation_bits: 16 or 8. 8 rounds activations to 8 bits, in blocks along K with a float32
-            scale each (64 of x, 32 where g is 32; 32 of the intermediate); int8 and int4 only, and
-            only where the CPU has VNNI: elsewhere they keep 16. None: the variable
-            LK_ACTIVATION_BITS, else 8 for int8 and 16 for the others.
+            scale each (of x the largest of 32, 64, 128 and 256 that divides g, and 256 without
+            groups; 32 of the intermediate); int8 and int4 only, and only where the CPU has VNNI:
+            elsewhere they keep 16. None: the variable LK_ACTIVATION_BITS, else 8 for int8 and 16
+            for the others.
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
 
     All tensors are contiguous and on the CPU. The layer owns them: it puts weights, scales, zero

@@ -3,6 +3,7 @@
 
 #include "lk/kernels.h"
 #include "lk/simd.h"
+#include "lk/vectors.h"
 
 namespace lk::LK_ISA {
 
@@ -68,22 +69,17 @@ F32x16 activate(const ActivationSpec& spec, F32x16 gate, F32x16 up) {
 }
 
 template <Activation kKind>
-void activate_rows(const ActivationSpec& spec, const float* gate, const float* up, int64_t n,
+void activate_rows(const ActivationSpec& spec, const Sums& gate, const Sums& up, int64_t n,
                    float* out) {
-  if (!has_gate(kKind)) gate = up;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    store(out + i, activate<kKind>(spec, load(gate + i), load(up + i)));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = n - i < kLanes ? n - i : kLanes;
+    const F32x16 u = finished(up.epilogue, up.values, i, lanes);
+    const F32x16 g = has_gate(kKind) ? finished(gate.epilogue, gate.values, i, lanes) : u;
+    store_some(out + i, activate<kKind>(spec, g, u), lanes);
   }
-  if (i == n) return;
-  float last[2][kLanes] = {};
-  std::memcpy(last[0], gate + i, (n - i) * sizeof(float));
-  std::memcpy(last[1], up + i, (n - i) * sizeof(float));
-  store(last[0], activate<kKind>(spec, load(last[0]), load(last[1])));
-  std::memcpy(out + i, last[0], (n - i) * sizeof(float));
 }
 
-inline void activate(const ActivationSpec& spec, const float* gate, const float* up, int64_t n,
+inline void activate(const ActivationSpec& spec, const Sums& gate, const Sums& up, int64_t n,
                      float* out) {
   switch (spec.kind) {
     case Activation::kSilu:

@@ -168,32 +168,28 @@ struct Bytes {
     const int64_t begin = block << block_log2;
     const int64_t left = act_blocks(k) * kActBlock - begin;
     const int64_t size = left < int64_t{1} << block_log2 ? left : int64_t{1} << block_log2;
-    __m512 largest = _mm512_setzero_ps();
-    __m512 finite = _mm512_setzero_ps();
+    // As integers magnitudes have the same order, with infinity and NaN above all numbers: the
+    // scale becomes one of them, and no sum that it scales passes for a number.
+    __m512i largest = _mm512_setzero_si512();
     for (int64_t i = 0; i < size; i += kLanes) {
-      const __m512 value = _mm512_loadu_ps(values + i);
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(value));
-      // 0, or NaN if a value is infinite or NaN: as an integer it would pass for a number.
-      finite = _mm512_fmadd_ps(value, _mm512_setzero_ps(), finite);
+      largest = _mm512_max_epu32(largest,
+                                 _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(values + i))));
     }
-    const float top = _mm512_reduce_max_ps(largest);
+    const float top = float_of(_mm512_reduce_max_epu32(largest));
     const __m512 inverse = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
-    __m512i total = _mm512_setzero_si512();
+    __m256i total = _mm256_setzero_si256();
     for (int64_t i = 0; i < size; i += kActBlock) {
-      // What is no number becomes INT_MIN; cut off, its sum cannot overflow.
-      const __m512i least = _mm512_set1_epi32(-128);
-      const __m512i a = _mm512_max_epi32(
-          _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), inverse)), least);
-      const __m512i b = _mm512_max_epi32(
-          _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i + 16), inverse)), least);
-      total = _mm512_add_epi32(total, _mm512_add_epi32(a, b));
+      const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), inverse));
+      const __m512i b =
+          _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i + 16), inverse));
       const __m256i bytes = _mm256_set_m128i(_mm512_cvtsepi32_epi8(b), _mm512_cvtsepi32_epi8(a));
+      total = _mm256_dpbusd_epi32(total, _mm256_set1_epi8(1), bytes);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + begin + i),
                           _mm256_shuffle_epi8(bytes, order));
     }
-    const int32_t sum = _mm512_reduce_add_epi32(total);
+    const int32_t sum = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(total));
     auto& mine = *reinterpret_cast<Block*>(row + about(k, block));
-    mine.scale = top / 127.0f + _mm512_reduce_add_ps(finite);
+    mine.scale = top / 127.0f;
     mine.correction = -kOffset * sum;
     return mine.scale * static_cast<float>(sum);
   }

@@ -42,9 +42,9 @@ constexpr bool has_gate(Activation activation) { return activation != Activation
 enum class Scalar { kBf16, kFp16 };  // element type of x and of the output
 
 // Activations are packed in blocks of 32, in zeros up to whole ones. Where they are quantised, a
-// block shares a scale, or two blocks do (kWideActBlockLog2).
+// block shares a scale, or up to eight blocks do.
 constexpr int kActBlockLog2 = 5;
-constexpr int kWideActBlockLog2 = 6;
+constexpr int kMostActBlockLog2 = 8;
 constexpr int64_t kActBlock = int64_t{1} << kActBlockLog2;
 
 // Dot products of the rows of one tile with some rows of activations:
@@ -68,16 +68,12 @@ struct MatmulArgs {
   int act_block_log2 = kActBlockLog2;  // as they were packed
   int64_t tokens = 0;
   float* out = nullptr;     // [tokens][kTileRows]
-  char* scratch = nullptr;  // scratch_bytes(tokens), on a cache line
+  char* scratch = nullptr;  // kScratchBytes, on a cache line
 };
 
-// Scratch of a matmul: sums that wait for the rest of their group, and one block of unpacked
-// weights with its scales.
+// Scratch of a matmul: one block of unpacked weights, its scales and zero points as floats.
 constexpr int64_t kUnpackedBytes = 64 * kTileRows * 4;
-constexpr int64_t kScaleRowsBytes = 18 * kTileRows * 4;
-constexpr int64_t scratch_bytes(int64_t tokens) {
-  return kUnpackedBytes + kScaleRowsBytes + tokens * kTileRows * 4;
-}
+constexpr int64_t kScratchBytes = kUnpackedBytes + 16 * kTileRows * 4;
 
 struct FormatKernels {
   // Bytes of one packed row of k activations.
@@ -88,11 +84,15 @@ struct FormatKernels {
   void (*matmul)(const MatmulArgs& args);
 };
 
-// What is left to do to a row of sums: out[i] = in[i] * row_scale[i] * scale + bias[i].
+// What is left to do to a row of sums: value[i] * row_scale[i] * scale + bias[i].
 struct Epilogue {
   const float* row_scale = nullptr;  // may be null
   float scale = 1.0f;
   const float* bias = nullptr;  // may be null
+};
+struct Sums {
+  const float* values = nullptr;
+  Epilogue epilogue;
 };
 
 struct Kernels {
@@ -100,9 +100,12 @@ struct Kernels {
   FormatKernels formats[kFormats];
   // values[i] = x[i] as float.
   void (*widen)(const void* x, Scalar type, int64_t n, float* values);
-  void (*finish)(const Epilogue& epilogue, int64_t n, const float* in, float* out);
-  // out[i] = activation(gate[i]) * up[i]; gate is not read if the activation has none.
-  void (*activate)(const ActivationSpec& spec, const float* gate, const float* up, int64_t n,
+  // out[i] = sums[i], finished. `stream` keeps `out` out of the caches where its place allows; a
+  // fence() must come before others read it.
+  void (*finish)(const Sums& sums, int64_t n, bool stream, float* out);
+  // out[i] = activation(gate[i]) * up[i], both finished; gate is not read if the activation has
+  // none.
+  void (*activate)(const ActivationSpec& spec, const Sums& gate, const Sums& up, int64_t n,
                    float* out);
   // out[h] = sum over j of weights[j] * rows[j * stride + h], in the order of j, skipping ids < 0.
   void (*combine)(const float* rows, int64_t stride, const float* weights, const int32_t* ids,

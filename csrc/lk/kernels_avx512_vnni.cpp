@@ -7,7 +7,7 @@ namespace lk {
 const Kernels& avx512_vnni_kernels() {
   // 20 or 24 sums of 32 registers; the rest hold weights.
   static constexpr Kernels kKernels =
-      avx512_vnni::kernels_table<avx512_vnni::Registers{4, 5, 4, 6, 2}>("avx512_vnni");
+      avx512_vnni::kernels_table<avx512_vnni::Registers{4, 5, 4, 6, 2, 6}>("avx512_vnni");
   return kKernels;
 }
 

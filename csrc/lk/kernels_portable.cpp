@@ -7,7 +7,7 @@ namespace lk {
 const Kernels& portable_kernels() {
   // 16 lanes are four registers: 8 sums of 16.
   static constexpr Kernels kKernels =
-      portable::kernels_table<portable::Registers{2, 1, 1, 2, 1}>("portable");
+      portable::kernels_table<portable::Registers{2, 1, 1, 2, 0, 0}>("portable");
   return kKernels;
 }
 

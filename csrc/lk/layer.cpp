@@ -121,12 +121,11 @@ MatmulArgs Matrix::product(int64_t expert, int64_t part, int64_t row) const {
   return args;
 }
 
-Epilogue Matrix::epilogue(int64_t expert, int64_t part, int64_t row, float scale) const {
+Epilogue Matrix::epilogue(int64_t expert, int64_t part, int64_t row) const {
   const int64_t at = (expert * parts + part) * rows + row;
   Epilogue epilogue;
-  epilogue.scale = scale;
   if (row_scale) epilogue.row_scale = row_scale + at;
-  if (part_scale) epilogue.scale *= part_scale[shared_part_scale ? expert : expert * parts + part];
+  if (part_scale) epilogue.scale = part_scale[shared_part_scale ? expert : expert * parts + part];
   if (bias) epilogue.bias = bias + at;
   return epilogue;
 }

@@ -37,8 +37,8 @@ struct Matrix {
   const char* tile(int64_t expert, int64_t part, int64_t row) const;
   // The arguments of its product that depend on the weights alone.
   MatmulArgs product(int64_t expert, int64_t part, int64_t row) const;
-  // What is left to do to sums of rows from `row` on, `scale` times as large.
-  Epilogue epilogue(int64_t expert, int64_t part, int64_t row, float scale) const;
+  // What is left to do to sums of rows from `row` on.
+  Epilogue epilogue(int64_t expert, int64_t part, int64_t row) const;
 };
 
 struct LayerSpec {

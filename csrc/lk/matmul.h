@@ -44,7 +44,7 @@ void pack(const float* values, int64_t n, int64_t at, int64_t k, int block_log2,
   const int64_t size = int64_t{1} << log2;
   for (int64_t i = 0; i < n; i += size) {
     const float* from = values + i;
-    float padded[int64_t{1} << kWideActBlockLog2] = {};
+    float padded[int64_t{1} << kMostActBlockLog2] = {};
     if (n - i < size) {
       std::memcpy(padded, from, (n - i) * sizeof(float));
       from = padded;
@@ -55,19 +55,11 @@ void pack(const float* values, int64_t n, int64_t at, int64_t k, int block_log2,
   }
 }
 
-// Unpacked weights as a format: what many tokens pass over.
-template <class M>
-struct Unpacked {
-  using Math = M;
-  static constexpr int kUnit = M::kWidth;
-};
-
-// Lines to ask for while a step runs: what few_tokens reads kPrefetchBytes later, or a part of the
-// block that comes after many_tokens' present one. Spread over the steps, since a burst fills the
-// queue of outstanding misses and stops the loads behind it.
+// Lines to ask for while a unit is multiplied: what few_tokens reads kPrefetchBytes later. Spread
+// over the units, since a burst fills the queue of outstanding misses and stops the loads behind
+// it.
 struct Ahead {
   const char* at = nullptr;   // null: nothing
-  int64_t stride = 0;         // from step to step
   const char* end = nullptr;  // past it jump bytes are added
   int64_t jump = 0;
   // Into L2 only: what is read after all passes over what is here; null: nothing.
@@ -76,8 +68,8 @@ struct Ahead {
 };
 
 // sum[r][t] += `units` units of R vectors of rows times T tokens' activations. Weights are `stride`
-// bytes a unit apart. kLines are asked for a unit.
-template <class F, int R, int T, int kLines>
+// bytes a unit apart.
+template <class F, int R, int T>
 inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)[R][T],
                                                     const char* weights, int64_t stride,
                                                     int64_t units, LaneMask last_lanes,
@@ -89,10 +81,10 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
 #pragma GCC unroll 32
   for (int t = 0; t < T; ++t) act[t] = acts[t] + act_offset;
   for (int64_t u = 0; u < units; ++u, weights += stride) {
-    if (kLines != 0 && ahead.at != nullptr) {
+    if (ahead.at != nullptr) {
       const char* asked = ahead.at < ahead.end ? ahead.at : ahead.at + ahead.jump;
-      ahead.at += ahead.stride;
-      for (int line = 0; line < kLines; ++line) __builtin_prefetch(asked + line * 64);
+      ahead.at += stride;
+      for (int line = 0; line < R; ++line) __builtin_prefetch(asked + line * 64);
       if (ahead.far != nullptr) {
         __builtin_prefetch(ahead.far, 0, 2);
         if (ahead.far_stride > 64) __builtin_prefetch(ahead.far + 64, 0, 2);
@@ -104,11 +96,7 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
       typename Math::Weights w[R];
 #pragma GCC unroll 32
       for (int r = 0; r < R; ++r) {
-        if constexpr (requires { F::kOrder; }) {
-          F::unpack(load_units(weights + r * 64, r == R - 1 ? last_lanes : first_lanes(16)), &w[r]);
-        } else {
-          w[r] = *reinterpret_cast<const typename Math::Weights*>(weights + r * 64);
-        }
+        F::unpack(load_units(weights + r * 64, r == R - 1 ? last_lanes : first_lanes(16)), &w[r]);
       }
 #pragma GCC unroll 32
       for (int t = 0; t < T; ++t) {
@@ -223,22 +211,32 @@ float act_sum(const char* row, int64_t begin, int64_t end, int64_t k, int block_
   return total;
 }
 
-// A run of K with one set of scales, in units.
+// A run of K with one set of scales, of weights and of activations, in units. None is longer than a
+// block of unpacked weights.
 struct Segment {
   int64_t begin = 0;
   int64_t end = 0;
-  bool begins_group = true;
-  bool ends_group = true;
-  int64_t group_begin = 0;       // of the group that it is in
-  const float* scale = nullptr;  // [rows]
-  const float* zero = nullptr;   // [rows], of formats with zero points
+  const float* scale = nullptr;  // [kTileRows]
+  const float* zero = nullptr;   // [kTileRows], of formats with zero points
 };
 
-// Units in a run with one set of scales, of weights or of activations.
+// Of a block: no group or block of activations is shorter than 8 steps.
+constexpr int kMostSegments = 8;
 template <class F>
-int64_t segment_units(const MatmulArgs& a, int64_t units) {
-  if constexpr (F::Math::kWidth == 4) return (int64_t{1} << a.act_block_log2) / F::kUnit;
-  return a.group == 0 ? units : a.group / F::kUnit;
+constexpr int64_t kBlockUnits = kBlockSteps / kSteps<F>;
+
+// Where a segment ends that begins at a unit; at `units` at last.
+template <class F>
+int64_t segment_end(const MatmulArgs& a, int64_t begin, int64_t units) {
+  int64_t end = begin + kBlockUnits<F>;
+  if constexpr (F::Math::kWidth == 4) {
+    end = begin + (int64_t{1} << a.act_block_log2) / F::kUnit;
+  } else if (a.group != 0) {
+    const int64_t length = a.group / F::kUnit;
+    const int64_t group_end = (begin / length + 1) * length;
+    end = end < group_end ? end : group_end;
+  }
+  return end < units ? end : units;
 }
 template <class F>
 int64_t scale_group(const MatmulArgs& a, int64_t unit) {
@@ -249,20 +247,19 @@ int64_t about(int64_t unit, int64_t k, int block_log2) {
   return F::Math::about(k, unit * F::kUnit >> block_log2);
 }
 
-// Whether totals stay in registers beside the sums of a segment, instead of in memory: worth most
-// of what a segment's end costs, which is a load and a store for each sum.
-// Not for bf16: vdpbf16ps takes so long that half as many sums would wait for each other.
-template <class F, int R, int T>
-constexpr bool kKeepTotals = F::Math::kWidth == 4 && R * T <= 12;
+// Whether a sum runs over all of K: there are no scales to begin anew for.
+template <class F>
+constexpr bool kOneSum = !kGroupScales<F> && F::Math::kWidth != 4;
 
-// The sums over all of K so far: in registers, or where they belong.
-template <class F, int R, int T>
+// The sums over all of K so far: where they belong, or kept in registers beside the sums of a
+// segment. That saves most of what a segment's end costs, a load and a store for each sum.
+template <int R, int T, bool kKeep>
 struct Totals {
-  F32x16 kept[kKeepTotals<F, R, T> ? R : 1][kKeepTotals<F, R, T> ? T : 1];
+  F32x16 kept[kKeep ? R : 1][kKeep ? T : 1];
 };
-template <class F, int R, int T>
-inline __attribute__((always_inline)) void fetch(Totals<F, R, T>& totals, const float* out) {
-  if constexpr (kKeepTotals<F, R, T>) {
+template <int R, int T, bool kKeep>
+inline __attribute__((always_inline)) void fetch(Totals<R, T, kKeep>& totals, const float* out) {
+  if constexpr (kKeep) {
 #pragma GCC unroll 32
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 32
@@ -270,9 +267,9 @@ inline __attribute__((always_inline)) void fetch(Totals<F, R, T>& totals, const 
     }
   }
 }
-template <class F, int R, int T>
-inline __attribute__((always_inline)) void put_back(const Totals<F, R, T>& totals, float* out) {
-  if constexpr (kKeepTotals<F, R, T>) {
+template <int R, int T, bool kKeep>
+inline __attribute__((always_inline)) void put_back(const Totals<R, T, kKeep>& totals, float* out) {
+  if constexpr (kKeep) {
 #pragma GCC unroll 32
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 32
@@ -281,14 +278,14 @@ inline __attribute__((always_inline)) void put_back(const Totals<F, R, T>& total
   }
 }
 
-// totals += scale * (sum - zero * activations): what a segment that ends its group ends with.
-template <class F, int R, int T>
+// totals += scale * (sum - zero * activations): what a segment ends with.
+template <class F, bool kKeep, int R, int T>
 inline __attribute__((always_inline)) void apply(const Segment& s, int64_t k, int block_log2,
                                                  typename F::Math::Sum (&sum)[R][T], int64_t row,
-                                                 const char* const* acts, Totals<F, R, T>& totals,
-                                                 float* out) {
+                                                 const char* const* acts,
+                                                 Totals<R, T, kKeep>& totals, float* out) {
   using Math = typename F::Math;
-  const int64_t block = about<F>(s.group_begin, k, block_log2);
+  const int64_t block = about<F>(s.begin, k, block_log2);
   const float* scale = s.scale + row;
   const float* zero = s.zero + row;
 #pragma GCC unroll 32
@@ -296,14 +293,14 @@ inline __attribute__((always_inline)) void apply(const Segment& s, int64_t k, in
     const float act_scale = Math::scale(acts[t] + block);
     F32x16 taken_off = zeros();
     if constexpr (kZeroPoints<F>) {
-      taken_off = broadcast(
-          -act_sum<F>(acts[t], s.group_begin * F::kUnit, s.end * F::kUnit, k, block_log2));
+      taken_off =
+          broadcast(-act_sum<F>(acts[t], s.begin * F::kUnit, s.end * F::kUnit, k, block_log2));
     }
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       float* at = out + t * kTileRows + r * kLanes;
       F32x16 total;
-      if constexpr (kKeepTotals<F, R, T>) {
+      if constexpr (kKeep) {
         total = totals.kept[r][t];
       } else {
         total = load(at);
@@ -315,7 +312,7 @@ inline __attribute__((always_inline)) void apply(const Segment& s, int64_t k, in
         if constexpr (kZeroPoints<F>) value = fma(load(zero + r * kLanes), taken_off, value);
         total = fma(value, load(scale + r * kLanes), total);
       }
-      if constexpr (kKeepTotals<F, R, T>) {
+      if constexpr (kKeep) {
         totals.kept[r][t] = total;
       } else {
         store(at, total);
@@ -350,21 +347,23 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* tail, const FarSha
   const int64_t stride = a.rows * kUnitBytes;
   const int64_t whole = a.row_bytes / kUnitBytes;
   const int64_t units = whole + (tail != nullptr);
-  const int64_t length = segment_units<F>(a, units);
   const char* const weights = a.tile + row * kUnitBytes;
   const LaneMask lanes =
       first_lanes(a.rows - row < R * kLanes ? a.rows - row - (R - 1) * kLanes : kLanes);
-  Ahead ahead{weights, stride, weights + whole * stride, -kPrefetchBytes};
+  Ahead ahead{weights, weights + whole * stride, -kPrefetchBytes};
   if (a.next) ahead.jump = a.next + row * kUnitBytes - ahead.end;
   ahead.far_stride = far.stride;
   alignas(64) float scale[kTileRows];
   alignas(64) float zero[kZeroPoints<F> ? kTileRows : 1];
-  Totals<F, R, T> totals;
-  fetch<F, R, T>(totals, out);
+  // Where the registers reach for it. Not for bf16, whose unpacked weights need them.
+  constexpr bool kKeep = Math::kWidth == 4 && R * T <= 12;
+  Totals<R, T, kKeep> totals;
+  fetch(totals, out);
   int64_t group = -1;
   int64_t group_end = 0;  // the unit where the scales end to hold
-  for (int64_t begin = 0; begin < units; begin += length) {
-    const int64_t end = begin + length < units ? begin + length : units;
+  int64_t end;
+  for (int64_t begin = 0; begin < units; begin = end) {
+    end = kOneSum<F> ? units : segment_end<F>(a, begin, units);
     if (kGroupScales<F> && begin >= group_end) {
       scale_row(a, ++group, scale);
       if constexpr (kZeroPoints<F>) zero_row<F>(a, group, zero);
@@ -380,122 +379,143 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* tail, const FarSha
     const int64_t inside = end < whole ? end : whole;
     ahead.at = weights + begin * stride + kPrefetchBytes;
     if (far.from && row == 0) ahead.far = far.from + begin * far.stride;
-    multiply<F, R, T, R>(sum, weights + begin * stride, stride, inside - begin, lanes, acts,
-                         begin * F::kUnit * Math::kActBytes, ahead);
+    multiply<F, R, T>(sum, weights + begin * stride, stride, inside - begin, lanes, acts,
+                      begin * F::kUnit * Math::kActBytes, ahead);
     if (end > whole) {
-      multiply<F, R, T, 0>(sum, tail + row * kUnitBytes, 0, 1, first_lanes(kLanes), acts,
-                           whole * F::kUnit * Math::kActBytes, {});
+      multiply<F, R, T>(sum, tail + row * kUnitBytes, 0, 1, first_lanes(kLanes), acts,
+                        whole * F::kUnit * Math::kActBytes, {});
     }
-    apply<F, R, T>({.begin = begin, .end = end, .group_begin = begin, .scale = scale, .zero = zero},
-                   k, block_log2, sum, row, acts, totals, out);
+    apply<F, kKeep>({.begin = begin, .end = end, .scale = scale, .zero = zero}, k, block_log2, sum,
+                    row, acts, totals, out);
   }
-  put_back<F, R, T>(totals, out);
+  put_back(totals, out);
 }
 
-// Cache lines of a block as it lies in memory.
-template <class F>
-constexpr int64_t kBlockLines = kBlockSteps * (kSteps<F> < 4 ? 4 / kSteps<F> : 1);
-
-// A block of weights that many tokens pass over.
+// A block of unpacked weights that many tokens pass over: some whole segments.
 struct Block {
-  const char* weights = nullptr;  // of the first segment
+  const char* weights = nullptr;
   const Segment* segments = nullptr;
   int count = 0;
-  const char* next = nullptr;  // the block to be asked for meanwhile, or null
-  int64_t next_from = 0;       // its first line to be asked for
-  int64_t next_shares = 1;     // among how many calls its lines are divided
   int64_t k = 0;
   int act_block_log2 = kActBlockLog2;
+  // What a call asks for meanwhile: some lines for each run of kRun steps.
+  const char* next = nullptr;
+  int64_t lines = 0;
 };
+constexpr int64_t kRun = 8;
 
-// R vectors of a block's rows from `row` on, times T tokens. waiting holds sums, [T][kTileRows], of
-// groups that another block began or will end.
+// One step of R vectors of rows times T tokens.
 template <class F, int R, int T>
+inline __attribute__((always_inline)) void multiply_step(typename F::Math::Sum (&sum)[R][T],
+                                                         const char* weights,
+                                                         const char* const (&act)[T],
+                                                         int64_t offset) {
+  using Math = typename F::Math;
+  typename Math::Weights w[R];
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) {
+    // Formats whose weights need no unpacking are multiplied as they lie.
+    if constexpr (kSteps<F> == 1) {
+      F::unpack(load_units(weights + r * 64, first_lanes(kLanes)), &w[r]);
+    } else {
+      w[r] = *reinterpret_cast<const typename Math::Weights*>(weights + r * 64);
+    }
+  }
+#pragma GCC unroll 32
+  for (int t = 0; t < T; ++t) {
+    const auto a = Math::act(act[t] + offset);
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) sum[r][t] = Math::multiply_add(sum[r][t], w[r], a);
+  }
+}
+
+// R vectors of a block's rows from `row` on, times T tokens.
+template <class F, bool kKeep, int R, int T>
 __attribute__((noinline)) void block_times_tokens(const Block& block, int64_t row,
-                                                  const char* const* acts, float* out,
-                                                  float* waiting) {
+                                                  const char* const* acts, float* out) {
   using Math = typename F::Math;
   using Sum = typename Math::Sum;
-  // Formats whose weights need no unpacking multiply them as they lie.
-  using Source = std::conditional_t<kSteps<F> == 1, F, Unpacked<Math>>;
-  constexpr int kLines = kBlockLines<F> / kBlockSteps;
+  constexpr int64_t kStepBytes = Math::kWidth * Math::kActBytes;
+  constexpr int64_t kStride = kTileRows * kUnitBytes;  // of a step
   const int64_t k = block.k;
   const int block_log2 = block.act_block_log2;
-  constexpr int64_t kStride = kTileRows * kUnitBytes;  // of a step
-  const Segment* const segments = block.segments;
-  const int count = block.count;
-  const int64_t first = segments[0].begin;
-  const char* const weights = block.weights + row * kUnitBytes;
-  const char* const next = row == 0 ? block.next : nullptr;
-  Ahead ahead;
-  ahead.stride = kLines * 64 / block.next_shares;
+  const char* weights = block.weights + row * kUnitBytes;
+  const char* next = block.next;
+  int64_t offset = block.segments[0].begin * F::kUnit * Math::kActBytes;
   const char* act[T];
 #pragma GCC unroll 32
   for (int t = 0; t < T; ++t) act[t] = acts[t];
-  Totals<F, R, T> totals;
-  fetch<F, R, T>(totals, out);
-  for (int i = 0; i < count; ++i) {
-    const Segment s = segments[i];
+  Totals<R, T, kKeep> totals;
+  fetch(totals, out);
+  for (int i = 0; i < block.count; ++i) {
+    const Segment& s = block.segments[i];
     Sum sum[R][T];
-    if (Math::kWidth == 4 || s.begins_group) {
-      const int64_t begin = about<F>(s.begin, k, block_log2);
 #pragma GCC unroll 32
-      for (int t = 0; t < T; ++t) {
-        const Sum start = Math::begin(act[t] + begin);
+    for (int t = 0; t < T; ++t) {
+      if constexpr (kOneSum<F>) {
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) sum[r][t] = load(out + t * kTileRows + r * kLanes);
+      } else {
+        const Sum start = Math::begin(act[t] + about<F>(s.begin, k, block_log2));
 #pragma GCC unroll 32
         for (int r = 0; r < R; ++r) sum[r][t] = Math::copy(start);
       }
-    } else {
-#pragma GCC unroll 32
-      for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 32
-        for (int r = 0; r < R; ++r) {
-          std::memcpy(&sum[r][t], waiting + t * kTileRows + r * kLanes, sizeof(Sum));
-        }
-      }
     }
-    const int64_t step = (s.begin - first) * kSteps<F>;
-    if (next) ahead.at = next + block.next_from * 64 + step * ahead.stride;
-    multiply<Source, R, T, kLines>(sum, weights + step * kStride, kStride,
-                                   (s.end - s.begin) * kSteps<F>, first_lanes(kLanes), act,
-                                   s.begin * F::kUnit * Math::kActBytes, ahead);
-    if (Math::kWidth == 4 || s.ends_group) {
-      apply<F, R, T>(s, k, block_log2, sum, row, act, totals, out);
-    } else {
+    int64_t steps = (s.end - s.begin) * kSteps<F>;
+    for (; steps >= kRun; steps -= kRun) {
+      for (int64_t line = 0; line < block.lines; ++line) __builtin_prefetch(next + line * 64);
+      next += block.lines * 64;
+      const char* from[T];
+#pragma GCC unroll 32
+      for (int t = 0; t < T; ++t) from[t] = act[t] + offset;
+#pragma GCC unroll 32
+      for (int64_t step = 0; step < kRun; ++step) {
+        multiply_step<F, R, T>(sum, weights + step * kStride, from, step * kStepBytes);
+      }
+      weights += kRun * kStride;
+      offset += kRun * kStepBytes;
+    }
+#pragma GCC unroll 1
+    for (; steps > 0; --steps) {
+      multiply_step<F, R, T>(sum, weights, act, offset);
+      weights += kStride;
+      offset += kStepBytes;
+    }
+    if constexpr (kOneSum<F>) {
 #pragma GCC unroll 32
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 32
-        for (int r = 0; r < R; ++r) {
-          std::memcpy(waiting + t * kTileRows + r * kLanes, &sum[r][t], sizeof(Sum));
-        }
+        for (int r = 0; r < R; ++r) store(out + t * kTileRows + r * kLanes, sum[r][t]);
       }
+    } else {
+      apply<F, kKeep>(s, k, block_log2, sum, row, act, totals, out);
     }
   }
-  put_back<F, R, T>(totals, out);
+  put_back(totals, out);
 }
 
-// Calls f.template operator()<T>() for T = tokens, 1 to kMost.
-template <int kMost, class Function>
+// Calls f.template operator()<T>() for T = tokens, kLeast to kMost.
+template <int kLeast, int kMost, class Function>
 inline __attribute__((always_inline)) void with_tokens(int64_t tokens, Function&& f) {
-  if constexpr (kMost > 1) {
-    if (tokens < kMost) return with_tokens<kMost - 1>(tokens, f);
+  if constexpr (kMost > kLeast) {
+    if (tokens < kMost) return with_tokens<kLeast, kMost - 1>(tokens, f);
   }
   f.template operator()<kMost>();
 }
 
-// Units [u0, u1) of all rows as block_times_tokens wants them: unpacked, and no row too few.
+// Units [u0, u1) as block_times_tokens wants them: unpacked, and no row too few.
 template <class F>
 __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int64_t u1,
                                             const char* tail, char* out) {
-  const int64_t stride = a.rows * kUnitBytes;
   const int64_t whole = a.row_bytes / kUnitBytes;
-  const int64_t vectors = (a.rows + kLanes - 1) / kLanes;
-  const LaneMask last_lanes = first_lanes(a.rows - (vectors - 1) * kLanes);
+  LaneMask lanes[kTileRows / kLanes];
+  for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
+    lanes[v] = first_lanes(std::clamp<int64_t>(a.rows - v * kLanes, 0, kLanes));
+  }
   for (int64_t u = u0; u < u1; ++u, out += kSteps<F> * kTileRows * kUnitBytes) {
-    const char* from = u < whole ? a.tile + u * stride : tail;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const bool masked = v == vectors - 1 && u < whole;
-      const U32x16 units = load_units(from + v * 64, masked ? last_lanes : first_lanes(kLanes));
+    const char* from = u < whole ? a.tile + u * a.rows * kUnitBytes : tail;
+    for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
+      const U32x16 units = load_units(from + v * 64, u < whole ? lanes[v] : first_lanes(kLanes));
       if constexpr (kSteps<F> == 1) {
         std::memcpy(out + v * 64, &units, sizeof(units));
       } else {
@@ -510,86 +530,73 @@ __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int
   }
 }
 
-// The segments of units [u0, u1), with their scales and zero points as floats, made in `rows`.
+// As many segments from unit u0 on as a block has room for, with their scales and zero points as
+// floats, made in `rows`. Returns where the last one ends.
 template <class F>
-__attribute__((noinline)) int cut_block(const MatmulArgs& a, int64_t u0, int64_t u1, int64_t units,
-                                        float* rows, Segment* segments) {
-  const int64_t length = segment_units<F>(a, units);
-  int count = 0;
-  int64_t known = -1;
-  float* next_row = rows;
-  for (int64_t begin = u0; begin < u1; begin = segments[count - 1].end) {
-    Segment& s = segments[count++];
-    s.begin = begin;
-    s.group_begin = begin / length * length;
-    s.end = s.group_begin + length < u1 ? s.group_begin + length : u1;
-    s.begins_group = begin == s.group_begin;
-    s.ends_group = s.end == s.group_begin + length || s.end == units;
+__attribute__((noinline)) int64_t cut_block(const MatmulArgs& a, int64_t u0, int64_t units,
+                                            float* rows, Segment* segments, int* count) {
+  *count = 0;
+  for (int64_t begin = u0; begin < units;) {
+    const int64_t end = segment_end<F>(a, begin, units);
+    if (end - u0 > kBlockUnits<F>) return begin;
+    Segment& s = segments[(*count)++];
+    s = {begin, end};
     if constexpr (kGroupScales<F>) {
       const int64_t group = scale_group<F>(a, begin);
-      if (group != known) {
-        known = group;
-        rows = next_row;
+      const bool known = begin != u0 && group == scale_group<F>(a, begin - 1);
+      s.scale = known ? (&s)[-1].scale : rows;
+      s.zero = s.scale + kTileRows;
+      if (!known) {
         scale_row(a, group, rows);
-        next_row += kTileRows;
-        if constexpr (kZeroPoints<F>) {
-          zero_row<F>(a, group, next_row);
-          next_row += kTileRows;
-        }
+        if constexpr (kZeroPoints<F>) zero_row<F>(a, group, rows + kTileRows);
+        rows += (1 + kZeroPoints<F>)*kTileRows;
       }
-      s.scale = rows;
-      s.zero = rows + kTileRows;
     }
+    begin = end;
   }
-  return count;
+  return units;
 }
 
 // Many tokens: a block of weights is unpacked into L1, and the tokens pass over it, R vectors and T
 // tokens at a time.
-template <class F, int R, int T>
+template <class F, bool kKeep, int R, int T>
 void many_tokens(const MatmulArgs& a, const char* tail) {
-  constexpr int64_t kUnits = kBlockSteps / kSteps<F>;
   const auto* acts = reinterpret_cast<const char* const*>(a.acts);
   const int64_t whole = a.row_bytes / kUnitBytes;
   const int64_t units = whole + (tail != nullptr);
-  const int64_t vectors = (a.rows + kLanes - 1) / kLanes;
   const bool in_place = kSteps<F> == 1 && a.rows == kTileRows;
+  const int64_t unit_bytes = a.rows * kUnitBytes;
   auto* const rows = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
-  auto* const waiting = reinterpret_cast<float*>(a.scratch + kUnpackedBytes + kScaleRowsBytes);
   const int64_t tiles = (a.tokens + T - 1) / T;
-  Segment segments[kBlockSteps + 1];
-  for (int64_t u0 = 0; u0 < units; u0 += kUnits) {
-    const int64_t u1 = u0 + kUnits < units ? u0 + kUnits : units;
+  // While the first tokens pass over a block the next one comes from memory, at a pace that leaves
+  // the queue of misses room; while the last ones do, from L2 into L1.
+  const int64_t shares = tiles > 4 ? 4 : tiles > 2 ? 2 : 1;
+  constexpr int64_t kRuns = kBlockSteps / kRun;
+  constexpr int64_t kLines = kRun / kSteps<F> * R;  // of a block in memory, for each run of a call
+  Segment segments[kMostSegments];
+  int64_t u1;
+  for (int64_t u0 = 0; u0 < units; u0 = u1) {
     Block block{
         .weights = a.scratch, .segments = segments, .k = a.k, .act_block_log2 = a.act_block_log2};
-    block.count = cut_block<F>(a, u0, u1, units, rows, segments);
+    u1 = cut_block<F>(a, u0, units, rows, segments, &block.count);
     if (in_place && u1 <= whole) {
-      block.weights = a.tile + u0 * kTileRows * kUnitBytes;
+      block.weights = a.tile + u0 * unit_bytes;
     } else {
       unpack_block<F>(a, u0, u1, tail, a.scratch);
     }
-    // While the first tokens pass the next block comes from memory, at a pace that leaves the queue
-    // of misses room; while the last ones do, from L2 into L1.
-    const char* next = u1 < whole ? a.tile + u1 * a.rows * kUnitBytes : a.next;
+    const char* const next = u1 < whole ? a.tile + u1 * unit_bytes : a.next;
+    block.next = next;
     int64_t done = 0;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t tokens = (a.tokens - done + tiles - i - 1) / (tiles - i);  // of equal size
-      const int64_t shares = std::clamp<int64_t>(tiles - 1, 1, 4);
       const bool last = i == tiles - 1;
-      block.next = i < shares || last ? next : nullptr;
-      block.next_shares = last ? 1 : shares;
-      block.next_from = last ? 0 : i * kBlockLines<F> / shares;
-      with_tokens<T>(tokens, [&]<int kTokens>() {
-        for (int64_t v = 0; v < vectors;) {
-          const int64_t row = v * kLanes;
+      if (last) block.next = next;
+      block.lines = next && (i < shares || last) ? kLines / (last ? 1 : shares) : 0;
+      with_tokens<(T + 1) / 2, T>(tokens, [&]<int kTokens>() {
+        for (int64_t row = 0; row < kTileRows; row += R * kLanes) {
           const int64_t at = done * kTileRows + row;
-          if (v + R <= vectors) {
-            block_times_tokens<F, R, kTokens>(block, row, acts + done, a.out + at, waiting + at);
-            v += R;
-          } else {
-            block_times_tokens<F, 1, kTokens>(block, row, acts + done, a.out + at, waiting + at);
-            v += 1;
-          }
+          block_times_tokens<F, kKeep, R, kTokens>(block, row, acts + done, a.out + at);
+          block.next += block.lines * kRuns * 64;
         }
       });
       done += tokens;
@@ -602,10 +609,14 @@ void many_tokens(const MatmulArgs& a, const char* tail) {
 // where they lie unpacked in L1.
 struct Registers {
   int few_rows, few_tokens, rows, tokens;
-  int byte_rows;  // instead of rows, for products of bytes: their totals stay in registers too
+  // Instead of rows and tokens where segments are short: their totals stay in registers too. 0:
+  // they do not.
+  int short_rows, short_tokens;
 };
-template <class F, Registers kRegisters>
-constexpr int kManyRows = F::Math::kWidth == 4 ? kRegisters.byte_rows : kRegisters.rows;
+// Longer segments, in steps, are worth more sums at a time: vdpbf16ps takes so long that fewer wait
+// for each other.
+template <class F>
+constexpr int64_t kShortSteps = F::Math::kWidth == 4 ? 16 : 8;
 // Up to so many passes of few tokens, over weights that are in L2 after the first, cost no more
 // than to unpack blocks of them for many tokens. On Zen 5: weights that need no unpacking gain by
 // staying in L1; nibbles as bytes cost two instructions a vector, less than to store and load them
@@ -627,7 +638,12 @@ void matmul(const MatmulArgs& a) {
   constexpr int kFew = kRegisters.few_tokens;
   const int64_t passes = (a.tokens + kFew - 1) / kFew;
   if (passes > kFewPasses<F>) {
-    return many_tokens<F, kManyRows<F, kRegisters>, kRegisters.tokens>(a, tail);
+    if constexpr (!kOneSum<F> && kRegisters.short_rows != 0) {
+      if (segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>) {
+        return many_tokens<F, true, kRegisters.short_rows, kRegisters.short_tokens>(a, tail);
+      }
+    }
+    return many_tokens<F, false, kRegisters.rows, kRegisters.tokens>(a, tail);
   }
   MatmulArgs pass = a;
   for (int64_t i = 0, done = 0; i < passes; ++i, done += pass.tokens) {
@@ -641,7 +657,7 @@ void matmul(const MatmulArgs& a) {
       far.stride = std::max<int64_t>(a.rows * kUnitBytes / passes, 64);
       if (i * far.stride < a.rows * kUnitBytes) far.from = a.next + i * units * far.stride;
     }
-    with_tokens<kFew>(pass.tokens, [&]<int T>() {
+    with_tokens<1, kFew>(pass.tokens, [&]<int T>() {
       int64_t row = 0;
       for (; row + (kRegisters.few_rows - 1) * kLanes < a.rows;
            row += kRegisters.few_rows * kLanes) {

@@ -84,6 +84,28 @@ inline F32x16 load(const float* p) {
 inline void store(float* p, F32x16 a) {
   for (int i = 0; i < kVectors; ++i) *reinterpret_cast<FloatMemory*>(p + i * kVectorLanes) = a.v[i];
 }
+// The first `lanes` of them, and zeros.
+inline F32x16 load_some(const float* p, int64_t lanes) {
+  if (lanes == 16) return load(p);
+  F32x16 a = {};
+  std::memcpy(&a, p, lanes * sizeof(float));
+  return a;
+}
+inline void store_some(float* p, F32x16 a, int64_t lanes) {
+  if (lanes == 16) return store(p, a);
+  std::memcpy(p, &a, lanes * sizeof(float));
+}
+// To p, on a cache line, without reading the line before: for what is read after more than the
+// caches hold.
+inline void store_past_caches(float* p, F32x16 a) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, a.v[0]);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kVectors; ++i) _mm256_stream_ps(p + i * kVectorLanes, a.v[i]);
+#else
+  store(p, a);
+#endif
+}
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
   F32x16 result;
   for (int i = 0; i < kVectors; ++i) {

@@ -1,5 +1,5 @@
 // What is done to whole rows around the products: x widened, sums scaled and biased, experts
-// combined. Plain loops that the compiler vectorises.
+// combined.
 #pragma once
 
 #include "lk/kernels.h"
@@ -16,16 +16,25 @@ inline void widen(const void* x, Scalar type, int64_t n, float* values) {
   }
 }
 
-inline void finish(const Epilogue& epilogue, int64_t n, const float* in, float* out) {
-  const auto [row_scale, scale, bias] = epilogue;
-  if (row_scale && bias) {
-    for (int64_t i = 0; i < n; ++i) out[i] = in[i] * row_scale[i] * scale + bias[i];
-  } else if (row_scale) {
-    for (int64_t i = 0; i < n; ++i) out[i] = in[i] * row_scale[i] * scale;
-  } else if (bias) {
-    for (int64_t i = 0; i < n; ++i) out[i] = in[i] * scale + bias[i];
-  } else if (scale != 1.0f || in != out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = in[i] * scale;
+// Sums from element i on, scaled and biased.
+inline F32x16 finished(const Epilogue& epilogue, const float* sums, int64_t i, int64_t lanes) {
+  F32x16 value = load_some(sums + i, lanes);
+  if (epilogue.row_scale) value = value * load_some(epilogue.row_scale + i, lanes);
+  value = value * epilogue.scale;
+  if (epilogue.bias) value = value + load_some(epilogue.bias + i, lanes);
+  return value;
+}
+
+inline void finish(const Sums& sums, int64_t n, bool stream, float* out) {
+  if (stream && n % kLanes == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store_past_caches(out + i, finished(sums.epilogue, sums.values, i, kLanes));
+    }
+  } else {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int64_t lanes = n - i < kLanes ? n - i : kLanes;
+      store_some(out + i, finished(sums.epilogue, sums.values, i, lanes), lanes);
+    }
   }
 }
 
