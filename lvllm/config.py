@@ -18,6 +18,8 @@ from lvllm.envs import SettingError, ThreadBinding, UseWeight
 # Where the front process leaves the resolved settings for the workers.
 RESOLVED = "lvllm_resolved"
 SECTION = "additional_config.lvllm"
+QUANTIZATIONS = ("fp8",)
+"""vLLM's names of the checkpoints that `lvllm.formats` reads."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class HybridConfig(BaseModel):
         settings = resolve(os.environ, section)
         _check_model(vllm_config)
         _check_gpu_lane(settings, vllm_config)
-        _check_weights(settings)
+        _check_weights(settings, vllm_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
         shares = threads.divide(machine, ranks)
@@ -135,11 +137,11 @@ def _check_model(vllm_config: Any) -> None:
         raise SettingError(
             f"dtype={dtype!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1: bfloat16 or float16"
         )
-    if model.quantization is not None:
+    if model.quantization not in (None, *QUANTIZATIONS):
         raise SettingError(
             f"quantization={model.quantization!r} of {model.model} is not supported by"
             " LVLLM_MOE_NUMA_ENABLED=1 yet: allowed are unquantised bfloat16 and float16"
-            " checkpoints"
+            f" checkpoints, and {', '.join(QUANTIZATIONS)}"
         )
     if parallel.enable_eplb:
         raise SettingError(
@@ -174,10 +176,15 @@ def _check_gpu_lane(settings: Mapping[str, Setting], vllm_config: Any) -> None:
             raise setting.refuse(f"this version runs all experts on the CPU; allowed is {allowed}")
 
 
-def _check_weights(settings: Mapping[str, Setting]) -> None:
-    if settings["moe_use_weight"].value is UseWeight.INT4:
-        raise settings["moe_use_weight"].refuse(
-            "this version computes in the checkpoint's format only; allowed are TO_DTYPE and KEEP"
+def _check_weights(settings: Mapping[str, Setting], vllm_config: Any) -> None:
+    wanted = settings["moe_use_weight"]
+    allowed = [UseWeight.KEEP]
+    if vllm_config.model_config.quantization is None:
+        allowed.append(UseWeight.TO_DTYPE)
+    if wanted.value not in (None, *allowed):
+        raise wanted.refuse(
+            "this version computes in the checkpoint's format only; allowed is"
+            f" {' or '.join(allowed)}"
         )
     for key in ("moe_quant_on_gpu", "enable_numa_interleave"):
         if settings[key].value:

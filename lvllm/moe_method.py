@@ -1,6 +1,5 @@
 """HybridMoEMethod: where a layer's batch of tokens is computed."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from lvllm import placement, startup
+from lvllm.formats import ExpertFormat
+from lvllm.formats.base import Shape
 
 # vLLM shows the loggers below its own name only.
 logger = init_logger("vllm.plugins.lvllm")
@@ -23,14 +24,14 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 class HybridMoEMethod(FusedMoEMethodBase):
     """Creates a layer's weights in engine memory and applies them with lk.
 
-    `weight_format` is a module of `lvllm.formats`. Raises ValueError for a layer that lk cannot
+    `weight_format` is how the checkpoint stores them. Raises ValueError for a layer that lk cannot
     compute: an unknown activation, biases, a clamp limit, LoRA on experts.
     """
 
     # vLLM would move the weights to the GPU and back around process_weights_after_loading.
     requires_device_loading = False
 
-    def __init__(self, moe: FusedMoEConfig, weight_format: ModuleType, prefix: str) -> None:
+    def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
         super().__init__(moe)
         self.weight_format = weight_format
         self._refuse_unsupported(moe, prefix)
@@ -69,15 +70,10 @@ class HybridMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the layer's parameters; see `lvllm.formats`."""
-        self.weight_format.create_weights(
-            layer,
-            num_experts,
-            hidden_size,
-            intermediate_size_per_partition,
-            params_dtype,
-            extra_weight_attrs,
-        )
+        """Register the layer's parameters, for vLLM's loader to fill."""
+        parts = 2 if self.moe.is_act_and_mul else 1
+        shape = Shape(num_experts, hidden_size, intermediate_size_per_partition, parts)
+        self.weight_format.create_weights(layer, shape, params_dtype, extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Hand the loaded weights to the engine."""

@@ -20,4 +20,4 @@ class HybridRoutedExperts(RoutedExperts):
     def _get_quant_method(
         self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
-        return HybridMoEMethod(moe_config, formats.find(quant_config, prefix), prefix)
+        return HybridMoEMethod(moe_config, formats.find(quant_config, self, prefix), prefix)

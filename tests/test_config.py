@@ -89,7 +89,7 @@ CPUS = len(os.sched_getaffinity(0))
         ("LK_THREADS", "100000", f"allowed is 1 to {CPUS}"),
         ("OMP_NUM_THREADS", "100000", f"allowed is 1 to {CPUS}"),
         ("OMP_NUM_THREADS", "0", "a whole number from 1"),
-        ("LVLLM_MOE_USE_WEIGHT", "INT4", "TO_DTYPE and KEEP"),
+        ("LVLLM_MOE_USE_WEIGHT", "INT4", "KEEP or TO_DTYPE"),
         ("LVLLM_MOE_USE_WEIGHT", "int8", "TO_DTYPE, KEEP or INT4"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0-", "layer indices"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices"),

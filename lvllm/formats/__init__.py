@@ -1,28 +1,26 @@
-"""Checkpoint formats: one module each, with the same functions.
+"""Checkpoint formats: one module each, with one function, and a registry over them.
 
-matches(quant_config, prefix) -> bool
-    whether the experts of the layer called `prefix` are in this format
-create_weights(layer, num_experts, hidden_size, intermediate_size, dtype, attributes)
-    register the layer's parameters in engine memory, for vLLM's loader to fill
-finalize(layer) -> ExpertLayer
-    after loading: the engine's view of those parameters, without a second copy
+find(quant_config, layer, prefix) -> ExpertFormat | None
+    how the experts of the layer called `prefix` are stored, or None if in no format of the module
 """
 
 from types import ModuleType
 from typing import Any
 
-from lvllm.formats import unquantized
+from lvllm.formats import fp8, unquantized
+from lvllm.formats.base import ExpertFormat
 
-__all__ = ["FORMATS", "find"]
+__all__ = ["FORMATS", "ExpertFormat", "find"]
 
-FORMATS: tuple[ModuleType, ...] = (unquantized,)
+FORMATS: tuple[ModuleType, ...] = (unquantized, fp8)
 
 
-def find(quant_config: Any, prefix: str) -> ModuleType:
-    """The format of the experts of layer `prefix`; ValueError if none takes them."""
+def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat:
+    """The format of the experts of `layer`, called `prefix`; ValueError if none takes them."""
     for module in FORMATS:
-        if module.matches(quant_config, prefix):
-            return module
+        found: ExpertFormat | None = module.find(quant_config, layer, prefix)
+        if found is not None:
+            return found
     raise ValueError(
         f"{prefix}: experts quantised as {quant_config.get_name()!r} are not supported; supported"
         f" are {', '.join(module.__name__.rpartition('.')[2] for module in FORMATS)}"

@@ -1,0 +1,105 @@
+"""What every checkpoint format has in common."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn import Module, Parameter
+
+from lvllm import bank
+from lvllm.engine import ExpertLayer
+
+__all__ = ["ExpertFormat", "Shape", "add_parameter", "add_weights", "check_scales", "engine_layer"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The routed experts of one layer, as this process holds them."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+    parts: int
+    """Projections in w13: 2, gate and up; 1 for activations without a gate."""
+
+    @property
+    def matrices(self) -> tuple[tuple[str, int, int, int], ...]:
+        """(name, parts, rows, columns) of an expert's w13 and w2."""
+        return (
+            ("w13", self.parts, self.parts * self.intermediate, self.hidden),
+            ("w2", 1, self.hidden, self.intermediate),
+        )
+
+
+class ExpertFormat(Protocol):
+    """How the experts of one layer are stored in its checkpoint."""
+
+    def create_weights(
+        self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        """Register the layer's parameters, for vLLM's loader to fill; the weights in engine memory.
+
+        `dtype` is the model's, `attributes` are what the loader looks for on a parameter. What a
+        checkpoint must not leave out is filled with NaN.
+        """
+
+    def finalize(self, layer: Any) -> ExpertLayer:
+        """After loading: the engine's view of those parameters, without a second copy."""
+
+
+def add_parameter(
+    layer: Module, name: str, data: torch.Tensor, attributes: dict[str, Any], **more: Any
+) -> None:
+    """Register `data` as a parameter with these attributes."""
+    parameter = Parameter(data, requires_grad=False)
+    for key, value in (attributes | more).items():
+        setattr(parameter, key, value)
+    layer.register_parameter(name, parameter)
+
+
+def add_weights(
+    layer: Module,
+    shape: Shape,
+    suffix: str,
+    dtype: torch.dtype,
+    attributes: dict[str, Any],
+    *,
+    packed: int = 1,
+    loaded_as: torch.dtype | None = None,
+) -> None:
+    """Register w13_SUFFIX and w2_SUFFIX [E, rows, columns / packed] in engine memory, the
+    parameters as views of another dtype if the checkpoint has one.
+    """
+    for name, parts, rows, columns in shape.matrices:
+        memory = bank.allocate((shape.experts, rows, columns // packed), dtype, parts=parts)
+        add_parameter(layer, f"{name}_{suffix}", memory.view(loaded_as or dtype), attributes)
+
+
+def check_scales(layer: Any, suffix: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """w13_SUFFIX and w2_SUFFIX of a layer; ValueError if a scale is missing or no number."""
+    found = []
+    for name in (f"w13_{suffix}", f"w2_{suffix}"):
+        data = getattr(layer, name).data
+        bad = data == 255 if data.dtype == torch.uint8 else ~torch.isfinite(data.float())
+        if bad.any():
+            expert = int(bad.view(len(bad), -1).any(1).nonzero()[0])
+            raise ValueError(
+                f"{layer.layer_name}: {name} of expert {expert} (of those in this process) is"
+                " missing from the checkpoint, or holds NaN or infinity"
+            )
+        found.append(data)
+    return found[0], found[1]
+
+
+def engine_layer(
+    layer: Any, format: str, w13: torch.Tensor, w2: torch.Tensor, **more: Any
+) -> ExpertLayer:
+    """The engine's view of a layer's weights, and of what else the format has."""
+    return ExpertLayer(
+        format=format,
+        w13=w13,
+        w2=w2,
+        activation=layer.activation.value,
+        apply_router_weight_on_input=layer.apply_router_weight_on_input,
+        **more,
+    )

@@ -1,0 +1,104 @@
+"""e4m3 experts of vLLM's "fp8" checkpoints (DeepSeek, Qwen3, MiniMax, GLM): one float32 scale for
+128 x 128 weights, or one for a projection.
+
+Activations are not quantised, whatever the checkpoint says: static input scales are read and left.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch.nn import Module
+from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+from lvllm import weights
+from lvllm.engine import ExpertLayer
+from lvllm.formats.base import (
+    ExpertFormat,
+    Shape,
+    add_parameter,
+    add_weights,
+    check_scales,
+    engine_layer,
+)
+from lvllm.formats.unquantized import Unquantized
+
+__all__ = ["Fp8", "find"]
+
+Scales = Literal["block", "channel", "tensor"]
+
+
+def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
+    """Experts of an fp8 checkpoint; those that it leaves alone are plain."""
+    if type(quant_config) is not Fp8Config:
+        return None
+    if is_layer_skipped(
+        prefix=prefix,
+        ignored_layers=quant_config.ignored_layers,
+        fused_mapping=quant_config.packed_modules_mapping,
+        match_mode=quant_config.ignored_layers_match_mode,
+    ):
+        return Unquantized()
+    if quant_config.store_dtype is not None:
+        raise ValueError(f"{prefix}: store_dtype {quant_config.store_dtype!r} is not supported")
+    block = quant_config.weight_block_size
+    if block not in (None, [weights.BLOCK, weights.BLOCK]):
+        raise ValueError(f"{prefix}: weight_block_size is {block}, must be [128, 128]")
+    static = quant_config.activation_scheme == "static"
+    if block is None:
+        return Fp8("tensor", "weight_scale", static_inputs=static)
+    return Fp8("block", "weight_scale_inv", static_inputs=static)
+
+
+class Fp8:
+    """w13_weight and w2_weight in e4m3fn, and their scales.
+
+    Args:
+        scales: "block": w13_SCALE [E, 2 * I / 128, ceil(H / 128)], w2 alike; "channel":
+            w13_SCALE [E, 2I, 1], w2 [E, H, 1]; "tensor": [E, 2] for gate and up, and [E].
+        scale_name: SCALE, weight_scale or weight_scale_inv.
+        static_inputs: whether the checkpoint has input_scale, a number for each projection.
+    """
+
+    def __init__(self, scales: Scales, scale_name: str, *, static_inputs: bool) -> None:
+        self.scales = scales
+        self.scale_name = scale_name
+        self.static_inputs = static_inputs
+
+    def create_weights(
+        self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        if self.scales == "block" and shape.intermediate % weights.BLOCK != 0:
+            raise ValueError(
+                f"gate and up have {shape.intermediate} rows in this process, no multiple of the"
+                f" {weights.BLOCK} that share a scale: use another tensor-parallel size, or expert"
+                " parallelism"
+            )
+        add_weights(layer, shape, "weight", torch.float8_e4m3fn, attributes)
+        how = FusedMoeWeightScaleSupported[self.scales.upper()].value
+        for name, parts, rows, columns in shape.matrices:
+            size = {
+                "block": (-(-rows // weights.BLOCK), -(-columns // weights.BLOCK)),
+                "channel": (rows, 1),
+                "tensor": (parts,) if name == "w13" else (),
+            }[self.scales]
+            scale = torch.full((shape.experts, *size), torch.nan, dtype=torch.float32)
+            add_parameter(layer, f"{name}_{self.scale_name}", scale, attributes, quant_method=how)
+            if self.static_inputs:
+                add_parameter(layer, f"{name}_input_scale", torch.empty(shape.experts), attributes)
+
+    def finalize(self, layer: Any) -> ExpertLayer:
+        w13, w2 = layer.w13_weight.data, layer.w2_weight.data
+        scales = [
+            self._of_rows(scale, weight.shape[1])
+            for scale, weight in zip(check_scales(layer, self.scale_name), (w13, w2), strict=True)
+        ]
+        return engine_layer(layer, "fp8", w13, w2, w13_scale=scales[0], w2_scale=scales[1])
+
+    def _of_rows(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
+        """Scales as the engine wants them: of blocks, or [E, rows]."""
+        if self.scales == "block":
+            return scale
+        scale = scale.view(len(scale), -1)
+        return scale.repeat_interleave(rows // scale.shape[1], dim=1)
