@@ -9,7 +9,15 @@ from torch.nn import Module, Parameter
 from lvllm import bank
 from lvllm.engine import ExpertLayer
 
-__all__ = ["ExpertFormat", "Shape", "add_parameter", "add_weights", "check_scales", "engine_layer"]
+__all__ = [
+    "ExpertFormat",
+    "Shape",
+    "add_parameter",
+    "add_weights",
+    "check_scales",
+    "engine_layer",
+    "narrow",
+]
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,17 @@ def check_scales(layer: Any, suffix: str) -> tuple[torch.Tensor, torch.Tensor]:
             )
         found.append(data)
     return found[0], found[1]
+
+
+def narrow(scale: torch.Tensor) -> torch.Tensor:
+    """float32 scales in the 16 bits that they came from, if they did: checkpoints have bfloat16 or
+    float16 ones, whatever the model is run in.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        narrowed = scale.to(dtype)
+        if torch.equal(narrowed.float(), scale):
+            return narrowed
+    return scale
 
 
 def engine_layer(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors import pack_to_int32
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -27,8 +28,8 @@ class Scheme:
 
     config: dict[str, Any]
     quantize: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
-    ignored: str = "ignored_layers"
-    """The key of `config` that lists what is not quantised."""
+    ignored: str | None = "ignored_layers"
+    """The key of `config` that lists what is not quantised; None: `config` says it otherwise."""
 
 
 def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
@@ -50,8 +51,9 @@ def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
             if tensor.dim() == 2:
                 linear.append(name.removesuffix(".weight"))
     config = json.loads((folder / "config.json").read_text())
+    ignored = {scheme.ignored: linear} if scheme.ignored else {}
     for target, data, changes in (
-        (quantized, packed, {"quantization_config": {**scheme.config, scheme.ignored: linear}}),
+        (quantized, packed, {"quantization_config": scheme.config | ignored}),
         (values, plain, {}),
     ):
         shutil.copytree(folder, target)
@@ -98,6 +100,181 @@ def fp8_tensor(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     )
 
 
+def fp8_channels(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """A scale a row, in bfloat16 as llm-compressor writes it."""
+    _, scale = to_fp8(weight)
+    scale = scale.bfloat16()
+    code = (weight / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
+    return {"weight": code, "weight_scale": scale}, code.float() * scale.float()
+
+
+def integers(
+    weight: torch.Tensor, bits: int, group: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Signed integers [rows, columns], bfloat16 scales and signed zero points [rows, groups]."""
+    rows, columns = weight.shape
+    groups = weight.view(rows, columns // group, group)
+    lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if symmetric:
+        scale = (groups.abs().amax(-1) / (highest + 0.5)).bfloat16()
+        zero = torch.zeros_like(scale)
+    else:
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        scale = ((high - low) / (highest - lowest)).bfloat16()
+        zero = (lowest - low / scale.float()).round().clamp(lowest, highest)
+    values = (groups / scale.float()[..., None] + zero.float()[..., None]).round()
+    return values.clamp(lowest, highest).view(rows, columns).to(torch.int8), scale, zero
+
+
+def packed_integers(
+    bits: int, group: int | None, symmetric: bool
+) -> Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]:
+    """compressed-tensors' pack-quantized; a group of None is a row."""
+
+    def pack(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        size = group or weight.shape[1]
+        values, scale, zero = integers(weight, bits, size, symmetric)
+        stored = {
+            "weight_packed": pack_to_int32(values, bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.shape),
+        }
+        if not symmetric:
+            stored["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), bits, packed_dim=0)
+        of_group = (values.view(*scale.shape, size) - zero.float()[..., None]).float()
+        return stored, (of_group * scale.float()[..., None]).view(weight.shape)
+
+    return pack
+
+
+def int8_channels(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """int8 as it is, a scale a row."""
+    values, scale, _ = integers(weight, 8, weight.shape[1], symmetric=True)
+    return {"weight": values, "weight_scale": scale}, values.float() * scale.float()
+
+
+def words(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """uint8 [A, B * n] -> int32 [A, B] of n codes each: order[i] is the one in the i-th bits."""
+    bits = 32 // len(order)
+    parts = codes.to(torch.int64).unflatten(1, (-1, len(order)))[..., list(order)]
+    shifts = torch.arange(len(order)) * bits
+    return (parts << shifts).sum(-1).to(torch.uint32).view(torch.int32)
+
+
+def awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Groups of 32 with zero points; scales in float16."""
+    values, scale, zero = integers(weight, 4, 32, symmetric=False)
+    scale = scale.half()
+    codes, zeros = values + 8, zero + 8
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    stored = {
+        "qweight": words(codes.t(), order),
+        "qzeros": words(zeros.t(), order),
+        "scales": scale.t(),
+    }
+    groups = codes.float().view(*scale.shape, 32) - zeros.float()[..., None]
+    return stored, (groups * scale.float()[..., None]).view(weight.shape)
+
+
+def gptq(bits: int, group: int) -> Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]:
+    """Symmetric; a group of -1 is a row. Zero points are less by one, as in version 1."""
+
+    def pack(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        size = weight.shape[1] if group == -1 else group
+        values, scale, _ = integers(weight, bits, size, symmetric=True)
+        middle = 1 << (bits - 1)
+        order = tuple(range(32 // bits))
+        zeros = torch.full(scale.t().shape, middle - 1)
+        stored = {
+            "qweight": words(values.int() + middle, order).t(),
+            "qzeros": words(zeros, order),
+            "scales": scale.t(),
+            "g_idx": (torch.arange(weight.shape[1]) // size).int(),
+        }
+        groups = values.float().view(*scale.shape, size)
+        return stored, (groups * scale.float()[..., None]).view(weight.shape)
+
+    return pack
+
+
+def gptq_scheme(bits: int, group: int) -> Scheme:
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "desc_act": False,
+        "sym": True,
+        "dynamic": {r"-:.*self_attn.*": {}, r"-:.*mlp\.gate$": {}},
+    }
+    return Scheme(config, gptq(bits, group), ignored=None)
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def to_e2m1(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [..., n / 2] of the nearest e2m1 values, the even one in the low nibble; the values."""
+    index = (values.abs().unsqueeze(-1) - E2M1).abs().argmin(-1)
+    codes = (index + 8 * (values < 0)).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, E2M1[index] * values.sign()
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Groups of 32 by a power of two."""
+    groups = weight.view(len(weight), -1, 32)
+    exponent = (groups.abs().amax(-1).clamp_min(1e-30).log2().floor() - 2).clamp(-127, 127)
+    codes, values = to_e2m1(groups / exponent.exp2().unsqueeze(-1))
+    stored = {
+        "weight_packed": codes.flatten(1),
+        "weight_scale": (exponent + 127).to(torch.uint8),
+    }
+    return stored, (values * exponent.exp2().unsqueeze(-1)).view(weight.shape)
+
+
+def nvfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Groups of 16 by an e4m3, all by the inverse of a float32."""
+    groups = weight.view(len(weight), -1, 16)
+    by_all = 6 * FP8_LARGEST / weight.abs().max()
+    scale = (groups.abs().amax(-1) / 6 * by_all).to(torch.float8_e4m3fn)
+    unit = (scale.float() / by_all).unsqueeze(-1)
+    codes, values = to_e2m1(groups / unit.clamp_min(1e-30))
+    stored = {
+        "weight_packed": codes.flatten(1),
+        "weight_scale": scale,
+        "weight_global_scale": by_all.view(1),
+    }
+    return stored, (values * unit).view(weight.shape)
+
+
+def compressed(
+    format: str, quantize: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]], **weights: Any
+) -> Scheme:
+    """A compressed-tensors checkpoint of one group of targets."""
+    inputs = weights.pop("inputs", None)
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+    }
+    return Scheme(config, quantize, ignored="ignore")
+
+
+def compressed_integers(bits: int, group: int | None, symmetric: bool) -> Scheme:
+    how = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    return compressed(
+        "pack-quantized",
+        packed_integers(bits, group, symmetric),
+        num_bits=bits,
+        type="int",
+        symmetric=symmetric,
+        **how,
+    )
+
+
+EIGHT_BIT_INPUTS = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+
 SCHEMES = {
     "fp8_blocks": Scheme(
         {
@@ -108,8 +285,54 @@ SCHEMES = {
         },
         fp8_blocks,
     ),
-    "fp8_tensor": Scheme(
-        {"quant_method": "fp8", "activation_scheme": "static"},
-        fp8_tensor,
+    "fp8_tensor": Scheme({"quant_method": "fp8", "activation_scheme": "static"}, fp8_tensor),
+    "compressed_fp8_channels": compressed(
+        "float-quantized",
+        fp8_channels,
+        num_bits=8,
+        type="float",
+        symmetric=True,
+        strategy="channel",
+        inputs={**EIGHT_BIT_INPUTS, "type": "float"},
     ),
+    "compressed_int8": compressed(
+        "int-quantized",
+        int8_channels,
+        num_bits=8,
+        type="int",
+        symmetric=True,
+        strategy="channel",
+        inputs={**EIGHT_BIT_INPUTS, "type": "int"},
+    ),
+    "compressed_int8_packed": compressed_integers(8, None, True),
+    "compressed_int4_groups_of_32": compressed_integers(4, 32, True),
+    "compressed_int4_zero_points": compressed_integers(4, 64, False),
+    "compressed_int4_channels": compressed_integers(4, None, True),
+    "compressed_mxfp4": compressed(
+        "mxfp4-pack-quantized",
+        mxfp4,
+        num_bits=4,
+        type="float",
+        symmetric=True,
+        strategy="group",
+        group_size=32,
+        scale_dtype="torch.uint8",
+    ),
+    "compressed_nvfp4": compressed(
+        "nvfp4-pack-quantized",
+        nvfp4,
+        num_bits=4,
+        type="float",
+        symmetric=True,
+        strategy="tensor_group",
+        group_size=16,
+        scale_dtype="torch.float8_e4m3fn",
+    ),
+    "awq": Scheme(
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+        awq,
+        ignored="modules_to_not_convert",
+    ),
+    "gptq_int4": gptq_scheme(4, 64),
+    "gptq_int8": gptq_scheme(8, -1),
 }
