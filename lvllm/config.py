@@ -18,7 +18,16 @@ from lvllm.envs import SettingError, ThreadBinding, UseWeight
 # Where the front process leaves the resolved settings for the workers.
 RESOLVED = "lvllm_resolved"
 SECTION = "additional_config.lvllm"
-QUANTIZATIONS = ("fp8", "compressed-tensors", "awq", "gptq", "auto_awq", "auto_gptq")
+QUANTIZATIONS = (
+    "fp8",
+    "compressed-tensors",
+    "modelopt",
+    "modelopt_fp4",
+    "awq",
+    "auto_awq",
+    "gptq",
+    "auto_gptq",
+)
 """vLLM's names of the checkpoints that `lvllm.formats` reads."""
 
 

@@ -25,6 +25,9 @@ def register() -> None:
         raise SystemExit(f"lvllm: {error}") from None
     _replace_routed_experts()
     _check_every_configuration()
+    from lvllm import fp8_linear
+
+    fp8_linear.register()
 
 
 def _replace_routed_experts() -> None:

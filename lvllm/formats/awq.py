@@ -37,7 +37,9 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
 
 
 class Awq:
-    """qweight int32 [E, columns, rows / 8], qzeros [E, groups, rows / 8], scales [E, groups, rows]"""
+    """qweight int32 [E, columns, rows / 8], scales [E, groups, rows] and, packed like the weights,
+    qzeros [E, groups, rows / 8].
+    """
 
     def __init__(self, group_size: int, *, zero_points: bool) -> None:
         self.group_size = group_size

@@ -25,6 +25,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         hidden_size=320,
         moe_intermediate_size=128,
         mlp_only_layers=[],
+        num_key_value_heads=4,
     )
     folders = {
         name: quantize(plain, scheme, tmp_path_factory.mktemp(name))

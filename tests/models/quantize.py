@@ -1,4 +1,4 @@
-"""A checkpoint's experts quantised as the formats that people download, and the same values in
+"""A checkpoint's experts quantised in the formats that people download, and the same values in
 float32 as the reference for them.
 
 A scheme quantises one projection of one expert, [rows, columns], to the tensors that stand in the
@@ -18,7 +18,8 @@ from compressed_tensors.compressors import pack_to_int32
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
-EXPERT_WEIGHT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+EXPERTS = r"\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.weight$"
+ATTENTION = r"\.self_attn\.[qkvo]_proj\.weight$"
 FP8_LARGEST = 448.0
 
 
@@ -30,6 +31,8 @@ class Scheme:
     quantize: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
     ignored: str | None = "ignored_layers"
     """The key of `config` that lists what is not quantised; None: `config` says it otherwise."""
+    what: str = EXPERTS
+    """A pattern of the names of what is."""
 
 
 def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
@@ -40,7 +43,7 @@ def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
     plain: Tensors = {}
     linear = []
     for name, tensor in tensors.items():
-        if EXPERT_WEIGHT.search(name):
+        if re.search(scheme.what, name):
             stored, value = scheme.quantize(tensor.float())
             stem = name.removesuffix(".weight")
             packed |= {f"{stem}.{suffix}": data.contiguous() for suffix, data in stored.items()}
@@ -246,6 +249,22 @@ def nvfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return stored, (values * unit).view(weight.shape)
 
 
+def modelopt_nvfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """The same values under other names: multiplied by a float32 instead of divided."""
+    stored, values = nvfp4(weight)
+    return {
+        "weight": stored["weight_packed"],
+        "weight_scale": stored["weight_scale"],
+        "weight_scale_2": 1 / stored["weight_global_scale"].squeeze(),
+        "input_scale": torch.tensor(0.01),
+    }, values
+
+
+def compressed_fp8_blocks(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    stored, values = fp8_blocks(weight)
+    return {"weight": stored["weight"], "weight_scale": stored["weight_scale_inv"]}, values
+
+
 def compressed(
     format: str, quantize: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]], **weights: Any
 ) -> Scheme:
@@ -275,16 +294,16 @@ def compressed_integers(bits: int, group: int | None, symmetric: bool) -> Scheme
 
 EIGHT_BIT_INPUTS = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 
+FP8_BLOCKS = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+
 SCHEMES = {
-    "fp8_blocks": Scheme(
-        {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-        },
-        fp8_blocks,
-    ),
+    "fp8_blocks": Scheme(FP8_BLOCKS, fp8_blocks),
+    "fp8_blocks_and_attention": Scheme(FP8_BLOCKS, fp8_blocks, what=f"{EXPERTS}|{ATTENTION}"),
     "fp8_tensor": Scheme({"quant_method": "fp8", "activation_scheme": "static"}, fp8_tensor),
     "compressed_fp8_channels": compressed(
         "float-quantized",
@@ -327,6 +346,31 @@ SCHEMES = {
         strategy="tensor_group",
         group_size=16,
         scale_dtype="torch.float8_e4m3fn",
+    ),
+    "compressed_fp8_blocks": compressed(
+        "float-quantized",
+        compressed_fp8_blocks,
+        num_bits=8,
+        type="float",
+        symmetric=True,
+        strategy="block",
+        block_structure=[128, 128],
+        inputs={
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": 128,
+            "dynamic": True,
+        },
+    ),
+    "modelopt_fp8": Scheme(
+        {"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_tensor, ignored="ignore"
+    ),
+    "modelopt_nvfp4": Scheme(
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        modelopt_nvfp4,
+        ignored="ignore",
     ),
     "awq": Scheme(
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
