@@ -620,11 +620,13 @@ constexpr int64_t kShortSteps = F::Math::kWidth == 4 ? 16 : 8;
 // Up to so many passes of few tokens, over weights that are in L2 after the first, cost no more
 // than to unpack blocks of them for many tokens. On Zen 5: weights that need no unpacking gain by
 // staying in L1; nibbles as bytes cost two instructions a vector, less than to store and load them
-// again.
+// again, unless totals stay in registers for it.
 template <class F>
-constexpr int64_t kFewPasses = kSteps<F> == 1         ? 3
-                               : F::Math::kWidth == 4 ? kTileRows
-                                                      : 6;
+constexpr int64_t few_passes(bool short_segments) {
+  if (kSteps<F> == 1) return 3;
+  if (F::Math::kWidth != 4) return 6;
+  return short_segments ? 4 : kTileRows;
+}
 
 template <class F, Registers kRegisters>
 void matmul(const MatmulArgs& a) {
@@ -637,9 +639,10 @@ void matmul(const MatmulArgs& a) {
   }
   constexpr int kFew = kRegisters.few_tokens;
   const int64_t passes = (a.tokens + kFew - 1) / kFew;
-  if (passes > kFewPasses<F>) {
+  const bool short_segments = segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>;
+  if (passes > few_passes<F>(short_segments)) {
     if constexpr (!kOneSum<F> && kRegisters.short_rows != 0) {
-      if (segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>) {
+      if (short_segments) {
         return many_tokens<F, true, kRegisters.short_rows, kRegisters.short_tokens>(a, tail);
       }
     }
