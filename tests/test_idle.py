@@ -73,4 +73,5 @@ def test_a_call_makes_no_system_calls_but_futex(tmp_path: Path) -> None:
     lines = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
     marks = [i for i, line in enumerate(lines) if line.startswith("getppid")]
     hot = lines[marks[-2] + 1 : marks[-1]]
-    assert [line for line in hot if "futex" not in line] == []
+    # A mark that another thread interrupts ends on a line of its own, behind the first.
+    assert [line for line in hot if "futex" not in line and "getppid" not in line] == []
