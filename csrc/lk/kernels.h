@@ -101,7 +101,7 @@ struct Kernels {
   // values[i] = x[i] as float.
   void (*widen)(const void* x, Scalar type, int64_t n, float* values);
   // out[i] = sums[i], finished. `stream` keeps `out` out of the caches where its place allows; a
-  // fence() must come before others read it.
+  // store fence must come before others read it.
   void (*finish)(const Sums& sums, int64_t n, bool stream, float* out);
   // out[i] = activation(gate[i]) * up[i], both finished; gate is not read if the activation has
   // none.

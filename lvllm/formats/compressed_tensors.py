@@ -105,38 +105,33 @@ class PackedInts:
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
         unit = self.group_size or 8
+        kind = "GROUP" if self.group_size else "CHANNEL"
+        how = FusedMoeWeightScaleSupported[kind].value
         for name, _, rows, columns in shape.matrices:
             if rows % 8 != 0 or columns % unit != 0:
                 raise ValueError(
                     f"{name} has {rows} x {columns} weights in this process, wanted multiples of 8"
                     f" and {unit}"
                 )
-        stored = torch.uint8 if self.bits == 4 else torch.int8
-        add_weights(
-            layer,
-            shape,
-            "weight_packed",
-            stored,
-            attributes,
-            packed=8 // self.bits,
-            loaded_as=torch.int32,
-        )
-        how = (
-            FusedMoeWeightScaleSupported.GROUP
-            if self.group_size
-            else (FusedMoeWeightScaleSupported.CHANNEL)
-        )
-        for name, _, rows, columns in shape.matrices:
             groups = columns // self.group_size if self.group_size else 1
             scale = torch.full((shape.experts, rows, groups), torch.nan, dtype=torch.float32)
-            add_parameter(layer, f"{name}_weight_scale", scale, attributes, quant_method=how.value)
+            add_parameter(layer, f"{name}_weight_scale", scale, attributes, quant_method=how)
             original = torch.empty(shape.experts, 2)
             add_parameter(layer, f"{name}_weight_shape", original, attributes)
             if not self.symmetric:
                 zero = torch.zeros((shape.experts, rows // 8, groups), dtype=torch.int32)
                 add_parameter(
-                    layer, f"{name}_weight_zero_point", zero, attributes, quant_method=how.value
+                    layer, f"{name}_weight_zero_point", zero, attributes, quant_method=how
                 )
+        add_weights(
+            layer,
+            shape,
+            "weight_packed",
+            torch.uint8 if self.bits == 4 else torch.int8,
+            attributes,
+            packed=8 // self.bits,
+            loaded_as=torch.int32,
+        )
 
     def finalize(self, layer: Any) -> ExpertLayer:
         w13, w2 = layer.w13_weight_packed.data, layer.w2_weight_packed.data
