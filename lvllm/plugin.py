@@ -25,9 +25,12 @@ def register() -> None:
         raise SystemExit(f"lvllm: {error}") from None
     _replace_routed_experts()
     _check_every_configuration()
-    from lvllm import fp8_linear
+    from lvllm import failure, fp8_linear
+    from lvllm.loading import model_loader
 
     fp8_linear.register()
+    failure.install()
+    model_loader.install()
 
 
 def _replace_routed_experts() -> None:
@@ -59,6 +62,7 @@ def _check_every_configuration() -> None:
     from vllm.platforms import current_platform
 
     from lvllm import startup
+    from lvllm.loading.checkpoint import CheckpointError
 
     platform = type(current_platform)
     upstream = platform.check_and_update_config
@@ -69,7 +73,7 @@ def _check_every_configuration() -> None:
         upstream(vllm_config)
         try:
             startup.prepare(vllm_config)
-        except envs.SettingError as error:
+        except (envs.SettingError, CheckpointError) as error:
             raise SystemExit(f"lvllm: {error}") from None
 
     platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]

@@ -2,10 +2,12 @@
 
 import os
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from lvllm import engine, threads
+from lvllm import engine, failure, threads
 from lvllm.config import RESOLVED, HybridConfig
+from lvllm.loading.checkpoint import Checkpoint
 
 
 def machine() -> threads.Machine:
@@ -14,13 +16,15 @@ def machine() -> threads.Machine:
 
 
 def prepare(vllm_config: Any) -> None:
-    """In the front process: check the settings and leave them for the workers.
+    """In the front process: check the settings and the checkpoint, and leave what the workers need.
 
-    Raises lvllm.envs.SettingError.
+    Raises lvllm.envs.SettingError or lvllm.loading.checkpoint.CheckpointError.
     """
     if vllm_config.model_config is None or RESOLVED in vllm_config.additional_config:
         return
     config = HybridConfig.of(vllm_config, machine())
+    _check_checkpoint(vllm_config)
+    failure.prepare()
     vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
     # vLLM binds the OpenMP threads of rank n to the n-th list. Its own division ("auto") wants a
     # NUMA node a rank and keeps a core free; ours gives PyTorch the cores that lk computes on,
@@ -32,6 +36,21 @@ def prepare(vllm_config: Any) -> None:
     # 10 us, decoding a 2 GiB model on 2 cores went from 88 to 120 tokens per second; sleeping at
     # once (OMP_WAIT_POLICY=passive) gave 102, for the wake-ups inside attention cost as much.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def _check_checkpoint(vllm_config: Any) -> None:
+    """The headers of what lies in a local folder; what is downloaded is checked when it is read."""
+    folder, load_format = Path(vllm_config.model_config.model), vllm_config.load_config.load_format
+    if not vllm_config.model_config.get_num_experts() or not folder.is_dir():
+        return
+    if any(folder.glob("*/*.safetensors")) and not any(folder.glob("*.safetensors")):
+        return  # vLLM knows the models that keep theirs in folders below
+    if load_format == "auto" and any(folder.glob("consolidated*.safetensors")):
+        # vLLM prefers Mistral's own format where a folder has both.
+        index = "consolidated.safetensors.index.json"
+        Checkpoint.open(folder, "consolidated*.safetensors", index)
+    elif load_format in ("auto", "hf", "safetensors"):
+        Checkpoint.open(folder)
 
 
 def start_engine(local_rank: int) -> engine.EngineInfo:

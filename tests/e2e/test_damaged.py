@@ -1,0 +1,89 @@
+"""Damaged checkpoints end `vllm serve` in one line, whichever process finds it."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.server import fail_to_serve
+from tests.models.make import make
+from tests.models.quantize import SCHEMES, quantize
+
+Tensors = dict[str, torch.Tensor]
+EXPERT = "model.layers.2.mlp.experts.5.down_proj"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("qwen3_moe", tmp_path_factory.mktemp("plain") / "model", mlp_only_layers=[])
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def changed(change: Callable[[Tensors], None]) -> Callable[[Path], None]:
+    """A checkpoint with other tensors than it should have."""
+
+    def damage(file: Path) -> None:
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    return damage
+
+
+def cut(tensors: Tensors) -> None:
+    tensors[f"{EXPERT}.weight"] = tensors[f"{EXPERT}.weight"][:-1].clone()
+
+
+def infinite(tensors: Tensors) -> None:
+    tensors[f"{EXPERT}.weight_scale"][3] = torch.inf
+
+
+def refused(model: Path, *arguments: str) -> str:
+    """The one line that the server ends with; behind it there may be one of Python's on semaphores
+    that workers left behind.
+    """
+    settings = ["--dtype=bfloat16", "--enforce-eager", "--max-model-len=128"]
+    settings += ["--skip-tokenizer-init", f"--kv-cache-memory-bytes={64 << 20}", *arguments]
+    code, errors = fail_to_serve(str(model), *settings)
+    assert code == 1
+    assert "Traceback" not in errors, errors
+    (line,) = [line for line in errors.splitlines() if "lvllm: " in line]
+    assert line.startswith("lvllm: ")
+    after = errors.strip().rpartition(line)[2]
+    assert not after or "resource_tracker" in after, errors
+    return line
+
+
+def copy(model: Path, folder: Path, damage: Callable[[Path], None]) -> tuple[Path, Path]:
+    """A damaged copy, and the file that the damage is in."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    damage(file)
+    return folder, file
+
+
+def test_a_truncated_file_is_found_before_anything_starts(plain: Path, tmp_path: Path) -> None:
+    model, file = copy(plain, tmp_path / "model", truncated)
+    line = refused(model)
+    assert f"{file}: tensor " in line
+    assert "truncated" in line
+
+
+def test_a_wrong_shape_is_found_by_the_engine(plain: Path, tmp_path: Path) -> None:
+    model, file = copy(plain, tmp_path / "model", changed(cut))
+    line = refused(model)
+    assert f"{file}: tensor '{EXPERT}.weight': bfloat16 [127, 80]: does not fit the model" in line
+
+
+def test_infinite_scales_are_found_by_the_workers(plain: Path, tmp_path: Path) -> None:
+    quantised, _ = quantize(plain, SCHEMES["compressed_fp8_channels"], tmp_path / "sound")
+    model, file = copy(quantised, tmp_path / "model", changed(infinite))
+    line = refused(model, "--tensor-parallel-size=2")
+    assert f"{file}: tensor '{EXPERT}.weight_scale': 1 of its scales are NaN or infinite" in line
