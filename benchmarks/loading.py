@@ -1,0 +1,225 @@
+"""How long a model takes to load, against `cat FILES > /dev/null`, its files in the page cache.
+
+    python -m benchmarks.loading [--gib 8] [--shard-gib 4] [--experts fp8] [--folder DIR] [--stock]
+
+Makes a Qwen3-MoE checkpoint of that size with weights of no meaning, reads it once, then times cat
+(median of three) and vLLM's loading phase: building the model, reading, ordering the weights for
+the kernels. Needs the size on disk, and twice the size and 3 GiB of memory; deletes the checkpoint.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lvllm.loading.checkpoint import INDEX, Checkpoint
+
+GIB = 1 << 30
+ROOT = Path(__file__).parents[1]
+HIDDEN, INTERMEDIATE, EXPERTS = 2048, 768, 64
+LAYER_WEIGHTS = EXPERTS * 3 * HIDDEN * INTERMEDIATE
+DTYPES = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+
+# Loads the model without worker processes, answers two tokens, prints the time and the peak.
+CHILD = """
+import json, re, resource, sys, time
+from pathlib import Path
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+load_model = BaseModelLoader.load_model
+found = {}
+def cpu():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+def io(key):
+    return int(re.search(key + r": (\\d+)", Path("/proc/self/io").read_text())[1])
+def timed(*args, **options):
+    start, used = time.perf_counter(), cpu()
+    keys = ("rchar", "read_bytes", "write_bytes")
+    before = {key: io(key) for key in keys}
+    model = load_model(*args, **options)
+    found["seconds"], found["cpu"] = time.perf_counter() - start, cpu() - used
+    for key in keys:
+        found[key] = io(key) - before[key]
+    return model
+BaseModelLoader.load_model = timed
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=64 << 20,
+          disable_log_stats=True, skip_tokenizer_init=True)
+llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=2, detokenize=False))
+status = Path("/proc/self/status").read_text()
+found["peak"] = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
+print("found", json.dumps(found))
+"""
+
+
+def make(folder: Path, size: int, shard: int, experts: str = "bf16") -> None:
+    """Write a checkpoint of about `size` bytes in files of about `shard`.
+
+    Its experts are "bf16", or "fp8" with float32 scales of 128 x 128 blocks.
+    """
+    bits = {"bf16": 16, "fp8": 8}[experts]
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        moe_intermediate_size=INTERMEDIATE,
+        num_hidden_layers=max(1, round(size / (LAYER_WEIGHTS * bits / 8))),
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=128,
+        num_experts=EXPERTS,
+        num_experts_per_tok=4,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    tensors = list(_tensors(config, experts))
+    if experts == "fp8":
+        plain = [name.removesuffix(".weight") for name, dtype, _ in tensors if dtype == "BF16"]
+        config.quantization_config = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "ignored_layers": plain,
+        }
+    config.save_pretrained(folder)
+    files: list[tuple[dict[str, Any], int]] = [({}, 0)]
+    placed = {}
+    for name, dtype, shape in tensors:
+        if files[-1][1] >= shard:
+            files.append(({}, 0))
+        header, begin = files[-1]
+        end = begin + DTYPES[dtype].itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        files[-1] = (header, end)
+        placed[name] = f"model-{len(files):05}.safetensors"
+    values = {dtype: _values(dtype) for dtype in DTYPES}
+    for number, (header, _) in enumerate(files, 1):
+        text = json.dumps(header).encode()
+        with (folder / f"model-{number:05}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for field in header.values():
+                begin, end = field["data_offsets"]
+                block = values[field["dtype"]]
+                file.write((block * -(-(end - begin) // len(block)))[: end - begin])
+    (folder / INDEX).write_text(json.dumps({"weight_map": placed}))
+
+
+def _values(dtype: str) -> bytes:
+    """Numbers that let the model compute, to be repeated: what they are does not matter."""
+    if dtype == "F32":  # a scale
+        return torch.tensor(HIDDEN**-0.5).view(1).view(torch.uint8).numpy().tobytes()
+    values = torch.randn(1 << 20) * (1 if dtype == "F8_E4M3" else HIDDEN**-0.5)
+    return values.to(DTYPES[dtype]).view(torch.uint8).numpy().tobytes()
+
+
+def _tensors(config: Any, experts: str) -> Iterator[tuple[str, str, list[int]]]:
+    """Name, dtype and shape of the model's tensors."""
+    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads
+    yield "model.embed_tokens.weight", "BF16", [512, HIDDEN]
+    for layer in range(config.num_hidden_layers):
+        for name, shape in {
+            "input_layernorm": [HIDDEN],
+            "self_attn.q_proj": [heads, HIDDEN],
+            "self_attn.k_proj": [kv * config.head_dim, HIDDEN],
+            "self_attn.v_proj": [kv * config.head_dim, HIDDEN],
+            "self_attn.o_proj": [HIDDEN, heads],
+            "self_attn.q_norm": [config.head_dim],
+            "self_attn.k_norm": [config.head_dim],
+            "post_attention_layernorm": [HIDDEN],
+            "mlp.gate": [EXPERTS, HIDDEN],
+        }.items():
+            yield f"model.layers.{layer}.{name}.weight", "BF16", shape
+        for expert in range(EXPERTS):
+            for name, shape in {
+                "gate_proj": [INTERMEDIATE, HIDDEN],
+                "up_proj": [INTERMEDIATE, HIDDEN],
+                "down_proj": [HIDDEN, INTERMEDIATE],
+            }.items():
+                stem = f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+                yield f"{stem}.weight", "F8_E4M3" if experts == "fp8" else "BF16", shape
+                if experts == "fp8":
+                    yield f"{stem}.weight_scale_inv", "F32", [-(-size // 128) for size in shape]
+    yield "model.norm.weight", "BF16", [HIDDEN]
+    yield "lm_head.weight", "BF16", [512, HIDDEN]
+
+
+def cat(files: tuple[Path, ...]) -> float:
+    """Seconds of one pass."""
+    start = time.perf_counter()
+    with open(os.devnull, "w") as null:
+        subprocess.run(["cat", *map(str, files)], stdout=null, check=True)
+    return time.perf_counter() - start
+
+
+def load(folder: Path, enabled: bool) -> dict[str, float]:
+    """Of the loading phase the seconds, those of all CPUs, and the bytes read by system calls, read
+    from and written to disks; and the peak of resident bytes.
+    """
+    environment = {
+        "LVLLM_MOE_NUMA_ENABLED": str(int(enabled)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(done.stdout[-6000:])
+    line = next(line for line in done.stdout.splitlines() if line.startswith("found "))
+    found: dict[str, float] = json.loads(line.removeprefix("found "))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=8)
+    parser.add_argument("--shard-gib", type=float, default=4)
+    parser.add_argument("--experts", choices=["bf16", "fp8"], default="bf16")
+    parser.add_argument("--folder", type=Path, help="where to make it; default the system's")
+    parser.add_argument("--stock", action="store_true", help="time stock vLLM too")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        sizes = int(arguments.gib * GIB), int(arguments.shard_gib * GIB)
+        make(folder, *sizes, arguments.experts)
+        checkpoint = Checkpoint.open(folder)
+        gib = checkpoint.nbytes / GIB
+        cat(checkpoint.files)
+        seconds = statistics.median(cat(checkpoint.files) for _ in range(3))
+        largest = max(file.stat().st_size for file in checkpoint.files) / GIB
+        print(f"{gib:.2f} GiB, largest file {largest:.2f} GiB")
+        print(f"cat        {seconds:6.2f} s  {gib / seconds:5.2f} GiB/s")
+        bound = 1.3 * seconds + 10
+        for label, enabled in (("LvLLM", True), ("stock", False))[: 1 + arguments.stock]:
+            found = load(folder, enabled)
+            print(
+                f"{label:10} {found['seconds']:6.2f} s  {gib / found['seconds']:5.2f} GiB/s,"
+                f" {found['cpu']:.2f} s of CPUs; bound 1.3 x cat + 10 s = {bound:.2f} s"
+            )
+            print(
+                f"           read {found['rchar'] / GIB:.2f} GiB, from disk"
+                f" {found['read_bytes'] / GIB:.2f}; written {found['write_bytes'] / GIB:.2f};"
+                f" peak {found['peak'] / GIB:.2f} GiB = weights + {found['peak'] / GIB - gib:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
