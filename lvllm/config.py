@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
-from lvllm import envs, placement, threads
+from lvllm import declared, envs, placement, threads, weights
 from lvllm.envs import SettingError, ThreadBinding, UseWeight
 
 # Where the front process leaves the resolved settings for the workers.
@@ -83,6 +84,9 @@ class HybridConfig(BaseModel):
 
     thread_binding: ThreadBinding
     power_saving: bool
+    # What the experts are computed in, and on which device a conversion to it is done.
+    use_weight: UseWeight
+    quantize_on: str
     # Logical CPUs of each local rank, for the engine and for PyTorch.
     engine_cpus: tuple[tuple[int, ...], ...]
     omp_cpus: tuple[tuple[int, ...], ...]
@@ -118,6 +122,8 @@ class HybridConfig(BaseModel):
         return cls(
             thread_binding=settings["lk_thread_binding"].value,
             power_saving=settings["lk_power_saving"].value,
+            use_weight=settings["moe_use_weight"].value or UseWeight.KEEP,
+            quantize_on="cuda" if settings["moe_quant_on_gpu"].value else "cpu",
             engine_cpus=tuple(tuple(threads.choose(share, lk_threads)) for share in shares),
             omp_cpus=tuple(tuple(threads.choose(share, omp_threads)) for share in shares),
         )
@@ -186,15 +192,23 @@ def _check_gpu_lane(settings: Mapping[str, Setting], vllm_config: Any) -> None:
 
 
 def _check_weights(settings: Mapping[str, Setting], vllm_config: Any) -> None:
-    wanted = settings["moe_use_weight"]
-    allowed = [UseWeight.KEEP]
-    if vllm_config.model_config.quantization is None:
-        allowed.append(UseWeight.TO_DTYPE)
-    if wanted.value not in (None, *allowed):
-        raise wanted.refuse(
-            "this version computes in the checkpoint's format only; allowed is"
-            f" {' or '.join(allowed)}"
-        )
-    for key in ("moe_quant_on_gpu", "enable_numa_interleave"):
-        if settings[key].value:
-            raise settings[key].refuse("not in this version yet; allowed is 0")
+    model = vllm_config.model_config
+    wanted, on_gpu = settings["moe_use_weight"], settings["moe_quant_on_gpu"]
+    quantization = model.model_arch_config.quantization_config
+    if wanted.value == UseWeight.INT4 and _is_moe(model) and quantization is not None:
+        layers = placement.moe_layers(model.hf_text_config)
+        if declared.only_4_bit(quantization, layers, weights.GROUP_SIZES):
+            raise wanted.refuse(
+                f"the experts of {model.model} are stored in 4 bits already; allowed is KEEP or"
+                " TO_DTYPE"
+            )
+    if on_gpu.value:
+        if wanted.value != UseWeight.INT4:
+            raise on_gpu.refuse(
+                "it does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is"
+                " 0"
+            )
+        if not torch.cuda.is_available():
+            raise on_gpu.refuse("there is no GPU; allowed is 0")
+    if settings["enable_numa_interleave"].value:
+        raise settings["enable_numa_interleave"].refuse("not in this version yet; allowed is 0")

@@ -4,14 +4,18 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from lvllm import placement, startup
+from lvllm.arrivals import Arrivals
+from lvllm.config import HybridConfig
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape
+from lvllm.formats.converted import Conversion, choose
 
 # vLLM shows the loggers below its own name only.
 logger = init_logger("vllm.plugins.lvllm")
@@ -33,9 +37,14 @@ class HybridMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
         super().__init__(moe)
-        self.weight_format = weight_format
         self._refuse_unsupported(moe, prefix)
-        info = startup.start_engine(get_world_group().local_rank)
+        config, rank = HybridConfig.current(), get_world_group().local_rank
+        self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        wanted = Conversion(
+            config.use_weight, config.quantize_on, config.engine_cpus[rank], self.dummy
+        )
+        self.weight_format = choose(weight_format, wanted, prefix)
+        info = startup.start_engine(rank)
         logger.info_once(
             "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
             info.isa,
@@ -73,10 +82,20 @@ class HybridMoEMethod(FusedMoEMethodBase):
         """Register the layer's parameters, for vLLM's loader to fill."""
         parts = 2 if self.moe.is_act_and_mul else 1
         shape = Shape(num_experts, hidden_size, intermediate_size_per_partition, parts)
-        self.weight_format.create_weights(layer, shape, params_dtype, extra_weight_attrs)
+        self.arrivals = Arrivals(
+            layer,
+            extra_weight_attrs["weight_loader"],
+            complete=lambda: self.weight_format.complete(layer),
+        )
+        attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
+        self.weight_format.create_weights(layer, shape, params_dtype, attributes)
+        if self.weight_format.arrives:
+            self.arrivals.expect(parts)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Hand the loaded weights to the engine."""
+        """Hand the loaded weights to the engine. Raises ValueError if the checkpoint lacks any."""
+        if not self.dummy:
+            self.arrivals.require_all()
         layer.engine = self.weight_format.finalize(layer)
         layer.engine_handle = layer.engine.handle
 

@@ -12,6 +12,7 @@ from tests.experts import Random, along_k, nibbles
 
 compressed = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
 quant_utils = pytest.importorskip("vllm.model_executor.layers.quantization.utils.quant_utils")
+scalar_types = pytest.importorskip("vllm.scalar_type").scalar_types
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 IN_ORDER = tuple(range(8))
@@ -88,6 +89,27 @@ def test_zero_points_and_scales(groups: int, rows: int, seed: int) -> None:
 
 
 @examples
+@given(groups=counts, words=st.integers(1, 9), seed=seeds)
+def test_gptq_zero_points(groups: int, words: int, seed: int) -> None:
+    """Version 1 has them less one, version 2 as they are."""
+    for bits, unpack, taken in ((4, packing.gptq_zero, 0), (8, packing.gptq_zero8, 128)):
+        zero = codes_of(seed, words * 32 // bits, groups, bits)
+        v2 = pack_columns(zero.t(), bits)
+        kind = getattr(scalar_types, f"uint{bits}")
+        assert torch.equal(v2, quant_utils.pack_quantized_values_into_int32(zero.t(), kind, 1))
+        # Zero points of 0 borrow from their neighbours, or were never written.
+        v1 = v2 - sum(1 << shift for shift in range(0, 32, bits))
+        above_0 = zero.clamp(min=1)
+        for result, wanted in (
+            (unpack(v2, v2=True), zero),
+            (unpack(v1), zero),
+            (unpack(pack_columns(above_0.t() - 1, bits)), above_0),
+        ):
+            assert result.is_contiguous()
+            assert equal(result, wanted - taken, torch.uint8 if bits == 4 else torch.int8)
+
+
+@examples
 @given(words=counts, rows=counts, bits=st.sampled_from((4, 8)), seed=seeds)
 def test_gptq_weights(words: int, rows: int, bits: int, seed: int) -> None:
     inputs = words * 32 // bits
@@ -114,6 +136,12 @@ def test_compressed_zero_points(rows: int, groups: int, seed: int) -> None:
         result = packing.compressed_zero(layout, rows)
         assert result.is_contiguous()
         assert equal(result, zero, torch.uint8)
+    zero = codes_of(seed, rows, groups, 8) - 128
+    packed = compressed.pack_to_int32(zero.to(torch.int8), 8, packed_dim=0)
+    for layout in (packed, packed.contiguous()):
+        result = packing.compressed_zero8(layout, rows)
+        assert result.is_contiguous()
+        assert equal(result, zero, torch.int8)
 
 
 def test_compressed_layers_mean_what_the_library_says() -> None:
@@ -147,7 +175,10 @@ def test_compressed_layers_mean_what_the_library_says() -> None:
         packing.awq_zero,
         packing.gptq_int4,
         packing.gptq_int8,
+        packing.gptq_zero,
+        packing.gptq_zero8,
         lambda words: packing.compressed_zero(words, 48),
+        lambda words: packing.compressed_zero8(words, 24),
     ],
 )
 def test_parts_of_larger_tensors(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -173,6 +204,8 @@ WORDS = torch.zeros(6, 5, dtype=torch.int32)
         (lambda: packing.awq_zero(WORDS[0]), "qzeros is int32 [5], wanted int32 [G, N/8]"),
         (lambda: packing.gptq_int4(WORDS[None]), "qweight is int32 [1, 6, 5], wanted int32 [K/8,"),
         (lambda: packing.gptq_int8(WORDS.long()), "qweight is int64 [6, 5], wanted int32 [K/4, N]"),
+        (lambda: packing.gptq_zero(WORDS.byte()), "qzeros is uint8 [6, 5], wanted int32 [G, N/8]"),
+        (lambda: packing.gptq_zero8(WORDS[0]), "qzeros is int32 [5], wanted int32 [G, N/4]"),
         (lambda: packing.group_scale(WORDS[0].half()), "scales is float16 [5], wanted [G, N]"),
         (
             lambda: packing.compressed_zero(WORDS.char(), 48),

@@ -1,7 +1,8 @@
 """What every checkpoint format has in common."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
@@ -29,6 +30,8 @@ class Shape:
     intermediate: int
     parts: int
     """Projections in w13: 2, gate and up; 1 for activations without a gate."""
+    allocate: Callable[..., torch.Tensor] = bank.allocate
+    """Where weights are put, with the arguments of `bank.allocate`."""
 
     @property
     def matrices(self) -> tuple[tuple[str, int, int, int], ...]:
@@ -39,20 +42,40 @@ class Shape:
         )
 
 
-class ExpertFormat(Protocol):
+class ExpertFormat:
     """How the experts of one layer are stored in its checkpoint."""
+
+    bits: int
+    """Of a weight."""
+    computable = True
+    """Whether the engine computes it as it is stored. If not, `tensors` may have more than the
+    arguments of `ExpertLayer`; `lvllm.formats.values` says what.
+    """
+    arrives = True
+    """Whether the model hands every tensor to a parameter's loader, so that it is counted."""
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        """Register the layer's parameters, for vLLM's loader to fill; the weights in engine memory.
+        """Register the layer's parameters, for vLLM's loader to fill; weights by shape.allocate.
 
-        `dtype` is the model's, `attributes` are what the loader looks for on a parameter. What a
-        checkpoint must not leave out is filled with NaN.
+        `dtype` is the model's, `attributes` are what the loader looks for on a parameter. Those
+        that a checkpoint may leave out have the attribute `optional`.
         """
+        raise NotImplementedError
+
+    def tensors(self, layer: Any) -> dict[str, Any]:
+        """After loading: the arguments of `ExpertLayer` that hold the weights, rows in order,
+        without a second copy.
+        """
+        raise NotImplementedError
+
+    def complete(self, layer: Any) -> None:
+        """Called when all tensors of the layer are loaded."""
 
     def finalize(self, layer: Any) -> ExpertLayer:
-        """After loading: the engine's view of those parameters, without a second copy."""
+        """After loading: the engine's view of the parameters."""
+        return engine_layer(layer, **self.tensors(layer))
 
 
 def add_parameter(
@@ -79,7 +102,7 @@ def add_weights(
     parameters as views of another dtype if the checkpoint has one.
     """
     for name, parts, rows, columns in shape.matrices:
-        memory = bank.allocate((shape.experts, rows, columns // packed), dtype, parts=parts)
+        memory = shape.allocate((shape.experts, rows, columns // packed), dtype, parts=parts)
         add_parameter(layer, f"{name}_{suffix}", memory.view(loaded_as or dtype), attributes)
 
 

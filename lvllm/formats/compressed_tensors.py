@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import (
+    ActivationOrdering,
+    QuantizationArgs,
+    QuantizationStrategy,
+)
 from torch.nn import Module
 from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -15,22 +19,17 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 
 from lvllm import weights
-from lvllm.engine import ExpertLayer
-from lvllm.formats.base import (
-    ExpertFormat,
-    Shape,
-    add_parameter,
-    add_weights,
-    check_scales,
-    engine_layer,
-    narrow,
-)
+from lvllm.formats import integers
+from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
 from lvllm.formats.fp4 import Mxfp4, Nvfp4
 from lvllm.formats.fp8 import Fp8, Scales
-from lvllm.formats.packing import compressed_zero
+from lvllm.formats.packing import compressed_zero, compressed_zero8
 from lvllm.formats.unquantized import Unquantized
 
 __all__ = ["Int8", "PackedInts", "find"]
+
+ORDERED = (ActivationOrdering.GROUP.value, ActivationOrdering.DYNAMIC.value)
+"""Kinds of act-order that a checkpoint has to tell; the others leave groups one after another."""
 
 
 def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
@@ -45,9 +44,8 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
     static = inputs is not None and not inputs.dynamic
     match scheme.get("format"):
         case CompressionFormat.pack_quantized.value if how.num_bits in (4, 8):
-            if how.actorder == "group":
-                raise ValueError(f"{prefix}: groups in the order of activations are not supported")
-            return PackedInts(how.num_bits, how.group_size, symmetric=how.symmetric)
+            ordered = how.actorder in ORDERED
+            return PackedInts(how.num_bits, how.group_size, how.symmetric, ordered=ordered)
         case CompressionFormat.int_quantized.value if how.num_bits == 8 and how.symmetric:
             if how.strategy == QuantizationStrategy.CHANNEL:
                 return Int8()
@@ -70,7 +68,7 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
                 input_scale="input_global_scale" if inputs is not None else None,
             )
         case CompressionFormat.mxfp4_pack_quantized.value:
-            return Mxfp4()
+            return Mxfp4("weight_packed")
     raise ValueError(
         f"{prefix}: experts in the format {scheme.get('format')!r} with {how.num_bits} bits"
         f" ({how.type}, {how.strategy}, symmetric={how.symmetric}) are not supported"
@@ -87,42 +85,49 @@ def _scheme(quant_config: Any, layer: Any, prefix: str) -> dict[str, Any] | None
     return schemes[0]
 
 
-class PackedInts:
+class PackedInts(ExpertFormat):
     """weight_packed: value + 8 (or + 128), eight (or four) along K in an int32; weight_scale
-    [E, rows, groups]; weight_zero_point int32 [E, rows / 8, groups].
+    [E, rows, groups]; weight_zero_point int32 [E, rows * bits / 32, groups]; weight_g_idx int32
+    [E, parts, columns].
 
     On a little-endian machine the packed 4-bit weights are the engine's own.
     """
 
-    def __init__(self, bits: int, group_size: int | None, *, symmetric: bool) -> None:
-        if bits == 8 and (group_size not in (None, -1) or not symmetric):
-            raise ValueError("8-bit experts must be symmetric, with one scale a row")
+    def __init__(
+        self, bits: int, group_size: int | None, symmetric: bool, *, ordered: bool
+    ) -> None:
         self.bits = bits
         self.group_size = None if group_size == -1 else group_size
         self.symmetric = symmetric
+        self.ordered = ordered and self.group_size is not None
+        self.computable = not self.ordered and integers.computable(
+            bits, self.group_size, symmetric=symmetric
+        )
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        unit = self.group_size or 8
+        per_word = 32 // self.bits
+        unit = per_word if self.ordered else self.group_size or per_word
         kind = "GROUP" if self.group_size else "CHANNEL"
         how = FusedMoeWeightScaleSupported[kind].value
-        for name, _, rows, columns in shape.matrices:
-            if rows % 8 != 0 or columns % unit != 0:
+        for name, parts, rows, columns in shape.matrices:
+            if rows % (per_word * parts) != 0 or columns % unit != 0:
                 raise ValueError(
-                    f"{name} has {rows} x {columns} weights in this process, wanted multiples of 8"
-                    f" and {unit}"
+                    f"{name} has {rows} x {columns} weights in this process, wanted multiples of"
+                    f" {per_word * parts} and {unit}"
                 )
-            groups = columns // self.group_size if self.group_size else 1
+            groups = integers.groups_of(layer, name, columns, self.group_size, self.ordered)
+            more = {"quant_method": how} | integers.whole(name, self.ordered)
             scale = torch.full((shape.experts, rows, groups), torch.nan, dtype=torch.float32)
-            add_parameter(layer, f"{name}_weight_scale", scale, attributes, quant_method=how)
+            add_parameter(layer, f"{name}_weight_scale", scale, attributes, **more)
             original = torch.empty(shape.experts, 2)
-            add_parameter(layer, f"{name}_weight_shape", original, attributes)
+            add_parameter(layer, f"{name}_weight_shape", original, attributes, optional=True)
             if not self.symmetric:
-                zero = torch.zeros((shape.experts, rows // 8, groups), dtype=torch.int32)
-                add_parameter(
-                    layer, f"{name}_weight_zero_point", zero, attributes, quant_method=how
-                )
+                zero = torch.zeros((shape.experts, rows // per_word, groups), dtype=torch.int32)
+                add_parameter(layer, f"{name}_weight_zero_point", zero, attributes, **more)
+        if self.ordered:
+            integers.add_order(layer, shape, "weight_g_idx", attributes)
         add_weights(
             layer,
             shape,
@@ -133,41 +138,28 @@ class PackedInts:
             loaded_as=torch.int32,
         )
 
-    def finalize(self, layer: Any) -> ExpertLayer:
-        w13, w2 = layer.w13_weight_packed.data, layer.w2_weight_packed.data
-        w13_scale, w2_scale = check_scales(layer, "weight_scale")
-        if self.bits == 8:
-            # The sign bit flipped, value + 128 is the value.
-            for codes in (w13, w2):
-                codes.bitwise_xor_(torch.tensor(0x80808080 - (1 << 32), dtype=torch.int32))
-            return engine_layer(
-                layer,
-                "int8",
-                w13.view(torch.int8),
-                w2.view(torch.int8),
-                w13_scale=w13_scale.squeeze(-1),
-                w2_scale=w2_scale.squeeze(-1),
-            )
-        more = {}
-        if not self.symmetric:
-            for name, scale in (("w13", w13_scale), ("w2", w2_scale)):
+    def tensors(self, layer: Any) -> dict[str, Any]:
+        codes, zeros, order = {}, {}, {}
+        scales = dict(zip(("w13", "w2"), check_scales(layer, "weight_scale"), strict=True))
+        for name, scale in scales.items():
+            words = getattr(layer, f"{name}_weight_packed").data
+            if self.bits == 8:
+                # The sign bit flipped, value + 128 is the value.
+                words.bitwise_xor_(torch.tensor(0x80808080 - (1 << 32), dtype=torch.int32))
+            codes[name] = words.view(torch.uint8 if self.bits == 4 else torch.int8)
+            if not self.symmetric:
                 packed = getattr(layer, f"{name}_weight_zero_point").data
-                zeros = [compressed_zero(of_expert, scale.shape[1]) for of_expert in packed]
-                more[f"{name}_zero"] = torch.stack(zeros)
-        return engine_layer(
-            layer,
-            "int4",
-            w13.view(torch.uint8),
-            w2.view(torch.uint8),
-            w13_scale=narrow(w13_scale),
-            w2_scale=narrow(w2_scale),
-            group_size=self.group_size,
-            **more,
-        )
+                unpack = compressed_zero if self.bits == 4 else compressed_zero8
+                zeros[name] = torch.stack([unpack(words, scale.shape[1]) for words in packed])
+            if self.ordered:
+                order[name] = getattr(layer, f"{name}_weight_g_idx").data
+        return integers.tensors(self.bits, self.group_size, codes, scales, zeros, order)
 
 
-class Int8:
+class Int8(ExpertFormat):
     """weight int8 and weight_scale [E, rows, 1]."""
+
+    bits = 8
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
@@ -178,13 +170,12 @@ class Int8:
             how = FusedMoeWeightScaleSupported.CHANNEL.value
             add_parameter(layer, f"{name}_weight_scale", scale, attributes, quant_method=how)
 
-    def finalize(self, layer: Any) -> ExpertLayer:
+    def tensors(self, layer: Any) -> dict[str, Any]:
         w13_scale, w2_scale = check_scales(layer, "weight_scale")
-        return engine_layer(
-            layer,
-            "int8",
-            layer.w13_weight.data,
-            layer.w2_weight.data,
-            w13_scale=w13_scale.squeeze(-1),
-            w2_scale=w2_scale.squeeze(-1),
-        )
+        return {
+            "format": "int8",
+            "w13": layer.w13_weight.data,
+            "w2": layer.w2_weight.data,
+            "w13_scale": w13_scale.squeeze(-1),
+            "w2_scale": w2_scale.squeeze(-1),
+        }

@@ -10,13 +10,14 @@ from torch.nn import Module
 from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 
 from lvllm import weights
-from lvllm.engine import ExpertLayer
-from lvllm.formats.base import Shape, add_parameter, add_weights, check_scales, engine_layer
+from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
 
 __all__ = ["Mxfp4", "Nvfp4"]
 
 GROUP = FusedMoeWeightScaleSupported.GROUP.value
 TENSOR = FusedMoeWeightScaleSupported.TENSOR.value
+DUMMY_EXPONENT = 117
+"""With --load-format dummy: 2**-10. vLLM makes random numbers of floats alone."""
 
 
 def add_codes_and_scales(
@@ -40,31 +41,40 @@ def add_codes_and_scales(
             scale.view(stored.scale[0]),
             attributes,
             quant_method=GROUP,
+            dummy_weight_value=DUMMY_EXPONENT if format == "mxfp4" else None,
         )
     add_weights(layer, shape, suffix, torch.uint8, attributes, packed=2)
 
 
-class Mxfp4:
-    """w13_weight_packed, w2_weight_packed; weight_scale: exponents (e8m0) of groups of 32."""
+class Mxfp4(ExpertFormat):
+    """Codes; weight_scale: exponents (e8m0) of groups of 32.
+
+    Args:
+        suffix: of the codes, weight_packed or weight.
+    """
+
+    bits = 4
+
+    def __init__(self, suffix: str) -> None:
+        self.suffix = suffix
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        add_codes_and_scales(layer, shape, "weight_packed", "mxfp4", 0xFF, attributes)
+        add_codes_and_scales(layer, shape, self.suffix, "mxfp4", 0xFF, attributes)
 
-    def finalize(self, layer: Any) -> ExpertLayer:
+    def tensors(self, layer: Any) -> dict[str, Any]:
         w13_scale, w2_scale = check_scales(layer, "weight_scale")
-        return engine_layer(
-            layer,
-            "mxfp4",
-            layer.w13_weight_packed.data,
-            layer.w2_weight_packed.data,
-            w13_scale=w13_scale,
-            w2_scale=w2_scale,
-        )
+        return {
+            "format": "mxfp4",
+            "w13": getattr(layer, f"w13_{self.suffix}").data,
+            "w2": getattr(layer, f"w2_{self.suffix}").data,
+            "w13_scale": w13_scale,
+            "w2_scale": w2_scale,
+        }
 
 
-class Nvfp4:
+class Nvfp4(ExpertFormat):
     """Codes; weight_scale: e4m3 of groups of 16; a float32 for gate, up and down each.
 
     Args:
@@ -74,6 +84,8 @@ class Nvfp4:
         input_scale: a number for each projection that is read and left: activations are not
             quantised. None if the checkpoint has none.
     """
+
+    bits = 4
 
     def __init__(
         self, suffix: str, global_scale: str, *, divides: bool, input_scale: str | None
@@ -90,19 +102,24 @@ class Nvfp4:
         for name, parts, _, _ in shape.matrices:
             size = (shape.experts, parts) if name == "w13" else (shape.experts,)
             for scale in filter(None, (self.global_scale, self.input_scale)):
-                data = torch.full(size, torch.nan, dtype=torch.float32)
-                add_parameter(layer, f"{name}_{scale}", data, attributes, quant_method=TENSOR)
+                add_parameter(
+                    layer,
+                    f"{name}_{scale}",
+                    torch.full(size, torch.nan, dtype=torch.float32),
+                    attributes,
+                    quant_method=TENSOR,
+                    optional=scale == self.input_scale,
+                )
 
-    def finalize(self, layer: Any) -> ExpertLayer:
+    def tensors(self, layer: Any) -> dict[str, Any]:
         w13_scale, w2_scale = check_scales(layer, "weight_scale")
         w13_global, w2_global = check_scales(layer, self.global_scale)
-        return engine_layer(
-            layer,
-            "nvfp4",
-            getattr(layer, f"w13_{self.suffix}").data,
-            getattr(layer, f"w2_{self.suffix}").data,
-            w13_scale=w13_scale,
-            w2_scale=w2_scale,
-            w13_global_scale=1 / w13_global if self.divides else w13_global,
-            w2_global_scale=1 / w2_global if self.divides else w2_global,
-        )
+        return {
+            "format": "nvfp4",
+            "w13": getattr(layer, f"w13_{self.suffix}").data,
+            "w2": getattr(layer, f"w2_{self.suffix}").data,
+            "w13_scale": w13_scale,
+            "w2_scale": w2_scale,
+            "w13_global_scale": 1 / w13_global if self.divides else w13_global,
+            "w2_global_scale": 1 / w2_global if self.divides else w2_global,
+        }

@@ -13,14 +13,12 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
 from lvllm import weights
-from lvllm.engine import ExpertLayer
 from lvllm.formats.base import (
     ExpertFormat,
     Shape,
     add_parameter,
     add_weights,
     check_scales,
-    engine_layer,
 )
 from lvllm.formats.unquantized import Unquantized
 
@@ -51,7 +49,7 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
     return Fp8("block", "weight_scale_inv", static_inputs=static)
 
 
-class Fp8:
+class Fp8(ExpertFormat):
     """w13_weight and w2_weight in e4m3fn, and their scales.
 
     Args:
@@ -60,6 +58,8 @@ class Fp8:
         scale_name: SCALE, weight_scale or weight_scale_inv.
         static_inputs: whether the checkpoint has input_scale, a number for each projection.
     """
+
+    bits = 8
 
     def __init__(self, scales: Scales, scale_name: str, *, static_inputs: bool) -> None:
         self.scales = scales
@@ -86,15 +86,22 @@ class Fp8:
             scale = torch.full((shape.experts, *size), torch.nan, dtype=torch.float32)
             add_parameter(layer, f"{name}_{self.scale_name}", scale, attributes, quant_method=how)
             if self.static_inputs:
-                add_parameter(layer, f"{name}_input_scale", torch.empty(shape.experts), attributes)
+                unused = torch.empty(shape.experts)
+                add_parameter(layer, f"{name}_input_scale", unused, attributes, optional=True)
 
-    def finalize(self, layer: Any) -> ExpertLayer:
+    def tensors(self, layer: Any) -> dict[str, Any]:
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data
         scales = [
             self._of_rows(scale, weight.shape[1])
             for scale, weight in zip(check_scales(layer, self.scale_name), (w13, w2), strict=True)
         ]
-        return engine_layer(layer, "fp8", w13, w2, w13_scale=scales[0], w2_scale=scales[1])
+        return {
+            "format": "fp8",
+            "w13": w13,
+            "w2": w2,
+            "w13_scale": scales[0],
+            "w2_scale": scales[1],
+        }
 
     def _of_rows(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
         """Scales as the engine wants them: of blocks, or [E, rows]."""

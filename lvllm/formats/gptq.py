@@ -1,6 +1,4 @@
-"""Experts of symmetric GPTQ checkpoints, and of AutoRound's in that packing: codes packed along the
-inputs.
-"""
+"""Experts of GPTQ checkpoints: codes packed along the inputs, act-order in g_idx."""
 
 from typing import Any
 
@@ -9,35 +7,47 @@ from vllm.model_executor.layers.quantization.utils.gptq_utils import get_dynamic
 
 from lvllm.formats import packing
 from lvllm.formats.base import ExpertFormat
-from lvllm.formats.transposed import TransposedInts
+from lvllm.formats.transposed import TransposedInts, Turn
 from lvllm.formats.unquantized import Unquantized
 
-__all__ = ["find"]
+__all__ = ["find", "gptq"]
 
 
 def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
     """Experts of a GPTQ checkpoint; those that it leaves alone are plain."""
     if not isinstance(quant_config, AutoGPTQConfig):
         return None
-    if get_dynamic_override(quant_config, layer_name=prefix) is False:
+    module = f"{prefix}.0.{layer.ckpt_down_proj_name}"
+    # Given, or read by vLLM from the checkpoint's files.
+    quantized = [name for name in quant_config.modules_in_block_to_quantize if ".experts." in name]
+    listed = not quantized or any(name in module for name in quantized)
+    if not listed or get_dynamic_override(quant_config, layer_name=module) is False:
         return Unquantized()
 
     def override(key: str, default: Any) -> Any:
-        return get_dynamic_override(quant_config, prefix, key, default)
+        return get_dynamic_override(quant_config, module, key, default)
 
-    if override("desc_act", quant_config.desc_act):
-        raise ValueError(f"{prefix}: GPTQ with act-order (desc_act=true) is not supported yet")
-    if not override("sym", quant_config.is_sym):
-        raise ValueError(f"{prefix}: GPTQ with zero points (sym=false) is not supported yet")
     bits = override("bits", quant_config.weight_bits)
-    group_size = override("group_size", quant_config.group_size)
-    if bits == 8 and group_size != -1:
-        raise ValueError(f"{prefix}: 8-bit experts must have one scale a row (group_size=-1)")
-    # g_idx goes up by one every group, and zero points are all in the middle.
+    if bits not in (4, 8):
+        raise ValueError(f"{prefix}: experts of {bits} bits are not supported; 4 and 8 are")
+    return gptq(
+        bits,
+        override("group_size", quant_config.group_size),
+        symmetric=override("sym", quant_config.is_sym),
+        ordered=override("desc_act", quant_config.desc_act),
+        v2=quant_config.full_config.get("checkpoint_format") == "gptq_v2",
+    )
+
+
+def gptq(bits: int, group_size: int, *, symmetric: bool, ordered: bool, v2: bool) -> ExpertFormat:
+    """Experts in GPTQ's packing; `v2` is how zero points are stored (`packing.gptq_zero`)."""
+    unpack_zeros = packing.gptq_zero if bits == 4 else packing.gptq_zero8
+    turn_zeros: Turn = lambda qzeros: unpack_zeros(qzeros, v2)  # noqa: E731
     return TransposedInts(
         bits,
         group_size,
         along_rows=False,
         turn=packing.gptq_int4 if bits == 4 else packing.gptq_int8,
-        left=("g_idx",),
+        turn_zeros=None if symmetric else turn_zeros,
+        ordered=ordered,
     )

@@ -19,7 +19,8 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
     """Experts of a ModelOpt checkpoint; those that it leaves alone are plain."""
     if not isinstance(quant_config, ModelOptFp8Config | ModelOptNvFp4Config):
         return None
-    if quant_config.is_layer_excluded(prefix):
+    modules = (prefix, f"{prefix}.0.{layer.ckpt_down_proj_name}")
+    if any(quant_config.is_layer_excluded(module) for module in modules):
         return Unquantized()
     algorithm = quant_config.quant_method
     if algorithm == "FP8":

@@ -5,7 +5,7 @@ along K. The engine's arrays are
 
 - int4: codes uint8 [N, K/2], two a byte, the even input in the low nibble. A weight is
   (code - zero) * scale; zero is uint8 [N, G], or 8 everywhere if there is none.
-- int8: int8 [N, K], without zero points.
+- int8: int8 [N, K]; zero, which the engine has none of, is int8 [N, G].
 - scales: [N, G].
 
 Checkpoints pack 8 or 4 codes into an int32, the first in the lowest bits, so on a little-endian
@@ -21,8 +21,11 @@ __all__ = [
     "awq_int4",
     "awq_zero",
     "compressed_zero",
+    "compressed_zero8",
     "gptq_int4",
     "gptq_int8",
+    "gptq_zero",
+    "gptq_zero8",
     "group_scale",
 ]
 
@@ -73,6 +76,28 @@ def gptq_int8(qweight: torch.Tensor) -> torch.Tensor:
     return _transposed(qweight).view(torch.uint8).bitwise_xor_(0x80).view(torch.int8)
 
 
+def gptq_zero(qzeros: torch.Tensor, v2: bool = False) -> torch.Tensor:
+    """4-bit `qzeros` of GPTQ, int32 [G, N/8] in order, as zero uint8 [N, G].
+
+    Symmetric checkpoints have them too: all 8, but not always stored as their `checkpoint_format`
+    says, so they are better not read.
+
+    Args:
+        v2: `checkpoint_format` is gptq_v2, which stores zero points as they are. Otherwise they are
+            stored minus one.
+    """
+    _check_words("qzeros", qzeros, "[G, N/8]")
+    # The one was taken off whole words, so a zero point of 0 has borrowed from its neighbour.
+    return _transposed(_nibbles(qzeros if v2 else qzeros + 0x11111111).flatten(1))
+
+
+def gptq_zero8(qzeros: torch.Tensor, v2: bool = False) -> torch.Tensor:
+    """The same of 8 bits, int32 [G, N/4], as zero int8 [N, G]."""
+    _check_words("qzeros", qzeros, "[G, N/4]")
+    words = (qzeros if v2 else qzeros + 0x01010101).clone(memory_format=torch.contiguous_format)
+    return _transposed(words.view(torch.uint8).bitwise_xor_(0x80).view(torch.int8))
+
+
 def group_scale(scales: torch.Tensor) -> torch.Tensor:
     """`scales` of AutoAWQ and GPTQ, [G, N] of any float type, as contiguous [N, G]."""
     if scales.dim() != 2:
@@ -89,6 +114,16 @@ def compressed_zero(weight_zero_point: torch.Tensor, rows: int) -> torch.Tensor:
     if len(weight_zero_point) != -(-rows // 8):
         raise _refused("weight_zero_point", weight_zero_point, f"[{-(-rows // 8)}, G] of N={rows}")
     return _nibbles(weight_zero_point).transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+
+
+def compressed_zero8(weight_zero_point: torch.Tensor, rows: int) -> torch.Tensor:
+    """8-bit `weight_zero_point`, int32 [N/4, G], rounded up, as zero int8 [N, G]; N is `rows`."""
+    _check_words("weight_zero_point", weight_zero_point, "[N/4, G]")
+    if len(weight_zero_point) != -(-rows // 4):
+        raise _refused("weight_zero_point", weight_zero_point, f"[{-(-rows // 4)}, G] of N={rows}")
+    whole = weight_zero_point.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    codes = whole.bitwise_xor_(0x80).view(torch.int8).unflatten(1, (-1, 4))
+    return codes.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:

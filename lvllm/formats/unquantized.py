@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from lvllm.engine import ExpertLayer
-from lvllm.formats.base import Shape, add_weights, engine_layer
+from lvllm.formats.base import ExpertFormat, Shape, add_weights
 
 __all__ = ["Unquantized", "find"]
 
@@ -16,14 +15,16 @@ def find(quant_config: Any, layer: Any, prefix: str) -> "Unquantized | None":
     return Unquantized() if quant_config is None else None
 
 
-class Unquantized:
+class Unquantized(ExpertFormat):
     """w13_weight [E, 2I, H] (gate rows, then up rows) and w2_weight [E, H, I]."""
+
+    bits = 16
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
         add_weights(layer, shape, "weight", dtype, attributes)
 
-    def finalize(self, layer: Any) -> ExpertLayer:
+    def tensors(self, layer: Any) -> dict[str, Any]:
         format = {torch.bfloat16: "bf16", torch.float16: "fp16"}[layer.w13_weight.dtype]
-        return engine_layer(layer, format, layer.w13_weight.data, layer.w2_weight.data)
+        return {"format": format, "w13": layer.w13_weight.data, "w2": layer.w2_weight.data}

@@ -1,0 +1,21 @@
+"""lvllm.workers: threads of their own for PyTorch's work."""
+
+import os
+
+import torch
+
+from lvllm import workers
+
+
+def test_threads_have_an_operation_to_themselves_where_they_are_told() -> None:
+    before, cpus = torch.get_num_threads(), os.sched_getaffinity(0)
+
+    def work(_: int) -> tuple[int, set[int], float]:
+        total = torch.ones(1 << 20).mul(2).sum().item()
+        return torch.get_num_threads(), os.sched_getaffinity(0), total
+
+    last = {max(cpus)}
+    with workers.pool(3, last) as pool:
+        assert all(done == (1, last, 2 << 20) for done in pool.map(work, range(6)))
+    assert torch.get_num_threads() == before
+    assert os.sched_getaffinity(0) == cpus
