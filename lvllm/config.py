@@ -28,6 +28,7 @@ QUANTIZATIONS = (
     "auto_awq",
     "gptq",
     "auto_gptq",
+    "inc",
 )
 """vLLM's names of the checkpoints that `lvllm.formats` reads."""
 

@@ -25,12 +25,14 @@ def register() -> None:
         raise SystemExit(f"lvllm: {error}") from None
     _replace_routed_experts()
     _check_every_configuration()
-    from lvllm import failure, fp8_linear
+    from lvllm import failure, fp8_linear, integer_linear, quantization_configs
     from lvllm.loading import model_loader
 
     fp8_linear.register()
     failure.install()
     model_loader.install()
+    integer_linear.register()
+    quantization_configs.register()
 
 
 def _replace_routed_experts() -> None:

@@ -1,10 +1,13 @@
 """Settings resolved from environment and YAML, and checked against a model by vLLM itself."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lvllm import config, envs
 from lvllm.config import RESOLVED, HybridConfig
@@ -89,7 +92,6 @@ CPUS = len(os.sched_getaffinity(0))
         ("LK_THREADS", "100000", f"allowed is 1 to {CPUS}"),
         ("OMP_NUM_THREADS", "100000", f"allowed is 1 to {CPUS}"),
         ("OMP_NUM_THREADS", "0", "a whole number from 1"),
-        ("LVLLM_MOE_USE_WEIGHT", "INT4", "KEEP or TO_DTYPE"),
         ("LVLLM_MOE_USE_WEIGHT", "int8", "TO_DTYPE, KEEP or INT4"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0-", "layer indices"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices"),
@@ -102,7 +104,11 @@ CPUS = len(os.sched_getaffinity(0))
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "256", "allowed is 0 or empty"),
         ("LK_POWER_SAVING", "yes", "0 or 1"),
         ("LVLLM_ENABLE_NUMA_INTERLEAVE", "1", "allowed is 0"),
-        ("LVLLM_MOE_QUANT_ON_GPU", "1", "allowed is 0"),
+        (
+            "LVLLM_MOE_QUANT_ON_GPU",
+            "1",
+            "LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is 0",
+        ),
         ("LK_ISA", "avx9", "portable, avx2, avx512, avx512_vnni or avx512_bf16"),
         ("LK_ACTIVATION_BITS", "4", "16 or 8"),
     ],
@@ -117,6 +123,23 @@ def test_refusals_are_one_line_and_exit_code_1(
     assert message.startswith(f"lvllm: {name}={value!r}")
     assert allowed in message
     assert "\n" not in message
+
+
+def test_int4_of_4_bit_experts(configure: Any, qwen3_moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3_moe, tmp_path / "awq")
+    path = tmp_path / "awq" / "config.json"
+    how = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": how}))
+    with pytest.raises(SystemExit) as caught:
+        configure({"LVLLM_MOE_USE_WEIGHT": "INT4"}, model=str(tmp_path / "awq"))
+    assert str(caught.value.code).startswith("lvllm: LVLLM_MOE_USE_WEIGHT='INT4': the experts of ")
+    assert str(caught.value.code).endswith("in 4 bits already; allowed is KEEP or TO_DTYPE")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_arithmetic_on_a_gpu_that_is_not_there(configure: Any) -> None:
+    with pytest.raises(SystemExit, match=r"LVLLM_MOE_QUANT_ON_GPU='1': there is no GPU; allowed"):
+        configure({"LVLLM_MOE_USE_WEIGHT": "INT4", "LVLLM_MOE_QUANT_ON_GPU": "1"})
 
 
 def test_the_same_refusals_for_yaml(configure: Any) -> None:
@@ -141,6 +164,7 @@ def test_workers_get_final_values(configure: Any) -> None:
     built = configure({"LK_THREADS": "1", "LVLLM_MOE_USE_WEIGHT": "KEEP", "LK_POWER_SAVING": "1"})
     resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
     assert resolved.power_saving
+    assert (resolved.use_weight, resolved.quantize_on) == ("KEEP", "cpu")
     assert [len(cpus) for cpus in resolved.engine_cpus] == [1]
     assert resolved.omp_cpus == resolved.engine_cpus
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == str(resolved.omp_cpus[0][0])

@@ -7,12 +7,28 @@ find(quant_config, layer, prefix) -> ExpertFormat | None
 from types import ModuleType
 from typing import Any
 
-from lvllm.formats import awq, compressed_tensors, fp8, gptq, modelopt, unquantized
+from lvllm.formats import (
+    auto_round,
+    awq,
+    compressed_tensors,
+    fp8,
+    gptq,
+    modelopt,
+    unquantized,
+)
 from lvllm.formats.base import ExpertFormat
 
 __all__ = ["FORMATS", "ExpertFormat", "find"]
 
-FORMATS: tuple[ModuleType, ...] = (unquantized, fp8, compressed_tensors, modelopt, awq, gptq)
+FORMATS: tuple[ModuleType, ...] = (
+    unquantized,
+    fp8,
+    compressed_tensors,
+    modelopt,
+    awq,
+    gptq,
+    auto_round,
+)
 
 
 def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat:

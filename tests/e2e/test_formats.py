@@ -10,26 +10,67 @@ import pytest
 from tests.e2e.generate import ONE_PROCESS, Answers, generate
 from tests.e2e.test_exactness import Prompts, check_against_reference, prompts
 from tests.models.make import make
-from tests.models.quantize import SCHEMES, quantize
+from tests.models.quantize import (
+    EXPERTS,
+    MIXED,
+    SCHEMES,
+    SECOND_LAYER,
+    as_int4,
+    quantize,
+)
 
+# Computed in another format than they are stored in. "plain" is as the model was made.
+CONVERTED = (
+    "plain:INT4",
+    "fp8_tensor:TO_DTYPE",
+    "compressed_int8:INT4",
+    "modelopt_nvfp4:TO_DTYPE",
+    "awq:TO_DTYPE",
+    "gptq_int4_act_order:INT4",
+    "fp8_blocks_and_bf16:INT4",
+    "compressed_int4_and_bf16:INT4",
+    "compressed_int4_and_bf16:TO_DTYPE",
+)
 # Of each way that a process may cut its share out of a checkpoint, one.
-SHARDED = ("awq", "compressed_int4_zero_points", "compressed_nvfp4", "fp8_blocks")
+SHARDED = (
+    "awq",
+    "compressed_int4_zero_points",
+    "compressed_nvfp4",
+    "fp8_blocks:INT4",
+    "gptq_int4_act_order",
+)
 
 Case = tuple[Path, Prompts, Answers]
 
 
-def run(plain: Path, schemes: Iterable[str], seed: int, tmp: Path, **job: Any) -> dict[str, Case]:
-    """Every scheme's answers, from one process: starting vLLM is most of the time."""
-    folders = {name: quantize(plain, SCHEMES[name], tmp / name) for name in schemes}
+def prepare(plain: Path, case: str, folder: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """The checkpoint of "SCHEME" or "SCHEME:LVLLM_MOE_USE_WEIGHT", the values that its experts are
+    computed with, and what its job has beside.
+    """
+    scheme, _, use_weight = case.partition(":")
+    quantized = values = plain
+    if scheme != "plain":
+        quantized, values = quantize(plain, (SCHEMES | MIXED)[scheme], folder)
+    if use_weight == "INT4":
+        # Of a mixed checkpoint, what has 4 bits stays.
+        what = SECOND_LAYER if scheme == "compressed_int4_and_bf16" else EXPERTS
+        values = as_int4(values, folder / "int4", what)
+    section = {"lvllm": {"moe_use_weight": use_weight}} if use_weight else {}
+    return quantized, values, {"additional_config": section}
+
+
+def run(plain: Path, cases: Iterable[str], seed: int, tmp: Path, **job: Any) -> dict[str, Case]:
+    """Every case's answers, from one process: starting vLLM is most of the time."""
+    prepared = {case: prepare(plain, case, tmp / case) for case in cases}
     asked = prompts(seed)
     jobs = [
-        {"model": str(quantized), "prompts": asked, "max_tokens": 12} | job
-        for quantized, _ in folders.values()
+        {"model": str(quantized), "prompts": asked, "max_tokens": 8} | more | job
+        for quantized, _, more in prepared.values()
     ]
     answers = generate(jobs, environment=ONE_PROCESS if not job else None)
     return {
-        name: (values, asked, answer)
-        for (name, (_, values)), answer in zip(folders.items(), answers, strict=True)
+        case: (values, asked, answer)
+        for (case, (_, values, _)), answer in zip(prepared.items(), answers, strict=True)
     }
 
 
@@ -45,23 +86,35 @@ def generated(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     tmp = tmp_path_factory.mktemp("whole")
     # 128 rows of gate and up are one block of scales, 320 columns two and a half.
     sizes = {"hidden_size": 320, "moe_intermediate_size": 128, "num_key_value_heads": 4}
-    plain = make("qwen3_moe", tmp / "plain", seed, mlp_only_layers=[], **sizes)
-    return run(plain, SCHEMES, seed, tmp)
+    layers = {"num_hidden_layers": 2, "mlp_only_layers": []}
+    plain = make("qwen3_moe", tmp / "plain", seed, **layers, **sizes)
+    return run(plain, (*SCHEMES, *MIXED, *CONVERTED), seed, tmp)
 
 
 @pytest.fixture(scope="module")
 def sharded(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     tmp = tmp_path_factory.mktemp("sharded")
     sizes = {"hidden_size": 256, "moe_intermediate_size": 256}
-    plain = make("qwen3_moe", tmp / "plain", seed, mlp_only_layers=[], **sizes)
+    layers = {"num_hidden_layers": 2, "mlp_only_layers": []}
+    plain = make("qwen3_moe", tmp / "plain", seed, **layers, **sizes)
     return run(plain, SHARDED, seed, tmp, tensor_parallel_size=2)
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
-def test_quantised_experts(scheme: str, generated: dict[str, Case]) -> None:
-    check_against_reference(*generated[scheme])
+@pytest.mark.parametrize("case", sorted(SCHEMES))
+def test_quantised_experts(case: str, generated: dict[str, Case]) -> None:
+    check_against_reference(*generated[case])
 
 
-@pytest.mark.parametrize("scheme", SHARDED)
-def test_shares_of_two_processes(scheme: str, sharded: dict[str, Case]) -> None:
-    check_against_reference(*sharded[scheme])
+@pytest.mark.parametrize("case", sorted(MIXED))
+def test_layers_that_are_not_alike(case: str, generated: dict[str, Case]) -> None:
+    check_against_reference(*generated[case])
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_converted_experts(case: str, generated: dict[str, Case]) -> None:
+    check_against_reference(*generated[case])
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_shares_of_two_processes(case: str, sharded: dict[str, Case]) -> None:
+    check_against_reference(*sharded[case])

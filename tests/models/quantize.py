@@ -9,16 +9,21 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.compressors import pack_to_int32
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from lvllm.quantize import int4
 
 Tensors = dict[str, torch.Tensor]
 EXPERTS = r"\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.weight$"
+FIRST_LAYER = rf"\.layers\.0\.mlp{EXPERTS}"
+SECOND_LAYER = rf"\.layers\.1\.mlp{EXPERTS}"
 ATTENTION = r"\.self_attn\.[qkvo]_proj\.weight$"
 FP8_LARGEST = 448.0
 
@@ -33,6 +38,8 @@ class Scheme:
     """The key of `config` that lists what is not quantised; None: `config` says it otherwise."""
     what: str = EXPERTS
     """A pattern of the names of what is."""
+    also: "Scheme | None" = None
+    """How other tensors are quantised; its `config` and `ignored` are not used."""
 
 
 def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
@@ -42,9 +49,11 @@ def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
     packed: Tensors = {}
     plain: Tensors = {}
     linear = []
+    schemes = (scheme, scheme.also) if scheme.also else (scheme,)
     for name, tensor in tensors.items():
-        if re.search(scheme.what, name):
-            stored, value = scheme.quantize(tensor.float())
+        how = next((one for one in schemes if re.search(one.what, name)), None)
+        if how is not None:
+            stored, value = how.quantize(tensor.float())
             stem = name.removesuffix(".weight")
             packed |= {f"{stem}.{suffix}": data.contiguous() for suffix, data in stored.items()}
             plain[name] = value
@@ -63,6 +72,20 @@ def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
         save_file(data, target / "model.safetensors", {"format": "pt"})
         (target / "config.json").write_text(json.dumps(config | changes))
     return quantized, values
+
+
+def as_int4(folder: Path, out: Path, what: str = EXPERTS) -> Path:
+    """A copy of a checkpoint of values, its experts rounded as LVLLM_MOE_USE_WEIGHT=INT4 does."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    for name, tensor in tensors.items():
+        if re.search(what, name):
+            codes, scale = int4(F.pad(tensor.float(), (0, -tensor.shape[1] % 32)), 32)
+            values = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).float() - 8
+            values *= scale.float().repeat_interleave(32, -1)
+            tensors[name] = values[:, : tensor.shape[1]].contiguous()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
 
 
 def to_fp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,14 +152,34 @@ def integers(
     return values.clamp(lowest, highest).view(rows, columns).to(torch.int8), scale, zero
 
 
+def shuffled_groups(columns: int, size: int) -> torch.Tensor:
+    """int32 [columns]: the group of each column, in an order of its own (act-order)."""
+    return (torch.randperm(columns) // size).int()
+
+
+def by_groups(
+    weight: torch.Tensor, bits: int, groups: torch.Tensor, size: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `integers`, of columns in these groups; and the values that all of it means."""
+    order = groups.argsort(stable=True)
+    values, scale, zero = integers(weight[:, order], bits, size, symmetric)
+    placed = torch.empty_like(values)
+    placed[:, order] = values
+    centred = placed.float() - zero.float()[:, groups]
+    return placed, scale, zero, centred * scale.float()[:, groups]
+
+
 def packed_integers(
-    bits: int, group: int | None, symmetric: bool
+    bits: int, group: int | None, symmetric: bool, shuffled: bool = False
 ) -> Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]:
     """compressed-tensors' pack-quantized; a group of None is a row."""
 
     def pack(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         size = group or weight.shape[1]
-        values, scale, zero = integers(weight, bits, size, symmetric)
+        groups = torch.arange(weight.shape[1]) // size
+        if shuffled:
+            groups = shuffled_groups(weight.shape[1], size)
+        values, scale, zero, meant = by_groups(weight, bits, groups, size, symmetric)
         stored = {
             "weight_packed": pack_to_int32(values, bits),
             "weight_scale": scale,
@@ -144,8 +187,9 @@ def packed_integers(
         }
         if not symmetric:
             stored["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), bits, packed_dim=0)
-        of_group = (values.view(*scale.shape, size) - zero.float()[..., None]).float()
-        return stored, (of_group * scale.float()[..., None]).view(weight.shape)
+        if shuffled:
+            stored["weight_g_idx"] = groups
+        return stored, meant
 
     return pack
 
@@ -179,37 +223,46 @@ def awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return stored, (groups * scale.float()[..., None]).view(weight.shape)
 
 
-def gptq(bits: int, group: int) -> Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]:
-    """Symmetric; a group of -1 is a row. Zero points are less by one, as in version 1."""
+def gptq(
+    bits: int, group: int, symmetric: bool = True, shuffled: bool = False
+) -> Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]:
+    """A group of -1 is a row. Zero points are less by one, as in version 1."""
 
     def pack(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         size = weight.shape[1] if group == -1 else group
-        values, scale, _ = integers(weight, bits, size, symmetric=True)
+        groups = torch.arange(weight.shape[1]) // size
+        if shuffled:
+            groups = shuffled_groups(weight.shape[1], size)
+        values, scale, zero, meant = by_groups(weight, bits, groups, size, symmetric)
         middle = 1 << (bits - 1)
         order = tuple(range(32 // bits))
-        zeros = torch.full(scale.t().shape, middle - 1)
+        ones = sum(1 << (bits * lane) for lane in order)
         stored = {
             "qweight": words(values.int() + middle, order).t(),
-            "qzeros": words(zeros, order),
+            "qzeros": words(zero.int().t() + middle, order) - ones,
             "scales": scale.t(),
-            "g_idx": (torch.arange(weight.shape[1]) // size).int(),
+            "g_idx": groups.int(),
         }
-        groups = values.float().view(*scale.shape, size)
-        return stored, (groups * scale.float()[..., None]).view(weight.shape)
+        return stored, meant
 
     return pack
 
 
-def gptq_scheme(bits: int, group: int) -> Scheme:
+def gptq_scheme(
+    bits: int, group: int, symmetric: bool = True, shuffled: bool = False, attention: bool = False
+) -> Scheme:
+    """Of the experts, and of attention as well."""
+    left: dict[str, Any] = {} if attention else {r"-:.*self_attn.*": {}}
     config = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group,
-        "desc_act": False,
-        "sym": True,
-        "dynamic": {r"-:.*self_attn.*": {}, r"-:.*mlp\.gate$": {}},
+        "desc_act": shuffled,
+        "sym": symmetric,
+        "dynamic": left | {r"-:.*mlp\.gate$": {}},
     }
-    return Scheme(config, gptq(bits, group), ignored=None)
+    what = f"{EXPERTS}|{ATTENTION}" if attention else EXPERTS
+    return Scheme(config, gptq(bits, group, symmetric, shuffled), ignored=None, what=what)
 
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -280,11 +333,17 @@ def compressed(
     return Scheme(config, quantize, ignored="ignore")
 
 
-def compressed_integers(bits: int, group: int | None, symmetric: bool) -> Scheme:
-    how = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+def compressed_integers(
+    bits: int, group: int | None, symmetric: bool, shuffled: bool = False
+) -> Scheme:
+    how: dict[str, Any] = {"strategy": "channel"}
+    if group:
+        how = {"strategy": "group", "group_size": group}
+    if shuffled:
+        how["actorder"] = "group"
     return compressed(
         "pack-quantized",
-        packed_integers(bits, group, symmetric),
+        packed_integers(bits, group, symmetric, shuffled),
         num_bits=bits,
         type="int",
         symmetric=symmetric,
@@ -327,6 +386,9 @@ SCHEMES = {
     "compressed_int4_groups_of_32": compressed_integers(4, 32, True),
     "compressed_int4_zero_points": compressed_integers(4, 64, False),
     "compressed_int4_channels": compressed_integers(4, None, True),
+    "compressed_int4_groups_of_16": compressed_integers(4, 16, False),
+    "compressed_int4_act_order": compressed_integers(4, 64, False, shuffled=True),
+    "compressed_int8_groups": compressed_integers(8, 64, False),
     "compressed_mxfp4": compressed(
         "mxfp4-pack-quantized",
         mxfp4,
@@ -378,5 +440,47 @@ SCHEMES = {
         ignored="modules_to_not_convert",
     ),
     "gptq_int4": gptq_scheme(4, 64),
+    "gptq_int4_zero_points": gptq_scheme(4, 32, symmetric=False, attention=True),
+    "gptq_int4_act_order": gptq_scheme(4, 32, shuffled=True, attention=True),
     "gptq_int8": gptq_scheme(8, -1),
+    "gptq_int8_groups": gptq_scheme(8, 64, symmetric=False, attention=True),
 }
+
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 32,
+    "sym": False,
+    "data_type": "int",
+    "packing_format": "auto_round:auto_gptq",
+    "extra_config": {r".*mlp\.gate$": {"bits": 16}},
+}
+SCHEMES["auto_round"] = Scheme(
+    AUTO_ROUND, gptq(4, 32, False), ignored=None, what=f"{EXPERTS}|{ATTENTION}"
+)
+
+
+def two_compressed() -> Scheme:
+    """Layer 0 in 4 bits, layer 1 in fp8, and layer 2, if there is one, as it was."""
+    ints, floats = SCHEMES["compressed_int4_groups_of_32"], SCHEMES["compressed_fp8_channels"]
+    groups = {}
+    for name, scheme, layer in (("group_0", ints, 0), ("group_1", floats, 1)):
+        groups[name] = {
+            **scheme.config["config_groups"]["group_0"],
+            "targets": [rf"re:.*layers\.{layer}\..*"],
+            "format": scheme.config["format"],
+        }
+    config = ints.config | {"format": "mixed-precision", "config_groups": groups}
+    also = replace(floats, what=SECOND_LAYER)
+    return Scheme(config, ints.quantize, ignored="ignore", what=FIRST_LAYER, also=also)
+
+
+MIXED = {
+    "fp8_blocks_and_bf16": replace(SCHEMES["fp8_blocks"], what=FIRST_LAYER),
+    "compressed_int4_and_bf16": replace(SCHEMES["compressed_int4_groups_of_32"], what=FIRST_LAYER),
+    "compressed_int4_and_fp8": two_compressed(),
+    "awq_and_bf16": replace(SCHEMES["awq"], what=FIRST_LAYER),
+    "gptq_and_bf16": replace(SCHEMES["gptq_int4_act_order"], what=FIRST_LAYER),
+    "modelopt_nvfp4_and_bf16": replace(SCHEMES["modelopt_nvfp4"], what=FIRST_LAYER),
+}
+"""Not all layers' experts alike."""

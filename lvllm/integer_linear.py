@@ -1,0 +1,198 @@
+"""Integer linear layers that upstream's CPU kernels do not take: 8 bits, other groups, act-order.
+
+Attention and shared experts are a small part of a mixture's weights: they are turned to the model's
+dtype once, and multiplied like any others.
+"""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.kernels.linear import MPLinearKernel, register_linear_kernel
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    unpack_quantized_values_into_int32,
+)
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedColumnParameter,
+    PackedvLLMParameter,
+)
+from vllm.platforms.interface import PlatformEnum
+from vllm.scalar_type import scalar_types
+
+from lvllm.formats import packing, values
+
+__all__ = ["DequantizedIntegerLinear", "GptqLinear", "register"]
+
+TYPES = (scalar_types.uint4, scalar_types.uint4b8, scalar_types.uint8, scalar_types.uint8b128)
+
+
+class DequantizedIntegerLinear(MPLinearKernel):
+    """Weights, scales and zero points of compressed-tensors, packed to int32."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any CPU."""
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+        """4 and 8 bits in any shape and group."""
+        return c.weight_type in TYPES, f"weights are {c.weight_type}"
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the weights by their values in the model's dtype."""
+        kind = self.config.weight_type
+
+        def rows_first(name: str, *, packed: bool) -> torch.Tensor:
+            parameter = getattr(layer, name)
+            data = parameter.data
+            if packed:
+                data = unpack_quantized_values_into_int32(data, kind, parameter.packed_dim)
+            return data if parameter.output_dim == 0 else data.t()
+
+        codes = rows_first(self.w_q_name, packed=True).float()
+        scale = rows_first(self.w_s_name, packed=False).float()
+        if self.config.zero_points:
+            assert self.w_zp_name is not None
+            zero = rows_first(self.w_zp_name, packed=True).float()
+        else:
+            zero = torch.full_like(scale, kind.bias)
+        size = codes.shape[1] // scale.shape[1]
+        weight = (codes - zero.repeat_interleave(size, 1)) * scale.repeat_interleave(size, 1)
+        for name in filter(None, (self.w_q_name, self.w_s_name, self.w_zp_name)):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        layer.weight = torch.nn.Parameter(weight.to(self.config.act_type), requires_grad=False)
+
+    def apply_weights(
+        self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        return torch.nn.functional.linear(x, layer.weight, bias)
+
+
+class Order(BasevLLMParameter):
+    """g_idx, int32 [K], or [projections, K] of a layer that is made of several."""
+
+    def load_row_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        """This process's columns."""
+        columns = len(self.data)
+        self.data.copy_(loaded_weight.narrow(0, self.tp_rank * columns, columns))
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        """Of one projection of several."""
+        self.data[self._shard_id_as_int(kwargs["shard_id"])].copy_(loaded_weight)
+
+    load_qkv_weight = load_merged_column_weight
+
+
+@register_weight_loader_v2_supported_method
+class GptqLinear(LinearMethodBase):
+    """GPTQ's qweight, qzeros, scales and g_idx, in the model's dtype once they are loaded.
+
+    Args:
+        bits: 4 or 8.
+        group_size: -1 is a row.
+        symmetric: whether zero points are in the middle, and qzeros left.
+        ordered: whether g_idx says in which group each column is.
+        v2: how zero points are stored (`packing.gptq_zero`).
+    """
+
+    def __init__(
+        self, bits: int, group_size: int, *, symmetric: bool, ordered: bool, v2: bool
+    ) -> None:
+        self.bits = bits
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self.ordered = ordered
+        self.v2 = v2
+        self.plain = UnquantizedLinearMethod()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the layer's parameters, for vLLM's loader to fill."""
+        load = {"weight_loader": extra_weight_attrs["weight_loader"]}
+        columns, rows = input_size_per_partition, sum(output_partition_sizes)
+        per_word = 32 // self.bits
+        packed = {"packed_factor": per_word, "input_dim": 0, "output_dim": 1}
+        words = torch.empty(columns // per_word, rows, dtype=torch.int32)
+        qweight = PackedvLLMParameter(data=words, packed_dim=0, **packed, **load)
+        layer.register_parameter("qweight", qweight)
+        # With act-order any column may need any scale; without, this process's columns theirs.
+        size = input_size if self.group_size == -1 else self.group_size
+        whole = self.ordered or self.group_size == -1
+        groups = (input_size if whole else columns) // size
+        scales = torch.full((groups, rows), torch.nan, dtype=torch.float32)
+        zeros = torch.zeros(groups, rows // per_word, dtype=torch.int32)
+        if whole:
+            scale = ChannelQuantScaleParameter(data=scales, output_dim=1, **load)
+            qzeros = PackedColumnParameter(
+                data=zeros, output_dim=1, packed_dim=1, packed_factor=per_word, **load
+            )
+        else:
+            scale = GroupQuantScaleParameter(data=scales, input_dim=0, output_dim=1, **load)
+            qzeros = PackedvLLMParameter(data=zeros, packed_dim=1, **packed, **load)
+        layer.register_parameter("scales", scale)
+        layer.register_parameter("qzeros", qzeros)
+        self.partitions = output_partition_sizes
+        several = output_partition_sizes[1:]
+        size_of_order = (len(output_partition_sizes), columns) if several else (columns,)
+        order = torch.zeros(size_of_order, dtype=torch.int32)
+        layer.register_parameter("g_idx", Order(data=order, **load))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Replace the parameters by the weights' values."""
+        qweight, qzeros = layer.qweight.data, layer.qzeros.data
+        if self.bits == 4:
+            codes, middle = values.nibbles(packing.gptq_int4(qweight)).float(), 8
+            zero = packing.gptq_zero(qzeros, self.v2)
+        else:
+            codes, middle = packing.gptq_int8(qweight).float(), 0
+            zero = packing.gptq_zero8(qzeros, self.v2)
+        scale = packing.group_scale(layer.scales.data)
+        centre = torch.full_like(scale, middle) if self.symmetric else zero.float()
+        columns = codes.shape[1]
+        weight = []
+        for part, projection in enumerate(codes.split(self.partitions)):
+            group = (
+                layer.g_idx.data.view(-1, columns)[part]
+                if self.ordered
+                else torch.arange(columns) // (columns // scale.shape[1])
+            )
+            start = sum(self.partitions[:part])
+            of_part = slice(start, start + len(projection))
+            weight.append((projection - centre[of_part][:, group]) * scale[of_part][:, group])
+        for name in ("qweight", "scales", "qzeros", "g_idx"):
+            delattr(layer, name)
+        data = torch.cat(weight).to(layer.params_dtype)
+        layer.weight = torch.nn.Parameter(data, requires_grad=False)
+        self.plain.process_weights_after_loading(layer)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        return self.plain.apply(layer, x, bias)
+
+
+def register() -> None:
+    """Offer the kernel after upstream's own, which are taken wherever they run."""
+    from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+
+    if DequantizedIntegerLinear not in _POSSIBLE_KERNELS[PlatformEnum.CPU]:
+        register_linear_kernel(DequantizedIntegerLinear, PlatformEnum.CPU, "mp")

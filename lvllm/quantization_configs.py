@@ -1,0 +1,128 @@
+"""vLLM's configurations of quantised checkpoints, where upstream's refuse what LvLLM computes.
+
+Registered under upstream's own names, through vLLM's public function, they are upstream's for all
+that upstream takes.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.inc import INCConfig
+from vllm.model_executor.layers.quantization.utils.gptq_utils import get_linear_quant_method
+from vllm.model_executor.layers.quantization.utils.marlin_utils import check_marlin_supported
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.scalar_type import scalar_types
+
+from lvllm.formats.compressed_tensors import ORDERED
+from lvllm.integer_linear import GptqLinear
+
+__all__ = ["AutoRoundConfig", "CompressedConfig", "GptqConfig", "register"]
+
+
+class GptqConfig(AutoGPTQConfig):
+    """GPTQ with zero points (sym=false), act-order (desc_act=true) and 8 bits as well."""
+
+    TYPE_MAP = AutoGPTQConfig.TYPE_MAP | {
+        (4, False): scalar_types.uint4,
+        (8, False): scalar_types.uint8,
+    }
+
+    def __init__(
+        self,
+        weight_bits: int,
+        group_size: int,
+        desc_act: bool,
+        is_sym: bool,
+        lm_head_quantized: bool,
+        dynamic: dict[str, Any],
+        *more: Any,
+        **named: Any,
+    ) -> None:
+        # Upstream's raises for act-order, and for what `dynamic` says of it.
+        super().__init__(
+            weight_bits, group_size, False, is_sym, lm_head_quantized, {}, *more, **named
+        )
+        self.desc_act = desc_act and group_size != -1
+        self.dynamic = dynamic
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """Upstream's drops g_idx."""
+        return WeightsMapper() if self.desc_act else super().get_checkpoint_weight_mapper()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Of a linear layer; experts are found by `lvllm.formats`."""
+        return get_linear_quant_method(self, layer, prefix, self._linear)
+
+    @staticmethod
+    def _linear(config: Any) -> Any:
+        plain = config.is_sym and not config.desc_act
+        if plain and check_marlin_supported(config.quant_type, config.group_size):
+            return AutoGPTQLinearMethod(config)
+        return GptqLinear(
+            config.weight_bits,
+            config.group_size,
+            symmetric=config.is_sym,
+            ordered=config.desc_act,
+            v2=config.full_config.get("checkpoint_format") == "gptq_v2",
+        )
+
+
+class CompressedConfig(CompressedTensorsConfig):
+    """compressed-tensors with act-order (actorder group or dynamic) in experts as well."""
+
+    @classmethod
+    def _quantization_scheme_map_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        # Upstream's raises for act-order.
+        unordered = deepcopy(config)
+        orders: dict[str, str] = {}
+        for group in (unordered.get("config_groups") or {}).values():
+            if (group.get("weights") or {}).get("actorder") in ORDERED:
+                order = group["weights"].pop("actorder")
+                orders |= dict.fromkeys(group["targets"], order)
+        schemes: dict[str, Any] = super()._quantization_scheme_map_from_config(unordered)
+        for target, order in orders.items():
+            weights = schemes[target]["weights"]
+            schemes[target]["weights"] = weights.model_copy(update={"actorder": order})
+        return schemes
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Of a layer that is not experts; those are found by `lvllm.formats`."""
+        if isinstance(layer, LinearBase):
+            scheme = self.get_scheme_dict(layer, prefix) or {}
+            weights = scheme.get("weights")
+            if weights is not None and weights.actorder in ORDERED:
+                raise ValueError(
+                    f"{prefix}: actorder={weights.actorder!r} of a linear layer is not supported;"
+                    " experts may have it"
+                )
+        return super().get_quant_method(layer, prefix)
+
+
+class AutoRoundConfig(INCConfig):
+    """AutoRound in GPTQ's packing with zero points and 8 bits as well."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Of a layer that is not experts; those are found by `lvllm.formats`."""
+        if isinstance(layer, LinearBase):
+            how = self.config_parser.resolve(layer, prefix)
+            integers = how.is_wna16_int and how.is_gptq and how.bits in (4, 8)
+            if integers and not (how.sym and how.bits == 4):
+                return GptqLinear(
+                    how.bits, how.group_size, symmetric=how.sym, ordered=False, v2=False
+                )
+        return super().get_quant_method(layer, prefix)
+
+
+def register() -> None:
+    """Put these in the place of upstream's."""
+    for name in ("gptq", "auto_gptq", "gptq_marlin"):
+        register_quantization_config(name)(GptqConfig)
+    register_quantization_config("compressed-tensors")(CompressedConfig)
+    register_quantization_config("inc")(AutoRoundConfig)

@@ -1,0 +1,94 @@
+"""Checkpoints that lack a tensor, and models whose weights are made up instead of loaded."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.generate import DEFAULTS, ONE_PROCESS, ROOT
+from tests.models.make import make
+from tests.models.quantize import SCHEMES, quantize
+
+# Loads models one after the other without worker processes; prints the outcome of each.
+CHILD = f"""
+import gc, json, sys
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+def outcome(job):
+    try:
+        llm = LLM(**{{**{DEFAULTS!r}, **job}})
+        prompt = {{"prompt_token_ids": [5, 6, 7]}}
+        llm.generate([prompt], SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
+        return "generated"
+    except Exception as error:
+        return f"{{type(error).__name__}}: {{error}}"
+for job in json.loads(sys.argv[1]):
+    print("\\noutcome", json.dumps(outcome(job)))
+    gc.collect()  # what a failed engine left would else clean up in the middle of the next
+    cleanup_dist_env_and_memory()
+"""
+
+# A scheme, and the end of the names of which one is taken away.
+TAKEN = {
+    "plain": (".weight",),
+    "fp8_blocks": (".weight", ".weight_scale_inv"),
+    "compressed_int4_zero_points": (".weight_packed", ".weight_zero_point"),
+    "compressed_nvfp4": (".weight_global_scale",),
+    "gptq_int4_act_order": (".scales", ".g_idx"),
+}
+MADE_UP = ("plain:INT4", "fp8_blocks", "compressed_mxfp4", "gptq_int8_groups")
+
+
+def checkpoint(plain: Path, scheme: str, out: Path) -> Path:
+    return plain if scheme == "plain" else quantize(plain, SCHEMES[scheme], out)[0]
+
+
+def without_one(folder: Path, suffix: str) -> str:
+    """Takes a random expert's tensor of that name out of the checkpoint in `folder`."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(name for name in tensors if ".experts." in name and name.endswith(suffix))
+    name = random.choice(names)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return name
+
+
+def test_missing_and_made_up(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 128, "moe_intermediate_size": 128}
+    plain = make("qwen3_moe", tmp_path / "plain", num_experts=4, mlp_only_layers=[], **sizes)
+    jobs: list[dict[str, Any]] = []
+    wanted = []
+    for scheme, suffixes in TAKEN.items():
+        for suffix in suffixes:
+            out = tmp_path / f"{scheme}{suffix}"
+            folder = out / "quantized"
+            if scheme == "plain":
+                make("qwen3_moe", folder, num_experts=4, mlp_only_layers=[], **sizes)
+            else:
+                checkpoint(plain, scheme, out)
+            name = without_one(folder, suffix)
+            jobs.append({"model": str(folder)})
+            wanted.append(f"ValueError: {name} is not in the checkpoint")
+    for case in MADE_UP:
+        scheme, _, use_weight = case.partition(":")
+        folder = checkpoint(plain, scheme, tmp_path / case)
+        section = {"lvllm": {"moe_use_weight": use_weight}} if use_weight else {}
+        jobs.append({"model": str(folder), "load_format": "dummy", "additional_config": section})
+        wanted.append("generated")
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(jobs)],
+        cwd=ROOT,
+        env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | ONE_PROCESS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("outcome ")]
+    outcomes = [json.loads(line.partition(" ")[2]) for line in lines]
+    assert outcomes == wanted, done.stdout[-6000:]
