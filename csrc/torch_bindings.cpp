@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -180,6 +181,23 @@ Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_
   return y;
 }
 
+// Keeps the log, which the engine has a pointer to, until the next one comes.
+void watch(const OptionalTensor& log) {
+  static std::mutex mutex;
+  static auto* kept = new OptionalTensor;  // never destroyed: at exit PyTorch goes first
+  const std::lock_guard lock(mutex);
+  if (!log) {
+    lk::watch(nullptr, 0);
+  } else {
+    if (!log->is_cpu() || log->dim() != 2 || log->size(0) < 2 || log->size(1) != 3 ||
+        !log->is_contiguous() || log->scalar_type() != ScalarType::Long) {
+      fail("log must be a contiguous int64 CPU tensor of shape [rows + 2, 3]");
+    }
+    lk::watch(static_cast<lk::LoggedFault*>(log->mutable_data_ptr()), log->size(0) - 2);
+  }
+  *kept = log;
+}
+
 // Bytes, as a uint8 tensor that gives them back to the engine when its storage dies.
 Tensor allocate(int64_t experts, int64_t parts, int64_t rows, int64_t row_bytes) {
   const lk::RowLayout layout{experts, parts, rows, row_bytes};
@@ -269,6 +287,7 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("layer_destroy(int handle) -> ()");
   m.def("layer_restore(int handle) -> ()");
   m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
+  m.def("watch(Tensor(a!)? log) -> ()");
   m.def(
       "configure(int threads, str binding, bool power_saving, int[] cpus, str topology, str isa) "
       "-> ()");
@@ -286,6 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("layer_destroy", TORCH_BOX(&layer_destroy));
   m.impl("layer_restore", TORCH_BOX(&layer_restore));
   m.impl("allocate", TORCH_BOX(&allocate));
+  m.impl("watch", TORCH_BOX(&watch));
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("info", TORCH_BOX(&info));
   m.impl("topology", TORCH_BOX(&topology));

@@ -19,6 +19,7 @@ from lvllm.envs import SettingError, ThreadBinding, UseWeight
 # Where the front process leaves the resolved settings for the workers.
 RESOLVED = "lvllm_resolved"
 SECTION = "additional_config.lvllm"
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 QUANTIZATIONS = (
     "fp8",
     "compressed-tensors",
@@ -170,6 +171,16 @@ def _is_moe(model: Any) -> bool:
     return bool(model.get_num_experts())
 
 
+    if parallel.worker_cls != CPU_WORKER:
+        raise SettingError(
+            f"worker-cls={parallel.worker_cls!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1:"
+            " LvLLM has its own; leave it out"
+        )
+    if (scheduler := vllm_config.scheduler_config.scheduler_cls) is not None:
+        raise SettingError(
+            f"scheduler-cls={scheduler!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1: it would"
+            " not end requests whose experts fail; leave it out"
+        )
 def _check_gpu_lane(settings: Mapping[str, Setting], vllm_config: Any) -> None:
     model = vllm_config.model_config
     layers = placement.moe_layers(model.hf_text_config) if _is_moe(model) else []

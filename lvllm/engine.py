@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
+
 from lvllm.experts import Activation, ExpertLayer
 from lvllm.ops import raw_ops
 from lvllm.weights import DTYPES, FORMATS, check_choice
@@ -34,6 +36,7 @@ __all__ = [
     "info",
     "raw_ops",
     "topology",
+    "watch",
 ]
 
 Binding = Literal["CPU_CORE", "NUMA_NODE"]
@@ -131,6 +134,22 @@ def configure(
 def info() -> EngineInfo:
     """What the engine runs on; starts it if it does not run yet."""
     raw = json.loads(raw_ops.info())
+def watch(log: torch.Tensor | None) -> None:
+    """From now on the engine notes in `log` which rows of its output hold NaN or infinity.
+
+    Args:
+        log: int64 [rows + 2, 3], zero at first, in any memory; None ends the watch. log[0, 0]
+            counts the rows noted; log[1 + r] is (handle of the first layer that row r went wrong
+            in, why, expert), with the handle 0 for none; log[rows + 1] stands for all rows beyond.
+            Why is 0: the input was not finite, 1: the router's weight for the expert, 2: the
+            expert's output, 3: the sum of all, in x's dtype. The expert is -1 for 0 and 3.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    raw_ops.watch(log)
+
+
     workers = raw["workers"]
     return EngineInfo(
         isa=raw["isa"],

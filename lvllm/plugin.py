@@ -25,9 +25,11 @@ def register() -> None:
         raise SystemExit(f"lvllm: {error}") from None
     _replace_routed_experts()
     _check_every_configuration()
-    from lvllm import failure, fp8_linear, integer_linear, quantization_configs
+    from lvllm import failure, faults, fp8_linear, integer_linear, quantization_configs
     from lvllm.loading import model_loader
 
+
+    faults.register()
     fp8_linear.register()
     failure.install()
     model_loader.install()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lvllm import engine, failure, threads
-from lvllm.config import RESOLVED, HybridConfig
+from lvllm.config import CPU_WORKER, RESOLVED, HybridConfig
 from lvllm.loading.checkpoint import Checkpoint
 
 
@@ -26,6 +26,9 @@ def prepare(vllm_config: Any) -> None:
     _check_checkpoint(vllm_config)
     failure.prepare()
     vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
+    # Upstream's worker, with a watch over the experts' output.
+    if vllm_config.parallel_config.worker_cls == CPU_WORKER:
+        vllm_config.parallel_config.worker_cls = "lvllm.worker.HybridCPUWorker"
     # vLLM binds the OpenMP threads of rank n to the n-th list. Its own division ("auto") wants a
     # NUMA node a rank and keeps a core free; ours gives PyTorch the cores that lk computes on,
     # since the two take turns.

@@ -154,6 +154,8 @@ def test_the_same_refusals_for_yaml(configure: Any) -> None:
         ({"dtype": "float32"}, "dtype='float32' is not allowed"),
         ({"quantization": "experts_int8"}, "quantization='experts_int8' of .* is not supported"),
     ],
+        ({"worker_cls": "some.Worker"}, "worker-cls='some.Worker' is not allowed"),
+        ({"scheduler_cls": "some.Scheduler"}, "scheduler-cls='some.Scheduler' is not allowed"),
 )
 def test_models_that_lk_cannot_run(configure: Any, arguments: Any, message: str) -> None:
     with pytest.raises(SystemExit, match=message):

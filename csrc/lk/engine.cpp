@@ -20,6 +20,8 @@ struct Engine {
   Workspace workspace;
   std::unordered_map<int64_t, LayerSpec> layers;
   int64_t next_handle = 1;
+  LoggedFault* log = nullptr;
+  int64_t log_rows = 0;
 };
 
 // Never destroyed: workers may still be spinning, and tensors be released, while the process exits.
@@ -116,6 +118,13 @@ void restore_layer(int64_t handle) {
   e.layers.erase(handle);
 }
 
+void watch(LoggedFault* log, int64_t rows) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  e.log = log;
+  e.log_rows = rows;
+}
+
 void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
@@ -125,7 +134,15 @@ void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
                                 " elements, the layer's hidden size is " +
                                 std::to_string(layer.hidden));
   }
-  expert_block(layer, batch, *e.kernels, ready(e), e.workspace);
+  ThreadPool& pool = ready(e);
+  const std::vector<Fault> faults = expert_block(layer, batch, *e.kernels, pool, e.workspace);
+  if (e.log == nullptr) return;
+  for (const Fault& fault : faults) {
+    LoggedFault& entry = e.log[1 + std::min(fault.row, e.log_rows)];
+    if (entry.layer != 0) continue;
+    entry = {handle, static_cast<int64_t>(fault.source), fault.expert};
+    ++e.log->layer;
+  }
 }
 
 void* allocate_bank(const RowLayout& layout) {

@@ -42,6 +42,18 @@ void destroy_layer(int64_t handle);
 void restore_layer(int64_t handle);
 
 // y of the batch; hidden is the x row length that the caller has, checked against the layer's.
+// Where run_layer notes rows of y that are not finite, until it is called again; null: nowhere.
+// The log is zero where nothing happened, is kept alive by the caller, and may lie in memory that
+// several processes share.
+struct LoggedFault {
+  int64_t layer;   // handle; in the first entry: how many rows have been noted
+  int64_t source;  // FaultSource
+  int64_t expert;
+};
+// `log` has rows + 2 entries: a count, then one for each row, the last for all beyond them. The
+// first fault of a row is kept: those of later layers are its consequences.
+void watch(LoggedFault* log, int64_t rows);
+
 void run_layer(int64_t handle, const Batch& batch, int64_t hidden);
 
 // Memory for a bank of experts, its rows on the nodes that compute them. Free it with release().

@@ -108,7 +108,8 @@ struct Kernels {
   void (*activate)(const ActivationSpec& spec, const Sums& gate, const Sums& up, int64_t n,
                    float* out);
   // out[h] = sum over j of weights[j] * rows[j * stride + h], in the order of j, skipping ids < 0.
-  void (*combine)(const float* rows, int64_t stride, const float* weights, const int32_t* ids,
+  // Returns whether all of out is finite: no NaN and no infinity.
+  bool (*combine)(const float* rows, int64_t stride, const float* weights, const int32_t* ids,
                   int topk, int64_t n, Scalar type, void* out);
 
   const FormatKernels& of(Format format) const { return formats[static_cast<int>(format)]; }

@@ -529,15 +529,47 @@ TEST_P(Rows, Combine) {
   for (int64_t n : {1, 255, 256, 600}) {
     for (Scalar type : {Scalar::kBf16, Scalar::kFp16}) {
       std::vector<uint16_t> out(n);
-      kernels().combine(rows.data(), kStride, weights, ids, 3, n, type, out.data());
+      EXPECT_TRUE(kernels().combine(rows.data(), kStride, weights, ids, 3, n, type, out.data()));
       for (int64_t i = 0; i < n; ++i) {
         const float want = 0.5f * rows[i] - rows[2 * kStride + i];
         const bool bf16 = type == Scalar::kBf16;
         EXPECT_NEAR(bf16 ? bf16_to_float(out[i]) : fp16_to_float(out[i]), want,
                     std::abs(want) / (bf16 ? 256 : 2048) + 1e-6);
       }
-      kernels().combine(nullptr, kStride, weights, ids, 0, n, type, out.data());
+      EXPECT_TRUE(kernels().combine(nullptr, kStride, weights, ids, 0, n, type, out.data()));
       EXPECT_EQ(out, std::vector<uint16_t>(n, 0));
+    }
+  }
+}
+
+TEST_P(Rows, CombineSaysWhatIsNotFinite) {
+  constexpr int64_t kStride = 700;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> rows = random_floats(2 * kStride, random_);
+  const float weights[2] = {1.0f, 1.0f};
+  for (Scalar type : {Scalar::kBf16, Scalar::kFp16}) {
+    // The largest number that is rounded to a finite one, and the next float.
+    const float largest = type == Scalar::kBf16 ? 0x1.fefffep127f : 0x1.ffdffep15f;
+    const float beyond = std::nextafter(largest, kInfinity);
+    for (int64_t n : {1, 31, 256, 600}) {
+      std::vector<uint16_t> out(n);
+      const auto finite = [&](int64_t at, float value, int32_t second) {
+        std::vector<float> changed = rows;
+        changed[kStride + at] = value;
+        changed[at] = 0.0f;
+        const int32_t ids[2] = {0, second};
+        return kernels().combine(changed.data(), kStride, weights, ids, 2, n, type, out.data());
+      };
+      for (int64_t at : {int64_t{0}, n / 2, n - 1}) {
+        for (float value :
+             {std::nanf(""), -std::nanf(""), kInfinity, -kInfinity, beyond, -beyond}) {
+          EXPECT_FALSE(finite(at, value, 1)) << value << " at " << at << " of " << n;
+          EXPECT_TRUE(finite(at, value, -1)) << "skipped";
+        }
+        EXPECT_TRUE(finite(at, largest, 1) && finite(at, -largest, 1)) << at << " of " << n;
+      }
+      // What lies behind the row does not count.
+      EXPECT_TRUE(finite(n, kInfinity, 1));
     }
   }
 }

@@ -3,6 +3,8 @@
 #include <xmmintrin.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -33,6 +35,12 @@ int widest_block_log2(int64_t group) {
   int log2 = kMostActBlockLog2;
   while (log2 > kActBlockLog2 && group % (int64_t{1} << log2) != 0) --log2;
   return log2;
+}
+
+// Whether a number in 16 bits is neither NaN nor infinity.
+bool is_finite(uint16_t value, Scalar type) {
+  const int special = type == Scalar::kBf16 ? 0x7f80 : 0x7c00;
+  return (value & special) != special;
 }
 
 // Some rows of one active expert; none if rows is 0.
@@ -74,7 +82,8 @@ class Pass {
         act_row_(format_.act_row_bytes(layer.hidden)),
         inter_row_(format_.act_row_bytes(layer.intermediate)) {}
 
-  void run() {
+  // Rows of faults are counted from `first`.
+  void run(int64_t first, std::vector<Fault>* faults) {
     group_by_expert();
     ws_.acts.resize(batch_.tokens * act_row_);
     ws_.inter.resize(slots_ * inter_row_);
@@ -85,6 +94,8 @@ class Pass {
     }
     plan();
     pool_.run(*this);
+    // Not where it happens: the threads would have to share a list that is nearly always empty.
+    if (!finite_.load(std::memory_order_relaxed)) find_faults(first, faults);
   }
 
   void operator()(int worker) {
@@ -276,11 +287,45 @@ class Pass {
     const int64_t token = index / combine_blocks_;
     const int64_t column = index % combine_blocks_ * kCombineColumns;
     const int64_t slot = token * batch_.topk;
-    kernels_.combine(ws_.partial.data() + slot * layer_.hidden + column, layer_.hidden,
-                     layer_.weight_on_input ? ws_.ones.data() : batch_.weights + slot,
-                     batch_.ids + slot, static_cast<int>(batch_.topk),
-                     std::min(kCombineColumns, layer_.hidden - column), batch_.type,
-                     static_cast<uint16_t*>(batch_.y) + token * layer_.hidden + column);
+    const bool finite = kernels_.combine(
+        ws_.partial.data() + slot * layer_.hidden + column, layer_.hidden,
+        layer_.weight_on_input ? ws_.ones.data() : batch_.weights + slot, batch_.ids + slot,
+        static_cast<int>(batch_.topk), std::min(kCombineColumns, layer_.hidden - column),
+        batch_.type, static_cast<uint16_t*>(batch_.y) + token * layer_.hidden + column);
+    if (!finite) finite_.store(false, std::memory_order_relaxed);
+  }
+
+  void find_faults(int64_t first, std::vector<Fault>* faults) const {
+    const auto finite = [&](const void* row) {
+      const auto* values = static_cast<const uint16_t*>(row);
+      return std::all_of(values, values + layer_.hidden,
+                         [&](uint16_t value) { return is_finite(value, batch_.type); });
+    };
+    for (int64_t token = 0; token < batch_.tokens; ++token) {
+      if (finite(static_cast<const uint16_t*>(batch_.y) + token * layer_.hidden)) continue;
+      const void* x = static_cast<const uint16_t*>(batch_.x) + token * batch_.x_stride;
+      faults->push_back(finite(x) ? fault_of(token) : Fault{});
+      faults->back().row = first + token;
+    }
+  }
+
+  // Why the output of a token is not finite, though its input is.
+  Fault fault_of(int64_t token) const {
+    const int64_t begin = token * batch_.topk;
+    const int64_t end = begin + batch_.topk;
+    for (int64_t slot = begin; slot < end; ++slot) {
+      if (batch_.ids[slot] >= 0 && !std::isfinite(batch_.weights[slot])) {
+        return {token, FaultSource::kRouter, batch_.ids[slot]};
+      }
+    }
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const float* out = ws_.partial.data() + slot * layer_.hidden;
+      if (batch_.ids[slot] >= 0 && !std::all_of(out, out + layer_.hidden,
+                                                [](float value) { return std::isfinite(value); })) {
+        return {token, FaultSource::kExpert, batch_.ids[slot]};
+      }
+    }
+    return {token, FaultSource::kSum, -1};
   }
 
   static constexpr int64_t kCombineColumns = 1024;
@@ -303,6 +348,7 @@ class Pass {
   const int64_t inter_row_;  // bytes
   int64_t active_ = 0;
   int64_t combine_blocks_ = 0;
+  std::atomic<bool> finite_{true};  // all of y
   Rows gate_up_rows_[kMaxNodes];
   Rows down_rows_[kMaxNodes];
   Phase pack_, gate_up_, down_, combine_;
@@ -322,8 +368,8 @@ void check_ids(const LayerSpec& layer, const Batch& batch, const Id* ids) {
 
 }  // namespace
 
-void expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& kernels,
-                  ThreadPool& pool, Workspace& workspace) {
+std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& kernels,
+                                ThreadPool& pool, Workspace& workspace) {
   if (static_cast<int>(pool.plan().nodes.size()) > kMaxNodes) {
     throw std::invalid_argument("more than " + std::to_string(kMaxNodes) + " NUMA nodes");
   }
@@ -340,6 +386,7 @@ void expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& ker
                              format.act_row_bytes(layer.hidden);
   const int64_t most =
       std::max<int64_t>(kPassBytes / (slot_bytes * std::max<int64_t>(batch.topk, 1)), 1);
+  std::vector<Fault> faults;
   for (int64_t first = 0; first < batch.tokens; first += most) {
     Batch part = batch;
     part.tokens = std::min(most, batch.tokens - first);
@@ -347,8 +394,9 @@ void expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& ker
     part.ids = ids + first * batch.topk;
     part.weights = batch.weights + first * batch.topk;
     part.y = static_cast<uint16_t*>(batch.y) + first * layer.hidden;
-    Pass(layer, part, kernels, pool, workspace).run();
+    Pass(layer, part, kernels, pool, workspace).run(first, &faults);
   }
+  return faults;
 }
 
 }  // namespace lk

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "lk/layer.h"
 #include "lk/thread_pool.h"
@@ -21,9 +22,25 @@ struct Batch {
   void* y = nullptr;               // [tokens, hidden]
 };
 
-// Computes y. Throws std::invalid_argument, before anything is computed, for an id that is no
-// expert. Allocates only while the workspace grows.
-void expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& kernels,
-                  ThreadPool& pool, Workspace& workspace);
+// Where a row of y got its NaN or infinity from.
+enum class FaultSource {
+  kInput,   // x had one already
+  kRouter,  // a router's weight
+  kExpert,  // what an expert computed
+  kSum,     // none of these: the sum over the experts is too large for y's type
+};
+struct Fault {
+  int64_t row = 0;
+  FaultSource source = FaultSource::kInput;
+  int64_t expert = -1;  // of kRouter and kExpert
+
+  bool operator==(const Fault&) const = default;
+};
+
+// Computes y. Returns the rows of y, in order, that are not finite. Throws std::invalid_argument,
+// before anything is computed, for an id that is no expert. Allocates only while the workspace
+// grows.
+std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& kernels,
+                                ThreadPool& pool, Workspace& workspace);
 
 }  // namespace lk

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -162,6 +164,107 @@ TEST_P(ExpertBlockOf, MatchesTheReference) {
           << "element " << i << " of " << tokens << " tokens";
     }
   }
+}
+
+// Makes a NaN of one value of an expert, in everything that its matrix has, one at a time.
+void poison(const Kind& kind, const Extras& extras, TestMatrix& matrix, int64_t experts,
+            int64_t expert, int what) {
+  MatrixData& data = matrix.data;
+  const auto in_expert = [&](size_t size) { return expert * size / experts + size / experts / 2; };
+  const auto set = [&](std::vector<char>& bytes, auto value) {
+    std::memcpy(bytes.data() + in_expert(bytes.size() / sizeof(value)) * sizeof(value), &value,
+                sizeof(value));
+  };
+  const float nan = std::nanf("");
+  if (what == 0) {
+    if (kind.format == Format::kBf16) set(data.weights, uint16_t{0x7fc0});
+    if (kind.format == Format::kFp16) set(data.weights, uint16_t{0xfe00});
+    if (kind.format == Format::kFp8) set(data.weights, uint8_t{0xff});
+  } else if (what == 1) {
+    if (extras.scale_type == ScaleType::kBf16) set(data.scale, uint16_t{0x7fc0});
+    if (extras.scale_type == ScaleType::kFp16) set(data.scale, uint16_t{0x7e00});
+    if (extras.scale_type == ScaleType::kFloat) set(data.scale, nan);
+    if (extras.scale_type == ScaleType::kFloatBlocks) set(data.scale, nan);
+    if (extras.scale_type == ScaleType::kE8m0) set(data.scale, uint8_t{0xff});
+    if (extras.scale_type == ScaleType::kE4m3) set(data.scale, uint8_t{0x7f});
+    if (extras.row_scale) data.row_scale[in_expert(data.row_scale.size())] = nan;
+  } else {
+    if (extras.part_scale) data.part_scale[in_expert(data.part_scale.size())] = nan;
+    if (extras.bias) data.bias[in_expert(data.bias.size())] = nan;
+  }
+}
+
+TEST_P(ExpertBlockOf, NamesTheRowsThatAreNotFinite) {
+  const auto& [isa, kind] = GetParam();
+  constexpr int64_t kExperts = 4;
+  constexpr int64_t kPoisoned = 2;
+  Random random(17);
+  ThreadPool pool(parse_topology(kSmallPool), {});
+  Workspace workspace;
+  int poisons = 0;
+  for (int which = 0; which < 6; ++which) {
+    TestLayer layer(kind, kExperts, 200, 150, random);
+    TestMatrix& matrix = which % 2 == 0 ? layer.w13 : layer.w2;
+    const MatrixData before = matrix.data;
+    poison(kind, which % 2 == 0 ? kind.w13 : kind.w2, matrix, kExperts, kPoisoned, which / 2);
+    if (std::memcmp(before.weights.data(), matrix.data.weights.data(), before.weights.size()) ==
+            0 &&
+        before.scale == matrix.data.scale && before.row_scale == matrix.data.row_scale &&
+        before.part_scale == matrix.data.part_scale && before.bias == matrix.data.bias) {
+      continue;  // it has no such thing
+    }
+    ++poisons;
+    order_layer(layer.spec, pool);
+    for (int64_t tokens : {1, 40}) {
+      TestBatch test(kind, layer, tokens, 2, random);
+      if (tokens == 1) test.ids = {kPoisoned, 0};
+      test.batch.ids = test.ids.data();
+      const std::vector<Fault> faults =
+          expert_block(layer.spec, test.batch, choose_kernels(isa), pool, workspace);
+      std::vector<Fault> want;
+      for (int64_t token = 0; token < tokens; ++token) {
+        if (test.ids[2 * token] == kPoisoned || test.ids[2 * token + 1] == kPoisoned) {
+          want.push_back({token, FaultSource::kExpert, kPoisoned});
+        }
+      }
+      EXPECT_TRUE(faults == want) << "poison " << which << ": " << faults.size() << " faults, not "
+                                  << want.size();
+    }
+  }
+  EXPECT_GE(poisons, 2);
+}
+
+TEST_P(ExpertBlockOf, TellsAFaultBeforeTheExpertsFromTheirOwn) {
+  const auto& [isa, kind] = GetParam();
+  Random random(19);
+  ThreadPool pool(parse_topology(kSmallPool), {});
+  Workspace workspace;
+  TestLayer layer(kind, 3, 200, 150, random);
+  order_layer(layer.spec, pool);
+  TestBatch test(kind, layer, 8, 2, random);
+  for (int32_t& id : test.ids) id = 1;
+  const bool bf16 = kind.type == Scalar::kBf16;
+  test.x[1 * 200 + 33] = bf16 ? 0x7fc0 : 0x7e00;
+  test.x[2 * 200 + 199] = bf16 ? 0xff80 : 0xfc00;
+  test.x[3 * 200] = 0x7fff;  // has no experts
+  test.ids[6] = test.ids[7] = -1;
+  test.weights[9] = std::numeric_limits<float>::infinity();
+  test.ids[10] = -1;  // its weight does not count
+  test.weights[10] = std::nanf("");
+  test.weights[13] = kind.weight_on_input ? std::nanf("") : 3e38f;  // too large for y
+  const std::vector<Fault> faults =
+      expert_block(layer.spec, test.batch, choose_kernels(isa), pool, workspace);
+  const Fault too_large =
+      kind.weight_on_input ? Fault{6, FaultSource::kRouter, 1} : Fault{6, FaultSource::kSum, -1};
+  const std::vector<Fault> want{{1, FaultSource::kInput, -1},
+                                {2, FaultSource::kInput, -1},
+                                {4, FaultSource::kRouter, 1},
+                                too_large};
+  for (const Fault& fault : faults) {
+    EXPECT_TRUE(std::find(want.begin(), want.end(), fault) != want.end())
+        << "row " << fault.row << ", source " << static_cast<int>(fault.source);
+  }
+  EXPECT_EQ(faults.size(), want.size());
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ExpertBlockOf,
@@ -330,6 +433,14 @@ TEST_F(ExpertBlock, SeveralPasses) {
     run(layer, few);
   }
   EXPECT_EQ(test.y, want);
+
+  // In the last pass, rows still count from the first token of all.
+  constexpr int64_t kRow = kTokens - 2;
+  test.x[kRow * kHidden + 5] = 0x7fc0;
+  test.ids[kRow * kTopk] = 1;
+  const std::vector<Fault> faults =
+      expert_block(layer.spec, test.batch, choose_kernels(""), pool_, workspace_);
+  EXPECT_TRUE(faults == std::vector<Fault>({{kRow, FaultSource::kInput, -1}}));
 }
 
 }  // namespace

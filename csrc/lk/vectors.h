@@ -38,7 +38,17 @@ inline void finish(const Sums& sums, int64_t n, bool stream, float* out) {
   }
 }
 
-inline void combine(const float* rows, int64_t stride, const float* weights, const int32_t* ids,
+// Whether no value is NaN or infinity. As integers, the magnitudes of both are above all numbers'.
+inline bool all_finite(const uint16_t* values, int64_t n, Scalar type) {
+  int16_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto magnitude = static_cast<int16_t>(values[i] & 0x7fff);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < (type == Scalar::kBf16 ? 0x7f80 : 0x7c00);
+}
+
+inline bool combine(const float* rows, int64_t stride, const float* weights, const int32_t* ids,
                     int topk, int64_t n, Scalar type, void* out) {
   auto* y = static_cast<uint16_t*>(out);
   constexpr int64_t kBlock = 256;
@@ -56,6 +66,9 @@ inline void combine(const float* rows, int64_t stride, const float* weights, con
       for (int64_t i = 0; i < size; ++i) y[begin + i] = float_to_fp16(total[i]);
     }
   }
+  // Of what has been rounded: a sum may become infinite only then. In a pass of its own, 32 at a
+  // time: the rows above took many times as long.
+  return all_finite(y, n, type);
 }
 
 }  // namespace lk::LK_ISA

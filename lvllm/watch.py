@@ -1,0 +1,150 @@
+"""The watch over the experts' output: which requests of a step met NaN or infinity, and where.
+
+The engine notes the first faulty layer of each row of a batch in a log (`engine.watch`). Ranks of
+one host share the memory of their logs: a fault of one reaches the others only as numbers, and the
+rank that answers must know before it does.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lvllm import engine
+
+# The engine's FaultSource, in its order.
+INPUT, ROUTER, EXPERT, SUM = range(4)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a message says of a layer."""
+
+    name: str
+    dtype: str
+    experts: tuple[int, ...] | None
+    """The model's number of each expert that the rank holds; None: it holds all."""
+
+    def describe(self, source: int, expert: int) -> str:
+        number = expert if self.experts is None or expert < 0 else self.experts[expert]
+        what = {
+            INPUT: "NaN or infinity came in with the input: the fault lies before the experts",
+            ROUTER: f"the router's weight for expert {number} is NaN or infinite",
+            EXPERT: f"expert {number} makes NaN or infinity of finite numbers",
+            SUM: f"the sum of the experts is too large for {self.dtype}",
+        }[source]
+        return f"{self.name}: {what}"
+
+
+def layers_of(model: torch.nn.Module, dtype: torch.dtype) -> dict[int, Layer]:
+    """The layers of a loaded model that run on the engine, by their handles."""
+    found = {}
+    for module in model.modules():
+        layer: Any = module
+        if isinstance(getattr(layer, "engine", None), engine.ExpertLayer):
+            experts = None
+            if layer.expert_map is not None:
+                held = (layer.expert_map >= 0).nonzero().flatten()
+                experts = tuple(held[layer.expert_map[held].argsort()].tolist())
+            name = str(dtype).removeprefix("torch.")
+            found[int(layer.engine.handle)] = Layer(layer.layer_name, name, experts)
+    return found
+
+
+class Watch:
+    """One rank's log, and a view of all ranks'.
+
+    Args:
+        layers: those of each rank.
+        rank: this one.
+        logs: int64 [ranks, steps, rows + 2, 3], zero; `steps` is how many steps may be under way at
+            a time, and one: a rank clears its log of a step while others still read the last one's.
+    """
+
+    def __init__(self, layers: Sequence[dict[int, Layer]], rank: int, logs: torch.Tensor) -> None:
+        self._layers, self._logs, self._step = layers, logs, 0
+        # Made once: they would be most of what a step costs.
+        self._mine = list(logs[rank])
+        self._counts = list(logs.numpy()[:, :, 0, 0].T)  # of all ranks, for each step
+        self._rank = rank
+
+    def start(self) -> None:
+        """Before a step: what the engine computes from now on is watched."""
+        self._step = (self._step + 1) % self._logs.shape[1]
+        if self._counts[self._step][self._rank]:
+            self._mine[self._step].zero_()
+        engine.watch(self._mine[self._step])
+
+    def stop(self) -> bool:
+        """After a step: whether a rank noted anything. What is computed from now on (drafts, which
+        the model then checks) is not watched.
+        """
+        engine.watch(None)
+        return bool(self._counts[self._step].any())
+
+    def faults(self, spans: Iterable[tuple[str, int]]) -> dict[str, str]:
+        """What happened to each request in this step, in one line; only those that were hit.
+
+        `spans` are the requests and how many rows each has, in the order of the batch. Rows after
+        the last one's are padding.
+        """
+        logs = self._logs[:, self._step]
+        hit = {}
+        first = 0
+        for request, rows in spans:
+            entries = logs[:, 1 + first : 1 + first + rows]
+            if entries[..., 0].any():
+                hit[request] = self._first(entries)
+            first += rows
+        return hit
+
+    def any_fault(self) -> str:
+        """Some fault of this step."""
+        return self._first(self._logs[:, self._step, 1:])
+
+    def _first(self, entries: torch.Tensor) -> str:
+        """The fault to name: one that arose in a layer rather than one that came into it, for a
+        rank that has no part in the former sees the latter.
+        """
+        found = entries[..., 0].nonzero().tolist()
+        faults = [(rank, *entries[rank, row].tolist()) for rank, row in found]
+        rank, handle, source, expert = min(faults, key=lambda f: (f[2] == INPUT, f[1]))
+        layer = self._layers[rank].get(handle)
+        return layer.describe(source, expert) if layer else f"layer {handle} of rank {rank}"
+
+
+def shared_zeros(shape: Sequence[int], path: str) -> torch.Tensor:
+    """An int64 tensor in a file's memory, the same in every process that opens it."""
+    size = torch.Size(shape).numel()
+    return torch.from_file(path, shared=True, size=size, dtype=torch.int64).view(tuple(shape))
+
+
+def open_watch(layers: dict[int, Layer], rows: int, steps: int, group: Any = None) -> Watch:
+    """The watch of a rank: alone, or with all ranks of a `group` of vLLM's on one host, which call
+    it together.
+
+    `rows` is the largest batch, `steps` as many as may be under way at a time.
+    """
+    ranks = 1 if group is None else group.world_size
+    shape = (ranks, steps + 1, rows + 2, 3)
+    if ranks == 1:
+        return Watch([layers], 0, torch.zeros(shape, dtype=torch.int64))
+    everyone: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(everyone, layers, group=group.cpu_group)
+    path = None
+    if group.rank_in_group == 0:
+        # Memory that comes when written: nearly all of it never is.
+        file, path = tempfile.mkstemp(prefix="lvllm-watch-", dir="/dev/shm")
+        os.truncate(file, torch.Size(shape).numel() * torch.int64.itemsize)
+        os.close(file)
+    path = group.broadcast_object(path, src=0)
+    try:
+        logs = shared_zeros(shape, path)
+        torch.distributed.barrier(group=group.cpu_group)
+    finally:
+        if group.rank_in_group == 0:
+            os.unlink(path)
+    return Watch(everyone, group.rank_in_group, logs)
