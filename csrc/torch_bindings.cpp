@@ -211,7 +211,7 @@ Tensor allocate(int64_t experts, int64_t parts, int64_t rows, int64_t row_bytes)
 
 void configure(int64_t threads, const std::string& binding, bool power_saving,
                const std::vector<int64_t>& cpus, const std::string& topology,
-               const std::string& isa) {
+               const std::string& isa, bool interleave) {
   lk::EngineOptions options;
   options.pool.threads = static_cast<int>(threads);
   options.pool.binding = binding == "NUMA_NODE" ? lk::Binding::kNumaNode : lk::Binding::kCpuCore;
@@ -219,6 +219,7 @@ void configure(int64_t threads, const std::string& binding, bool power_saving,
   options.cpus.assign(cpus.begin(), cpus.end());
   options.topology = topology;
   options.isa = isa;
+  options.interleave = interleave;
   lk::configure(options);
 }
 
@@ -286,11 +287,11 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
       "Tensor? w2_global_scale, Tensor(g!)? w13_bias, Tensor(h!)? w2_bias) -> int");
   m.def("layer_destroy(int handle) -> ()");
   m.def("layer_restore(int handle) -> ()");
-  m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
   m.def("watch(Tensor(a!)? log) -> ()");
+  m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
   m.def(
-      "configure(int threads, str binding, bool power_saving, int[] cpus, str topology, str isa) "
-      "-> ()");
+      "configure(int threads, str binding, bool power_saving, int[] cpus, str topology, str isa, "
+      "bool interleave) -> ()");
   m.def("info() -> str");
   m.def("topology() -> str");
   m.def("available_bytes() -> int");
@@ -304,8 +305,8 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("layer_create", TORCH_BOX(&layer_create));
   m.impl("layer_destroy", TORCH_BOX(&layer_destroy));
   m.impl("layer_restore", TORCH_BOX(&layer_restore));
-  m.impl("allocate", TORCH_BOX(&allocate));
   m.impl("watch", TORCH_BOX(&watch));
+  m.impl("allocate", TORCH_BOX(&allocate));
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("info", TORCH_BOX(&info));
   m.impl("topology", TORCH_BOX(&topology));

@@ -20,8 +20,9 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> tor
     """A zeroed CPU tensor of shape [E, rows, ...] in the engine's memory.
 
     Pages come into being when they are written, except on a machine with several NUMA nodes: there
-    each node's share of an expert's rows is touched at once, so that it lies on that node. The
-    memory goes back to the machine when the tensor's storage dies.
+    each node's share of an expert's rows is touched at once, so that it lies on that node, unless
+    `engine.configure` has been told to interleave. The memory goes back to the machine when the
+    tensor's storage dies.
 
     Args:
         shape: E experts, rows an expert, then any further dimensions.
@@ -31,7 +32,7 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> tor
 
     Raises:
         ValueError: if the rows cannot be cut into that many parts.
-        MemoryError: with the size asked for and what is free.
+        MemoryError: with the size asked for, what is free, and the settings that need less.
     """
     if len(shape) < 2 or any(size < 1 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}, wanted [experts, rows, ...] of positive sizes")
@@ -42,7 +43,9 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> tor
     try:
         memory = engine.raw_ops.allocate(experts, parts, rows // parts, row_bytes)
     except RuntimeError as error:
-        raise MemoryError(str(error)) from None
+        raise MemoryError(
+            f"{error}; LVLLM_MOE_USE_WEIGHT=INT4 or a smaller kv-cache-memory-bytes needs less"
+        ) from None
     return memory.view(dtype).view(tuple(shape))
 
 

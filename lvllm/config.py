@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from lvllm import declared, envs, placement, threads, weights
+from lvllm import declared, envs, memory_plan, placement, threads, weights
 from lvllm.envs import SettingError, ThreadBinding, UseWeight
 
 # Where the front process leaves the resolved settings for the workers.
@@ -92,6 +92,8 @@ class HybridConfig(BaseModel):
     # Logical CPUs of each local rank, for the engine and for PyTorch.
     engine_cpus: tuple[tuple[int, ...], ...]
     omp_cpus: tuple[tuple[int, ...], ...]
+    # Whether experts lie on all NUMA nodes in turns, since those that compute them have no room.
+    numa_interleave: bool
 
     @classmethod
     def of(cls, vllm_config: Any, machine: threads.Machine) -> "HybridConfig":
@@ -121,13 +123,22 @@ class HybridConfig(BaseModel):
 
         lk_threads = count("lk_threads", min(limit, threads.default_threads(machine, ranks)))
         omp_threads = count("omp_num_threads", lk_threads)
+        engine_cpus = tuple(tuple(threads.choose(share, lk_threads)) for share in shares)
+        omp_cpus = tuple(tuple(threads.choose(share, omp_threads)) for share in shares)
         return cls(
             thread_binding=settings["lk_thread_binding"].value,
             power_saving=settings["lk_power_saving"].value,
             use_weight=settings["moe_use_weight"].value or UseWeight.KEEP,
             quantize_on="cuda" if settings["moe_quant_on_gpu"].value else "cpu",
-            engine_cpus=tuple(tuple(threads.choose(share, lk_threads)) for share in shares),
-            omp_cpus=tuple(tuple(threads.choose(share, omp_threads)) for share in shares),
+            engine_cpus=engine_cpus,
+            omp_cpus=omp_cpus,
+            numa_interleave=memory_plan.check(
+                vllm_config,
+                settings["moe_use_weight"].value,
+                settings["enable_numa_interleave"].value,
+                engine_cpus,
+                omp_cpus,
+            ),
         )
 
     @classmethod
@@ -160,6 +171,16 @@ def _check_model(vllm_config: Any) -> None:
             " LVLLM_MOE_NUMA_ENABLED=1 yet: allowed are unquantised bfloat16 and float16"
             f" checkpoints, and {', '.join(QUANTIZATIONS)}"
         )
+    if parallel.worker_cls != CPU_WORKER:
+        raise SettingError(
+            f"worker-cls={parallel.worker_cls!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1:"
+            " LvLLM has its own; leave it out"
+        )
+    if (scheduler := vllm_config.scheduler_config.scheduler_cls) is not None:
+        raise SettingError(
+            f"scheduler-cls={scheduler!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1: it would"
+            " not end requests whose experts fail; leave it out"
+        )
     if parallel.enable_eplb:
         raise SettingError(
             "enable-eplb=True is not allowed with LVLLM_MOE_NUMA_ENABLED=1: experts on the CPU"
@@ -171,16 +192,6 @@ def _is_moe(model: Any) -> bool:
     return bool(model.get_num_experts())
 
 
-    if parallel.worker_cls != CPU_WORKER:
-        raise SettingError(
-            f"worker-cls={parallel.worker_cls!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1:"
-            " LvLLM has its own; leave it out"
-        )
-    if (scheduler := vllm_config.scheduler_config.scheduler_cls) is not None:
-        raise SettingError(
-            f"scheduler-cls={scheduler!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1: it would"
-            " not end requests whose experts fail; leave it out"
-        )
 def _check_gpu_lane(settings: Mapping[str, Setting], vllm_config: Any) -> None:
     model = vllm_config.model_config
     layers = placement.moe_layers(model.hf_text_config) if _is_moe(model) else []
@@ -222,5 +233,3 @@ def _check_weights(settings: Mapping[str, Setting], vllm_config: Any) -> None:
             )
         if not torch.cuda.is_available():
             raise on_gpu.refuse("there is no GPU; allowed is 0")
-    if settings["enable_numa_interleave"].value:
-        raise settings["enable_numa_interleave"].refuse("not in this version yet; allowed is 0")

@@ -103,6 +103,7 @@ def configure(
     cpus: Sequence[int] | None = None,
     topology: str | None = None,
     isa: str | None = None,
+    interleave: bool = False,
 ) -> None:
     """Sets up the engine of this process. Without it, the first use takes the defaults.
 
@@ -117,6 +118,8 @@ def configure(
         topology: a made-up machine for tests, "2 nodes x 3 cores x 2 threads" or, uneven,
             "2 nodes x 3,1 cores x 2 threads": its threads are not pinned, memory is not placed.
         isa: one of `ISAS`; default the variable LK_ISA, else the best that the CPU runs.
+        interleave: `lvllm.bank.allocate` spreads pages over all NUMA nodes in turns, instead of
+            placing each row's on the node that computes it.
 
     Raises:
         ValueError: naming the argument, what came and what is allowed.
@@ -127,13 +130,10 @@ def configure(
     if cpus is not None and len(cpus) == 0:
         raise ValueError("cpus is empty, must name at least one CPU")
     raw_ops.configure(
-        threads or 0, binding, power_saving, list(cpus or ()), topology or "", isa or ""
+        threads or 0, binding, power_saving, list(cpus or ()), topology or "", isa or "", interleave
     )
 
 
-def info() -> EngineInfo:
-    """What the engine runs on; starts it if it does not run yet."""
-    raw = json.loads(raw_ops.info())
 def watch(log: torch.Tensor | None) -> None:
     """From now on the engine notes in `log` which rows of its output hold NaN or infinity.
 
@@ -150,6 +150,9 @@ def watch(log: torch.Tensor | None) -> None:
     raw_ops.watch(log)
 
 
+def info() -> EngineInfo:
+    """What the engine runs on; starts it if it does not run yet."""
+    raw = json.loads(raw_ops.info())
     workers = raw["workers"]
     return EngineInfo(
         isa=raw["isa"],

@@ -176,7 +176,8 @@ VARIABLES: tuple[Variable, ...] = (
         False,
         "0",
         "0 or 1",
-        "0: each weight row lies on the node that computes it; 1: pages are spread over all nodes.",
+        "0: each weight row lies on the node that computes it. 1: where one node's memory would not"
+        " hold its rows, pages are spread over all nodes in turns.",
         parse_switch,
     ),
     Variable(

@@ -74,6 +74,7 @@ def _start(config: HybridConfig, local_rank: int) -> engine.EngineInfo:
             cpus=cpus,
             binding=config.thread_binding.value,
             power_saving=config.power_saving,
+            interleave=config.numa_interleave,
         )
         return engine.info()
     finally:

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from lvllm import config, envs
+from lvllm import config, engine, envs, memory_plan
 from lvllm.config import RESOLVED, HybridConfig
 
 vllm = pytest.importorskip("vllm")
@@ -103,7 +104,7 @@ CPUS = len(os.sched_getaffinity(0))
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "257", "allowed is 0 to 256"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "256", "allowed is 0 or empty"),
         ("LK_POWER_SAVING", "yes", "0 or 1"),
-        ("LVLLM_ENABLE_NUMA_INTERLEAVE", "1", "allowed is 0"),
+        ("LVLLM_ENABLE_NUMA_INTERLEAVE", "2", "0 or 1"),
         (
             "LVLLM_MOE_QUANT_ON_GPU",
             "1",
@@ -153,9 +154,9 @@ def test_the_same_refusals_for_yaml(configure: Any) -> None:
     [
         ({"dtype": "float32"}, "dtype='float32' is not allowed"),
         ({"quantization": "experts_int8"}, "quantization='experts_int8' of .* is not supported"),
-    ],
         ({"worker_cls": "some.Worker"}, "worker-cls='some.Worker' is not allowed"),
         ({"scheduler_cls": "some.Scheduler"}, "scheduler-cls='some.Scheduler' is not allowed"),
+    ],
 )
 def test_models_that_lk_cannot_run(configure: Any, arguments: Any, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
@@ -170,6 +171,34 @@ def test_workers_get_final_values(configure: Any) -> None:
     assert [len(cpus) for cpus in resolved.engine_cpus] == [1]
     assert resolved.omp_cpus == resolved.engine_cpus
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == str(resolved.omp_cpus[0][0])
+    assert built.parallel_config.worker_cls == "lvllm.worker.HybridCPUWorker"
+    assert not resolved.numa_interleave
+
+
+def test_weights_that_leave_no_kv_cache(configure: Any) -> None:
+    with pytest.raises(SystemExit, match=r"weights take 0\.00 GiB: kv-cache-memory-bytes sets"):
+        configure(gpu_memory_utilization=1e-6)
+    configure(gpu_memory_utilization=1e-6, kv_cache_memory_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(("free", "interleaved"), [(1 << 30, False), (1 << 10, True)])
+def test_pages_are_interleaved_where_a_node_is_too_small(
+    configure: Any, monkeypatch: pytest.MonkeyPatch, free: int, interleaved: bool
+) -> None:
+    """The workers' node has `free` bytes for experts, another node has plenty."""
+    home = engine.topology().nodes[0].id
+    nodes = {home: free, home + 1: 1 << 40}
+    monkeypatch.setattr(memory_plan, "free_on_nodes", lambda: nodes)
+    plain = memory_plan._need_of
+    monkeypatch.setattr(
+        memory_plan, "_need_of", lambda *given: replace(cast(Any, plain(*given)), others=0)
+    )
+    built = configure({"LVLLM_ENABLE_NUMA_INTERLEAVE": "1"})
+    resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    assert resolved.numa_interleave == interleaved
+    if interleaved:
+        with pytest.raises(SystemExit, match="LVLLM_ENABLE_NUMA_INTERLEAVE=1 makes it fit"):
+            configure({"LVLLM_ENABLE_NUMA_INTERLEAVE": "0"})
 
 
 @pytest.mark.skipif(CPUS < 2, reason="needs two CPUs")

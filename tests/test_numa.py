@@ -18,6 +18,19 @@ def defaults() -> Iterator[None]:
     engine.configure()
 
 
+def test_interleaved_pages_lie_on_all_nodes() -> None:
+    """Read back, and as many on each node; on one node they come when written, as ever."""
+    engine.configure(interleave=True)
+    huge = 2 << 20
+    tensor = bank.allocate((16, 2, huge), torch.uint8, parts=2)
+    assert set(bank.page_nodes(tensor)) == {-1}
+    where = bank.page_nodes(tensor.fill_(1), step=huge)
+    nodes = {node.id for node in engine.topology().nodes if node.memory_bytes}
+    assert nodes <= set(where)
+    counts = [where.count(node) for node in set(where)]
+    assert max(counts) - min(counts) <= 1
+
+
 def owners(rows: int, workers: list[int]) -> list[int]:
     """The node that computes each row of one part: whole tiles, in proportion to the workers."""
     tiles = -(-rows // TILE_ROWS)

@@ -151,7 +151,13 @@ void* allocate_bank(const RowLayout& layout) {
   ThreadPool& pool = ready(e);
   const PoolPlan& plan = pool.plan();
   // On one node pages come as the loader writes them: what is resident is what has been loaded.
-  if (plan.nodes.size() == 1 || !e.options.topology.empty()) return allocate(layout.bytes());
+  const bool placed = e.options.topology.empty() && memory_nodes().size() > 1;
+  if (placed && e.options.interleave) {
+    void* memory = allocate(layout.bytes());
+    interleave(memory, layout.bytes(), memory_nodes());
+    return memory;
+  }
+  if (!placed || plan.nodes.size() == 1) return allocate(layout.bytes());
   const int64_t page = placement_page(layout, plan.node_workers);
   void* memory = allocate(layout.bytes(), page);
   const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, page);

@@ -12,9 +12,10 @@ namespace lk {
 
 struct EngineOptions {
   PoolOptions pool;
-  std::vector<int> cpus;  // run on these only; empty: all that the process may use
-  std::string topology;   // a synthetic machine, see parse_topology; empty: the real one
-  std::string isa;        // empty: LK_ISA from the environment, else the best this CPU runs
+  std::vector<int> cpus;    // run on these only; empty: all that the process may use
+  std::string topology;     // a synthetic machine, see parse_topology; empty: the real one
+  std::string isa;          // empty: LK_ISA from the environment, else the best this CPU runs
+  bool interleave = false;  // banks lie on all nodes in turns, not on those that compute them
 };
 
 struct EngineInfo {
@@ -41,7 +42,6 @@ void destroy_layer(int64_t handle);
 // Destroys the layer and puts its weights back into row-major order.
 void restore_layer(int64_t handle);
 
-// y of the batch; hidden is the x row length that the caller has, checked against the layer's.
 // Where run_layer notes rows of y that are not finite, until it is called again; null: nowhere.
 // The log is zero where nothing happened, is kept alive by the caller, and may lie in memory that
 // several processes share.
@@ -54,6 +54,7 @@ struct LoggedFault {
 // first fault of a row is kept: those of later layers are its consequences.
 void watch(LoggedFault* log, int64_t rows);
 
+// y of the batch; hidden is the x row length that the caller has, checked against the layer's.
 void run_layer(int64_t handle, const Batch& batch, int64_t hidden);
 
 // Memory for a bank of experts, its rows on the nodes that compute them. Free it with release().

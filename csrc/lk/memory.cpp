@@ -5,6 +5,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <iomanip>
 #include <limits>
@@ -19,6 +22,18 @@ namespace {
 
 // From <linux/mempolicy.h>; libnuma would be one more package to ask the user for.
 constexpr int kPreferred = 1;
+constexpr int kInterleave = 3;
+constexpr int kMemsAllowed = 1 << 2;
+
+constexpr int kMaxNodes = 1024;
+constexpr int kMaskBits = 8 * sizeof(unsigned long);
+using NodeMask = std::array<unsigned long, kMaxNodes / kMaskBits>;
+
+NodeMask mask_of(const std::vector<int>& nodes) {
+  NodeMask mask{};
+  for (int node : nodes) mask[node / kMaskBits] |= 1UL << (node % kMaskBits);
+  return mask;
+}
 
 struct Registry {
   std::mutex mutex;
@@ -226,21 +241,40 @@ void release(void* memory) {
 }
 
 void touch_on_node(void* memory, const Extent& extent, int node) {
-  constexpr int kMaxNodes = 1024;
-  constexpr int kBits = 8 * sizeof(unsigned long);
-  unsigned long before[kMaxNodes / kBits] = {};
+  NodeMask before{};
   int policy = 0;
   // The policy of the thread, not mbind: an mbind for each expert's share would split the mapping
   // into more areas than the kernel allows a process (vm.max_map_count, 65530).
-  const bool saved = syscall(SYS_get_mempolicy, &policy, before, kMaxNodes, nullptr, 0) == 0;
-  unsigned long mask[kMaxNodes / kBits] = {};
-  mask[node / kBits] = 1UL << (node % kBits);
-  syscall(SYS_set_mempolicy, kPreferred, mask, kMaxNodes);
+  const bool saved = syscall(SYS_get_mempolicy, &policy, before.data(), kMaxNodes, nullptr, 0) == 0;
+  const NodeMask mask = mask_of({node});
+  syscall(SYS_set_mempolicy, kPreferred, mask.data(), kMaxNodes);
   const int64_t page = sysconf(_SC_PAGESIZE);
   for (int64_t at = extent.begin; at < extent.end; at += page) {
     static_cast<volatile char*>(memory)[at] = 0;
   }
-  if (saved) syscall(SYS_set_mempolicy, policy, before, kMaxNodes);
+  if (saved) syscall(SYS_set_mempolicy, policy, before.data(), kMaxNodes);
+}
+
+void interleave(void* memory, int64_t bytes, const std::vector<int>& nodes) {
+  // One mapping and one policy for the whole bank, so that the limit above is far.
+  const NodeMask mask = mask_of(nodes);
+  if (syscall(SYS_mbind, memory, bytes, kInterleave, mask.data(), kMaxNodes, 0) != 0) {
+    throw std::runtime_error("cannot interleave " + gib(bytes) + " over " +
+                             std::to_string(nodes.size()) +
+                             " NUMA nodes: mbind: " + std::strerror(errno));
+  }
+}
+
+std::vector<int> memory_nodes() {
+  NodeMask mask{};
+  if (syscall(SYS_get_mempolicy, nullptr, mask.data(), kMaxNodes, nullptr, kMemsAllowed) != 0) {
+    return {0};  // a kernel without NUMA
+  }
+  std::vector<int> nodes;
+  for (int node = 0; node < kMaxNodes; ++node) {
+    if (mask[node / kMaskBits] >> (node % kMaskBits) & 1) nodes.push_back(node);
+  }
+  return nodes;
 }
 
 std::vector<int> page_nodes(const std::vector<const void*>& addresses) {

@@ -60,6 +60,13 @@ void release(void* memory);
 // number), or, if that is full, near it.
 void touch_on_node(void* memory, const Extent& extent, int node);
 
+// Makes pages that do not exist yet come to lie on the nodes in turns, whoever writes them first.
+// Throws std::runtime_error if the kernel refuses.
+void interleave(void* memory, int64_t bytes, const std::vector<int>& nodes);
+
+// The kernel's numbers of the nodes whose memory this process may use, with CPUs or without.
+std::vector<int> memory_nodes();
+
 // The kernel's node number of the page at each address, -1 for one not touched yet.
 std::vector<int> page_nodes(const std::vector<const void*>& addresses);
 

@@ -1,8 +1,11 @@
 #include "lk/memory.h"
 
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstring>
+#include <map>
 #include <utility>
 
 #include "lk/rows.h"
@@ -171,6 +174,49 @@ TEST(Allocate, EveryPageLiesWhereThePlanSays) {
     EXPECT_EQ(page_nodes(pages), wanted);
     release(memory);
   }
+}
+
+// The policy that the kernel has for an address: its number and its nodes.
+std::pair<int, std::vector<int>> policy_of(void* address) {
+  constexpr int kMaxNodes = 1024;
+  constexpr int kOfAddress = 2;
+  std::vector<unsigned char> mask(kMaxNodes / 8);
+  int policy = -1;
+  syscall(SYS_get_mempolicy, &policy, mask.data(), kMaxNodes, address, kOfAddress);
+  std::vector<int> nodes;
+  for (int node = 0; node < kMaxNodes; ++node) {
+    if (mask[node / 8] >> (node % 8) & 1) nodes.push_back(node);
+  }
+  return {policy, nodes};
+}
+
+// On all nodes in turns, whoever writes the pages. On one node: all of them on it.
+TEST(Allocate, InterleavesOverAllNodes) {
+  const std::vector<int> nodes = memory_nodes();
+  ASSERT_FALSE(nodes.empty());
+  const auto pages = static_cast<int64_t>(4 * nodes.size());
+  auto* memory = static_cast<char*>(allocate(pages * kHugePage));
+  auto* other = static_cast<char*>(allocate(kHugePage));
+  interleave(memory, pages * kHugePage, nodes);
+  constexpr int kInterleave = 3;
+  EXPECT_EQ(policy_of(memory), std::pair(kInterleave, nodes));
+  EXPECT_EQ(policy_of(memory + pages * kHugePage - 1), std::pair(kInterleave, nodes));
+  EXPECT_NE(policy_of(other).first, kInterleave);
+  EXPECT_EQ(page_nodes({memory}), std::vector<int>{-1});  // still none
+  std::map<int, int64_t> count;
+  for (int64_t page = 0; page < pages; ++page) {
+    memory[page * kHugePage] = 1;
+    ++count[page_nodes({memory + page * kHugePage})[0]];
+  }
+  for (int node : nodes) EXPECT_EQ(count[node], 4) << "node " << node;
+  release(memory);
+  release(other);
+}
+
+TEST(Allocate, InterleavingOverNoNodeIsAnError) {
+  auto* memory = static_cast<char*>(allocate(kHugePage));
+  EXPECT_THROW(interleave(memory, kHugePage, {}), std::runtime_error);
+  release(memory);
 }
 
 TEST(Allocate, RefusesWhatTheMachineCannotHold) {
