@@ -57,6 +57,7 @@ lk::Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "swigluoai") return Activation::kSwigluOai;
+  if (name == "swiglustep") return Activation::kSwigluStep;
   if (name != "relu2") fail("activation is \"" + name + "\"");
   return Activation::kRelu2;
 }
@@ -114,16 +115,18 @@ lk::Matrix matrix_of(const std::string& format, int64_t group_size, const Tensor
 // it keeps alive.
 int64_t layer_create(const std::string& format, const std::string& activation,
                      int64_t activation_bits, int64_t group_size, bool interleaved,
-                     double swiglu_alpha, double swiglu_limit, bool weight_on_input,
-                     const Tensor& w13, const Tensor& w2, const OptionalTensor& w13_scale,
-                     const OptionalTensor& w2_scale, const OptionalTensor& w13_zero,
-                     const OptionalTensor& w2_zero, const OptionalTensor& w13_global_scale,
-                     const OptionalTensor& w2_global_scale, const OptionalTensor& w13_bias,
-                     const OptionalTensor& w2_bias) {
+                     double swiglu_alpha, double swiglu_beta, double swiglu_limit,
+                     bool weight_on_input, const Tensor& w13, const Tensor& w2,
+                     const OptionalTensor& w13_scale, const OptionalTensor& w2_scale,
+                     const OptionalTensor& w13_zero, const OptionalTensor& w2_zero,
+                     const OptionalTensor& w13_global_scale, const OptionalTensor& w2_global_scale,
+                     const OptionalTensor& w13_bias, const OptionalTensor& w2_bias) {
   lk::LayerSpec layer;
   layer.format = format_of(format, w13_zero.has_value(), activation_bits == 8);
-  layer.activation = {activation_of(activation), static_cast<float>(swiglu_alpha),
-                      static_cast<float>(swiglu_limit)};
+  layer.activation = {.kind = activation_of(activation),
+                      .alpha = static_cast<float>(swiglu_alpha),
+                      .limit = static_cast<float>(swiglu_limit),
+                      .beta = static_cast<float>(swiglu_beta)};
   layer.weight_on_input = weight_on_input;
   const int64_t parts = lk::has_gate(layer.activation.kind) ? 2 : 1;
   layer.experts = w13.size(0);
@@ -281,8 +284,9 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("expert_block(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor layer) -> Tensor");
   m.def(
       "layer_create(str format, str activation, int activation_bits, int group_size, "
-      "bool interleaved, float swiglu_alpha, float swiglu_limit, bool weight_on_input, "
-      "Tensor(a!) w13, Tensor(b!) w2, Tensor(c!)? w13_scale, Tensor(d!)? w2_scale, "
+      "bool interleaved, float swiglu_alpha, float swiglu_beta, float swiglu_limit, "
+      "bool weight_on_input, Tensor(a!) w13, Tensor(b!) w2, Tensor(c!)? w13_scale, Tensor(d!)? "
+      "w2_scale, "
       "Tensor(e!)? w13_zero, Tensor(f!)? w2_zero, Tensor? w13_global_scale, "
       "Tensor? w2_global_scale, Tensor(g!)? w13_bias, Tensor(h!)? w2_bias) -> int");
   m.def("layer_destroy(int handle) -> ()");

@@ -17,7 +17,7 @@ from lvllm.ops import raw_ops
 
 __all__ = ["Activation", "ExpertLayer"]
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "relu2"]
 UNGATED = ("relu2",)
 """Activations of one projection; all others multiply a gate with an up projection."""
 
@@ -42,9 +42,12 @@ class ExpertLayer:
         w13_bias, w2_bias: bfloat16, float16 or float32, [E, 2I] and [E, H]; optional.
         group_size: of int4: 32, 64 or 128; None or -1: one scale a row.
         activation: "silu", "gelu" (exact), "gelu_tanh": f(gate) * up.
-            "swigluoai": (up + 1) * gate * sigmoid(alpha * gate), after gate was limited to at most
-            `swiglu_limit` and up to plus or minus that. "relu2": relu(up)^2, without a gate.
-        swiglu_alpha, swiglu_limit: of swigluoai.
+            "swigluoai": (up + beta) * gate * sigmoid(alpha * gate), after gate was limited to at
+            most `swiglu_limit` and up to plus or minus that (gpt-oss; DeepSeek-V4 has alpha 1 and
+            beta 0). "swiglustep": silu(gate), then limited to at most `swiglu_limit`, times up
+            limited to plus or minus that (Step-3.5). "relu2": relu(up)^2, without a gate.
+        swiglu_alpha, swiglu_beta: of swigluoai.
+        swiglu_limit: of swigluoai and swiglustep.
         interleaved: the rows of w13, its scales, zero points and bias are gate 0, up 0, gate 1, ...
         activation_bits: 16 or 8. 8 rounds activations to 8 bits, in blocks along K with a float32
             scale each (of x the largest of 32, 64, 128 and 256 that divides g, and 256 without
@@ -83,6 +86,7 @@ class ExpertLayer:
         group_size: int | None = None,
         activation: str = "silu",
         swiglu_alpha: float = 1.702,
+        swiglu_beta: float = 1.0,
         swiglu_limit: float = 7.0,
         interleaved: bool = False,
         activation_bits: int | None = None,
@@ -96,8 +100,9 @@ class ExpertLayer:
             raise ValueError(f"interleaved is True, but activation {activation} has no gate")
         if not swiglu_limit > 0:
             raise ValueError(f"swiglu_limit is {swiglu_limit}, must be greater than 0")
-        if not math.isfinite(swiglu_alpha):
-            raise ValueError(f"swiglu_alpha is {swiglu_alpha}, must be finite")
+        for name, factor in (("swiglu_alpha", swiglu_alpha), ("swiglu_beta", swiglu_beta)):
+            if not math.isfinite(factor):
+                raise ValueError(f"{name} is {factor}, must be finite")
         bits = weights.activation_bits(format, activation_bits)
 
         weights.check_weights("w13", w13, stored.weight)
@@ -161,6 +166,7 @@ class ExpertLayer:
             group,
             interleaved,
             swiglu_alpha,
+            swiglu_beta,
             swiglu_limit,
             apply_router_weight_on_input,
             *self._tensors,

@@ -21,7 +21,7 @@ GATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-ACTIVATIONS = (*GATED, "swigluoai", "relu2")
+ACTIVATIONS = (*GATED, "swigluoai", "swiglustep", "relu2")
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """Value of each of the 16 codes of e2m1."""
@@ -136,11 +136,15 @@ class Layer:
             return h.relu().square()
         interleaved = self.arguments.get("interleaved", False)
         gate, up = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=-1)
-        if name != "swigluoai":
+        if name in GATED:
             return GATED[name](gate) * up
         limit = self.arguments.get("swiglu_limit", 7.0)
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return (up + 1) * gate * torch.sigmoid(self.arguments.get("swiglu_alpha", 1.702) * gate)
+        up = up.clamp(-limit, limit)
+        if name == "swiglustep":
+            return F.silu(gate).clamp(max=limit) * up
+        gate = gate.clamp(max=limit)
+        alpha = self.arguments.get("swiglu_alpha", 1.702)
+        return (up + self.arguments.get("swiglu_beta", 1.0)) * gate * torch.sigmoid(alpha * gate)
 
 
 @dataclass

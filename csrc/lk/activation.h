@@ -57,10 +57,16 @@ F32x16 activate(const ActivationSpec& spec, F32x16 gate, F32x16 up) {
   if constexpr (kKind == Activation::kGelu) return gelu(gate) * up;
   if constexpr (kKind == Activation::kGeluTanh) return gelu_tanh(gate) * up;
   if constexpr (kKind == Activation::kSwigluOai) {
-    // OpenAI's gpt-oss: both clamped, sigmoid(alpha * gate) for sigmoid(gate), and up + 1.
+    // OpenAI's gpt-oss: both limited, sigmoid(alpha * gate) for sigmoid(gate), and up + 1.
+    // DeepSeek-V4 has alpha 1 and up + 0.
     gate = min(gate, spec.limit);
     up = max(min(up, spec.limit), -spec.limit);
-    return (up + 1.0f) * gate / (exp_fast(gate * -spec.alpha) + 1.0f);
+    return (up + spec.beta) * gate / (exp_fast(gate * -spec.alpha) + 1.0f);
+  }
+  if constexpr (kKind == Activation::kSwigluStep) {
+    // Step-3.5: the activated gate is limited.
+    up = max(min(up, spec.limit), -spec.limit);
+    return min(silu(gate), spec.limit) * up;
   }
   if constexpr (kKind == Activation::kRelu2) {
     up = max(up, 0.0f);
@@ -90,6 +96,8 @@ inline void activate(const ActivationSpec& spec, const Sums& gate, const Sums& u
       return activate_rows<Activation::kGeluTanh>(spec, gate, up, n, out);
     case Activation::kSwigluOai:
       return activate_rows<Activation::kSwigluOai>(spec, gate, up, n, out);
+    case Activation::kSwigluStep:
+      return activate_rows<Activation::kSwigluStep>(spec, gate, up, n, out);
     case Activation::kRelu2:
       return activate_rows<Activation::kRelu2>(spec, gate, up, n, out);
   }

@@ -31,11 +31,12 @@ constexpr int unit_weights(Format format) {
 
 enum class ScaleType { kNone, kBf16, kFp16, kFloat, kE8m0, kE4m3, kFloatBlocks };
 
-enum class Activation { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2 };
+enum class Activation { kSilu, kGelu, kGeluTanh, kSwigluOai, kSwigluStep, kRelu2 };
 struct ActivationSpec {
   Activation kind = Activation::kSilu;
   float alpha = 1.702f;  // of kSwigluOai
-  float limit = 7.0f;    // of kSwigluOai
+  float limit = 7.0f;    // of kSwigluOai and kSwigluStep
+  float beta = 1.0f;     // of kSwigluOai
 };
 constexpr bool has_gate(Activation activation) { return activation != Activation::kRelu2; }
 

@@ -507,7 +507,8 @@ TEST_P(Rows, Activate) {
   for (const ActivationSpec& spec :
        {ActivationSpec{Activation::kSilu}, ActivationSpec{Activation::kGelu},
         ActivationSpec{Activation::kGeluTanh}, ActivationSpec{Activation::kSwigluOai},
-        ActivationSpec{Activation::kSwigluOai, 1.0f, 3.5f}, ActivationSpec{Activation::kRelu2}}) {
+        ActivationSpec{Activation::kSwigluOai, 1.0f, 3.5f, 0.0f},
+        ActivationSpec{Activation::kSwigluStep, 1.0f, 3.5f}, ActivationSpec{Activation::kRelu2}}) {
     std::vector<float> out(n, NAN);
     const bool gated = has_gate(spec.kind);
     kernels().activate(spec, {gated ? gate.data() : nullptr, {}}, {up.data(), {}}, n, out.data());

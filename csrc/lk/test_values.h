@@ -184,7 +184,11 @@ inline double activated(const ActivationSpec& spec, double gate, double up) {
       const double limit = spec.limit;
       gate = std::min(gate, limit);
       up = std::clamp(up, -limit, limit);
-      return (up + 1) * gate / (1 + std::exp(-double{spec.alpha} * gate));
+      return (up + spec.beta) * gate / (1 + std::exp(-double{spec.alpha} * gate));
+    }
+    case Activation::kSwigluStep: {
+      const double limit = spec.limit;
+      return std::min(gate / (1 + std::exp(-gate)), limit) * std::clamp(up, -limit, limit);
     }
     case Activation::kRelu2:
       return up > 0 ? up * up : 0;
