@@ -10,30 +10,28 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from lvllm import placement, startup
+from lvllm import activations, placement, startup
 from lvllm.arrivals import Arrivals
 from lvllm.config import HybridConfig
 from lvllm.formats import ExpertFormat
-from lvllm.formats.base import Shape
+from lvllm.formats.base import Shape, add_biases
 from lvllm.formats.converted import Conversion, choose
 
 # vLLM shows the loggers below its own name only.
 logger = init_logger("vllm.plugins.lvllm")
-
-# vLLM's names that mean the same in the engine. Its swigluoai interleaves gate and up, its relu2
-# has a gate: those need weights of their own and come with the checkpoints that have them.
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 class HybridMoEMethod(FusedMoEMethodBase):
     """Creates a layer's weights in engine memory and applies them with lk.
 
     `weight_format` is how the checkpoint stores them. Raises ValueError for a layer that lk cannot
-    compute: an unknown activation, biases, a clamp limit, LoRA on experts.
+    compute: an unknown activation, LoRA on experts.
     """
 
     # vLLM would move the weights to the GPU and back around process_weights_after_loading.
     requires_device_loading = False
+
+    arrivals: Arrivals | None = None
 
     def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
         super().__init__(moe)
@@ -55,20 +53,12 @@ class HybridMoEMethod(FusedMoEMethodBase):
 
     @staticmethod
     def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:
-        activation = moe.activation.value
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{prefix}: activation {activation!r} is not supported; supported are"
-                f" {', '.join(ACTIVATIONS)}"
-            )
-        unsupported = {
-            "biases on experts": moe.has_bias,
-            f"swiglu_limit {moe.swiglu_limit}": moe.swiglu_limit is not None,
-            "LoRA on experts": moe.is_lora_enabled,
-        }
-        for feature, present in unsupported.items():
-            if present:
-                raise ValueError(f"{prefix}: {feature} are not supported by LvLLM yet")
+        try:
+            activations.arguments(moe)
+        except ValueError as error:
+            raise ValueError(f"{prefix}: {error}") from None
+        if moe.is_lora_enabled:
+            raise ValueError(f"{prefix}: LoRA on experts is not supported by LvLLM yet")
 
     def create_weights(  # type: ignore[override]
         self,
@@ -82,19 +72,23 @@ class HybridMoEMethod(FusedMoEMethodBase):
         """Register the layer's parameters, for vLLM's loader to fill."""
         parts = 2 if self.moe.is_act_and_mul else 1
         shape = Shape(num_experts, hidden_size, intermediate_size_per_partition, parts)
-        self.arrivals = Arrivals(
-            layer,
-            extra_weight_attrs["weight_loader"],
-            complete=lambda: self.weight_format.complete(layer),
-        )
-        attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
-        self.weight_format.create_weights(layer, shape, params_dtype, attributes)
+        attributes = extra_weight_attrs
         if self.weight_format.arrives:
+            self.arrivals = Arrivals(
+                layer,
+                extra_weight_attrs["weight_loader"],
+                complete=lambda: self.weight_format.complete(layer),
+            )
+            attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
+        self.weight_format.create_weights(layer, shape, params_dtype, attributes)
+        if self.moe.has_bias:
+            add_biases(layer, shape, params_dtype, attributes)
+        if self.arrivals is not None:
             self.arrivals.expect(parts)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Hand the loaded weights to the engine. Raises ValueError if the checkpoint lacks any."""
-        if not self.dummy:
+        if self.arrivals is not None and not self.dummy:
             self.arrivals.require_all()
         layer.engine = self.weight_format.finalize(layer)
         layer.engine_handle = layer.engine.handle

@@ -24,6 +24,7 @@ def register() -> None:
     except envs.SettingError as error:
         raise SystemExit(f"lvllm: {error}") from None
     _replace_routed_experts()
+    _allow_experts_without_gate()
     _check_every_configuration()
     from lvllm import failure, faults, fp8_linear, integer_linear, quantization_configs
     from lvllm.loading import model_loader
@@ -55,6 +56,27 @@ def _refuse_subclass(layer: Any, prefix: str, quant_config: Any, moe_config: Any
         f"{prefix}: experts of the class {type(layer).__name__} are not supported with"
         " LVLLM_MOE_NUMA_ENABLED=1 yet; unset it for stock vLLM"
     )
+
+
+def _allow_experts_without_gate() -> None:
+    """vLLM refuses them on the CPU, whose kernels have none; the engine's have.
+
+    The refusal is the last thing that a configuration of experts does when it is made.
+    """
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    upstream = FusedMoEConfig.__post_init__
+    if upstream.__module__ == __name__:
+        return
+
+    def __post_init__(self: FusedMoEConfig) -> None:
+        try:
+            upstream(self)
+        except NotImplementedError:
+            if self.is_act_and_mul:
+                raise
+
+    FusedMoEConfig.__post_init__ = __post_init__  # type: ignore[method-assign]
 
 
 def _check_every_configuration() -> None:

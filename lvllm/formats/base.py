@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from lvllm import bank
+from lvllm import activations, bank
 from lvllm.engine import ExpertLayer
 
 __all__ = [
     "ExpertFormat",
     "Shape",
+    "add_biases",
     "add_parameter",
     "add_weights",
     "check_scales",
@@ -106,8 +107,15 @@ def add_weights(
         add_parameter(layer, f"{name}_{suffix}", memory.view(loaded_as or dtype), attributes)
 
 
+def add_biases(layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]) -> None:
+    """Register w13_bias [E, rows] and w2_bias [E, H], which are the same in all formats."""
+    for name, _, rows, _ in shape.matrices:
+        bias = torch.full((shape.experts, rows), torch.nan, dtype=dtype)
+        add_parameter(layer, f"{name}_bias", bias, attributes)
+
+
 def check_scales(layer: Any, suffix: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """w13_SUFFIX and w2_SUFFIX of a layer; ValueError if a scale is missing or no number."""
+    """w13_SUFFIX and w2_SUFFIX of a layer; ValueError if one is missing or no number."""
     found = []
     for name in (f"w13_{suffix}", f"w2_{suffix}"):
         data = getattr(layer, name).data
@@ -136,12 +144,17 @@ def narrow(scale: torch.Tensor) -> torch.Tensor:
 def engine_layer(
     layer: Any, format: str, w13: torch.Tensor, w2: torch.Tensor, **more: Any
 ) -> ExpertLayer:
-    """The engine's view of a layer's weights, and of what else the format has."""
+    """The engine's view of a layer's weights and biases, and of what else the format has."""
+    if layer.moe_config.has_bias:
+        w13_bias, w2_bias = check_scales(layer, "bias")
+        if layer.moe_config.tp_rank != 0:
+            w2_bias.zero_()  # the ranks' outputs are summed
+        more |= {"w13_bias": w13_bias, "w2_bias": w2_bias}
     return ExpertLayer(
         format=format,
         w13=w13,
         w2=w2,
-        activation=layer.activation.value,
+        **activations.arguments(layer.moe_config),
         apply_router_weight_on_input=layer.apply_router_weight_on_input,
         **more,
     )

@@ -1,0 +1,156 @@
+"""vLLM's own expert layer with LvLLM in it, by itself: what the models that run here do not reach.
+
+A layer is built by vLLM's factory, filled through vLLM's loader from a checkpoint's tensors, and
+called through vLLM's runner and router.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import randrange
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from lvllm import activations, engine, plugin
+from tests.experts import Layer, Random
+
+EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19
+# vLLM's arguments of a layer, and what they are to mean.
+LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "silu": ({}, {}),
+    "silu_with_limit": (
+        {"swiglu_limit": 0.7},
+        {"activation": "swigluoai", "swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": 0.7},
+    ),
+    "gelu": ({}, {"activation": "gelu"}),
+    "gelu_pytorch_tanh": ({}, {"activation": "gelu_tanh"}),
+    "swigluoai": ({}, {"activation": "swigluoai", "interleaved": True}),
+    "swigluoai_uninterleave": (
+        {"swiglu_alpha": 1.3, "swiglu_beta": 0.5, "swiglu_limit": 0.7},
+        {"activation": "swigluoai", "swiglu_alpha": 1.3, "swiglu_beta": 0.5, "swiglu_limit": 0.7},
+    ),
+    "swiglustep": (
+        {"swiglu_limit": 0.7},
+        {"activation": "swiglustep", "swiglu_limit": 0.7},
+    ),
+    "relu2_no_mul": ({"ckpt_names": ("up_proj", "down_proj", None)}, {"activation": "relu2"}),
+}
+
+
+@pytest.fixture(scope="module")
+def vllm_config(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
+    """A process of one rank with the plugin loaded, configured for a model in bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
+        # Restored afterwards: preparing a configuration sets it for the worker processes.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+        plugin.register()
+        arguments = {"model": str(qwen3_moe), "skip_tokenizer_init": True, "enforce_eager": True}
+        config = EngineArgs(**arguments, max_model_len=128).create_engine_config()
+        meeting = tmp_path_factory.mktemp("distributed") / "store"
+        with set_current_vllm_config(config):
+            init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+            initialize_model_parallel(1)
+        yield config
+        cleanup_dist_env_and_memory()
+        engine.configure()
+
+
+def tensors(random: Random, gate: str, up: str | None, bias: bool) -> dict[str, torch.Tensor]:
+    """An experts module's part of a checkpoint, under the names that it has there."""
+    stored = {}
+    for expert in range(EXPERTS):
+        for name, rows, columns in (
+            (gate, INTERMEDIATE, HIDDEN),
+            (up, INTERMEDIATE, HIDDEN),
+            ("down_proj", HIDDEN, INTERMEDIATE),
+        ):
+            if name is None:
+                continue
+            weight = 1.5 * random.normal(rows, columns) * columns**-0.5
+            stored[f"{expert}.{name}.weight"] = weight.bfloat16()
+            if bias:
+                stored[f"{expert}.{name}.bias"] = random.normal(rows).bfloat16()
+    return stored
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) -> None:
+    arguments, meaning = LAYERS[name]
+    random = Random(randrange(1 << 30))
+    gate, _, up = arguments.get("ckpt_names", ("gate_proj", "down_proj", "up_proj"))
+    stored = tensors(random, gate, up, bias)
+    with set_current_vllm_config(vllm_config):
+        runner = FusedMoEFactory(
+            num_experts=EXPERTS,
+            top_k=TOPK,
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            params_dtype=torch.bfloat16,
+            activation=name.removesuffix("_with_limit"),
+            has_bias=bias,
+            prefix=f"{request.node.name}.mlp.experts",
+            **arguments,
+        )
+        layer = runner.routed_experts
+        loaded = set(layer.load_weights(stored.items()))
+        assert loaded == set(dict(layer.named_parameters()))
+        layer.quant_method.process_weights_after_loading(layer)
+        x = random.normal(TOKENS, HIDDEN).bfloat16()
+        logits = random.normal(TOKENS, EXPERTS).bfloat16()
+        with set_forward_context(None, vllm_config):
+            out = runner(hidden_states=x, router_logits=logits)
+
+    def stacked(names: tuple[str | None, ...], suffix: str) -> torch.Tensor:
+        return torch.stack(
+            [torch.cat([stored[f"{e}.{n}.{suffix}"] for n in names if n]) for e in range(EXPERTS)]
+        )
+
+    of_layer = {
+        "format": "bf16",
+        "w13": stacked((gate, up), "weight"),
+        "w2": stacked(("down_proj",), "weight"),
+    }
+    if bias:
+        of_layer["w13_bias"] = stacked((gate, up), "bias")
+        of_layer["w2_bias"] = stacked(("down_proj",), "bias")
+    weights, ids = logits.float().softmax(-1).topk(TOPK)
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = Layer(of_layer | meaning).reference(x, ids, weights)
+    # Of the result's own rounding to bfloat16, 1.7e-3, and of what avx512_bf16 rounds before.
+    assert (out.float() - expected).norm() <= 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "message"),
+    [
+        ("situ", None, "activation 'situ' is not supported; supported are silu"),
+        ("silu_no_mul", None, "activation 'silu_no_mul' is not supported"),
+        ("relu2", None, "activation 'relu2' is not supported"),
+        ("gelu", 7.0, "activation 'gelu' with swiglu_limit 7.0 is not supported"),
+        ("swigluoai_uninterleave", None, "'swigluoai_uninterleave' is not supported"),
+    ],
+)
+def test_what_the_engine_has_not_is_refused(name: str, limit: float | None, message: str) -> None:
+    moe = SimpleNamespace(
+        activation=MoEActivation.from_str(name),
+        swiglu_alpha=None,
+        swiglu_beta=None,
+        swiglu_limit=limit,
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        activations.arguments(moe)
+    assert "\n" not in str(caught.value)
