@@ -30,6 +30,7 @@ QUANTIZATIONS = (
     "gptq",
     "auto_gptq",
     "inc",
+    "gpt_oss_mxfp4",
 )
 """vLLM's names of the checkpoints that `lvllm.formats` reads."""
 

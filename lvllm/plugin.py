@@ -42,13 +42,14 @@ def _replace_routed_experts() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from lvllm.routed_experts import HybridRoutedExperts
+    from lvllm.routed_experts import REPLACED
 
-    if RoutedExperts.__name__ not in op_registry_oot:
-        RoutedExperts.register_oot(HybridRoutedExperts)
-        # Registration goes by class name, so a model's own subclass (gpt-oss, DBRX, the
-        # Transformers backend) is not replaced. Its experts would run on vLLM's kernels, unsaid.
-        RoutedExperts._get_quant_method = _refuse_subclass
+    for upstream, ours in REPLACED.items():
+        if upstream.__name__ not in op_registry_oot:
+            upstream.register_oot(ours)
+    # Registration goes by class name, so any other subclass is not replaced. Its experts would run
+    # on vLLM's kernels, unsaid.
+    RoutedExperts._get_quant_method = _refuse_subclass
 
 
 def _refuse_subclass(layer: Any, prefix: str, quant_config: Any, moe_config: Any) -> NoReturn:

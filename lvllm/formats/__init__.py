@@ -12,6 +12,7 @@ from lvllm.formats import (
     awq,
     compressed_tensors,
     fp8,
+    gpt_oss,
     gptq,
     modelopt,
     unquantized,
@@ -21,6 +22,7 @@ from lvllm.formats.base import ExpertFormat
 __all__ = ["FORMATS", "ExpertFormat", "find"]
 
 FORMATS: tuple[ModuleType, ...] = (
+    gpt_oss,  # first: a model, in whatever format
     unquantized,
     fp8,
     compressed_tensors,

@@ -1,6 +1,7 @@
 """e2m1 experts (OCP Microscaling Formats 1.0, and NVIDIA's NVFP4), two weights a byte.
 
-Checkpoints of several makers differ in names alone; `compressed_tensors` and `modelopt` find them.
+Checkpoints of several makers differ in names alone; `compressed_tensors`, `modelopt` and
+`gpt_oss` find them.
 """
 
 from typing import Any

@@ -130,6 +130,37 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "hidden_size": 160,
+            "intermediate_size": 96,
+            "head_dim": 32,
+            "sliding_window": 16,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "num_hidden_layers": 4,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 72,
+            "moe_shared_expert_intermediate_size": 96,
+            "head_dim": 32,
+            "ssm_state_size": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "n_groups": 2,
+            "chunk_size": 32,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
 }
 
 
@@ -143,7 +174,7 @@ def make(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "embed" not in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            elif "embed" in name:
+            elif "embed" in name or name.endswith(("sinks", "router.bias")):
                 parameter.normal_()
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -1,0 +1,84 @@
+"""Experts of gpt-oss: plain ones, and OpenAI's own packing of mxfp4.
+
+vLLM's model hands over each tensor as a whole, without saying which ones it has seen.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import Module
+from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
+from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
+
+from lvllm.formats.base import ExpertFormat, Shape
+from lvllm.formats.fp4 import Mxfp4
+from lvllm.formats.unquantized import Unquantized
+
+__all__ = ["GptOssMxfp4", "GptOssPlain", "find"]
+
+
+def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
+    """Experts of gpt-oss, whose model loads its tensors in a way of its own."""
+    if not isinstance(layer, GptOssRoutedExperts):
+        return None
+    if quant_config is None:
+        return GptOssPlain()
+    if isinstance(quant_config, GptOssMxfp4Config):
+        return GptOssMxfp4()
+    raise ValueError(
+        f"{prefix}: gpt-oss quantised as {quant_config.get_name()!r} is not supported; supported"
+        " are its own mxfp4, bfloat16 and float16"
+    )
+
+
+class GptOssPlain(Unquantized):
+    """gate_up_proj [E, H, 2I] and down_proj [E, I, H], which the model transposes and copies into
+    w13_weight and w2_weight without asking a loader. Those begin as NaN, one weight an expert.
+    """
+
+    arrives = False
+    STORED: ClassVar = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
+
+    def create_weights(
+        self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        super().create_weights(layer, shape, dtype, attributes)
+        for name in self.STORED:
+            getattr(layer, name).data[:, 0, 0] = torch.nan
+
+    def tensors(self, layer: Any) -> dict[str, Any]:
+        for name, stored in self.STORED.items():
+            if getattr(layer, name).data[:, 0, 0].isnan().any():
+                raise ValueError(f"{layer.layer_name}.{stored} is not in the checkpoint, or NaN")
+        return super().tensors(layer)
+
+
+class GptOssMxfp4(Mxfp4):
+    """gate_up_proj_blocks [E, 2I, H / 32, 16] and down_proj_blocks: the bytes of the engine's
+    codes; and _scales. No byte is a sign of codes that never came, so it is noted which came.
+    """
+
+    arrives = False
+    STORED: ClassVar = {"w13_weight": "gate_up_proj_blocks", "w2_weight": "down_proj_blocks"}
+
+    def __init__(self) -> None:
+        super().__init__("weight")
+        self.came: set[str] = set()
+
+    def create_weights(
+        self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        load = attributes["weight_loader"]
+
+        def note(param: Any, loaded_weight: torch.Tensor, weight_name: str, **more: Any) -> Any:
+            self.came.add(weight_name.rpartition(".")[2])
+            return load(param, loaded_weight, weight_name=weight_name, **more)
+
+        super().create_weights(layer, shape, dtype, attributes | {"weight_loader": note})
+
+    def tensors(self, layer: Any) -> dict[str, Any]:
+        for name, stored in self.STORED.items():
+            # Of dummy weights nothing comes, not even scales.
+            if f"{name}_scale" in self.came and name not in self.came:
+                raise ValueError(f"{layer.layer_name}.{stored} is not in the checkpoint")
+        return super().tensors(layer)

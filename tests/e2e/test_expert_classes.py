@@ -1,0 +1,93 @@
+"""Experts that are not vLLM's usual ones: of gpt-oss, without a gate, of the Transformers backend.
+
+Their plain models are in the comparison of tests/e2e/test_exactness.py, too; here are their
+packings, options and parallel runs, each against transformers in float32.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.generate import ONE_PROCESS, Answers, generate
+from tests.e2e.test_exactness import Prompts, check_against_reference, prompts
+from tests.models import gpt_oss
+from tests.models.make import make
+from tests.models.quantize import SCHEMES, quantize
+
+Case = tuple[Path, Prompts, Answers]
+Model = tuple[Path, Path, dict[str, Any]]
+"""A checkpoint, its values for transformers, and arguments of `vllm.LLM`."""
+
+# A limit that the values reach: of 7 a test would not notice.
+LIMITED = {"swiglu_alpha": 1.2, "swiglu_limit": 0.9}
+LATENT = {
+    "layers_block_type": ["linear_attention", "moe", "mlp", "full_attention", "moe"],
+    "num_hidden_layers": 5,
+    "moe_latent_size": 64,
+}
+GATELESS = {"moe_intermediate_size": 128}
+
+
+def run(models: dict[str, Model], seed: int, **how: Any) -> dict[str, Case]:
+    """Every model's answers, from one process."""
+    asked = prompts(seed)
+    jobs = [
+        {"model": str(folder), "prompts": asked, "max_tokens": 12} | job
+        for folder, _, job in models.values()
+    ]
+    answers = generate(jobs, **how)
+    return {
+        name: (values, asked, answer)
+        for (name, (_, values, _)), answer in zip(models.items(), answers, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    drawn = random.randrange(1 << 30)
+    print(f"seed {drawn}")
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def whole(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    tmp = tmp_path_factory.mktemp("whole")
+    limited = make("gpt_oss", tmp / "gpt_oss", seed, **LIMITED)
+    latent = make("nemotron_h", tmp / "latent", seed, **LATENT)
+    gateless = make("nemotron_h", tmp / "gateless", seed, **GATELESS)
+    qwen = make("qwen3_moe", tmp / "qwen", seed)
+    models: dict[str, Model] = {
+        "gpt_oss_limited": (limited, limited, {}),
+        "gpt_oss_mxfp4": (*gpt_oss.pack(limited, tmp / "mxfp4"), {}),
+        "nemotron_h_latent": (latent, latent, {}),
+        "qwen3_moe_transformers_backend": (qwen, qwen, {"model_impl": "transformers"}),
+    }
+    for scheme in ("modelopt_fp8", "modelopt_nvfp4"):
+        packed = quantize(gateless, SCHEMES[scheme], tmp / scheme)
+        models[f"nemotron_h_{scheme}"] = (*packed, {})
+    return run(models, seed, environment=ONE_PROCESS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt_oss_limited",
+        "gpt_oss_mxfp4",
+        "nemotron_h_latent",
+        "nemotron_h_modelopt_fp8",
+        "nemotron_h_modelopt_nvfp4",
+        "qwen3_moe_transformers_backend",
+    ],
+)
+def test_whole(name: str, whole: dict[str, Case]) -> None:
+    check_against_reference(*whole[name])
+
+
+def test_gpt_oss_mxfp4_in_two_processes(seed: int, tmp_path: Path) -> None:
+    plain = make("gpt_oss", tmp_path / "plain", seed, intermediate_size=128)
+    models: dict[str, Model] = {
+        "shares": (*gpt_oss.pack(plain, tmp_path / "mxfp4"), {"tensor_parallel_size": 2})
+    }
+    check_against_reference(*run(models, seed)["shares"])
