@@ -90,13 +90,14 @@ def int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric 8-bit weights, -127 to 127: codes int8 [..., K], scale float32 [...] a row."""
-    codes, scale = _by_rows(weight, 127.0, torch.int8)
-    return codes, scale
+    """Symmetric 8-bit weights, -127 to 127: codes int8 [..., K], scale float32 [...], one a row,
+    which bfloat16 holds.
+    """
+    return _by_rows(weight, 127.0, torch.int8)
 
 
 def fp8_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 weights [..., K] by a float32 a row, scale [...]."""
+    """e4m3 weights [..., K] by a float32 a row, scale [...], which bfloat16 holds."""
     return _by_rows(weight, E4M3_LARGEST, torch.float8_e4m3fn)
 
 
@@ -145,7 +146,7 @@ def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         largest.masked_fill_(dead, 4)
         x.masked_fill_(dead, 0)
         exponent = (largest.view(torch.int32) >> 23) - 2
-        choices = [exponent, exponent + 1]
+        choices = [exponent, (exponent + 1).clamp_max_(252)]  # 6 * 2^126 would be infinite
         second = _best_e2m1(buffers, [(e << 23).view(torch.float32) for e in choices])
         _pack(x, scratch, codes[rows])
         scale[rows] = torch.where(second, choices[1], choices[0]).to(torch.uint8)
@@ -201,7 +202,8 @@ def _by_rows(
     for start in range(0, len(matrix), step):
         rows = slice(start, start + step)
         x = buffer[: len(matrix[rows])].copy_(matrix[rows])
-        scale[rows] = _scale(torch.maximum(x.amax(1), -x.amin(1)), most)
+        # Checkpoints keep it in bfloat16: rounded here, codes and scale belong together.
+        scale[rows] = _scale(torch.maximum(x.amax(1), -x.amin(1)), most).bfloat16().float()
         x.div_(scale[rows, None]).clamp_(-most, most)
         codes[rows].copy_(x.round_() if dtype == torch.int8 else x)
     return codes.view(weight.shape), scale.view(weight.shape[:-1])

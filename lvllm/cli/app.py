@@ -2,7 +2,7 @@
 
 import typer
 
-from lvllm.cli import env, evaluate
+from lvllm.cli import env, evaluate, export
 
 app = typer.Typer(
     help="LvLLM: MoE models larger than the GPU, served by vLLM (`vllm serve --config FILE`).",
@@ -12,6 +12,7 @@ app = typer.Typer(
 )
 app.command("env")(env.env)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 
 
 def main() -> None:

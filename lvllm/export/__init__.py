@@ -1,0 +1,175 @@
+"""Quantises a checkpoint's experts into a compressed-tensors checkpoint.
+
+    export(Path("MODEL"), Path("OUT"), format="int4")
+
+Every file of weights becomes one of the same name. Its header is known before its tensors are, so
+that these are read, quantised and written one by one: memory stays at the largest tensor, what it
+becomes, and the working memory of `lvllm.quantize`.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lvllm import quantize
+from lvllm.export import folder, selection
+from lvllm.export.schemes import FORMATS, GROUP_SIZE, Scheme, scheme
+from lvllm.export.tensorfile import ExportError, Tensor, TensorFile, size_of_file, write
+
+__all__ = ["FORMATS", "ExportError", "export"]
+
+
+def export(
+    model: Path,
+    out: Path,
+    *,
+    format: str,
+    group_size: int = GROUP_SIZE,
+    linears: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Write the checkpoint `model` to `out`, its experts in one of FORMATS.
+
+    Args:
+        group_size: weights along K that share a scale, of int4 only: 32, 64 or 128.
+        linears: quantise the linear layers of attention, dense layers and shared experts too.
+        quiet: no progress bar.
+
+    An export that was killed goes on where it stopped if it is called again. Raises ExportError or
+    OSError; nothing is overwritten.
+    """
+    how = scheme(format, group_size)
+    config = folder.read_config(model)
+    paths = folder.shards(model)
+    with ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(path)) for path in paths]
+        work = _Export(files, how, linears)
+        stack.enter_context(
+            folder.working_in(
+                out,
+                {
+                    "format": format,
+                    "group_size": group_size,
+                    "linears": linears,
+                    "source": {
+                        str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns]
+                        for path in paths
+                    },
+                },
+            )
+        )
+        work.write_shards(out, folder.others(model), quiet)
+        for path in folder.others(model):
+            shutil.copyfile(path, out / path.name)
+        _write_json(out / folder.INDEX, work.index())
+        _write_json(out / "config.json", config | {"quantization_config": work.config()})
+
+
+class _Export:
+    """The tensors of a checkpoint, and what becomes of each."""
+
+    def __init__(self, files: list[TensorFile], how: Scheme, linears: bool) -> None:
+        self.files = files
+        self.how = how
+        self.places: dict[str, TensorFile] = {}
+        for file in files:
+            for name in file.tensors:
+                if name in self.places:
+                    raise ExportError(f"{name} is in {self.places[name].path} and in {file.path}")
+                self.places[name] = file
+        self.chosen = selection.quantized(self._tensors(), linears)
+        self.planned = {
+            file: {
+                name: how.replacements(tensor) if name in self.chosen else [tensor]
+                for name, tensor in file.tensors.items()
+            }
+            for file in files
+        }
+        # Modules with several projections, of which vLLM makes one: gate and up, q, k and v.
+        self._siblings: dict[str, list[str]] = {}
+        for name in sorted(self.chosen) if how.shares_scale else ():
+            parent = selection.module(name).rpartition(".")[0]
+            self._siblings.setdefault(parent, []).append(name)
+        self._global_scales: dict[str, torch.Tensor] = {}
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for file in self.files:
+            yield from file.tensors.values()
+
+    def _made(self, file: TensorFile) -> list[Tensor]:
+        """All tensors of the file that `file` becomes."""
+        return [tensor for made in self.planned[file].values() for tensor in made]
+
+    def index(self) -> dict[str, Any]:
+        made = [(file.path.name, tensor) for file in self.files for tensor in self._made(file)]
+        return {
+            "metadata": {"total_size": sum(tensor.size for _, tensor in made)},
+            "weight_map": {tensor.name: name for name, tensor in made},
+        }
+
+    def config(self) -> dict[str, Any]:
+        return self.how.config(selection.ignored(self._tensors(), self.chosen))
+
+    def write_shards(self, out: Path, others: list[Path], quiet: bool) -> None:
+        """Every file that is not in `out` yet, with a progress bar in bytes read."""
+        wanted = sum(path.stat().st_size for path in others)
+        missing = []
+        for file in self.files:
+            path = out / file.path.name
+            path.with_name(path.name + ".unfinished").unlink(missing_ok=True)
+            size = size_of_file(self._made(file))
+            if not path.exists() or path.stat().st_size != size:
+                missing.append(file)
+                wanted += size
+        folder.check_space(out, wanted)
+        total = sum(tensor.size for tensor in self._tensors())
+        with tqdm(
+            total=total,
+            initial=total - sum(t.size for file in missing for t in file.tensors.values()),
+            desc=f"{out.name}: {len(self.files)} file(s)",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=quiet,
+        ) as bar:
+            for file in missing:
+                write(out / file.path.name, self._made(file), self._data(file, bar))
+
+    def _data(self, file: TensorFile, bar: Any) -> Iterator[torch.Tensor]:
+        """What `_made` announces, in that order."""
+        for name, tensors in self.planned[file].items():
+            data = file.read(name)
+            if name in self.chosen:
+                try:
+                    made = self.how.make(data, **self._shared(name))
+                except ValueError as error:
+                    raise ExportError(f"{file.path}: {name}: {error}") from None
+                stem = name.removesuffix("weight")
+                for tensor in tensors:
+                    yield made[tensor.name.removeprefix(stem)]
+            else:
+                yield data
+            bar.update(file.tensors[name].size)
+
+    def _shared(self, name: str) -> dict[str, torch.Tensor]:
+        """The global scale of the module that `name` is a projection of."""
+        if not self.how.shares_scale:
+            return {}
+        parent = selection.module(name).rpartition(".")[0]
+        if parent not in self._global_scales:
+            scales = [
+                quantize.nvfp4_global_scale(self.places[sibling].read(sibling))
+                for sibling in self._siblings[parent]
+            ]
+            self._global_scales[parent] = torch.stack(scales).amax()
+        return {"global_scale": self._global_scales[parent]}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

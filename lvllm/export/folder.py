@@ -1,0 +1,143 @@
+"""The folder that an export reads and the one that it writes."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lvllm.export.tensorfile import ExportError
+
+__all__ = ["others", "read_config", "shards", "working_in"]
+
+MARKER = ".lvllm-export.json"
+"""In an unfinished export: what it is made from, and how."""
+INDEX = "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """config.json of an unquantised checkpoint; ExportError for anything else."""
+    path = model / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ExportError(f"{model} is no checkpoint folder: it has no config.json") from None
+    except ValueError as error:
+        raise ExportError(f"{path}: not JSON: {error}") from None
+    for part in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key):
+                how = part[key].get("quant_method", "unknown")
+                raise ExportError(
+                    f"{path}: quantised already ({key}: {how}); export the checkpoint it was made"
+                    " from"
+                )
+    if (model / "hf_quant_config.json").exists():
+        raise ExportError(f"{model}: quantised already (it has hf_quant_config.json)")
+    return config
+
+
+def shards(model: Path) -> list[Path]:
+    """The safetensors files that hold the weights; ExportError if one is missing."""
+    index = model / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ExportError(f"{index}: no index of safetensors files") from None
+        for name in names:
+            if not (model / name).exists():
+                raise ExportError(f"{model / name} is missing; {INDEX} names it")
+        return [model / name for name in names]
+    if (single := model / "model.safetensors").exists():
+        return [single]
+    found = sorted(model.glob("*.safetensors"))
+    if not found:
+        raise ExportError(f"{model} has no safetensors files; others are not read")
+    return found
+
+
+def others(model: Path) -> list[Path]:
+    """Tokenizer, chat template, code and the like: what is copied as it is."""
+    return sorted(
+        path
+        for path in model.iterdir()
+        if path.is_file()
+        and path.suffix not in WEIGHTS
+        and not path.name.endswith(".index.json")
+        and path.name not in ("config.json", MARKER)
+    )
+
+
+@contextmanager
+def working_in(out: Path, job: dict[str, Any]) -> Iterator[None]:
+    """Begins an export in `out`, or goes on with the one begun there; its mark goes in the end.
+
+    Raises ExportError if `out` holds anything else: files, the unfinished work of another `job`, or
+    work that another process is doing.
+    """
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out} is a file, a folder is wanted")
+    marker = out / MARKER
+    if out.exists() and any(out.iterdir()) and not marker.exists():
+        raise ExportError(f"{out} is not empty: nothing in it is overwritten")
+    created = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    with marker.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExportError(f"{out}: another process is exporting there") from None
+        file.seek(0)
+        begun = _parse(file.read())
+        if begun is not None:
+            _check_same(out, begun, job)
+        file.truncate(0)
+        file.write(json.dumps(job))
+        file.flush()
+        try:
+            yield
+        except ExportError:
+            # Refused before anything was written: no trace stays.
+            if all(path == marker for path in out.iterdir()):
+                marker.unlink()
+                for path in created:
+                    path.rmdir()
+            raise
+        marker.unlink()
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """A mark; None if it was cut short by a kill, before anything else was written."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        return None
+
+
+def _check_same(out: Path, begun: dict[str, Any], job: dict[str, Any]) -> None:
+    for name, value in job.items():
+        if begun.get(name) == value:
+            continue
+        if name == "source":
+            raise ExportError(
+                f"{out} holds an unfinished export of another checkpoint, or of one that has"
+                " changed since: delete it, or choose another folder"
+            )
+        raise ExportError(
+            f"{out} holds an unfinished export with {name}={begun.get(name)}, not {value}: finish"
+            " it with the same options, or delete it"
+        )
+
+
+def check_space(out: Path, wanted: int) -> None:
+    """Raises ExportError if `out` has less than `wanted` bytes free."""
+    free = shutil.disk_usage(out).free
+    if free < wanted:
+        raise ExportError(
+            f"{out} has {free / 2**30:.2f} GiB free, {wanted / 2**30:.2f} GiB are to be written:"
+            " make room, or choose another disk"
+        )

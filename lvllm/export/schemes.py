@@ -1,0 +1,196 @@
+"""How each format stands in a compressed-tensors checkpoint.
+
+A scheme says what config.json has of it, which tensors replace a weight [N, K], and makes them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lvllm import quantize, weights
+from lvllm.export.tensorfile import ExportError, Tensor
+
+__all__ = ["FORMATS", "GROUP_SIZE", "Scheme", "scheme"]
+
+GROUP_SIZE = 32
+FORMATS = ("int4", "fp8", "int8", "mxfp4", "nvfp4")
+DYNAMIC_INPUTS = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "token",
+    "symmetric": True,
+    "dynamic": True,
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A format of `lvllm export`."""
+
+    format: str
+    """compressed-tensors' name."""
+    weights: Mapping[str, Any]
+    """What `config_groups` says of the weights."""
+    tensors: Callable[[int, int], dict[str, tuple[str, tuple[int, ...]]]]
+    """Of a weight [N, K]: dtype and shape by suffix, in the order of the file."""
+    make: Callable[..., dict[str, torch.Tensor]]
+    """From the weight to those tensors; with `global_scale` if `shares_scale`."""
+    columns: int = 1
+    """K must be a multiple of it."""
+    inputs: Mapping[str, Any] | None = None
+    """What `config_groups` says of the activations."""
+    shares_scale: bool = False
+    """Whether the projections of one module have a scale in common."""
+
+    def replacements(self, weight: Tensor) -> list[Tensor]:
+        """What stands in the place of `weight`; ExportError if it does not fit."""
+        rows, columns = weight.shape
+        if columns % self.columns:
+            raise ExportError(
+                f"{weight.name} has {columns} columns, no multiple of {self.columns}, as the format"
+                " wants it"
+            )
+        stem = weight.name.removesuffix("weight")
+        return [
+            Tensor(f"{stem}{suffix}", dtype, shape)
+            for suffix, (dtype, shape) in self.tensors(rows, columns).items()
+        ]
+
+    def config(self, ignored: list[str]) -> dict[str, Any]:
+        """config.json's `quantization_config`."""
+        group = {
+            "targets": ["Linear"],
+            "weights": {"dynamic": False, "symmetric": True, **self.weights},
+            "input_activations": None if self.inputs is None else dict(self.inputs),
+            "output_activations": None,
+            "format": self.format,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.format,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ignored,
+            "kv_cache_scheme": None,
+        }
+
+
+def scheme(format: str, group_size: int = GROUP_SIZE) -> Scheme:
+    """The scheme of a format; ExportError for an unknown format or group size."""
+    if format not in FORMATS:
+        raise ExportError(f"--format {format} is not allowed: {', '.join(FORMATS)}")
+    if format == "int4":
+        return _int4(group_size)
+    if group_size != GROUP_SIZE:
+        raise ExportError(f"--group-size {group_size} goes with --format int4 only, not {format}")
+    return {"fp8": FP8, "int8": INT8, "mxfp4": MXFP4, "nvfp4": NVFP4}[format]
+
+
+def _int4(group: int) -> Scheme:
+    if group not in weights.GROUP_SIZES:
+        allowed = ", ".join(map(str, weights.GROUP_SIZES))
+        raise ExportError(f"--group-size {group} is not allowed: {allowed}")
+
+    def make(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        # On a little-endian machine an int32 of eight codes is the engine's four bytes.
+        codes, scale = quantize.int4(weight, group)
+        return {
+            "weight_packed": codes.view(torch.int32),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.shape),
+        }
+
+    return Scheme(
+        "pack-quantized",
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group},
+        lambda n, k: {
+            "weight_packed": ("I32", (n, k // 8)),
+            "weight_scale": ("BF16", (n, k // group)),
+            "weight_shape": ("I64", (2,)),
+        },
+        make,
+        columns=group,
+    )
+
+
+def _make_int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scale = quantize.int8(weight)
+    # Packed as value + 128: the sign bit flipped.
+    packed = codes.view(torch.uint8).bitwise_xor_(0x80).view(torch.int32)
+    return {
+        "weight_packed": packed,
+        "weight_scale": scale.bfloat16().unsqueeze(-1),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def _make_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scale = quantize.fp8_channels(weight)
+    return {"weight": codes, "weight_scale": scale.bfloat16().unsqueeze(-1)}
+
+
+def _make_mxfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scale = quantize.mxfp4(weight)
+    return {"weight_packed": codes, "weight_scale": scale}
+
+
+def _make_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scale, _ = quantize.nvfp4(weight, global_scale)
+    return {
+        "weight_packed": codes,
+        "weight_scale": scale,
+        "weight_global_scale": global_scale.reciprocal().view(1),
+    }
+
+
+INT8 = Scheme(
+    "pack-quantized",
+    {"num_bits": 8, "type": "int", "strategy": "channel"},
+    lambda n, k: {
+        "weight_packed": ("I32", (n, k // 4)),
+        "weight_scale": ("BF16", (n, 1)),
+        "weight_shape": ("I64", (2,)),
+    },
+    _make_int8,
+    columns=4,
+)
+FP8 = Scheme(
+    "float-quantized",
+    {"num_bits": 8, "type": "float", "strategy": "channel"},
+    lambda n, k: {"weight": ("F8_E4M3", (n, k)), "weight_scale": ("BF16", (n, 1))},
+    _make_fp8,
+    inputs=DYNAMIC_INPUTS,
+)
+MXFP4 = Scheme(
+    "mxfp4-pack-quantized",
+    {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": "torch.uint8",
+    },
+    lambda n, k: {"weight_packed": ("U8", (n, k // 2)), "weight_scale": ("U8", (n, k // 32))},
+    _make_mxfp4,
+    columns=32,
+)
+NVFP4 = Scheme(
+    "nvfp4-pack-quantized",
+    {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "scale_dtype": "torch.float8_e4m3fn",
+    },
+    lambda n, k: {
+        "weight_packed": ("U8", (n, k // 2)),
+        "weight_scale": ("F8_E4M3", (n, k // 16)),
+        "weight_global_scale": ("F32", (1,)),
+    },
+    _make_nvfp4,
+    columns=16,
+    shares_scale=True,
+)

@@ -1,0 +1,84 @@
+"""Which tensors of a checkpoint are quantised, by their names."""
+
+import re
+from collections.abc import Iterable
+
+from lvllm.export.tensorfile import ExportError, Tensor
+
+__all__ = ["ignored", "module", "quantized"]
+
+EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+"""A projection of one expert, as most families store them (w1, w2, w3: Mixtral, MiniMax)."""
+LAYER = re.compile(r"(^|\.)layers\.\d+\.")
+LINEARS = re.compile(
+    r"\.([qkvo]|qkv|out)_proj$"  # attention
+    r"|\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)$"  # latent attention
+    r"|\.in_proj_(qkv|z|qkvz)$"  # linear attention
+    r"|\.((gate|up|gate_up|down)_proj|w1|w2|w3)$"  # dense layers, shared experts
+)
+OTHERS = re.compile(r"visual|vision|audio|indexer")
+"""Parts of a model whose linear layers are left alone."""
+FLOATS = ("BF16", "F16", "F32")
+
+
+def quantized(tensors: Iterable[Tensor], linears: bool) -> set[str]:
+    """Names of the experts' weights, and with `linears` of the layers' other linear weights.
+
+    Raises ExportError, in one line that names a tensor, if there are no experts, or none that can
+    be quantised as they are stored.
+    """
+    tensors = list(tensors)
+    experts = {tensor.name: tensor for tensor in tensors if EXPERT.search(tensor.name)}
+    unknown = [
+        tensor
+        for tensor in tensors
+        if "experts." in tensor.name
+        and "shared_expert" not in tensor.name
+        and len(tensor.shape) > 1
+        and tensor.name not in experts
+    ]
+    if unknown:
+        fused = "all experts in one tensor" if len(unknown[0].shape) > 2 else "an unknown name"
+        raise ExportError(
+            f"{unknown[0].name} {list(unknown[0].shape)} is {fused}; experts are quantised from"
+            " tensors of their own: experts.N.gate_proj.weight, up_proj and down_proj, or w1, w3"
+            " and w2"
+        )
+    if not experts:
+        raise ExportError("this model has no experts: there is nothing to quantise")
+    chosen = list(experts.values())
+    if linears:
+        chosen += [tensor for tensor in tensors if tensor.name not in experts and _linear(tensor)]
+    for tensor in chosen:
+        if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
+            raise ExportError(
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}: a matrix in"
+                f" {', '.join(FLOATS)} is wanted"
+            )
+    return {tensor.name for tensor in chosen}
+
+
+def ignored(tensors: Iterable[Tensor], chosen: set[str]) -> list[str]:
+    """Modules with a matrix that stays as it is. Tools ask for them by name."""
+    names = (
+        tensor.name
+        for tensor in tensors
+        if len(tensor.shape) > 1 and tensor.name.endswith(".weight") and tensor.name not in chosen
+    )
+    return sorted(module(name) for name in names if "embed_tokens" not in name)
+
+
+def module(name: str) -> str:
+    """The module that a weight belongs to."""
+    return name.removesuffix(".weight")
+
+
+def _linear(tensor: Tensor) -> bool:
+    if not tensor.name.endswith(".weight") or len(tensor.shape) != 2:
+        return False
+    stem = module(tensor.name)
+    return (
+        LINEARS.search(stem) is not None
+        and LAYER.search(stem) is not None
+        and OTHERS.search(stem) is None
+    )
