@@ -49,7 +49,8 @@ def export(
     paths = folder.shards(model)
     with ExitStack() as stack:
         files = [stack.enter_context(TensorFile(path)) for path in paths]
-        work = _Export(files, how, linears)
+        architecture = str((config.get("architectures") or ["this model"])[0])
+        work = _Export(files, how, linears, architecture)
         stack.enter_context(
             folder.working_in(
                 out,
@@ -74,7 +75,9 @@ def export(
 class _Export:
     """The tensors of a checkpoint, and what becomes of each."""
 
-    def __init__(self, files: list[TensorFile], how: Scheme, linears: bool) -> None:
+    def __init__(
+        self, files: list[TensorFile], how: Scheme, linears: bool, architecture: str
+    ) -> None:
         self.files = files
         self.how = how
         self.places: dict[str, TensorFile] = {}
@@ -83,7 +86,7 @@ class _Export:
                 if name in self.places:
                     raise ExportError(f"{name} is in {self.places[name].path} and in {file.path}")
                 self.places[name] = file
-        self.chosen = selection.quantized(self._tensors(), linears)
+        self.chosen = selection.quantized(self._tensors(), linears, architecture)
         self.planned = {
             file: {
                 name: how.replacements(tensor) if name in self.chosen else [tensor]

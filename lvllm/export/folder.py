@@ -10,7 +10,7 @@ from typing import Any
 
 from lvllm.export.tensorfile import ExportError
 
-__all__ = ["others", "read_config", "shards", "working_in"]
+__all__ = ["INDEX", "check_space", "others", "read_config", "shards", "working_in"]
 
 MARKER = ".lvllm-export.json"
 """In an unfinished export: what it is made from, and how."""
@@ -93,11 +93,12 @@ def working_in(out: Path, job: dict[str, Any]) -> Iterator[None]:
             raise ExportError(f"{out}: another process is exporting there") from None
         file.seek(0)
         begun = _parse(file.read())
-        if begun is not None:
+        if begun is None:
+            file.truncate(0)
+            file.write(json.dumps(job))
+            file.flush()
+        else:
             _check_same(out, begun, job)
-        file.truncate(0)
-        file.write(json.dumps(job))
-        file.flush()
         try:
             yield
         except ExportError:

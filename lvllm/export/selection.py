@@ -21,7 +21,7 @@ OTHERS = re.compile(r"visual|vision|audio|indexer")
 FLOATS = ("BF16", "F16", "F32")
 
 
-def quantized(tensors: Iterable[Tensor], linears: bool) -> set[str]:
+def quantized(tensors: Iterable[Tensor], linears: bool, architecture: str) -> set[str]:
     """Names of the experts' weights, and with `linears` of the layers' other linear weights.
 
     Raises ExportError, in one line that names a tensor, if there are no experts, or none that can
@@ -38,14 +38,13 @@ def quantized(tensors: Iterable[Tensor], linears: bool) -> set[str]:
         and tensor.name not in experts
     ]
     if unknown:
-        fused = "all experts in one tensor" if len(unknown[0].shape) > 2 else "an unknown name"
+        how = "has all experts in one tensor" if len(unknown[0].shape) > 2 else "names experts"
         raise ExportError(
-            f"{unknown[0].name} {list(unknown[0].shape)} is {fused}; experts are quantised from"
-            " tensors of their own: experts.N.gate_proj.weight, up_proj and down_proj, or w1, w3"
-            " and w2"
+            f"{architecture} {how}, {unknown[0].name} {list(unknown[0].shape)}; exported are models"
+            " with tensors like experts.0.gate_proj.weight, up_proj and down_proj, or w1, w3 and w2"
         )
     if not experts:
-        raise ExportError("this model has no experts: there is nothing to quantise")
+        raise ExportError(f"{architecture} has no experts: there is nothing to quantise")
     chosen = list(experts.values())
     if linears:
         chosen += [tensor for tensor in tensors if tensor.name not in experts and _linear(tensor)]

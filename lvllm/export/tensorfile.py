@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-__all__ = ["DTYPES", "ExportError", "Tensor", "TensorFile", "size_of_file", "write"]
+__all__ = ["DTYPES", "ExportError", "Tensor", "TensorFile", "header_of", "size_of_file", "write"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -120,7 +120,7 @@ def write(
     """
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
-        file.write(_header_of(tensors))
+        file.write(header_of(tensors))
         for tensor, values in zip(tensors, data, strict=True):
             if values.dtype != DTYPES[tensor.dtype] or tuple(values.shape) != tensor.shape:
                 raise AssertionError(f"{tensor} was announced, {values.dtype} {values.shape} came")
@@ -132,10 +132,11 @@ def write(
 
 def size_of_file(tensors: list[Tensor]) -> int:
     """Bytes that `write` will write."""
-    return len(_header_of(tensors)) + sum(tensor.size for tensor in tensors)
+    return len(header_of(tensors)) + sum(tensor.size for tensor in tensors)
 
 
-def _header_of(tensors: list[Tensor]) -> bytes:
+def header_of(tensors: list[Tensor]) -> bytes:
+    """The bytes before the data of the first of `tensors`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
