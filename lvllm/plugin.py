@@ -26,16 +26,23 @@ def register() -> None:
     _replace_routed_experts()
     _allow_experts_without_gate()
     _check_every_configuration()
-    from lvllm import failure, faults, fp8_linear, integer_linear, quantization_configs
+    from lvllm import (
+        failure,
+        faults,
+        fp8_linear,
+        integer_linear,
+        quantization_configs,
+        routing,
+    )
     from lvllm.loading import model_loader
 
-
+    failure.install()
     faults.register()
     fp8_linear.register()
-    failure.install()
-    model_loader.install()
     integer_linear.register()
     quantization_configs.register()
+    routing.register()
+    model_loader.install()
 
 
 def _replace_routed_experts() -> None:
