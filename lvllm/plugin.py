@@ -31,6 +31,7 @@ def register() -> None:
         faults,
         fp8_linear,
         integer_linear,
+        pictures,
         quantization_configs,
         routing,
     )
@@ -40,6 +41,7 @@ def register() -> None:
     faults.register()
     fp8_linear.register()
     integer_linear.register()
+    pictures.register()
     quantization_configs.register()
     routing.register()
     model_loader.install()
