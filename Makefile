@@ -11,8 +11,8 @@ BOOTSTRAP := $(PYTHON) -m build_tools.bootstrap --venv $(VENV)
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cpp test-asan test-tsan test-python lint format docs wheel \
-	verify-upstream clean clean-upstream
+.PHONY: help install demo test test-cpp test-asan test-tsan test-python lint format docs \
+	models-table wheel verify-upstream clean clean-upstream
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +49,7 @@ lint: ## check format, lint, types, and that the generated documentation is curr
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 	@$(RUN) -m lvllm.envs | cmp - docs/configuration.md \
 		|| { echo 'error: docs/configuration.md is not current: run `make docs`' >&2; exit 1; }
+	@$(RUN) -m tests.e2e.table --check
 
 format: ## format all code in place
 	@$(BOOTSTRAP) --tools lint
@@ -59,6 +60,11 @@ format: ## format all code in place
 docs: install ## regenerate docs/configuration.md
 	@mkdir -p docs
 	$(RUN) -m lvllm.envs > docs/configuration.md
+
+models-table: install ## rerun the tests of whole models and put what they find into the READMEs
+	$(RUN) -m pytest tests/e2e/test_exactness.py tests/e2e/test_formats.py \
+		--record docs/tested.json
+	$(RUN) -m tests.e2e.table
 
 wheel: install ## build the wheel into dist/
 	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -3,8 +3,9 @@
     python -m tests.e2e.generate RESULT.json JOBS
 
 JOBS is a JSON list such as [{"model": DIR, "prompts": [[1, 5]], "max_tokens": 8}]; other keys of
-a job are arguments of `vllm.LLM`. The result has one list a job, with one
-{"tokens": [...], "logprobs": [...]} a prompt.
+a job are arguments of `vllm.LLM`. A prompt with a picture is {"ids": [1, 5], "picture": FILE}. The
+result has one list a job, with one {"prompt": [...], "tokens": [...], "logprobs": [...]} a prompt;
+"prompt" has as many placeholders as the picture takes.
 """
 
 import json
@@ -72,11 +73,22 @@ def run(job: Job) -> Answers:
         temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False
     )
     answers: Answers = []
-    for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling):
+    for output in llm.generate([_prompt(prompt) for prompt in prompts], sampling):
         tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
         chosen = [step[token].logprob for token, step in zip(tokens, steps, strict=True)]
-        answers.append({"tokens": tokens, "logprobs": chosen})
+        ids = list(output.prompt_token_ids)
+        answers.append({"prompt": ids, "tokens": tokens, "logprobs": chosen})
     return answers
+
+
+def _prompt(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
+    """vLLM's form of a prompt."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    from PIL import Image
+
+    picture = Image.open(prompt["picture"]).convert("RGB")
+    return {"prompt_token_ids": prompt["ids"], "multi_modal_data": {"image": picture}}
 
 
 def main() -> None:

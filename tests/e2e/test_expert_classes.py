@@ -5,6 +5,7 @@ packings, options and parallel runs, each against transformers in float32.
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,13 @@ def whole(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case
         "qwen3_moe_transformers_backend",
     ],
 )
-def test_whole(name: str, whole: dict[str, Case]) -> None:
-    check_against_reference(*whole[name])
+def test_whole(name: str, whole: dict[str, Case], record: Callable[..., None]) -> None:
+    found = check_against_reference(*whole[name])
+    family, _, format = name.rpartition("_modelopt_")
+    if name == "gpt_oss_mxfp4":
+        family, format = "gpt_oss", "mxfp4"
+    if family:
+        record("models", name, family=family, format=format, picture=False, **found)
 
 
 def test_gpt_oss_mxfp4_in_two_processes(seed: int, tmp_path: Path) -> None:

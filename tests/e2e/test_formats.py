@@ -1,7 +1,7 @@
 """Quantised checkpoints through LvLLM, against transformers in float32 on the values they mean."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,10 @@ def sharded(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ca
 
 
 @pytest.mark.parametrize("case", sorted(SCHEMES))
-def test_quantised_experts(case: str, generated: dict[str, Case]) -> None:
-    check_against_reference(*generated[case])
+def test_quantised_experts(
+    case: str, generated: dict[str, Case], record: Callable[..., None]
+) -> None:
+    record("formats", case, **check_against_reference(*generated[case]))
 
 
 @pytest.mark.parametrize("case", sorted(MIXED))

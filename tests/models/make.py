@@ -65,6 +65,14 @@ DEEPSEEK: dict[str, Any] = {
 # What the real checkpoints' config.json has and transformers leaves out, since its code implies it.
 UNWRITTEN = ("topk_method", "scoring_func")
 
+# The same for single families, with what stands there otherwise.
+WRITTEN: dict[str, dict[str, Any]] = {
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "kimi_k2": {"model_type": "kimi_k2"},
+    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
+}
+
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeConfig",
@@ -114,6 +122,33 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        {
+            **DEEPSEEK,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+            "index_n_heads": 4,
+            "index_head_dim": 64,
+            "index_topk": 128,
+        },
+    ),
+    "kimi_k2": (
+        "DeepseekV3Config",
+        {
+            **DEEPSEEK,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "routed_scaling_factor": 2.827,
+            "norm_topk_prob": True,
+        },
+    ),
     "glm4_moe": (
         "Glm4MoeConfig",
         {
@@ -128,6 +163,74 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
             "use_qk_norm": True,
             "routed_scaling_factor": 1.5,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "num_hidden_layers": 4,  # three of Gated DeltaNet, one of attention
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 80,
+            "shared_expert_intermediate_size": 96,
+            "norm_topk_prob": True,
+        },
+    ),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "rotary_dim": 16,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteConfig",
+        {
+            **MLA,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 72,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.8,
+        },
+    ),
+    "phimoe": (
+        "PhimoeConfig",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.01,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 72,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 30.0,
         },
     ),
     "gpt_oss": (
@@ -170,23 +273,33 @@ def make(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path
     config = getattr(transformers, config_class)(**{**COMMON, **fields, **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fill(model)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="512MB")
+    _complete_config(folder / "config.json", architecture, fields)
+    return folder
+
+
+def fill(model: Any) -> None:
+    """Draw every weight of `model`."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and "embed" not in name:
+            if parameter.dim() >= 4:  # convolutions: patches of a picture
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            elif parameter.dim() >= 2 and "embed" not in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             elif "embed" in name or name.endswith(("sinks", "router.bias")):
                 parameter.normal_()
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(0, 0.2)
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="512MB")
-    _complete_config(folder / "config.json", fields)
-    return folder
+    if model.config.tie_word_embeddings:  # or each token would be followed by itself
+        model.get_input_embeddings().weight.data.mul_(model.config.hidden_size**-0.5)
 
 
-def _complete_config(path: Path, fields: dict[str, Any]) -> None:
+def _complete_config(path: Path, architecture: str, fields: dict[str, Any]) -> None:
     config = json.loads(path.read_text())
     config |= {name: fields[name] for name in UNWRITTEN if name in fields}
+    config |= WRITTEN.get(architecture, {})
     path.write_text(json.dumps(config, indent=2))
 
 

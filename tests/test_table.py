@@ -1,0 +1,50 @@
+"""README's tables are what docs/tested.json says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import record, table
+
+ROW = {"median": 0.00512, "within": 0.979, "same": 1.0}
+MODEL = {"family": "olmoe", "format": "bf16", "picture": False, **ROW}
+FOUND: record.Found = {"models": {"olmoe": MODEL}, "formats": {"awq": ROW}}
+
+
+def empty() -> str:
+    return "".join(
+        f"{table.BEGIN.format(name)}\n{table.END.format(name)}\n" for name in ("models", "formats")
+    )
+
+
+@pytest.mark.parametrize(("name", "language"), table.READMES.items())
+def test_the_readmes_are_current(name: str, language: int) -> None:
+    text = (record.ROOT / name).read_text()
+    assert table.current(text, record.read(), language) == text
+
+
+def test_rows() -> None:
+    text = table.current(f"before\n{empty()}after", FOUND, 0)
+    assert text.startswith("before\n")
+    assert text.endswith("after")
+    cells = "bf16 | text | transformers | 0.0051 | 98% | 100%"
+    assert f"| OLMoE-1B-7B | {cells} | |\n" in text
+    assert "| `awq` | 0.0051 | 98% | 100% |\n" in text
+    assert table.current(text, FOUND, 0) == text
+
+
+def test_what_has_no_place_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no <!-- from docs/tested.json: models -->"):
+        table.current("nothing", FOUND, 0)
+    unknown = {"models": {"x": MODEL | {"family": "unheard"}}}
+    with pytest.raises(SystemExit, match="FAMILIES has no unheard"):
+        table.current(empty(), unknown, 0)
+
+
+def test_a_record_keeps_the_other_rows(tmp_path: Path) -> None:
+    file = tmp_path / "tested.json"
+    record.write(FOUND, file)
+    record.write({"models": {"dbrx": MODEL}}, file)
+    assert set(json.loads(file.read_text())["models"]) == {"dbrx", "olmoe"}
+    assert record.read(file)["formats"] == FOUND["formats"]
