@@ -5,12 +5,24 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvllm.evaluation import EvaluationError, Question, ask_server, load_questions, score
+from lvllm.evaluation import (
+    EvaluationError,
+    Question,
+    ask_server,
+    load_questions,
+    passages,
+    score,
+)
+from lvllm.evaluation.likelihood import Likelihoods
+from lvllm.evaluation.processes import Work
+from lvllm.evaluation.subjects import Server, ServerTokenizer
 
 
 def _question(task: str, answer: str) -> Question:
@@ -76,7 +88,33 @@ def test_a_broken_question_file_is_named_with_its_line(tmp_path: Path) -> None:
 
 
 class _Parrot(BaseHTTPRequestHandler):
-    """Serves a model that answers `say X` with X, and refuses `say no`."""
+    """Serves a model that answers `say X` with X, and refuses `say no`. Its tokens are bytes, after
+    one of 1; of each it thinks as `_row` says, and it refuses to read a text with a `!`.
+    """
+
+    @staticmethod
+    def _row(token: int, top: int) -> dict[str, dict[str, float]]:
+        """vLLM's `prompt_logprobs` in one place: the token first, its rank by its value."""
+        ranks = [token, *(other for other in range(top) if other != token)]
+        if token >= top:
+            ranks.append(top - 1)
+        value = {rank: {"logprob": -0.25 * (rank + 1), "rank": rank + 1} for rank in ranks}
+        return {str(rank): value[rank] for rank in ranks}
+
+    def _read(self, request: dict[str, Any]) -> None:
+        ids, top = request["prompt"], request["prompt_logprobs"]
+        if ord("!") in ids:
+            self._reply(400, {"error": {"message": "too loud"}})
+            return
+        rows = [None, *(self._row(token, top) for token in ids[1:])]
+        choice = {"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": rows}
+        if ord("?") in ids:
+            del choice["prompt_logprobs"]
+        self._reply(
+            200,
+            {"id": "1", "object": "text_completion", "created": 0, "model": "parrot"}
+            | {"choices": [choice]},
+        )
 
     def _reply(self, status: int, body: object) -> None:
         data = json.dumps(body).encode()
@@ -92,6 +130,13 @@ class _Parrot(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert request["model"] == "parrot"
+        if self.path == "/tokenize":
+            ids = [1] * request["add_special_tokens"] + list(request["prompt"].encode())
+            self._reply(200, {"tokens": ids, "count": len(ids), "max_model_len": 99})
+            return
+        if self.path == "/v1/completions":
+            self._read(request)
+            return
         assert request["temperature"] == 0
         text = request["messages"][-1]["content"].removeprefix("say ")
         if text == "no":
@@ -127,3 +172,34 @@ def test_what_goes_wrong_with_a_server_is_one_line(server: str) -> None:
         ask_server([_question("add", "no")], server)
     with pytest.raises(EvaluationError, match=r"^no server answers at http://127.0.0.1:9/v1$"):
         ask_server([_question("add", "1")], "http://127.0.0.1:9/v1", model="parrot")
+
+
+def _read(server: str, path: Path, text: str, top: int) -> Likelihoods:
+    path.write_text(text)
+    served = Server(server)
+    work = Work(passages=passages.of_text(path, served.tokenizer(), 8, 4), top=top)
+    likelihoods = served.measure(work).outcome.likelihoods
+    assert likelihoods is not None
+    return likelihoods
+
+
+def test_a_server_reads_a_text(server: str, tmp_path: Path) -> None:
+    text = "a text, \0 and\1 more\2"
+    found = _read(server, tmp_path / "text", text, top=5)
+    # All bytes are scored, since a token stands before them; a byte's rank is its value.
+    assert found.logprobs == pytest.approx([-0.25 * (byte + 1) for byte in text.encode()])
+    assert np.array_equal(found.top_ids, [[0, 1, 2, 3, 4]] * len(text))
+    assert found.top_logprobs == pytest.approx(-0.25 * (found.top_ids + 1.0))
+    assert found.vocabulary is None
+
+
+def test_what_goes_wrong_while_a_server_reads_is_one_line(server: str, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    with pytest.raises(EvaluationError, match=r"refused a passage: .*too loud"):
+        _read(server, path, "silent, loud!", top=5)
+    with pytest.raises(EvaluationError, match="gives no prompt_logprobs: it is no vLLM server"):
+        _read(server, path, "silent, what?", top=5)
+    with pytest.raises(EvaluationError, match=r"^no server answers at http://127.0.0.1:9/v1$"):
+        Server("http://127.0.0.1:9/v1")
+    with pytest.raises(EvaluationError, match=r"^no server answers at .*:9/tokenize$"):
+        ServerTokenizer("http://127.0.0.1:9/v1", "x").encode("a", special=False)

@@ -1,8 +1,10 @@
-"""Exact-match score of a chat model on fixed questions, whatever serves it.
+"""How good a model is, whatever serves it: exact match on questions, likelihood of a text.
 
 questions = load_questions()
 result = score(questions, ask_server(questions, "http://localhost:8000/v1"))
 print(result.accuracy, result.by_task["add"].accuracy)
+
+`lvllm.evaluation.measure` runs several models over the same questions and texts, for a table.
 """
 
 from lvllm.evaluation.backends import EvaluationError, ask_server, ask_transformers, ask_vllm

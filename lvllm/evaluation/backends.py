@@ -3,6 +3,7 @@
 Decoding is greedy everywhere, so that one set of weights has one score.
 """
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,7 +63,7 @@ def ask_vllm(questions: Sequence[Question], llm: "LLM") -> list[str]:
 
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
     chats: list[Any] = [question.messages for question in questions]
-    outputs = llm.chat(chats, sampling, use_tqdm=False)
+    outputs = llm.chat(chats, sampling, use_tqdm=sys.stderr.isatty())
     return [output.outputs[0].text for output in outputs]
 
 

@@ -9,6 +9,13 @@ import pytest
 
 from examples.demo import server
 from lvllm import evaluation
+from lvllm.evaluation import passages
+from lvllm.evaluation.likelihood import compare
+from lvllm.evaluation.passages import LocalTokenizer
+from lvllm.evaluation.processes import Work
+from lvllm.evaluation.readers import read_transformers
+from lvllm.evaluation.subjects import Server
+from tests.e2e.generate import TINY
 from tests.e2e.server import fail_to_serve
 
 
@@ -41,6 +48,24 @@ def test_held_out_score(demo: tuple[str, Path]) -> None:
     result = evaluation.score(asked, evaluation.ask_server(asked, f"{demo[0]}/v1"))
     assert result.total.asked == 500
     assert result.accuracy >= 0.97, result.by_task
+
+
+def test_a_text_is_read_through_the_server(demo: tuple[str, Path]) -> None:
+    """As transformers reads it, in float32; seen are 1e-6 and 5e-8 nats apart."""
+    served = Server(f"{demo[0]}/v1")
+    read = passages.of_chats(evaluation.load_questions()[:20], served.tokenizer())
+    assert read.same_ids(
+        passages.of_chats(evaluation.load_questions()[:20], LocalTokenizer(str(TINY)))
+    )
+    found = served.measure(Work(passages=read, top=20)).outcome.likelihoods
+    assert found is not None
+    expected = read_transformers(read, TINY, 20, dtype="float32")
+    comparison = compare(expected, found)
+    print(f"{found.nll=} {expected.nll=} {comparison}")
+    assert abs(found.nll - expected.nll) <= 1e-3
+    assert comparison.divergence <= 3e-4
+    assert comparison.covered >= 0.99
+    assert comparison.agreement >= 0.98
 
 
 @pytest.mark.parametrize(

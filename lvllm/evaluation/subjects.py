@@ -1,0 +1,208 @@
+"""What is measured: a checkpoint, one that is exported for it, or a server."""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+from lvllm.evaluation.backends import EvaluationError, ask_server
+from lvllm.evaluation.passages import LocalTokenizer, Tokenizer
+from lvllm.evaluation.processes import Outcome, Work, run_apart, run_vllm
+from lvllm.evaluation.readers import MOST, read_server
+
+EXPORTED = ("fp8", "int8", "int4", "mxfp4", "nvfp4")
+DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
+FORMATS = (*DTYPES, *EXPORTED)
+"""The engine's formats: a dtype to run the checkpoint in, or one to export it to."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An outcome, and the bytes of the routed experts, None where nobody can tell."""
+
+    outcome: Outcome
+    expert_bytes: int | None
+
+
+class Subject(Protocol):
+    """A model that can be measured."""
+
+    @property
+    def name(self) -> str: ...
+
+    def tokenizer(self) -> Tokenizer: ...
+
+    def check(self, work: Work) -> None:
+        """Raises ValueError if it cannot do it; costs nothing."""
+
+    def vocabulary(self) -> int | None:
+        """How many tokens there are, None if nobody can tell."""
+
+    def measure(self, work: Work) -> Measured: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder, run through vLLM; with `lvllm`, through LvLLM whatever the environment says.
+
+    `dtype` is a name of torch. Raises ValueError if it is no checkpoint.
+    """
+
+    folder: str
+    dtype: str
+    name: str
+    lvllm: bool = False
+
+    def __post_init__(self) -> None:
+        if not (Path(self.folder) / "config.json").exists():
+            raise ValueError(f"{self.folder!r} is no checkpoint folder: it has no config.json")
+
+    def tokenizer(self) -> Tokenizer:
+        return LocalTokenizer(self.folder)
+
+    def config(self) -> dict[str, Any]:
+        """Its config.json, overlaid with the part about text that models of several kinds have."""
+        try:
+            config: Any = json.loads((Path(self.folder) / "config.json").read_text())
+            return {**config, **config.get("text_config", {})}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self.folder}/config.json: {error}") from None
+
+    def vocabulary(self) -> int | None:
+        return self.config().get("vocab_size")
+
+    def quantization(self) -> str | None:
+        """The name of the method it is quantised by, None if it is not."""
+        method = self.config().get("quantization_config", {}).get("quant_method")
+        return None if method is None else str(method)
+
+    def check(self, work: Work) -> None:
+        longest = work.passages.longest if work.passages else 0
+        most = self.config().get("max_position_embeddings")
+        if most and longest >= most:
+            raise ValueError(
+                f"{self.folder} takes {most} tokens, and a passage has {longest}, after which one"
+                f" more is generated: allowed are {most - 1}"
+            )
+        top = min(work.top, self.vocabulary() or work.top)
+        if longest * top > MOST:
+            raise ValueError(
+                f"--top {work.top}: of passages of {longest} tokens vLLM can list the"
+                f" {MOST // longest} most probable in each place"
+            )
+
+    def measure(self, work: Work) -> Measured:
+        outcome = run_apart(
+            self.name, run_vllm, self.folder, self.dtype, work, self.name, self.lvllm
+        )
+        return Measured(outcome, expert_bytes(Path(self.folder)))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`source` with its experts exported to `format`, in a folder that lasts for one measurement.
+
+    It lies where the environment's TMPDIR says.
+    """
+
+    source: Checkpoint
+    format: str
+
+    @property
+    def name(self) -> str:
+        return self.format
+
+    def tokenizer(self) -> Tokenizer:
+        return self.source.tokenizer()
+
+    def check(self, work: Work) -> None:
+        self.source.check(work)
+
+    def vocabulary(self) -> int | None:
+        return self.source.vocabulary()
+
+    def measure(self, work: Work) -> Measured:
+        from lvllm.export import export
+
+        with TemporaryDirectory(prefix="lvllm-eval-") as scratch:
+            out = Path(scratch) / self.format
+            run_apart(self.name, export, Path(self.source.folder), out, format=self.format)
+            return Checkpoint(str(out), self.source.dtype, self.name, lvllm=True).measure(work)
+
+
+class Server:
+    """A served model, by default the server's first. Raises EvaluationError if nobody answers."""
+
+    def __init__(self, base_url: str, model: str = "") -> None:
+        import openai
+
+        self.base_url = base_url
+        try:
+            client = openai.OpenAI(base_url=base_url, api_key="EMPTY")
+            self.name = model or client.models.list().data[0].id
+        except openai.APIConnectionError:
+            raise EvaluationError(f"no server answers at {base_url}") from None
+        except openai.APIError as error:
+            raise EvaluationError(f"{base_url} names no model: {error.message}") from None
+
+    def tokenizer(self) -> Tokenizer:
+        return ServerTokenizer(self.base_url, self.name)
+
+    def check(self, work: Work) -> None:
+        """The server refuses what is too much."""
+
+    def vocabulary(self) -> None:
+        """The server does not say."""
+
+    def measure(self, work: Work) -> Measured:
+        answers, likelihoods = [], None
+        if work.questions:
+            answers = ask_server(work.questions, self.base_url, model=self.name)
+        if work.passages:
+            likelihoods = read_server(work.passages, self.base_url, work.top, model=self.name)
+        return Measured(Outcome(answers, likelihoods), None)
+
+
+@dataclass(frozen=True)
+class ServerTokenizer:
+    """vLLM's `/tokenize`, which stands beside `/v1`."""
+
+    base_url: str
+    model: str
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return self._ask({"prompt": text, "add_special_tokens": special})
+
+    def chat(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> list[int]:
+        return self._ask({"messages": messages, "add_generation_prompt": generation_prompt})
+
+    def _ask(self, body: dict[str, Any]) -> list[int]:
+        import httpx
+
+        url = self.base_url.rstrip("/").removesuffix("/v1") + "/tokenize"
+        try:
+            answer = httpx.post(url, json={"model": self.model, **body}, timeout=600)
+            answer.raise_for_status()
+            return list(answer.json()["tokens"])
+        except httpx.TransportError:
+            raise EvaluationError(f"no server answers at {url}") from None
+        except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise EvaluationError(f"{url} makes no tokens: {reason}") from None
+
+
+def expert_bytes(folder: Path) -> int:
+    """Bytes of the routed experts' tensors, scales and all, from the headers of the files."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length))
+        for name, tensor in header.items():
+            if ".experts." in name:
+                start, end = tensor["data_offsets"]
+                total += end - start
+    return total
