@@ -12,7 +12,7 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-cpp test-asan test-tsan test-python lint format docs \
-	models-table wheel verify-upstream clean clean-upstream
+	models-table quality wheel verify-upstream clean clean-upstream
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -63,8 +63,11 @@ docs: install ## regenerate docs/configuration.md
 
 models-table: install ## rerun the tests of whole models and put what they find into the READMEs
 	$(RUN) -m pytest tests/e2e/test_exactness.py tests/e2e/test_formats.py \
-		--record docs/tested.json
+		tests/e2e/test_expert_classes.py --record docs/tested.json
 	$(RUN) -m tests.e2e.table
+
+quality: install ## measure the demo model in every weight format, into docs/quality.md
+	$(VENV)/bin/lvllm eval examples/models/tiny-moe --formats all --markdown docs/quality.md
 
 wheel: install ## build the wheel into dist/
 	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
