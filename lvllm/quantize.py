@@ -198,7 +198,8 @@ def _by_rows(
     codes = torch.empty(matrix.shape, dtype=dtype, device=weight.device)
     scale = torch.empty(len(matrix), dtype=torch.float32, device=weight.device)
     step = max(1, _elements(weight) // matrix.shape[1])
-    buffer = torch.empty((min(step, len(matrix)), matrix.shape[1]), device=weight.device)
+    shape = (min(step, len(matrix)), matrix.shape[1])
+    buffer = torch.empty(shape, dtype=torch.float32, device=weight.device)
     for start in range(0, len(matrix), step):
         rows = slice(start, start + step)
         x = buffer[: len(matrix[rows])].copy_(matrix[rows])
@@ -240,7 +241,8 @@ def _columns(groups: torch.Tensor, count: int) -> Iterator[tuple[Any, ...]]:
     """
     total, size = groups.shape
     step = max(1, _elements(groups) // size)
-    memory = torch.empty((count, size * min(step, total)), device=groups.device)
+    shape = (count, size * min(step, total))
+    memory = torch.empty(shape, dtype=torch.float32, device=groups.device)
     for start in range(0, total, step):
         some = groups[start : start + step]
         buffers = memory[:, : some.numel()].unflatten(1, (size, len(some))).unbind()

@@ -60,7 +60,7 @@ def checkpoint(folder: Path, files: list[Tensors], **config: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     (folder / "tokenizer.json").write_text("{}")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files):
         name = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
         save_file(tensors, folder / name)

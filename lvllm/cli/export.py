@@ -8,7 +8,7 @@ import typer
 
 from lvllm.export.schemes import FORMATS, GROUP_SIZE
 
-Format = StrEnum("Format", FORMATS)
+Format = StrEnum("Format", list(FORMATS))  # type: ignore[misc]
 
 
 def export(

@@ -102,7 +102,7 @@ class TensorFile:
         """The tensor, in memory of its own."""
         tensor = self.tensors[name]
         data = torch.empty(tensor.size, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
         self._file.seek(self._offsets[name])
         while view:
             count = self._file.readinto(view)  # type: ignore[attr-defined]
@@ -124,7 +124,7 @@ def write(
         for tensor, values in zip(tensors, data, strict=True):
             if values.dtype != DTYPES[tensor.dtype] or tuple(values.shape) != tensor.shape:
                 raise AssertionError(f"{tensor} was announced, {values.dtype} {values.shape} came")
-            file.write(memoryview(values.contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(values.contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(path)

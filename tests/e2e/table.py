@@ -129,7 +129,7 @@ def models(found: record.Found, language: int) -> list[list[str]]:
             lines.append(
                 [
                     "" if i else family.models,
-                    FORMATS.get(row["format"], row["format"]),
+                    FORMATS.get(row["format"]) or str(row["format"]),
                     INPUTS[row["picture"]][language],
                     family.reference[language],
                     *numbers(row),
