@@ -3,8 +3,9 @@
     python -m benchmarks.loading [--gib 8] [--shard-gib 4] [--experts fp8] [--folder DIR] [--stock]
 
 Makes a Qwen3-MoE checkpoint of that size with weights of no meaning, reads it once, then times cat
-(median of three) and vLLM's loading phase: building the model, reading, ordering the weights for
-the kernels. Needs the size on disk, and twice the size and 3 GiB of memory; deletes the checkpoint.
+(median of three), writing to as much new memory, and vLLM's loading phase: building the model,
+reading, ordering the weights for the kernels. Needs the size on disk, and twice the size and 3 GiB
+of memory; deletes the checkpoint.
 """
 
 import argparse
@@ -61,6 +62,16 @@ llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=2, det
 status = Path("/proc/self/status").read_text()
 found["peak"] = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
 print("found", json.dumps(found))
+"""
+
+TOUCH = """
+import sys, time
+import torch
+from lvllm import bank
+memory = bank.allocate((1, int(sys.argv[1])), torch.uint8)
+start = time.perf_counter()
+memory.fill_(1)
+print(time.perf_counter() - start)
 """
 
 
@@ -164,6 +175,14 @@ def cat(files: tuple[Path, ...]) -> float:
     return time.perf_counter() - start
 
 
+def touch(size: int) -> float:
+    """Seconds that as much new memory takes to be written once, without any reading."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOUCH, str(size)], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    return float(done.stdout)
+
+
 def load(folder: Path, enabled: bool) -> dict[str, float]:
     """Of the loading phase the seconds, those of all CPUs, and the bytes read by system calls, read
     from and written to disks; and the peak of resident bytes.
@@ -207,6 +226,8 @@ def main() -> None:
         largest = max(file.stat().st_size for file in checkpoint.files) / GIB
         print(f"{gib:.2f} GiB, largest file {largest:.2f} GiB")
         print(f"cat        {seconds:6.2f} s  {gib / seconds:5.2f} GiB/s")
+        once = touch(checkpoint.nbytes)
+        print(f"touch      {once:6.2f} s  {gib / once:5.2f} GiB/s: new memory, written once")
         bound = 1.3 * seconds + 10
         for label, enabled in (("LvLLM", True), ("stock", False))[: 1 + arguments.stock]:
             found = load(folder, enabled)
