@@ -1,14 +1,13 @@
 """`lvllm export`: a checkpoint with its experts quantised."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from lvllm.export.schemes import FORMATS, GROUP_SIZE
+from lvllm.export.schemes import GROUP_SIZE
 
-Format = StrEnum("Format", list(FORMATS))  # type: ignore[misc]
+Format = Literal["int4", "fp8", "int8", "mxfp4", "nvfp4"]
 
 
 def export(
@@ -33,7 +32,7 @@ def export(
     from lvllm.export import export as write
 
     try:
-        write(model, out, format=format.value, group_size=group_size, linears=linears)
+        write(model, out, format=format, group_size=group_size, linears=linears)
     except ExportError as error:
         raise SystemExit(f"lvllm: {error}") from None
     except OSError as error:

@@ -102,7 +102,7 @@ class TensorFile:
         """The tensor, in memory of its own."""
         tensor = self.tensors[name]
         data = torch.empty(tensor.size, dtype=torch.uint8)
-        view = memoryview(data.numpy())  # type: ignore[arg-type]
+        view = memoryview(data.numpy().data)
         self._file.seek(self._offsets[name])
         while view:
             count = self._file.readinto(view)  # type: ignore[attr-defined]

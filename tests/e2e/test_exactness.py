@@ -44,16 +44,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PROJECTIONS = r"(_proj|_with_mqa)\.weight$"
 MIXTRALS_NAMES = r"\.experts\.\d+\.w[123]\.weight$"
 # The usual formats of the families that are not published in bfloat16: a scheme, what it quantises,
-# and sizes that its blocks want (gate and up begin at a block).
+# and sizes for its blocks, at which every part of a merged matrix must begin.
 USUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "deepseek_v3": ("fp8_blocks", PROJECTIONS, {"moe_intermediate_size": 128}),
+    "deepseek_v3": (
+        "fp8_blocks",
+        PROJECTIONS,
+        {"moe_intermediate_size": 128, "intermediate_size": 256, "q_lora_rank": 128},
+    ),
     "kimi_k2": ("compressed_int4_groups_of_32", EXPERTS, {}),
     "minimax_m2": (
         "fp8_blocks",
         f"{MIXTRALS_NAMES}|{ATTENTION}",
-        {"hidden_size": 320, "intermediate_size": 128},
+        {"hidden_size": 320, "intermediate_size": 128, "num_key_value_heads": 4},
     ),
-    "qwen3_next": ("fp8_blocks", f"{EXPERTS}|{ATTENTION}", {"moe_intermediate_size": 128}),
+    "qwen3_next": (
+        "fp8_blocks",
+        f"{EXPERTS}|{ATTENTION}",
+        {"moe_intermediate_size": 128, "num_key_value_heads": 4},
+    ),
 }
 
 

@@ -138,6 +138,7 @@ ARCHITECTURES = {
             "first_k_dense_replace": 1,
             "head_dim": 32,
             "routed_scaling_factor": 1.5,
+            "use_qk_norm": False,
             **mrope(0.5, [4, 2, 2]),
         },
         vision={
