@@ -12,6 +12,8 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 __all__ = ["pool"]
 
 
@@ -25,6 +27,8 @@ def pool(threads: int, cpus: Collection[int]) -> ThreadPoolExecutor:
 def _start(cpus: tuple[int, ...]) -> None:
     os.sched_setaffinity(0, cpus)
     # torch.set_num_threads would change it for the whole process; of OpenMP it is a thread's own.
+    # PyTorch hands the process's number to OpenMP when it is first used in a thread: before ours.
+    torch.get_num_threads()
     for library in _openmp():
         ctypes.CDLL(library).omp_set_num_threads(1)
 

@@ -8,6 +8,7 @@ from lvllm import workers
 
 
 def test_threads_have_an_operation_to_themselves_where_they_are_told() -> None:
+    torch.set_num_threads(torch.get_num_threads())  # as a server may
     before, cpus = torch.get_num_threads(), os.sched_getaffinity(0)
 
     def work(_: int) -> tuple[int, set[int], float]:
