@@ -45,6 +45,8 @@ class Arrivals:
     def expect(self, parts: int) -> None:
         """Want all tensors of the parameters that the layer has now; w13 is of `parts`."""
         for name, parameter in self._layer.named_parameters(recurse=False):
+            if not name.startswith(("w13_", "w2_")):  # the router's, in some models
+                continue
             self._names[id(parameter)] = name
             if getattr(parameter, "optional", False):
                 continue
