@@ -42,6 +42,8 @@ class DequantizedFp8Linear(Fp8BlockScaledMMLinearKernel):
         scale = scale.repeat_interleave(block_columns, dim=1)[:, :columns]
         values = (params.weight.data.float() * scale).to(self.config.out_dtype)
         replace_parameter(layer, params.WEIGHT, values)
+        # Latent attention takes kv_b_proj apart, and multiplies by the scales of what was FP8.
+        params.block_scale.data.fill_(1)
 
     def apply_weights(
         self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
