@@ -126,10 +126,11 @@ def models(found: record.Found, language: int) -> list[list[str]]:
     for name, family in FAMILIES.items():
         of_family = [row for row in rows if row["family"] == name]
         for i, row in enumerate(sorted(of_family, key=lambda row: (row["format"], row["picture"]))):
+            format: str = row["format"]
             lines.append(
                 [
                     "" if i else family.models,
-                    FORMATS.get(row["format"]) or str(row["format"]),
+                    FORMATS.get(format, format),
                     INPUTS[row["picture"]][language],
                     family.reference[language],
                     *numbers(row),

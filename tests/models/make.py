@@ -207,6 +207,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": (
         "PhimoeConfig",
         {
+            # Its router's weights jump where two scores tie, and every layer is another chance.
+            "num_hidden_layers": 2,
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
             "router_jitter_noise": 0.01,
@@ -217,8 +219,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (
         "Gemma4TextConfig",
         {
-            "num_hidden_layers": 3,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
             "sliding_window": 16,
             "head_dim": 32,
             "global_head_dim": 64,
@@ -289,6 +291,8 @@ def fill(model: Any) -> None:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             elif "embed" in name or name.endswith(("sinks", "router.bias")):
                 parameter.normal_()
+            elif name.endswith("router.scale"):  # Gemma 4's; 1 would make all experts alike
+                parameter.fill_(parameter.numel() ** 0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(0, 0.2)

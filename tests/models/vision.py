@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tests.models.make import COMMON, VOCABULARY, fill
 
 FIRST_SPECIAL = VOCABULARY - 8
-"""Special tokens have the last ids, which prompts do not draw."""
+"""Special tokens have the last ids."""
 
 LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,
@@ -171,6 +171,11 @@ def make(architecture: str, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     fill(model)
+    for name, weight in model.named_parameters():
+        if re.search(r"merger.*(linear_fc2|down_proj)\.weight$", name):
+            weight.data.mul_(4)  # or a picture would count for less than the words around it
+        elif name == "lm_head.weight":
+            weight.data[FIRST_SPECIAL:] = 0  # no answer has the placeholder of a picture
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer(list(how.tokens.values())).save_pretrained(folder)
     images(architecture).save_pretrained(folder)
