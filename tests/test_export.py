@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ CONFIG: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "bf
 PROJECTIONS = {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN)}
 PROJECTIONS["down_proj"] = (HIDDEN, INTERMEDIATE)
 LINEARS = ("q_proj", "o_proj")
+DENSE = ("gate_proj", "up_proj")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -51,6 +53,7 @@ def layer(number: int, projections: dict[str, tuple[int, int]] = PROJECTIONS) ->
         }
         | {f"{prefix}.self_attn.{name}.weight": normal(HIDDEN, HIDDEN) for name in LINEARS}
         | {f"{prefix}.mlp.gate.weight": normal(EXPERTS, HIDDEN)}
+        | {f"{prefix}.mlp.shared_expert.{name}.weight": normal(32, HIDDEN) for name in DENSE}
         | {f"{prefix}.input_layernorm.weight": normal(HIDDEN)}
     )
 
@@ -119,7 +122,7 @@ def test_contents(format: str, linears: bool, model: Path, tmp_path: Path) -> No
     for name, weight in before.items():
         stem = name.removesuffix("weight")
         state = {key.removeprefix(stem): after[key] for key in left if key.startswith(stem)}
-        if ".experts." in name or (linears and ".self_attn." in name):
+        if ".experts." in name or (linears and re.search("self_attn|shared_expert", name)):
             quantised.add(stem.rstrip("."))
             value = decompressor.decompress(state, scheme)["weight"].float()
             error = ((value - weight.float()).norm() / weight.float().norm()).item()
@@ -130,7 +133,10 @@ def test_contents(format: str, linears: bool, model: Path, tmp_path: Path) -> No
         left -= {stem + key for key in state}
     assert not left
     matrices = {name.removesuffix(".weight") for name, data in before.items() if data.dim() > 1}
-    assert set(config.ignore) == matrices - quantised - {"model.embed_tokens"}
+    expected = matrices - quantised - {"model.embed_tokens"}
+    if not linears:
+        expected |= {f"model.layers.{n}.mlp.shared_expert.gate_up_proj" for n in (0, 1)}
+    assert set(config.ignore) == expected
 
 
 def test_group_size(model: Path, tmp_path: Path) -> None:

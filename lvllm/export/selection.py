@@ -58,13 +58,23 @@ def quantized(tensors: Iterable[Tensor], linears: bool, architecture: str) -> se
 
 
 def ignored(tensors: Iterable[Tensor], chosen: set[str]) -> list[str]:
-    """Modules with a matrix that stays as it is. Tools ask for them by name."""
-    names = (
-        tensor.name
+    """Modules with a matrix that stays as it is. Tools ask for them by name, and vLLM by its own
+    for gate and up: Qwen3-MoE's dense layers tell it too late that the two are one there.
+    """
+    names = {
+        module(tensor.name)
         for tensor in tensors
-        if len(tensor.shape) > 1 and tensor.name.endswith(".weight") and tensor.name not in chosen
-    )
-    return sorted(module(name) for name in names if "embed_tokens" not in name)
+        if len(tensor.shape) > 1
+        and tensor.name.endswith(".weight")
+        and tensor.name not in chosen
+        and "embed_tokens" not in tensor.name
+    }
+    fused = {
+        f"{name.removesuffix('gate_proj')}gate_up_proj"
+        for name in names
+        if name.endswith(".gate_proj") and f"{name.removesuffix('gate_proj')}up_proj" in names
+    }
+    return sorted(names | fused)
 
 
 def module(name: str) -> str:
