@@ -21,6 +21,7 @@ from lvllm import quantize
 from lvllm.export import folder, selection
 from lvllm.export.schemes import FORMATS, GROUP_SIZE, Scheme, scheme
 from lvllm.export.tensorfile import ExportError, Tensor, TensorFile, size_of_file, write
+from lvllm.loading.checkpoint import INDEX
 
 __all__ = ["FORMATS", "ExportError", "export"]
 
@@ -46,9 +47,14 @@ def export(
     """
     how = scheme(format, group_size)
     config = folder.read_config(model)
-    paths = folder.shards(model)
+    checkpoint = folder.read_headers(model)
     with ExitStack() as stack:
-        files = [stack.enter_context(TensorFile(path)) for path in paths]
+        files = [
+            stack.enter_context(
+                TensorFile(path, (t for t in checkpoint.tensors.values() if t.file == path))
+            )
+            for path in checkpoint.files
+        ]
         architecture = str((config.get("architectures") or ["this model"])[0])
         work = _Export(files, how, linears, architecture)
         stack.enter_context(
@@ -60,7 +66,7 @@ def export(
                     "linears": linears,
                     "source": {
                         str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns]
-                        for path in paths
+                        for path in checkpoint.files
                     },
                 },
             )
@@ -68,7 +74,7 @@ def export(
         work.write_shards(out, folder.others(model), quiet)
         for path in folder.others(model):
             shutil.copyfile(path, out / path.name)
-        _write_json(out / folder.INDEX, work.index())
+        _write_json(out / INDEX, work.index())
         _write_json(out / "config.json", config | {"quantization_config": work.config()})
 
 
@@ -82,10 +88,7 @@ class _Export:
         self.how = how
         self.places: dict[str, TensorFile] = {}
         for file in files:
-            for name in file.tensors:
-                if name in self.places:
-                    raise ExportError(f"{name} is in {self.places[name].path} and in {file.path}")
-                self.places[name] = file
+            self.places |= dict.fromkeys(file.tensors, file)
         self.chosen = selection.quantized(self._tensors(), linears, architecture)
         self.planned = {
             file: {

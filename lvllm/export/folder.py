@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lvllm.export.tensorfile import ExportError
+from lvllm.loading.checkpoint import Checkpoint, CheckpointError
 
-__all__ = ["INDEX", "check_space", "others", "read_config", "shards", "working_in"]
+__all__ = ["check_space", "others", "read_config", "read_headers", "working_in"]
 
 MARKER = ".lvllm-export.json"
 """In an unfinished export: what it is made from, and how."""
-INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -40,24 +40,12 @@ def read_config(model: Path) -> dict[str, Any]:
     return config
 
 
-def shards(model: Path) -> list[Path]:
-    """The safetensors files that hold the weights; ExportError if one is missing."""
-    index = model / INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ExportError(f"{index}: no index of safetensors files") from None
-        for name in names:
-            if not (model / name).exists():
-                raise ExportError(f"{model / name} is missing; {INDEX} names it")
-        return [model / name for name in names]
-    if (single := model / "model.safetensors").exists():
-        return [single]
-    found = sorted(model.glob("*.safetensors"))
-    if not found:
-        raise ExportError(f"{model} has no safetensors files; others are not read")
-    return found
+def read_headers(model: Path) -> Checkpoint:
+    """The tensors of a folder; ExportError if its safetensors files are damaged or missing."""
+    try:
+        return Checkpoint.open(model)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from None
 
 
 def others(model: Path) -> list[Path]:

@@ -14,25 +14,12 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-__all__ = ["DTYPES", "ExportError", "Tensor", "TensorFile", "header_of", "size_of_file", "write"]
+from lvllm.loading.checkpoint import DTYPES, TensorInfo
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""safetensors' names."""
-LARGEST_HEADER = 100_000_000
-"""Bytes that the format allows."""
+__all__ = ["ExportError", "Tensor", "TensorFile", "header_of", "size_of_file", "write"]
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""safetensors' names of dtypes."""
 
 
 class ExportError(ValueError):
@@ -54,43 +41,14 @@ class Tensor:
 
 
 class TensorFile:
-    """An open safetensors file; ExportError if it is none, or cut short."""
+    """An open safetensors file and its tensors, in the order of their bytes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tensors: Iterable[TensorInfo]) -> None:
         self.path = path
-        self.size = path.stat().st_size
+        placed = sorted(tensors, key=lambda tensor: tensor.start)
+        self.tensors = {t.name: Tensor(t.name, NAMES[t.dtype], t.shape) for t in placed}
+        self._offsets = {tensor.name: tensor.start for tensor in placed}
         self._file: BinaryIO = path.open("rb", buffering=0)
-        try:
-            header = self._header()
-            self.tensors: dict[str, Tensor] = {}
-            self._offsets: dict[str, int] = {}
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    self._add(name, entry)
-        except (KeyError, TypeError, ValueError) as error:
-            self._file.close()
-            reason = str(error) if isinstance(error, ExportError) else "its header is damaged"
-            raise ExportError(f"{path}: {reason}") from None
-
-    def _header(self) -> dict[str, Any]:
-        length = int.from_bytes(self._file.read(8), "little")
-        self._start = 8 + length
-        if not 2 <= length <= LARGEST_HEADER or self._start > self.size:
-            raise ExportError(f"no safetensors file, or cut short at {self.size} bytes")
-        header: dict[str, Any] = json.loads(self._file.read(length))
-        return header
-
-    def _add(self, name: str, entry: dict[str, Any]) -> None:
-        if entry["dtype"] not in DTYPES:
-            raise ExportError(f"{name} has the unknown dtype {entry['dtype']!r}")
-        tensor = Tensor(name, entry["dtype"], tuple(entry["shape"]))
-        begin, end = entry["data_offsets"]
-        if end - begin != tensor.size:
-            raise ExportError(f"{name} has {end - begin} bytes, but its shape has {tensor.size}")
-        if self._start + end > self.size:
-            raise ExportError(f"cut short: {name} ends at byte {self._start + end} of {self.size}")
-        self.tensors[name] = tensor
-        self._offsets[name] = self._start + begin
 
     def __enter__(self) -> Self:
         return self
