@@ -108,13 +108,17 @@ def test_quantised_experts(
 
 
 @pytest.mark.parametrize("case", sorted(MIXED))
-def test_layers_that_are_not_alike(case: str, generated: dict[str, Case]) -> None:
-    check_against_reference(*generated[case])
+def test_layers_that_are_not_alike(
+    case: str, generated: dict[str, Case], record: Callable[..., None]
+) -> None:
+    record("formats", case, **check_against_reference(*generated[case]))
 
 
 @pytest.mark.parametrize("case", CONVERTED)
-def test_converted_experts(case: str, generated: dict[str, Case]) -> None:
-    check_against_reference(*generated[case])
+def test_converted_experts(
+    case: str, generated: dict[str, Case], record: Callable[..., None]
+) -> None:
+    record("formats", case, **check_against_reference(*generated[case]))
 
 
 @pytest.mark.parametrize("case", SHARDED)

@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
     "moe_router_activation": "sigmoid",
     "moe_router_scaling_factor": 3.0,
     "need_fp32_gate": True,
-    "swiglu_limits": [0.0, 0.0, 0.0],
+    "swiglu_limits": [0.0, 0.0, 7.0],
     "swiglu_limits_shared": [0.0, 0.0, 0.0],
     "tie_word_embeddings": False,
     "bos_token_id": 1,
