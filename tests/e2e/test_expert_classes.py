@@ -31,14 +31,14 @@ LATENT = {
 GATELESS = {"moe_intermediate_size": 128}
 
 
-def run(models: dict[str, Model], seed: int, **how: Any) -> dict[str, Case]:
+def run(models: dict[str, Model], seed: int) -> dict[str, Case]:
     """Every model's answers, from one process."""
     asked = prompts(seed)
     jobs = [
         {"model": str(folder), "prompts": asked, "max_tokens": 12} | job
         for folder, _, job in models.values()
     ]
-    answers = generate(jobs, **how)
+    answers = generate(jobs, environment=ONE_PROCESS)
     return {
         name: (values, asked, answer)
         for (name, (_, values, _)), answer in zip(models.items(), answers, strict=True)
@@ -68,7 +68,7 @@ def whole(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case
     for scheme in ("modelopt_fp8", "modelopt_nvfp4"):
         packed = quantize(gateless, SCHEMES[scheme], tmp / scheme)
         models[f"nemotron_h_{scheme}"] = (*packed, {})
-    return run(models, seed, environment=ONE_PROCESS)
+    return run(models, seed)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def run(plain: Path, cases: Iterable[str], seed: int, tmp: Path, **job: Any) -> 
         {"model": str(quantized), "prompts": asked, "max_tokens": 8} | more | job
         for quantized, _, more in prepared.values()
     ]
-    answers = generate(jobs, environment=ONE_PROCESS if not job else None)
+    answers = generate(jobs, environment=ONE_PROCESS)
     return {
         case: (values, asked, answer)
         for (case, (_, values, _)), answer in zip(prepared.items(), answers, strict=True)

@@ -296,8 +296,10 @@ def fill(model: Any) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(0, 0.2)
-    if model.config.tie_word_embeddings:  # or each token would be followed by itself
-        model.get_input_embeddings().weight.data.mul_(model.config.hidden_size**-0.5)
+    if model.config.tie_word_embeddings:
+        # Smaller, or each token would be followed by itself; and by half again, or Gemma 4's logits
+        # would be so wide that bfloat16 alone may reach the bound (0.028 seen).
+        model.get_input_embeddings().weight.data.mul_(0.5 * model.config.hidden_size**-0.5)
 
 
 def _complete_config(path: Path, architecture: str, fields: dict[str, Any]) -> None:
