@@ -1,7 +1,6 @@
 """What is measured: a checkpoint, one that is exported for it, or a server."""
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from lvllm.evaluation.backends import EvaluationError, ask_server
 from lvllm.evaluation.passages import LocalTokenizer, Tokenizer
 from lvllm.evaluation.processes import Outcome, Work, run_apart, run_vllm
 from lvllm.evaluation.readers import MOST, read_server
+from lvllm.loading.checkpoint import read_header
 
 EXPORTED = ("fp8", "int8", "int4", "mxfp4", "nvfp4")
 DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
@@ -196,13 +196,5 @@ class ServerTokenizer:
 
 def expert_bytes(folder: Path) -> int:
     """Bytes of the routed experts' tensors, scales and all, from the headers of the files."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length))
-        for name, tensor in header.items():
-            if ".experts." in name:
-                start, end = tensor["data_offsets"]
-                total += end - start
-    return total
+    tensors = (tensor for file in folder.glob("*.safetensors") for tensor in read_header(file))
+    return sum(tensor.nbytes for tensor in tensors if ".experts." in tensor.name)
