@@ -38,6 +38,8 @@ DEFAULTS: dict[str, Any] = {
 
 Job = dict[str, Any]
 Answers = list[dict[str, list[Any]]]
+Model = tuple[Path, Path, dict[str, Any]]
+"""A checkpoint, its values for the reference, and arguments of `vllm.LLM`."""
 
 
 def generate(
@@ -62,6 +64,23 @@ def generate(
         # Which engine ran is part of what is tested: a plugin that never loads must not pass.
         assert ("LvLLM: experts on lk" in process.stdout) == enabled
         return json.load(result)
+
+
+def generate_all(
+    models: dict[str, Model], asked: list[Any], **job: Any
+) -> dict[str, tuple[Path, list[Any], Answers]]:
+    """Every model's answers to `asked`, from one process: starting vLLM is most of the time.
+
+    With the values, for `check_against_reference`. `job` holds for all models.
+    """
+    jobs = [
+        {"model": str(folder), "prompts": asked} | more | job for folder, _, more in models.values()
+    ]
+    answers = generate(jobs, environment=ONE_PROCESS)
+    return {
+        name: (values, asked, answer)
+        for (name, (_, values, _)), answer in zip(models.items(), answers, strict=True)
+    }
 
 
 def run(job: Job) -> Answers:

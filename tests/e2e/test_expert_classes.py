@@ -7,19 +7,16 @@ packings, options and parallel runs, each against transformers in float32.
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.generate import ONE_PROCESS, Answers, generate
+from tests.e2e.generate import Answers, Model, generate_all
 from tests.e2e.test_exactness import Prompts, check_against_reference, prompts
 from tests.models import gpt_oss
 from tests.models.make import make
 from tests.models.quantize import SCHEMES, quantize
 
 Case = tuple[Path, Prompts, Answers]
-Model = tuple[Path, Path, dict[str, Any]]
-"""A checkpoint, its values for transformers, and arguments of `vllm.LLM`."""
 
 # A limit that the values reach: of 7 a test would not notice.
 LIMITED = {"swiglu_alpha": 1.2, "swiglu_limit": 0.9}
@@ -29,20 +26,6 @@ LATENT = {
     "moe_latent_size": 64,
 }
 GATELESS = {"moe_intermediate_size": 128}
-
-
-def run(models: dict[str, Model], seed: int) -> dict[str, Case]:
-    """Every model's answers, from one process."""
-    asked = prompts(seed)
-    jobs = [
-        {"model": str(folder), "prompts": asked, "max_tokens": 12} | job
-        for folder, _, job in models.values()
-    ]
-    answers = generate(jobs, environment=ONE_PROCESS)
-    return {
-        name: (values, asked, answer)
-        for (name, (_, values, _)), answer in zip(models.items(), answers, strict=True)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +51,7 @@ def whole(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case
     for scheme in ("modelopt_fp8", "modelopt_nvfp4"):
         packed = quantize(gateless, SCHEMES[scheme], tmp / scheme)
         models[f"nemotron_h_{scheme}"] = (*packed, {})
-    return run(models, seed)
+    return generate_all(models, prompts(seed), max_tokens=12)
 
 
 @pytest.mark.parametrize(
@@ -96,4 +79,5 @@ def test_gpt_oss_mxfp4_in_two_processes(seed: int, tmp_path: Path) -> None:
     models: dict[str, Model] = {
         "shares": (*gpt_oss.pack(plain, tmp_path / "mxfp4"), {"tensor_parallel_size": 2})
     }
-    check_against_reference(*run(models, seed)["shares"])
+    answered = generate_all(models, prompts(seed), max_tokens=12)
+    check_against_reference(*answered["shares"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.generate import ONE_PROCESS, Answers, generate
+from tests.e2e.generate import Answers, Model, generate_all
 from tests.e2e.test_exactness import Prompts, check_against_reference, prompts
 from tests.models.make import make
 from tests.models.quantize import (
@@ -43,7 +43,7 @@ SHARDED = (
 Case = tuple[Path, Prompts, Answers]
 
 
-def prepare(plain: Path, case: str, folder: Path) -> tuple[Path, Path, dict[str, Any]]:
+def prepare(plain: Path, case: str, folder: Path) -> Model:
     """The checkpoint of "SCHEME" or "SCHEME:LVLLM_MOE_USE_WEIGHT", the values that its experts are
     computed with, and what its job has beside.
     """
@@ -60,18 +60,9 @@ def prepare(plain: Path, case: str, folder: Path) -> tuple[Path, Path, dict[str,
 
 
 def run(plain: Path, cases: Iterable[str], seed: int, tmp: Path, **job: Any) -> dict[str, Case]:
-    """Every case's answers, from one process: starting vLLM is most of the time."""
-    prepared = {case: prepare(plain, case, tmp / case) for case in cases}
-    asked = prompts(seed)
-    jobs = [
-        {"model": str(quantized), "prompts": asked, "max_tokens": 8} | more | job
-        for quantized, _, more in prepared.values()
-    ]
-    answers = generate(jobs, environment=ONE_PROCESS)
-    return {
-        case: (values, asked, answer)
-        for (case, (_, values, _)), answer in zip(prepared.items(), answers, strict=True)
-    }
+    """Every case's answers."""
+    models = {case: prepare(plain, case, tmp / case) for case in cases}
+    return generate_all(models, prompts(seed), max_tokens=8, **job)
 
 
 @pytest.fixture(scope="module")
