@@ -146,19 +146,25 @@ class ExpertLayer:
         self.activation = activation
         self.activation_bits = bits
         self.num_experts, self.hidden_size, self.intermediate_size = experts, hidden, intermediate
+        self.parts = parts
+        """Projections in w13: 2, gate and up, or 1."""
+        self.group_size = group
+        """Columns that share a scale: all of a row without groups, 0 where no columns do."""
+        self.swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
+        self.apply_router_weight_on_input = apply_router_weight_on_input
         # The engine keeps pointers only.
-        self._tensors: tuple[torch.Tensor | None, ...] = (
-            w13,
-            w2,
-            w13_scale,
-            w2_scale,
-            w13_zero,
-            w2_zero,
-            w13_global_scale,
-            w2_global_scale,
-            None if w13_bias is None else w13_bias.float(),
-            None if w2_bias is None else w2_bias.float(),
-        )
+        self._tensors: dict[str, torch.Tensor | None] = {
+            "w13": w13,
+            "w2": w2,
+            "w13_scale": w13_scale,
+            "w2_scale": w2_scale,
+            "w13_zero": w13_zero,
+            "w2_zero": w2_zero,
+            "w13_global_scale": w13_global_scale,
+            "w2_global_scale": w2_global_scale,
+            "w13_bias": None if w13_bias is None else w13_bias.float(),
+            "w2_bias": None if w2_bias is None else w2_bias.float(),
+        }
         handle: int = raw_ops.layer_create(
             format,
             activation,
@@ -169,7 +175,7 @@ class ExpertLayer:
             swiglu_beta,
             swiglu_limit,
             apply_router_weight_on_input,
-            *self._tensors,
+            *self._tensors.values(),
         )
         self.handle = torch.tensor(handle, dtype=torch.int64)
         """int64 scalar that names the layer to `torch.ops.lvllm.expert_block`."""
@@ -196,6 +202,11 @@ class ExpertLayer:
         out: torch.Tensor = raw_ops.expert_block(x, topk_ids, topk_weights, self.handle)
         return out
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer computes on, by the names of the arguments, in the engine's order."""
+        return {name: tensor for name, tensor in self._tensors.items() if tensor is not None}
+
     def release(self) -> None:
         """Puts all tensors back in the order they came in, and ends the layer.
 
@@ -204,4 +215,4 @@ class ExpertLayer:
         """
         raw_ops.layer_restore(self.handle.item())
         self._finalizer.detach()
-        self._tensors = ()
+        self._tensors = {}

@@ -1,0 +1,68 @@
+"""Experts in the engine's order and format -> plain matrices of the model's dtype, on a device.
+
+What lies in the staging buffers of a GPU are the engine's bytes: tiles of 64 rows, transposed in
+units of four bytes (`lvllm.tiles`), in 4, 8 or 16 bits. One Triton kernel reads each byte once and
+writes each value once, 2.6 to 4 bytes a weight: at 4 TB/s that is a small part of the time in which
+a bus of 55 GB/s brings the half byte to two bytes of the weight. In plain PyTorch, where every
+step is a pass over memory, 4-bit weights would take 45 bytes, more time than the bus.
+
+Without a GPU plain PyTorch does the same, to the same bits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lvllm.experts import ExpertLayer
+from lvllm.formats.values import values
+from lvllm.tiles import WEIGHT_UNIT, from_tiles
+
+__all__ = ["convert"]
+
+
+def convert(
+    layer: ExpertLayer,
+    tensors: Mapping[str, torch.Tensor],
+    name: str,
+    experts: range,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weights of "w13" or "w2" of some experts: [len(experts), rows, columns] of `dtype`.
+
+    Args:
+        layer: whose tensors they are.
+        tensors: those of `layer.tensors` in the same order, on any one device.
+        name: "w13": gate rows, then up rows; "w2".
+        experts: consecutive ones, of those in `tensors`.
+        dtype: bfloat16 or float16. Rounded to it is the product of weight and scale in float32.
+    """
+    part = {
+        suffix: tensors[name + suffix][experts.start : experts.stop]
+        for suffix in ("", "_scale", "_zero", "_global_scale")
+        if name + suffix in tensors
+    }
+    parts = layer.parts if name == "w13" else 1
+    if part[""].is_cuda:
+        from lvllm.gpu import convert_kernel
+
+        return convert_kernel.run(layer.format, layer.group_size, parts, part, dtype)
+    return _plain(layer, parts, part, dtype)
+
+
+def _plain(
+    layer: ExpertLayer, parts: int, part: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    rows: dict[str, Any] = {"format": layer.format, "": from_tiles(part[""], parts, WEIGHT_UNIT)}
+    for suffix in ("_scale", "_zero"):
+        if suffix in part:
+            tensor = part[suffix]
+            # Scales along K are in tiles like the weights.
+            rows[suffix] = (
+                from_tiles(tensor, parts, tensor.element_size()) if layer.group_size else tensor
+            )
+    if "_global_scale" in part:
+        rows["_global_scale"] = part["_global_scale"]
+    if layer.format == "int4":
+        rows["group_size"] = layer.group_size
+    return torch.stack([values(rows, "", expert).to(dtype) for expert in range(len(part[""]))])

@@ -1,0 +1,168 @@
+"""The Triton kernel behind `lvllm.gpu.convert`. Imported only where it runs."""
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+
+from lvllm.tiles import TILE_ROWS, WEIGHT_UNIT
+from lvllm.weights import BLOCK, FORMATS
+
+COLUMNS = 64
+"""Of a block: with 64 rows at most 16 values a thread of four warps."""
+
+
+@triton.jit
+def _e4m3(code):  # type: ignore[no-untyped-def]
+    """uint8 -> float32. By arithmetic, for GPUs before sm_89 have no instruction for it."""
+    exponent = ((code >> 3) & 15).to(tl.int32)
+    mantissa = (code & 7).to(tl.int32) + tl.where(exponent > 0, 8, 0)
+    power = ((tl.maximum(exponent, 1) - 10 + 127) << 23).to(tl.float32, bitcast=True)
+    value = mantissa.to(tl.float32) * power
+    return tl.where(code >= 128, -value, value)
+
+
+@triton.jit
+def _e2m1(code):  # type: ignore[no-untyped-def]
+    """0 to 15 -> float32."""
+    exponent = ((code >> 1) & 3).to(tl.int32)
+    mantissa = (code & 1).to(tl.int32) + tl.where(exponent > 0, 2, 0)
+    power = ((tl.maximum(exponent, 1) - 2 + 127) << 23).to(tl.float32, bitcast=True)
+    value = mantissa.to(tl.float32) * power
+    return tl.where(code >= 8, -value, value)
+
+
+@triton.jit
+def _e8m0(code):  # type: ignore[no-untyped-def]
+    """uint8 -> float32: the code is the exponent's bits, but for 0, half of what 1 means."""
+    bits = code.to(tl.int32)
+    power = (tl.maximum(bits, 1) << 23).to(tl.float32, bitcast=True)
+    return tl.where(bits == 0, power * 0.5, power)
+
+
+@triton.jit
+def _convert(  # type: ignore[no-untyped-def]
+    weights,
+    scale,
+    zero,
+    global_scale,
+    out,
+    rows,  # of a part
+    columns,
+    length,  # of a row, in stored elements
+    groups,  # of a row, or blocks
+    group_size,
+    PARTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    VALUES: tl.constexpr,  # in a stored element
+    UNIT: tl.constexpr,  # stored elements that stay together
+    SCALE: tl.constexpr,
+    ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of a tile of a part of an expert; grid (experts * parts, tiles, blocks)."""
+    matrix = tl.program_id(0).to(tl.int64)  # offsets of a layer exceed 32 bits
+    tile = tl.program_id(1)
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first = tile * ROWS
+    n = tl.minimum(rows - first, ROWS)
+    inside = (row < n) & (column < columns)
+
+    element = column // VALUES
+    whole = length // UNIT * UNIT
+    in_units = (element // UNIT * n + row) * UNIT + element % UNIT
+    leftover = n * whole + row * (length - whole) + element - whole
+    at = (matrix * rows + first) * length + tl.where(element < whole, in_units, leftover)
+    stored = tl.load(weights + at, mask=inside, other=0)
+    if VALUES == 2:
+        stored = tl.where(column % 2 == 0, stored & 15, stored >> 4)
+    if FORMAT == "fp8":
+        value = _e4m3(stored)
+    elif FORMAT == "mxfp4" or FORMAT == "nvfp4":
+        value = _e2m1(stored)
+    else:
+        value = stored.to(tl.float32)
+
+    if SCALE == "group":
+        group = column // group_size
+        at_group = (matrix * rows + first) * groups + group * n + row
+        if FORMAT == "int4":
+            middle = 8.0
+            if ZERO:
+                middle = tl.load(zero + at_group, mask=inside, other=0).to(tl.float32)
+            value -= middle
+        factor = tl.load(scale + at_group, mask=inside, other=0)
+        if FORMAT == "mxfp4":
+            factor = _e8m0(factor)
+        elif FORMAT == "nvfp4":
+            factor = _e4m3(factor) * tl.load(global_scale + matrix)
+        else:
+            factor = factor.to(tl.float32)
+        value *= factor
+    elif SCALE == "row":
+        value *= tl.load(scale + matrix * rows + first + row, mask=row < n, other=0)
+    elif SCALE == "block":
+        block_row = (matrix % PARTS * rows + first + row) // BLOCK
+        blocks = (PARTS * rows + BLOCK - 1) // BLOCK
+        at_block = (matrix // PARTS * blocks + block_row) * groups + column // BLOCK
+        value *= tl.load(scale + at_block, mask=inside, other=0)
+    elif SCALE == "tensor":
+        value *= tl.load(scale + matrix // PARTS)
+
+    tl.store(
+        out + (matrix * rows + first + row) * columns + column,
+        value.to(out.dtype.element_ty),
+        mask=inside,
+    )
+
+
+def run(
+    format: str, group_size: int, parts: int, part: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """As `lvllm.gpu.convert.convert`, of the tensors of one projection by their suffixes."""
+    stored, scale = part[""], part.get("_scale")
+    per_element = FORMATS[format].values
+    experts, rows, length = stored.shape
+    out = torch.empty((experts, rows, length * per_element), dtype=dtype, device=stored.device)
+    of_part, columns = rows // parts, out.shape[2]
+    codes = stored.element_size() == 1 and format != "int8"
+    nothing = stored  # for arguments that the format does not have
+    grid = (experts * parts, triton.cdiv(of_part, TILE_ROWS), triton.cdiv(columns, COLUMNS))
+    _convert[grid](
+        stored.view(torch.uint8) if codes else stored,
+        nothing if scale is None else _codes(scale),
+        part.get("_zero", nothing),
+        part.get("_global_scale", nothing),
+        out,
+        of_part,
+        columns,
+        length,
+        1 if scale is None or scale.dim() < 3 else scale.shape[2],
+        group_size,
+        PARTS=parts,
+        FORMAT=format,
+        VALUES=per_element,
+        UNIT=WEIGHT_UNIT // stored.element_size(),
+        SCALE=_scale_kind(scale, group_size),
+        ZERO="_zero" in part,
+        ROWS=TILE_ROWS,
+        COLUMNS=COLUMNS,
+        BLOCK=BLOCK,
+    )
+    return out
+
+
+def _scale_kind(scale: torch.Tensor | None, group_size: int) -> str:
+    """What shares a scale."""
+    if scale is None:
+        return "none"
+    return "group" if group_size else {1: "tensor", 2: "row", 3: "block"}[scale.dim()]
+
+
+def _codes(scale: torch.Tensor) -> torch.Tensor:
+    """e4m3 scales as bytes."""
+    return scale.view(torch.uint8) if scale.element_size() == 1 else scale
