@@ -172,6 +172,57 @@ def test_mixtrals_names(tmp_path: Path) -> None:
     assert len(packed) == EXPERTS * 3
 
 
+def fuse(tensors: Tensors, transposed: bool = False) -> Tensors:
+    """All experts of a layer in one tensor."""
+    names = [name for name in tensors if ".experts." in name]
+    fused = {name: data for name, data in tensors.items() if name not in names}
+    for stem in {name.partition(".experts.")[0] + ".experts" for name in names}:
+        matrices = [
+            [tensors[f"{stem}.{expert}.{name}.weight"] for name in PROJECTIONS]
+            for expert in range(EXPERTS)
+        ]
+        fused[f"{stem}.gate_up_proj"] = torch.stack([torch.cat(three[:2]) for three in matrices])
+        fused[f"{stem}.down_proj"] = torch.stack([three[2] for three in matrices])
+        for name in ("gate_up_proj", "down_proj") if transposed else ():
+            fused[f"{stem}.{name}"] = fused[f"{stem}.{name}"].transpose(1, 2).contiguous()
+    return fused
+
+
+FUSED = {"architectures": ["Qwen3_5MoeForConditionalGeneration"]}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_experts_in_one_tensor(format: str, transposed: bool, tmp_path: Path) -> None:
+    """The same tensors as from a checkpoint with a tensor for each expert. gate_up_proj of one
+    layer is in another file than down_proj.
+    """
+    apart = checkpoint(tmp_path / "apart", [layer(0), layer(1)], **FUSED)
+    first, second = fuse(layer(0), transposed), fuse(layer(1), transposed)
+    moved = "model.layers.0.mlp.experts.gate_up_proj"
+    second[moved] = first.pop(moved)
+    together = checkpoint(tmp_path / "together", [first, second], **FUSED)
+    for model in (apart, together):
+        export(model, tmp_path / f"{model.name}-out", format=format, quiet=True)
+    expected, found = load(tmp_path / "apart-out"), load(tmp_path / "together-out")
+    assert found.keys() == expected.keys()
+    for name, data in expected.items():
+        assert torch.equal(found[name].view(torch.uint8), data.view(torch.uint8)), name
+    config = (tmp_path / "apart-out" / "config.json").read_text()
+    assert (tmp_path / "together-out" / "config.json").read_text() == config
+
+
+def test_layers_without_v(tmp_path: Path) -> None:
+    """Gemma 4's full attention: vLLM makes one module of q, k and k again."""
+    tensors = layer(0)
+    for name in ("k_proj", "v_proj"):
+        tensors[f"model.layers.0.self_attn.{name}.weight"] = torch.ones(8, HIDDEN)
+    del tensors["model.layers.0.self_attn.v_proj.weight"]
+    export(checkpoint(tmp_path / "model", [tensors]), tmp_path / "out", format="int8", quiet=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.0.self_attn.qkv_proj" in config["ignore"]
+
+
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """Byte for byte what an export that nobody killed writes; what was finished is kept."""
     projections = dict.fromkeys(("gate_proj", "up_proj"), (1024, 1024))
@@ -248,15 +299,20 @@ print(peak() - before)
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    """2.5 GiB in one file, 64 MiB in one tensor. 168 MiB were seen; 2 GiB are promised."""
+    """2.5 GiB in one file, 64 MiB in one tensor, or in one expert where all are in one tensor.
+    168 MiB were seen, 232 of experts that lie transposed; 2 GiB are promised.
+    """
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    rows, columns, count = 8192, 4096, 40
+    (folder / "config.json").write_text(json.dumps(CONFIG | FUSED))
+    rows, columns, count = 8192, 4096, 30
     tensors = [
         Tensor(f"model.layers.0.mlp.experts.{number}.up_proj.weight", "BF16", (rows, columns))
         for number in range(count)
     ]
+    experts = 10
+    for name, shape in (("gate_up_proj", (columns, rows)), ("down_proj", (rows // 2, columns))):
+        tensors.append(Tensor(f"model.layers.1.mlp.experts.{name}", "BF16", (experts, *shape)))
     size = size_of_file(tensors)
     assert size > 2.5 * 2**30
     with (folder / "model.safetensors").open("wb") as file:
@@ -272,7 +328,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     used = int(done.stdout)
     print(f"{used / 2**20:.0f} MiB beside the interpreter")
     assert used < rows * columns * 2 + 2**28
-    assert len(read_header(tmp_path / "out" / "model.safetensors")) == 3 * count
+    assert len(read_header(tmp_path / "out" / "model.safetensors")) == 3 * (count + 3 * experts)
     shutil.rmtree(tmp_path / "out")
 
 
@@ -280,17 +336,25 @@ def rename(tensors: Tensors, old: str, new: str) -> Tensors:
     return {name.replace(old, new): data for name, data in tensors.items()}
 
 
-def fused(tensors: Tensors) -> Tensors:
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    return {
-        name: torch.zeros(EXPERTS, HIDDEN, 2 * INTERMEDIATE),
-        "model.norm.weight": torch.ones(3),
-    }
+def without(tensors: Tensors, part: str) -> Tensors:
+    return {name: data for name, data in tensors.items() if part not in name}
+
+
+def with_biases(tensors: Tensors) -> Tensors:
+    """As gpt-oss."""
+    bias = {"model.layers.0.mlp.experts.a_bias": torch.zeros(EXPERTS, HIDDEN)}
+    return bias | fuse(tensors, transposed=True)
 
 
 @pytest.mark.parametrize(
     ("change", "config", "arguments", "message"),
     [
+        (
+            dict,
+            {},
+            ["--format", "in4"],
+            "--format in4 is not allowed: int4, fp8, int8, mxfp4, nvfp4",
+        ),
         (
             dict,
             {},
@@ -317,7 +381,7 @@ def fused(tensors: Tensors) -> Tensors:
             "{model}/config.json: quantised already (quantization_config: awq)",
         ),
         (
-            lambda tensors: {k: v for k, v in tensors.items() if "experts" not in k},
+            lambda tensors: without(tensors, "experts"),
             {},
             ["--format", "int4"],
             "Qwen3MoeForCausalLM has no experts: there is nothing to quantise",
@@ -329,11 +393,40 @@ def fused(tensors: Tensors) -> Tensors:
             "Qwen3MoeForCausalLM names experts, model.layers.0.mlp.experts.0.wi_0.weight [192,",
         ),
         (
-            fused,
-            {},
+            with_biases,
+            {"architectures": ["GptOssForCausalLM"]},
             ["--format", "int4"],
-            "Qwen3MoeForCausalLM has all experts in one tensor,"
-            " model.layers.0.mlp.experts.gate_up_proj [3, 128, 384];",
+            "GptOssForCausalLM has all experts in one tensor,"
+            " model.layers.0.mlp.experts.down_proj [3, 192, 128]; with such tensors, exported are",
+        ),
+        (
+            lambda tensors: without(fuse(tensors), "down_proj"),
+            FUSED,
+            ["--format", "int4"],
+            "model.layers.0.mlp.experts.down_proj is missing, model.layers.0.mlp.experts.gate_up",
+        ),
+        (
+            lambda tensors: (
+                fuse(tensors) | {"model.layers.0.mlp.experts.down_proj": torch.zeros(3, 192, 128)}
+            ),
+            FUSED,
+            ["--format", "int4"],
+            "model.layers.0.mlp.experts.gate_up_proj is [3, 384, 128],"
+            " model.layers.0.mlp.experts.down_proj [3, 192, 128]: wanted are [E, 2I, H] and",
+        ),
+        (
+            lambda tensors: tensors | fuse(tensors),
+            FUSED,
+            ["--format", "int4"],
+            "model.layers.0.mlp.experts.0.gate_proj.weight is in model.layers.0.mlp.experts.gate",
+        ),
+        (
+            lambda tensors: {
+                name: data.half().to(torch.float8_e4m3fn) for name, data in fuse(tensors).items()
+            },
+            FUSED,
+            ["--format", "int4"],
+            "model.layers.0.mlp.experts.0.down_proj.weight is F8_E4M3 [128, 192]: a matrix in BF16",
         ),
         (
             lambda tensors: (
@@ -371,6 +464,13 @@ def test_nothing_is_overwritten(model: Path, tmp_path: Path) -> None:
     assert (code, text) == (1, f"lvllm: {tmp_path / 'note.txt'} is a file, a folder is wanted")
     code, text = run(model, "-o", model, "--format", "int4")
     assert (code, text) == (1, f"lvllm: {model} is not empty: nothing in it is overwritten")
+    code, text = run(model, "-o", model / "int4", "--format", "int4")
+    line = f"lvllm: {model / 'int4'} lies in {model}: choose a folder outside of it"
+    assert (code, text, (model / "int4").exists()) == (1, line, False)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nothing")
+    code, text = run(model, "-o", link, "--format", "int4")
+    assert (code, text) == (1, f"lvllm: {link} is a link to nothing, a folder is wanted")
 
 
 def test_a_full_disk_is_refused_before_work(
@@ -383,6 +483,72 @@ def test_a_full_disk_is_refused_before_work(
     assert code == 1
     assert text.startswith(f"lvllm: {out} has 0.00 GiB free, 0.00 GiB are to be written: make room")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON: Expecting property name"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        ("[]", "is no JSON object"),
+        ('{"quantization_config": "fp8"}', "quantised already (quantization_config: fp8)"),
+    ],
+    ids=["cut short", "too deep", "list", "string"],
+)
+def test_damaged_configs(content: str, message: str, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(content)
+    code, text = run(tmp_path / "model", "-o", tmp_path / "out", "--format", "int4")
+    assert code == 1
+    assert text.startswith(f"lvllm: {config}: {message}")
+    assert "\n" not in text
+
+
+def test_configs_of_another_shape(model: Path, tmp_path: Path) -> None:
+    """What an export does not need may be anything."""
+    shutil.copytree(model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text('{"architectures": 3, "text_config": "x"}')
+    code, text = run(tmp_path / "model", "-o", tmp_path / "out", "--format", "int8")
+    assert code == 0, text
+
+
+def test_no_checkpoints(model: Path, tmp_path: Path) -> None:
+    def refused(folder: Path) -> str:
+        code, text = run(folder, "-o", tmp_path / "out", "--format", "int8")
+        assert code == 1
+        assert not (tmp_path / "out").exists()
+        return text
+
+    nothing, file = tmp_path / "nothing", tmp_path / "file"
+    file.touch()
+    wanted = "the folder of a checkpoint is wanted"
+    assert refused(nothing) == f"lvllm: {nothing} does not exist: {wanted}"
+    assert refused(file) == f"lvllm: {file} is a file: {wanted}"
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    assert refused(pickled) == f"lvllm: {pickled} is no checkpoint folder: it has no config.json"
+    (pickled / "config.json").write_text("{}")
+    (pickled / "pytorch_model.bin").touch()
+    line = f"lvllm: {pickled} has no *.safetensors; weights in other files are not read"
+    assert refused(pickled) == line
+    linked = tmp_path / "linked"
+    shutil.copytree(model, linked)
+    (linked / "merges.txt").symlink_to(tmp_path / "nothing")
+    line = f"lvllm: {linked / 'merges.txt'} is a link to a file that is not there"
+    assert refused(linked) == line
+
+
+def test_links_are_followed(model: Path, tmp_path: Path) -> None:
+    """As a cache of downloads has a checkpoint."""
+    linked, out = tmp_path / "linked", tmp_path / "out"
+    linked.mkdir()
+    for path in model.iterdir():
+        (linked / path.name).symlink_to(path)
+    export(linked, out, format="int8", quiet=True)
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert len(list(out.iterdir())) == len(list(model.iterdir()))
 
 
 @pytest.mark.parametrize(

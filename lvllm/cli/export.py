@@ -1,19 +1,19 @@
 """`lvllm export`: a checkpoint with its experts quantised."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from lvllm.export.schemes import GROUP_SIZE
-
-Format = Literal["int4", "fp8", "int8", "mxfp4", "nvfp4"]
+from lvllm.export.schemes import FORMATS, GROUP_SIZE
 
 
 def export(
     model: Annotated[Path, typer.Argument(help="A folder with an unquantised checkpoint.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; new or empty.")],
-    format: Annotated[Format, typer.Option(help="What the experts become.")],
+    format: Annotated[
+        str, typer.Option(help="What the experts become.", metavar="|".join(FORMATS))
+    ],
     group_size: Annotated[
         int, typer.Option(help="Of int4: weights that share a scale; 32, 64 or 128.")
     ] = GROUP_SIZE,

@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lvllm import quantize
-from lvllm.export import folder, selection
+from lvllm.export import folder, fused, selection
 from lvllm.export.schemes import FORMATS, GROUP_SIZE, Scheme, scheme
 from lvllm.export.tensorfile import ExportError, Tensor, TensorFile, size_of_file, write
-from lvllm.loading.checkpoint import INDEX
+from lvllm.loading.checkpoint import INDEX, TensorInfo
 
 __all__ = ["FORMATS", "ExportError", "export"]
 
@@ -47,15 +47,18 @@ def export(
     """
     how = scheme(format, group_size)
     config = folder.read_config(model)
-    checkpoint = folder.read_headers(model)
+    folder.check_apart(model, out)
+    checkpoint, others = folder.read_headers(model), folder.others(model)
+    match config.get("architectures"):
+        case [str(architecture), *_]:
+            pass
+        case _:
+            architecture = "this model"
+    placed: dict[Path, list[TensorInfo]] = {path: [] for path in checkpoint.files}
+    for tensor in fused.split(checkpoint.tensors.values(), architecture):
+        placed[tensor.file].append(tensor)
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(
-                TensorFile(path, (t for t in checkpoint.tensors.values() if t.file == path))
-            )
-            for path in checkpoint.files
-        ]
-        architecture = str((config.get("architectures") or ["this model"])[0])
+        files = [stack.enter_context(TensorFile(path, tensors)) for path, tensors in placed.items()]
         work = _Export(files, how, linears, architecture)
         stack.enter_context(
             folder.working_in(
@@ -71,8 +74,8 @@ def export(
                 },
             )
         )
-        work.write_shards(out, folder.others(model), quiet)
-        for path in folder.others(model):
+        work.write_shards(out, others, quiet)
+        for path in others:
             shutil.copyfile(path, out / path.name)
         _write_json(out / INDEX, work.index())
         _write_json(out / "config.json", config | {"quantization_config": work.config()})

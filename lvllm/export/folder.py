@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 from lvllm.export.tensorfile import ExportError
 from lvllm.loading.checkpoint import Checkpoint, CheckpointError
 
-__all__ = ["check_space", "others", "read_config", "read_headers", "working_in"]
+__all__ = ["check_apart", "check_space", "others", "read_config", "read_headers", "working_in"]
 
 MARKER = ".lvllm-export.json"
 """In an unfinished export: what it is made from, and how."""
@@ -20,17 +21,24 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 def read_config(model: Path) -> dict[str, Any]:
     """config.json of an unquantised checkpoint; ExportError for anything else."""
+    if not model.is_dir():
+        fault = "is a file" if model.exists() else "does not exist"
+        raise ExportError(f"{model} {fault}: the folder of a checkpoint is wanted")
     path = model / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ExportError(f"{model} is no checkpoint folder: it has no config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{path}: not JSON: {error}") from None
-    for part in (config, config.get("text_config") or {}):
+    if not isinstance(config, dict):
+        raise ExportError(f"{path}: is no JSON object")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):
             if part.get(key):
-                how = part[key].get("quant_method", "unknown")
+                known = isinstance(part[key], dict)
+                how = part[key].get("quant_method", "unknown") if known else part[key]
                 raise ExportError(
                     f"{path}: quantised already ({key}: {how}); export the checkpoint it was made"
                     " from"
@@ -42,6 +50,8 @@ def read_config(model: Path) -> dict[str, Any]:
 
 def read_headers(model: Path) -> Checkpoint:
     """The tensors of a folder; ExportError if its safetensors files are damaged or missing."""
+    if not any(model.glob("*.safetensors")):
+        raise ExportError(f"{model} has no *.safetensors; weights in other files are not read")
     try:
         return Checkpoint.open(model)
     except CheckpointError as error:
@@ -49,15 +59,28 @@ def read_headers(model: Path) -> Checkpoint:
 
 
 def others(model: Path) -> list[Path]:
-    """Tokenizer, chat template, code and the like: what is copied as it is."""
-    return sorted(
+    """Tokenizer, chat template, code and the like: what is copied as it is.
+
+    Raises ExportError for a link to a file that is not there.
+    """
+    found = sorted(
         path
         for path in model.iterdir()
-        if path.is_file()
+        if not path.is_dir()
         and path.suffix not in WEIGHTS
         and not path.name.endswith(".index.json")
         and path.name not in ("config.json", MARKER)
     )
+    for path in found:
+        if not path.exists():
+            raise ExportError(f"{path} is a link to a file that is not there")
+    return [path for path in found if path.is_file()]
+
+
+def check_apart(model: Path, out: Path) -> None:
+    """Raises ExportError if `out` lies in `model`."""
+    if Path(os.path.realpath(model)) in Path(os.path.realpath(out)).parents:
+        raise ExportError(f"{out} lies in {model}: choose a folder outside of it")
 
 
 @contextmanager
@@ -67,8 +90,9 @@ def working_in(out: Path, job: dict[str, Any]) -> Iterator[None]:
     Raises ExportError if `out` holds anything else: files, the unfinished work of another `job`, or
     work that another process is doing.
     """
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{out} is a file, a folder is wanted")
+    if os.path.lexists(out) and not out.is_dir():
+        kind = "a file" if out.exists() else "a link to nothing"
+        raise ExportError(f"{out} is {kind}, a folder is wanted")
     marker = out / MARKER
     if out.exists() and any(out.iterdir()) and not marker.exists():
         raise ExportError(f"{out} is not empty: nothing in it is overwritten")

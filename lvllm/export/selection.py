@@ -18,6 +18,8 @@ LINEARS = re.compile(
 )
 OTHERS = re.compile(r"visual|vision|audio|indexer")
 """Parts of a model whose linear layers are left alone."""
+MERGED = (("gate_proj", "up_proj", "gate_up_proj"), ("q_proj", "k_proj", "qkv_proj"))
+"""Modules that vLLM makes one of, and its name."""
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -38,10 +40,16 @@ def quantized(tensors: Iterable[Tensor], linears: bool, architecture: str) -> se
         and tensor.name not in experts
     ]
     if unknown:
-        how = "has all experts in one tensor" if len(unknown[0].shape) > 2 else "names experts"
+        first = max(unknown, key=lambda tensor: len(tensor.shape))
+        name, shape = first.name, list(first.shape)
+        if len(shape) > 2:
+            raise ExportError(
+                f"{architecture} has all experts in one tensor, {name} {shape}; with such tensors,"
+                " exported are Qwen3-VL-MoE, Qwen3.5-MoE and Gemma 4"
+            )
         raise ExportError(
-            f"{architecture} {how}, {unknown[0].name} {list(unknown[0].shape)}; exported are models"
-            " with tensors like experts.0.gate_proj.weight, up_proj and down_proj, or w1, w3 and w2"
+            f"{architecture} names experts, {name} {shape}; exported are models with tensors like"
+            " experts.0.gate_proj.weight, up_proj and down_proj, or w1, w3 and w2"
         )
     if not experts:
         raise ExportError(f"{architecture} has no experts: there is nothing to quantise")
@@ -59,7 +67,9 @@ def quantized(tensors: Iterable[Tensor], linears: bool, architecture: str) -> se
 
 def ignored(tensors: Iterable[Tensor], chosen: set[str]) -> list[str]:
     """Modules with a matrix that stays as it is. Tools ask for them by name, and vLLM by its own
-    for gate and up: Qwen3-MoE's dense layers tell it too late that the two are one there.
+    for gate and up, since Qwen3-MoE's dense layers tell it too late that the two are one there; and
+    for q, k and v, since layers of Gemma 4 have no v, where vLLM takes k for it. `lm_head` is a
+    module without a tensor where its weight is that of the embeddings.
     """
     names = {
         module(tensor.name)
@@ -69,12 +79,13 @@ def ignored(tensors: Iterable[Tensor], chosen: set[str]) -> list[str]:
         and tensor.name not in chosen
         and "embed_tokens" not in tensor.name
     }
-    fused = {
-        f"{name.removesuffix('gate_proj')}gate_up_proj"
-        for name in names
-        if name.endswith(".gate_proj") and f"{name.removesuffix('gate_proj')}up_proj" in names
+    merged = {
+        f"{stem}.{whole}"
+        for one, other, whole in MERGED
+        for stem in (name.removesuffix(f".{one}") for name in names if name.endswith(f".{one}"))
+        if f"{stem}.{other}" in names
     }
-    return sorted(names | fused)
+    return sorted(names | merged | {"lm_head"})
 
 
 def module(name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from lvllm.loading.checkpoint import DTYPES, TensorInfo
 
-__all__ = ["ExportError", "Tensor", "TensorFile", "header_of", "size_of_file", "write"]
+__all__ = ["Columns", "ExportError", "Tensor", "TensorFile", "header_of", "size_of_file", "write"]
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """safetensors' names of dtypes."""
@@ -40,6 +40,22 @@ class Tensor:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Columns(TensorInfo):
+    """A matrix [N, K] that lies transposed: in columns `first` to `first + N` of a row-major
+    [K, of], whose bytes `start` and `end` are about.
+    """
+
+    first: int
+    of: int
+
+    def take(self, stored: torch.Tensor) -> torch.Tensor:
+        """The matrix, from all that is stored there."""
+        rows, columns = self.shape
+        # All of it: PyTorch takes 2 ms to turn a [1024, 2048], and 8 ms for half of its columns.
+        return stored.view(columns, self.of).T.contiguous()[self.first : self.first + rows]
+
+
 class TensorFile:
     """An open safetensors file and its tensors, in the order of their bytes."""
 
@@ -47,7 +63,7 @@ class TensorFile:
         self.path = path
         placed = sorted(tensors, key=lambda tensor: tensor.start)
         self.tensors = {t.name: Tensor(t.name, NAMES[t.dtype], t.shape) for t in placed}
-        self._offsets = {tensor.name: tensor.start for tensor in placed}
+        self._stored = {tensor.name: tensor for tensor in placed}
         self._file: BinaryIO = path.open("rb", buffering=0)
 
     def __enter__(self) -> Self:
@@ -58,16 +74,17 @@ class TensorFile:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, in memory of its own."""
-        tensor = self.tensors[name]
-        data = torch.empty(tensor.size, dtype=torch.uint8)
+        stored = self._stored[name]
+        data = torch.empty(stored.nbytes, dtype=torch.uint8)
         view = memoryview(data.numpy().data)
-        self._file.seek(self._offsets[name])
+        self._file.seek(stored.start)
         while view:
             count = self._file.readinto(view)  # type: ignore[attr-defined]
             if not count:
                 raise ExportError(f"{self.path}: cut short while {name} was read")
             view = view[count:]
-        return data.view(DTYPES[tensor.dtype]).view(tensor.shape)
+        values = data.view(stored.dtype)
+        return stored.take(values) if isinstance(stored, Columns) else values.view(stored.shape)
 
 
 def write(

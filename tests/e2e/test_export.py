@@ -6,38 +6,67 @@ The reference is transformers in float32 on the values that the exported codes a
 import importlib
 import json
 import random
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from lvllm.export import FORMATS, export
 from tests.e2e import reference
-from tests.e2e.generate import ONE_PROCESS, Answers, generate
-from tests.e2e.test_exactness import Prompts, check_against_reference, prompts
+from tests.e2e.generate import ONE_PROCESS, generate
+from tests.e2e.test_exactness import Case, check_against_reference, prompts, vision_case
 from tests.experts import dequantise
+from tests.models import vision
 from tests.models.make import make
 
-Case = tuple[Path, Path, Prompts, Answers]
 # Dimensions that no two have in common.
 SIZES = {"hidden_size": 160, "moe_intermediate_size": 96, "head_dim": 32}
 # vLLM has a kernel for such linear layers on any x86 CPU, and it leaves activations as they are.
 LINEARS = ("int4",)
+# Families with all experts of a layer in one tensor, and the format of each.
+FUSED = {
+    "qwen3_vl_moe": "int8",
+    "qwen3_5_moe": "fp8",
+    "gemma4": "int4",
+    "gemma4_linears": "int4",
+}
 
 
 def values_of(exported: Path, plain: Path, out: Path) -> Path:
-    """What the exported codes and scales mean, as a float32 checkpoint."""
+    """What the exported codes and scales mean, as a float32 checkpoint with the tensors of `plain`,
+    whose values they must be within the format's error.
+    """
     tensors = load_file(exported / "model.safetensors")
+
+    def value(name: str) -> torch.Tensor:
+        stem = name.removesuffix(".weight")
+        data = tensors.pop(f"{stem}.weight_packed" if name not in tensors else name)
+        scale = tensors.pop(f"{stem}.weight_scale", None)
+        return data.float() if scale is None else meaning(data, scale, tensors, stem)
+
     values = {}
-    for name, data in tensors.items():
-        stem, _, suffix = name.rpartition(".")
-        if suffix in ("weight", "weight_packed"):
-            scale = tensors.get(f"{stem}.weight_scale")
-            values[f"{stem}.weight"] = (
-                data.float() if scale is None else meaning(data, scale, tensors, stem)
+    for name, stored in load_file(plain / "model.safetensors").items():
+        if match := re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj", name):
+            rows = [f"{part}_proj.weight" for part in match[2].split("_")]
+            values[name] = torch.stack(
+                [
+                    torch.cat([value(f"{match[1]}.{expert}.{row}") for row in rows])
+                    for expert in range(len(stored))
+                ]
             )
+            if values[name].shape != stored.shape:
+                values[name] = values[name].transpose(1, 2).contiguous()
+        else:
+            values[name] = value(name)
+        assert (values[name] - stored.float()).norm() <= 0.15 * stored.float().norm()
+    assert all(re.search(r"_(shape|global_scale)$", name) for name in tensors), "nothing else"
     shutil.copytree(plain, out)
     save_file(values, out / "model.safetensors", {"format": "pt"})
     return out
@@ -59,50 +88,107 @@ def meaning(
     return dequantise("nvfp4", data[None], scale[None], global_scale=by_all)[0]
 
 
+def exported_case(plain: Case, name: str, format: str, tmp: Path) -> Case:
+    """The case, exported."""
+    folder = tmp / name
+    export(plain.checkpoint, folder, format=format, linears="linears" in name, quiet=True)
+    values = values_of(folder, plain.checkpoint, tmp / f"{name}_values")
+    return replace(plain, checkpoint=folder, values=values, format=format)
+
+
+def fused_case(family: str, seed: int, tmp: Path) -> Case:
+    """A model of the family, with pictures if it has vision."""
+    if family in vision.ARCHITECTURES:
+        return vision_case(family, seed, tmp)
+    folder = make(family, tmp / f"{family}-plain", seed, moe_intermediate_size=96)
+    return Case(family, folder, folder, prompts(seed))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """By format, and by format with its linear layers: the export, its values, LvLLM's answers.
-    One process of vLLM runs them all.
+    """By format, by format with its linear layers, and by family with fused experts: LvLLM's
+    answers from the export. One process of vLLM gives them all.
     """
     tmp = tmp_path_factory.mktemp("exported")
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
-    plain = make("qwen3_moe", tmp / "plain", seed, **SIZES)
-    asked = prompts(seed)
-    folders = {}
-    for name in (*FORMATS, *(f"{format}_linears" for format in LINEARS)):
-        format, _, linears = name.partition("_")
-        export(plain, tmp / name, format=format, linears=bool(linears), quiet=True)
-        folders[name] = (tmp / name, values_of(tmp / name, plain, tmp / f"{name}_values"))
-    jobs = [
-        {"model": str(folder), "prompts": asked, "max_tokens": 12} for folder, _ in folders.values()
-    ]
-    answers = generate(jobs, environment=ONE_PROCESS)
-    return {
-        name: (*both, asked, answer)
-        for (name, both), answer in zip(folders.items(), answers, strict=True)
-    }
+    folder = make("qwen3_moe", tmp / "plain", seed, **SIZES)
+    plain = Case("qwen3_moe", folder, folder, prompts(seed))
+    names = {name: name for name in FORMATS} | {f"{name}_linears": name for name in LINEARS}
+    cases = {name: exported_case(plain, name, format, tmp) for name, format in names.items()}
+    made: dict[str, Case] = {}
+    for name, format in FUSED.items():
+        family = name.removesuffix("_linears")
+        made[family] = made.get(family) or fused_case(family, seed, tmp)
+        cases[name] = exported_case(made[family], name, format, tmp)
+    jobs = [case.job for case in cases.values()]
+    for case, answers in zip(cases.values(), generate(jobs, environment=ONE_PROCESS), strict=True):
+        case.answers = answers
+    return cases
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *(f"{format}_linears" for format in LINEARS)])
+@pytest.mark.parametrize("name", [*FORMATS, *(f"{format}_linears" for format in LINEARS), *FUSED])
 def test_lvllm(name: str, exported: dict[str, Case]) -> None:
-    _, values, asked, answers = exported[name]
-    check_against_reference(values, asked, answers)
+    case = exported[name]
+    check_against_reference(case.values, case.asked, case.answers, case.picture)
 
 
-@pytest.mark.parametrize("format", ["int4", "fp8", "int8", "mxfp4"])
-def test_transformers(format: str, exported: dict[str, Case]) -> None:
+def check_transformers(case: Case, meant: Any) -> None:
+    """It computes with what the codes mean, rounded to bfloat16, as the model `meant` does."""
+    prompt = [5, 9, 100, 200, 3]
+    expected = reference.logprobs(meant, prompt, prompt)
+    without = reference.logprobs(reference.without_experts(meant), prompt, prompt)
+    assert (without - expected).abs().max() > 0.5
+    got = reference.logprobs(reference.load(case.checkpoint), prompt, prompt)
+    assert (got - expected).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8", "int8", "mxfp4", "qwen3_5_moe"])
+def test_transformers(name: str, exported: dict[str, Case]) -> None:
     """It unpacks experts while it loads, into bfloat16. Of nvfp4 ones, transformers 5.19 leaves the
     global scale out.
     """
-    folder, values, _, _ = exported[format]
-    prompt = [5, 9, 100, 200, 3]
-    loaded, meant = reference.load(folder), reference.load(values)
-    got = reference.logprobs(loaded, prompt, prompt)
-    expected = reference.logprobs(meant, prompt, prompt)
-    assert (got - expected).abs().max() < 0.05
-    without = reference.logprobs(reference.without_experts(meant), prompt, prompt)
-    assert (without - expected).abs().max() > 0.5
+    case = exported[name]
+    check_transformers(case, reference.load(case.values))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "experts"),
+    [
+        ("qwen3_vl_moe", "qwen3_vl_moe", "mlp.experts"),
+        ("gemma4", "gemma4_text", "experts"),
+        ("gemma4_linears", "gemma4_text", "experts"),
+    ],
+)
+def test_transformers_with_the_mapping_of_the_docs(
+    name: str,
+    model_type: str,
+    experts: str,
+    exported: dict[str, Case],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers 5.19 looks for these families' experts in one tensor only."""
+    case = exported[name]
+    meant = reference.load(case.values)
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None)
+    monkeypatch.setattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", set())
+    conversion_mapping.register_checkpoint_conversion_mapping(
+        model_type,
+        [
+            WeightConverter(
+                [f"{experts}.*.gate_proj.weight", f"{experts}.*.up_proj.weight"],
+                f"{experts}.gate_up_proj",
+                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+            ),
+            WeightConverter(
+                f"{experts}.*.down_proj.weight",
+                f"{experts}.down_proj",
+                operations=[MergeModulelist(dim=0)],
+            ),
+        ],
+        overwrite=True,
+    )
+    check_transformers(case, meant)
 
 
 METHODS = {
@@ -114,9 +200,25 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("format", FORMATS)
+LEFT = ("self_attn.qkv_proj", "self_attn.o_proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "experts", "left"),
+    [
+        *((name, "model.layers.0", "mlp.experts", (*LEFT, "mlp.gate")) for name in FORMATS),
+        ("qwen3_vl_moe", "model.language_model.layers.0", "mlp.experts", (*LEFT, "mlp.gate")),
+        ("qwen3_5_moe", "model.language_model.layers.3", "mlp.experts", (*LEFT, "mlp.gate")),
+        ("gemma4", "model.layers.1", "experts", (*LEFT, "router.proj")),
+    ],
+)
 def test_stock_vllm_has_a_method_for_it(
-    format: str, exported: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    layer: str,
+    experts: str,
+    left: tuple[str, ...],
+    exported: dict[str, Case],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """vLLM 0.32's own kernels for quantised experts want a GPU, or AMX, and its methods look for
     one when they are made. So this asks which method its configuration chooses for the experts, and
@@ -133,24 +235,24 @@ def test_stock_vllm_has_a_method_for_it(
         )
         moe_config = None
 
-    config = json.loads((exported[format][0] / "config.json").read_text())
+    config = json.loads((exported[name].checkpoint / "config.json").read_text())
     chosen = get_quantization_config("compressed-tensors").from_config(
         config["quantization_config"]
     )
     chosen.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    module, _, name = METHODS[format].partition(".")
-    method = getattr(importlib.import_module(f"{compressed_tensors_moe.__name__}.{module}"), name)
+    module, _, kind = METHODS[exported[name].format].partition(".")
+    method = getattr(importlib.import_module(f"{compressed_tensors_moe.__name__}.{module}"), kind)
     monkeypatch.setattr(method, "__init__", lambda *args, **kwargs: None)
     found = compressed_tensors_moe.CompressedTensorsMoEMethod.get_moe_method(
-        chosen, RoutedExperts(), "model.layers.0.mlp.experts"
+        chosen, RoutedExperts(), f"{layer}.{experts}"
     )
     assert type(found) is method
-    for left in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate"):
-        assert chosen.get_scheme(torch.nn.Linear(1, 1), f"model.layers.0.{left}") is None
+    for module in left:
+        assert chosen.get_scheme(torch.nn.Linear(1, 1), f"{layer}.{module}") is None
     with_linears = get_quantization_config("compressed-tensors").from_config(
         config["quantization_config"] | {"ignore": ["lm_head"]}
     )
     with_linears.packed_modules_mapping = chosen.packed_modules_mapping
-    assert with_linears.get_scheme_dict(
-        torch.nn.Linear(1, 1), "model.layers.0.self_attn.qkv_proj"
-    ), "or the test above would pass for any configuration"
+    assert with_linears.get_scheme_dict(torch.nn.Linear(1, 1), f"{layer}.self_attn.qkv_proj"), (
+        "or the test above would pass for any configuration"
+    )
