@@ -10,6 +10,10 @@ RUN := $(VENV)/bin/python
 BOOTSTRAP := $(PYTHON) -m build_tools.bootstrap --venv $(VENV)
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
+# Images for containers like to set it. Every process that imports vLLM would then compile a few
+# thousand modules anew: a refused `vllm serve` takes 17 s with it and 9 without.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-cpp test-asan test-tsan test-python lint format docs \
 	models-table quality wheel verify-upstream clean clean-upstream
