@@ -73,7 +73,10 @@ def run_tests(sanitizer: str | None = None) -> None:
     if sanitizer:
         options += [f"-DLK_SANITIZE={SANITIZERS[sanitizer]}"]
     _compile(build, *options)
-    _run(_tool("ctest"), "--test-dir", str(build), "--output-on-failure", "--no-tests=error")
+    # Most of a test is one thread: the comparison in plain C++.
+    at_once = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    how = ["--parallel", at_once, "--output-on-failure", "--no-tests=error"]
+    _run(_tool("ctest"), "--test-dir", str(build), *how)
 
 
 def find_torch() -> Path | None:
