@@ -4,10 +4,15 @@
 #   PIP_EXTRA_INDEX_URL must name PyTorch's CPU index for `cpu`, unless pip's configuration does:
 #                       upstream requires torch==2.13.0+cpu, which the default index does not have
 #   MAX_JOBS            how many compilers run at once
+#   TEST_PROCESSES      how many Python test files run at once, 2 by default; each takes up to 6 GiB
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
 BOOTSTRAP := $(PYTHON) -m build_tools.bootstrap --venv $(VENV)
+# A file at a time, since its tests share fixtures that start vLLM, and in the order of their names:
+# e2e/ comes first, and the short files at the end fill up what is left.
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
 # Images for containers like to set it. Every process that imports vLLM would then compile a few
@@ -43,7 +48,8 @@ test-tsan: ## the C++ tests under ThreadSanitizer
 
 test-python: ## the Python tests
 	@$(BOOTSTRAP) --tools test
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -m alone
+	@$(RUN) -m pytest -m "not alone" $(SIDE_BY_SIDE)
 
 lint: ## check format, lint, types, and that the generated documentation is current
 	@$(BOOTSTRAP) --tools lint --tools test
@@ -66,7 +72,7 @@ docs: install ## regenerate docs/configuration.md
 	$(RUN) -m lvllm.envs > docs/configuration.md
 
 models-table: install ## rerun the tests of whole models and put what they find into the READMEs
-	$(RUN) -m pytest tests/e2e/test_exactness.py tests/e2e/test_formats.py \
+	$(RUN) -m pytest $(SIDE_BY_SIDE) tests/e2e/test_exactness.py tests/e2e/test_formats.py \
 		tests/e2e/test_expert_classes.py --record docs/tested.json
 	$(RUN) -m tests.e2e.table
 

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import hypothesis
 import pytest
 
 from tests.e2e import record as records
@@ -16,7 +17,11 @@ for name in list(os.environ):
     if name.startswith(("LVLLM_", "LK_")):
         del os.environ[name]
 
-FOUND = pytest.StashKey[records.Found]()
+# No test asserts a time: by default an example of more than 200 ms fails.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+RECORD = "record"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,14 +34,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+class Recorder:
+    """Puts what passed tests recorded into `file`."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.found: records.Found = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" or not report.passed:
+            return
+        for name, value in report.user_properties:
+            if name == RECORD:
+                table, row, values = cast(tuple[str, str, dict[str, Any]], value)
+                self.found.setdefault(table, {})[row] = values
+
+    def pytest_sessionfinish(self) -> None:
+        records.write(self.found, self.file)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FOUND] = {}
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    file = session.config.getoption("--record")
-    if file is not None:
-        records.write(session.config.stash[FOUND], file)
+    file = config.getoption("--record")
+    # Of several processes one writes: pytest-xdist sends it the reports of all.
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(file))
 
 
 @pytest.fixture
@@ -44,7 +65,7 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
     """record(table, row, **values) after a comparison has passed."""
 
     def add(table: str, row: str, **values: Any) -> None:
-        request.config.stash[FOUND].setdefault(table, {})[row] = values
+        request.node.user_properties.append((RECORD, (table, row, values)))
 
     return add
 

@@ -13,6 +13,8 @@ import torch
 from lvllm import engine
 from lvllm.engine import ExpertLayer
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(autouse=True)
 def defaults() -> Iterator[None]:

@@ -17,6 +17,6 @@ def fail_to_serve(*arguments: str, **environment: str) -> tuple[int, str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     return done.returncode, done.stderr
