@@ -26,7 +26,8 @@ from vllm.model_executor.parameter import (
 from vllm.platforms.interface import PlatformEnum
 from vllm.scalar_type import scalar_types
 
-from lvllm.formats import packing, values
+from lvllm import dequantize
+from lvllm.formats import packing
 
 __all__ = ["DequantizedIntegerLinear", "GptqLinear", "register"]
 
@@ -159,7 +160,7 @@ class GptqLinear(LinearMethodBase):
         """Replace the parameters by the weights' values."""
         qweight, qzeros = layer.qweight.data, layer.qzeros.data
         if self.bits == 4:
-            codes, middle = values.nibbles(packing.gptq_int4(qweight)).float(), 8
+            codes, middle = dequantize.nibbles(packing.gptq_int4(qweight)).float(), 8
             zero = packing.gptq_zero(qzeros, self.v2)
         else:
             codes, middle = packing.gptq_int8(qweight).float(), 0

@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from lvllm import quantize
+from lvllm.dequantize import computable, values
 from lvllm.envs import UseWeight
 from lvllm.formats import integers
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter
 from lvllm.formats.converted import Conversion, Converted, choose
 from lvllm.formats.unquantized import Unquantized
-from lvllm.formats.values import computable, values
 from tests.experts import FORMATS, Random, dequantise, random_layer
 
 EXPERTS, HIDDEN, INTERMEDIATE = 3, 80, 48

@@ -50,7 +50,7 @@ class ExpertFormat:
     """Of a weight."""
     computable = True
     """Whether the engine computes it as it is stored. If not, `tensors` may have more than the
-    arguments of `ExpertLayer`; `lvllm.formats.values` says what.
+    arguments of `ExpertLayer`; `lvllm.dequantize` says what.
     """
     arrives = True
     """Whether the model hands every tensor to a parameter's loader, so that it is counted."""

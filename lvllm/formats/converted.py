@@ -17,10 +17,10 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from lvllm import quantize, workers
+from lvllm.dequantize import computable, values
 from lvllm.engine import ExpertLayer
 from lvllm.envs import UseWeight
 from lvllm.formats.base import ExpertFormat, Shape, engine_layer
-from lvllm.formats.values import computable, values
 
 __all__ = ["Conversion", "Converted", "choose"]
 

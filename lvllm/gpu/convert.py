@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from lvllm.dequantize import values
 from lvllm.experts import ExpertLayer
-from lvllm.formats.values import values
 from lvllm.tiles import WEIGHT_UNIT, from_tiles
 
 __all__ = ["convert"]

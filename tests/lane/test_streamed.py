@@ -67,7 +67,7 @@ def test_it_computes_the_expert_block(
     want = layer.reference(x, ids, weights)
     # Rounded to 8 bits of mantissa are weights, x times weight, products, activation and result,
     # each at 2^-9 / sqrt(3) of its size; where few numbers are summed up, they may conspire.
-    bound = 6e-3 if want.numel() > 500 else 2e-2
+    bound = 8e-3 if want.numel() > 500 else 2e-2
     assert torch.linalg.norm(got.float() - want) <= bound * torch.linalg.norm(want) + 1e-6
 
 
