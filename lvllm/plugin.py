@@ -31,6 +31,7 @@ def register() -> None:
         faults,
         fp8_linear,
         integer_linear,
+        picture_steps,
         pictures,
         quantization_configs,
         routing,
@@ -41,6 +42,7 @@ def register() -> None:
     faults.register()
     fp8_linear.register()
     integer_linear.register()
+    picture_steps.register()
     pictures.register()
     quantization_configs.register()
     routing.register()

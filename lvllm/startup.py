@@ -29,6 +29,9 @@ def prepare(vllm_config: Any) -> None:
     # Upstream's worker, with a watch over the experts' output.
     if vllm_config.parallel_config.worker_cls == CPU_WORKER:
         vllm_config.parallel_config.worker_cls = "lvllm.worker.HybridCPUWorker"
+    # Attention between a picture's tokens needs all of them in one step, as vLLM has it on GPUs.
+    if vllm_config.model_config.is_mm_prefix_lm:
+        vllm_config.scheduler_config.disable_chunked_mm_input = True
     # vLLM binds the OpenMP threads of rank n to the n-th list. Its own division ("auto") wants a
     # NUMA node a rank and keeps a core free; ours gives PyTorch the cores that lk computes on,
     # since the two take turns.

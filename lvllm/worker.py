@@ -8,6 +8,7 @@ import torch
 from vllm.distributed import get_world_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from lvllm import picture_attention
 from lvllm.faults import set_faults
 from lvllm.watch import Watch, layers_of, open_watch
 
@@ -24,6 +25,7 @@ class HybridCPUWorker(CPUWorker):
 
     def load_model(self, **arguments: Any) -> None:
         super().load_model(**arguments)
+        picture_attention.install()
         config = self.parallel_config
         self._per_request = (
             config.data_parallel_size == 1 and config.nnodes == 1 and not self.use_v2_model_runner
