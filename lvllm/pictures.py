@@ -9,7 +9,7 @@ import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
 __all__ = ["register"]
@@ -31,8 +31,24 @@ VIDEOS = {
 
 def register() -> None:
     """Without torchvision, let vLLM find transformers' classes for Pillow in the others' places."""
+    _allow_numba()
     if find_spec("torchvision") is None and not any(isinstance(f, _Pillow) for f in sys.meta_path):
         sys.meta_path.insert(0, _Pillow())
+
+
+def _allow_numba() -> None:
+    """vLLM prepares Kimi-K2.5's pictures with numba, and stops at its objects on CPUs.
+
+    It looks for kernels in what every loaded module has, and numba's llvmlite has an object of
+    which any attribute is a function, `__dict__` too.
+    """
+    dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
+    dispatcher.vars = _variables
+
+
+def _variables(value: Any) -> Any:
+    found = vars(value)
+    return found if isinstance(found, dict | MappingProxyType) else {}
 
 
 class _Pillow(MetaPathFinder, Loader):
