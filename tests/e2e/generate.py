@@ -3,9 +3,9 @@
     python -m tests.e2e.generate RESULT.json JOBS
 
 JOBS is a JSON list such as [{"model": DIR, "prompts": [[1, 5]], "max_tokens": 8}]; other keys of
-a job are arguments of `vllm.LLM`. A prompt with a picture is {"ids": [1, 5], "picture": FILE}. The
-result has one list a job, with one {"prompt": [...], "tokens": [...], "logprobs": [...]} a prompt;
-"prompt" has as many placeholders as the picture takes.
+a job are arguments of `vllm.LLM`. A prompt with a picture is {"ids": [1, 5], "picture": FILE,
+"modality": "image"}. The result has one list a job, with one {"prompt": [...], "tokens": [...],
+"logprobs": [...]} a prompt; "prompt" has as many placeholders as the picture takes.
 """
 
 import json
@@ -107,8 +107,10 @@ def _prompt(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
         return {"prompt_token_ids": prompt}
     from PIL import Image
 
-    picture = Image.open(prompt["picture"]).convert("RGB")
-    return {"prompt_token_ids": prompt["ids"], "multi_modal_data": {"image": picture}}
+    picture: Any = Image.open(prompt["picture"]).convert("RGB")
+    if prompt["modality"] == "vision_chunk":  # a picture, or some frames of a video
+        picture = {"type": "image", "image": picture, "uuid": None}
+    return {"prompt_token_ids": prompt["ids"], "multi_modal_data": {prompt["modality"]: picture}}
 
 
 def _fork_workers() -> None:

@@ -48,10 +48,8 @@ FAMILIES = {
         ),
     ),
     "glm4v_moe": Family("GLM-4.6V, GLM-4.5V"),
-    "kimi_k2": Family(
-        "Kimi-K2, the language part of Kimi-K2.5",
-        ("pictures of K2.5 not tested", "未测试 K2.5 的图片输入"),
-    ),
+    "kimi_k2": Family("Kimi-K2, the language part of Kimi-K2.5"),
+    "kimi_k25": Family("Kimi-K2.5"),
     "step3p5": Family(
         "Step-3.5-Flash",
         (

@@ -84,7 +84,7 @@ class Case:
         if self.picture:
             more = {
                 "skip_tokenizer_init": False,
-                "limit_mm_per_prompt": {"image": 1, "video": 0},
+                "limit_mm_per_prompt": {"image": 1, "vision_chunk": 1, "video": 0},
                 **more,
             }
         return {"model": str(self.checkpoint), "prompts": self.asked, "max_tokens": 12, **more}
@@ -199,9 +199,17 @@ def vision_case(name: str, seed: int, tmp: Path) -> Case:
     Image.fromarray(pixels).resize((140, 100)).save(file)
     around = vision.around_a_picture(name)
     words = [[token % vision.FIRST_SPECIAL for token in ids] for ids in prompts(seed)]
-    asked = [{"ids": [*ids[:3], *around, *ids[3:6]], "picture": str(file)} for ids in words]
-    prepared = vision.images(name)(images=[Image.open(file)], return_tensors="pt")
-    return Case(name, folder, folder, [*asked, words[2]], picture=dict(prepared))
+    pictures = vision.ARCHITECTURES[name].pictures
+    asked = [
+        {
+            "ids": [*ids[:3], *around, *ids[3:6]],
+            "picture": str(file),
+            "modality": pictures.modality,
+        }
+        for ids in words
+    ]
+    prepared = pictures.prepare(Image.open(file))
+    return Case(name, folder, folder, [*asked, words[2]], picture=prepared)
 
 
 MAKERS: dict[str, Callable[[str, int, Path], Case]] = {
@@ -252,9 +260,9 @@ def test_every_placeholder_has_its_patch(generated: dict[str, Case]) -> None:
     for name in vision.ARCHITECTURES:
         case = generated[f"{name}-vision"]
         placeholder = vision.token(name, "image_token_id")
-        patches = int(case.picture["image_grid_thw"].prod())
+        tokens = vision.ARCHITECTURES[name].pictures.tokens(case.picture)
         for answer in case.answers[:-1]:
-            assert answer["prompt"].count(placeholder) == patches // 4
+            assert answer["prompt"].count(placeholder) == tokens
 
 
 def test_the_demo_model_gives_the_references_tokens(generated: dict[str, Case]) -> None:

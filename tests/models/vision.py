@@ -6,8 +6,7 @@ python tests/models/vision.py qwen3_vl_moe OUT
 import argparse
 import json
 import re
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from tests.models.make import COMMON, VOCABULARY, fill
+from tests.models import make as language
+from tests.models.make import COMMON, UNWRITTEN, VOCABULARY, fill
+from tests.models.pictures import Chunk, Grid, Pictures
 
 FIRST_SPECIAL = VOCABULARY - 8
 """Special tokens have the last ids."""
@@ -52,13 +53,15 @@ class Vision:
     """By the name of the field that has its id: special tokens."""
     text: dict[str, Any]
     vision: dict[str, Any]
-    images: tuple[str, str]
-    """Family and class of what prepares pictures with Pillow, of transformers."""
-    before: str
-    """The field of the token that a picture begins with, and of the one that it ends with."""
-    after: str
-    videos: str
-    """The name of what prepares its videos."""
+    pictures: Pictures
+    around: tuple[str, ...]
+    """The fields of the tokens that stand for a picture in a prompt."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Other fields of the configuration."""
+    written: dict[str, Any] = field(default_factory=dict)
+    """The same, of published checkpoints and not of transformers."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """By pattern: names of published checkpoints that transformers reads and does not write."""
     fused: Literal["no", "rows", "columns"] = "no"
     """How published checkpoints have experts: as a tensor each; or all of a layer's in one tensor,
     [E, rows, columns] or [E, columns, rows] of a projection."""
@@ -79,6 +82,8 @@ QWEN_VISION = {
     "out_hidden_size": 128,
     "num_position_embeddings": 64,
 }
+QWEN_PICTURES = Grid("qwen2_vl", "Qwen2VLImageProcessorPil", "Qwen3VLVideoProcessor", 16)
+QWEN_AROUND = ("vision_start_token_id", "image_token_id", "vision_end_token_id")
 
 ARCHITECTURES = {
     "qwen3_vl_moe": Vision(
@@ -94,10 +99,8 @@ ARCHITECTURES = {
             **mrope(1.0, [6, 5, 5], mrope_interleaved=True),
         },
         vision={**QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
-        images=("qwen2_vl", "Qwen2VLImageProcessorPil"),
-        before="vision_start_token_id",
-        after="vision_end_token_id",
-        videos="Qwen3VLVideoProcessor",
+        pictures=QWEN_PICTURES,
+        around=QWEN_AROUND,
         fused="columns",
     ),
     "qwen3_5_moe": Vision(
@@ -114,10 +117,8 @@ ARCHITECTURES = {
             **mrope(0.25, [3, 3, 2], mrope_interleaved=True),
         },
         vision=QWEN_VISION,
-        images=("qwen2_vl", "Qwen2VLImageProcessorPil"),
-        before="vision_start_token_id",
-        after="vision_end_token_id",
-        videos="Qwen3VLVideoProcessor",
+        pictures=QWEN_PICTURES,
+        around=QWEN_AROUND,
         fused="rows",
     ),
     "glm4v_moe": Vision(
@@ -149,10 +150,38 @@ ARCHITECTURES = {
             "image_size": 112,
             "out_hidden_size": 128,
         },
-        images=("glm4v", "Glm4vImageProcessorPil"),
-        before="image_start_token_id",
-        after="image_end_token_id",
-        videos="Glm4vVideoProcessor",
+        pictures=Grid("glm4v", "Glm4vImageProcessorPil", "Glm4vVideoProcessor", 14),
+        around=("image_start_token_id", "image_token_id", "image_end_token_id"),
+    ),
+    "kimi_k25": Vision(
+        model_type="kimi_k25",
+        tokens={
+            "vision_start_token_id": "<|media_begin|>",
+            "vision_end_token_id": "<|media_end|>",
+            "image_token_id": "<|media_pad|>",
+            "video_token_id": "<|kimi_k25_video_placeholder|>",
+        },
+        text={**language.ARCHITECTURES["kimi_k2"][1], "model_type": "kimi_k2"},
+        vision={
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 2,
+            "pos_emb_height": 8,
+            "pos_emb_width": 8,
+        },
+        pictures=Chunk(14),
+        around=("vision_start_token_id", "image_token_id", "vision_end_token_id"),
+        more={"projection_hidden_size": 64},
+        written={
+            "architectures": ["KimiK25ForConditionalGeneration"],
+            "use_unified_vision_chunk": True,
+        },
+        renamed={
+            r"^language_model\.model\.blocks\.": "language_model.model.layers.",
+            r"^vision_tower\.encoder\.patch_embed\.": "vision_tower.patch_embed.",
+            r"^model\.mm_projector\.": "mm_projector.",
+        },
     ),
 }
 
@@ -161,29 +190,48 @@ def make(architecture: str, folder: Path, seed: int = 0) -> Path:
     """Write a bfloat16 checkpoint of `architecture` to `folder`, with its processors."""
     how = ARCHITECTURES[architecture]
     ids = {name: token(architecture, name) for name in how.tokens}
+    text = {**COMMON, **how.text}
     config = transformers.AutoConfig.for_model(
         how.model_type,
-        text_config={**COMMON, **how.text},
+        text_config=text,
         vision_config=how.vision,
-        tie_word_embeddings=False,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        **how.more,
         **ids,
     )
     torch.manual_seed(seed)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     fill(model)
     for name, weight in model.named_parameters():
-        if re.search(r"merger.*(linear_fc2|down_proj)\.weight$", name):
+        if re.search(r"(merger.*(linear_fc2|down_proj)|mm_projector.out_proj)\.weight$", name):
             weight.data.mul_(4)  # or a picture would count for less than the words around it
-        elif name == "lm_head.weight":
+        elif weight.shape[0] == VOCABULARY:
             weight.data[FIRST_SPECIAL:] = 0  # no answer has the placeholder of a picture
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer(list(how.tokens.values())).save_pretrained(folder)
-    images(architecture).save_pretrained(folder)
-    size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
-    videos = {"video_processor_type": how.videos, "size": size}
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    _complete_config(folder / "config.json", how)
+    tokenizer(how.tokens).save_pretrained(folder)
+    how.pictures.write(folder)
+    _rename(folder / "model.safetensors", how.renamed)
     _fuse(folder / "model.safetensors", how.fused)
     return folder
+
+
+def _complete_config(file: Path, how: Vision) -> None:
+    """Write what published checkpoints have, and transformers leaves out or calls otherwise."""
+    config = json.loads(file.read_text()) | how.written
+    names = (*UNWRITTEN, "model_type")
+    config["text_config"] |= {name: how.text[name] for name in names if name in how.text}
+    file.write_text(json.dumps(config, indent=2))
+
+
+def _rename(file: Path, renamed: dict[str, str]) -> None:
+    if not renamed:
+        return
+    tensors = load_file(file)
+    for pattern, name in renamed.items():
+        assert any(re.search(pattern, key) for key in tensors), f"{pattern}: nothing to rename"
+        tensors = {re.sub(pattern, name, key): data for key, data in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def _fuse(file: Path, how: str) -> None:
@@ -215,27 +263,20 @@ def token(architecture: str, name: str) -> int:
 
 def around_a_picture(architecture: str) -> list[int]:
     """What stands for a picture in a prompt."""
-    how = ARCHITECTURES[architecture]
-    return [token(architecture, name) for name in (how.before, "image_token_id", how.after)]
+    return [token(architecture, name) for name in ARCHITECTURES[architecture].around]
 
 
-def tokenizer(special: list[str]) -> Any:
+def tokenizer(special: dict[str, str]) -> Any:
     """A word for each id, and `special` from FIRST_SPECIAL on."""
     words = [f"w{i}" for i in range(VOCABULARY)]
-    words[FIRST_SPECIAL : FIRST_SPECIAL + len(special)] = special
+    words[FIRST_SPECIAL : FIRST_SPECIAL + len(special)] = special.values()
     made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     made.pre_tokenizer = WhitespaceSplit()
-    made.add_special_tokens(special)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w2")
-
-
-def images(architecture: str) -> Any:
-    """What prepares the architecture's pictures, with Pillow."""
-    how = ARCHITECTURES[architecture]
-    family, name = how.images
-    module = import_module(f"transformers.models.{family}.image_processing_pil_{family}")
-    size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
-    return getattr(module, name)(size=size, patch_size=how.vision.get("patch_size", 14))
+    made.add_special_tokens(list(special.values()))
+    names = {re.sub("_(id|index)$", "", name): word for name, word in special.items()}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="w2", pad_token="w0", extra_special_tokens=names
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""What prepares pictures, by family: the files of a checkpoint, and what the reference takes."""
+
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+SIZE = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
+"""In pixels: few enough for a prompt of a test."""
+
+
+class Pictures(Protocol):
+    """What one family does with a picture."""
+
+    @property
+    def modality(self) -> str:
+        """What vLLM calls it."""
+
+    def write(self, folder: Path) -> None:
+        """Write to a checkpoint what vLLM's processor reads."""
+
+    def prepare(self, picture: Image.Image) -> dict[str, torch.Tensor]:
+        """What transformers' model takes for a picture."""
+
+    def tokens(self, prepared: dict[str, torch.Tensor]) -> int:
+        """How many tokens it takes the place of."""
+
+
+def _pillow(family: str, name: str) -> Any:
+    """A class of transformers that needs no torchvision."""
+    module = import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+    return getattr(module, name)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Patches in a grid, of which 2x2 make a token: Qwen's and GLM's."""
+
+    family: str
+    name: str
+    """The class of transformers."""
+    videos: str
+    """The same for videos, which the processor of a checkpoint has too."""
+    patch_size: int
+    modality: str = "image"
+
+    def write(self, folder: Path) -> None:
+        self._images().save_pretrained(folder)
+        videos = {"video_processor_type": self.videos, "size": SIZE}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+
+    def prepare(self, picture: Image.Image) -> dict[str, torch.Tensor]:
+        return dict(self._images()(images=[picture], return_tensors="pt"))
+
+    def tokens(self, prepared: dict[str, torch.Tensor]) -> int:
+        return int(prepared["image_grid_thw"].prod()) // 4
+
+    def _images(self) -> Any:
+        return _pillow(self.family, self.name)(size=SIZE, patch_size=self.patch_size)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Kimi-K2.5's: a picture keeps its size and gets a black border on the right and below.
+
+    transformers does so with torchvision alone, vLLM with numba, and the repository's own code is
+    Python that nobody has read; so here it is once more.
+    """
+
+    patch_size: int
+    modality: str = "vision_chunk"
+
+    def write(self, folder: Path) -> None:
+        config = {
+            "patch_size": self.patch_size,
+            "merge_kernel_size": 2,
+            "in_patch_limit": 256,
+            "in_patch_limit_each_frame": 64,
+            "in_patch_limit_video": 256,
+            "patch_limit_on_one_side": 512,
+            "fixed_output_tokens": None,
+            "temporal_merge_kernel_size": 4,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps({"media_proc_cfg": config}))
+
+    def prepare(self, picture: Image.Image) -> dict[str, torch.Tensor]:
+        pixels = np.asarray(picture.convert("RGB"))
+        token = 2 * self.patch_size
+        border = [(0, -size % token) for size in pixels.shape[:2]]
+        pixels = np.pad(pixels, [*border, (0, 0)])
+        rows, columns = (size // self.patch_size for size in pixels.shape[:2])
+        patches = torch.from_numpy(pixels / 127.5 - 1).float()
+        patches = patches.reshape(rows, self.patch_size, columns, self.patch_size, 3)
+        return {
+            "pixel_values": patches.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous(),
+            "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        }
+
+    def tokens(self, prepared: dict[str, torch.Tensor]) -> int:
+        return int(prepared["image_grid_thw"].prod()) // 4
