@@ -72,10 +72,7 @@ FAMILIES = {
     "mixtral": Family("Mixtral-8x7B, 8x22B"),
     "nemotron_h": Family("Nemotron-3-Nano-30B-A3B"),
     "phimoe": Family("Phi-3.5-MoE, Phi-mini-MoE"),
-    "gemma4": Family(
-        "gemma-4-26B-A4B",
-        ("text; pictures not tested", "文本；未测试图片输入"),
-    ),
+    "gemma4": Family("gemma-4-26B-A4B"),
     "olmoe": Family("OLMoE-1B-7B"),
     "dbrx": Family("DBRX"),
 }

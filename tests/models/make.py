@@ -299,7 +299,8 @@ def fill(model: Any) -> None:
     if model.config.tie_word_embeddings:
         # Smaller, or each token would be followed by itself; and by half again, or Gemma 4's logits
         # would be so wide that bfloat16 alone may reach the bound (0.028 seen).
-        model.get_input_embeddings().weight.data.mul_(0.5 * model.config.hidden_size**-0.5)
+        weight = model.get_input_embeddings().weight
+        weight.data.mul_(0.5 * weight.shape[1] ** -0.5)
 
 
 def _complete_config(path: Path, architecture: str, fields: dict[str, Any]) -> None:

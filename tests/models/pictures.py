@@ -65,6 +65,32 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """Gemma 4's: a fixed number of patches, the last ones empty, of which 2x2 make a token."""
+
+    settings: dict[str, int]
+    modality: str = "image"
+
+    def write(self, folder: Path) -> None:
+        types = {
+            "processor_class": "Gemma4Processor",
+            "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+            "image_processor": {"image_processor_type": "Gemma4ImageProcessor", **self.settings},
+            "video_processor": {"video_processor_type": "Gemma4VideoProcessor"},
+        }
+        (folder / "processor_config.json").write_text(json.dumps(types))
+
+    def prepare(self, picture: Image.Image) -> dict[str, torch.Tensor]:
+        images = _pillow("gemma4", "Gemma4ImageProcessorPil")(**self.settings)
+        prepared = images(images=[picture], return_tensors="pt")
+        return {name: prepared[name] for name in ("pixel_values", "image_position_ids")}
+
+    def tokens(self, prepared: dict[str, torch.Tensor]) -> int:
+        filled = (prepared["image_position_ids"] >= 0).all(dim=-1)
+        return int(filled.sum()) // self.settings["pooling_kernel_size"] ** 2
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Kimi-K2.5's: a picture keeps its size and gets a black border on the right and below.
 

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from tests.models import make as language
 from tests.models.make import COMMON, UNWRITTEN, VOCABULARY, fill
-from tests.models.pictures import Chunk, Grid, Pictures
+from tests.models.pictures import Chunk, Grid, Pictures, Pooled
 
 FIRST_SPECIAL = VOCABULARY - 8
 """Special tokens have the last ids."""
@@ -153,6 +153,37 @@ ARCHITECTURES = {
         pictures=Grid("glm4v", "Glm4vImageProcessorPil", "Glm4vVideoProcessor", 14),
         around=("image_start_token_id", "image_token_id", "image_end_token_id"),
     ),
+    "gemma4": Vision(
+        model_type="gemma4",
+        tokens={
+            "boi_token_id": "<|image>",
+            "eoi_token_id": "<image|>",
+            "image_token_id": "<|image|>",
+            "video_token_id": "<|video|>",
+            "boa_token_id": "<|audio>",
+            "eoa_token_index": "<audio|>",
+            "audio_token_id": "<|audio|>",
+        },
+        text={
+            **language.ARCHITECTURES["gemma4"][1],
+            "sliding_window": 80,  # more than a picture, less than a prompt with its answer
+            "use_bidirectional_attention": "vision",
+        },
+        vision={
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "patch_size": 8,
+            "pooling_kernel_size": 2,
+            "default_output_length": 70,
+            "position_embedding_size": 96,
+        },
+        pictures=Pooled({"max_soft_tokens": 70, "patch_size": 8, "pooling_kernel_size": 2}),
+        around=("image_token_id",),  # to which vLLM adds the other two
+    ),
     "kimi_k25": Vision(
         model_type="kimi_k25",
         tokens={
@@ -205,6 +236,10 @@ def make(architecture: str, folder: Path, seed: int = 0) -> Path:
     for name, weight in model.named_parameters():
         if re.search(r"(merger.*(linear_fc2|down_proj)|mm_projector.out_proj)\.weight$", name):
             weight.data.mul_(4)  # or a picture would count for less than the words around it
+        elif re.search(r"(patch_embedder.input_proj|embedding_projection)\.weight$", name):
+            weight.data.mul_(weight.shape[-1] ** -0.5)  # no embeddings, whatever they are called
+        elif how.model_type == "gemma4" and name.endswith("q_norm.weight"):
+            weight.data.fill_(weight.numel() ** -0.5)  # the scale of its scores, learnt elsewhere
         elif weight.shape[0] == VOCABULARY:
             weight.data[FIRST_SPECIAL:] = 0  # no answer has the placeholder of a picture
     model.to(torch.bfloat16).save_pretrained(folder)
