@@ -8,7 +8,7 @@ the result travels to the workers inside `additional_config`.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +20,7 @@ from lvllm.envs import SettingError, ThreadBinding, UseWeight
 RESOLVED = "lvllm_resolved"
 SECTION = "additional_config.lvllm"
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+Accelerator = Literal["none", "host", "cuda"]
 QUANTIZATIONS = (
     "fp8",
     "compressed-tensors",
@@ -95,6 +96,15 @@ class HybridConfig(BaseModel):
     omp_cpus: tuple[tuple[int, ...], ...]
     # Whether experts lie on all NUMA nodes in turns, since those that compute them have no room.
     numa_interleave: bool
+    # What runs all but the experts on the CPU; with "none", all is there, and the rest unused.
+    accelerator: Accelerator
+    # Layers of the model's own numbering that keep vLLM's own path.
+    gpu_resident_moe_layers: tuple[int, ...]
+    # Layers copied ahead of the one computed, for batches of at least so many tokens (0: none).
+    gpu_prefetch_window: int
+    gpu_prefill_min_batch_size: int
+    # A copy or a host callback may take so long; 0: any time.
+    watchdog_seconds: int
 
     @classmethod
     def of(cls, vllm_config: Any, machine: threads.Machine) -> "HybridConfig":
@@ -106,7 +116,8 @@ class HybridConfig(BaseModel):
         section = vllm_config.additional_config.get("lvllm")
         settings = resolve(os.environ, section)
         _check_model(vllm_config)
-        _check_gpu_lane(settings, vllm_config)
+        accelerator = _accelerator(settings["accelerator"])
+        _check_lane(settings, accelerator, vllm_config)
         _check_weights(settings, vllm_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
@@ -140,6 +151,11 @@ class HybridConfig(BaseModel):
                 engine_cpus,
                 omp_cpus,
             ),
+            accelerator=accelerator,
+            gpu_resident_moe_layers=settings["gpu_resident_moe_layers"].value,
+            gpu_prefetch_window=settings["gpu_prefetch_window"].value,
+            gpu_prefill_min_batch_size=settings["gpu_prefill_min_batch_size"].value,
+            watchdog_seconds=settings["watchdog_seconds"].value,
         )
 
     @classmethod
@@ -193,7 +209,24 @@ def _is_moe(model: Any) -> bool:
     return bool(model.get_num_experts())
 
 
-def _check_gpu_lane(settings: Mapping[str, Setting], vllm_config: Any) -> None:
+def _accelerator(setting: Setting) -> Accelerator:
+    from vllm.platforms import current_platform
+
+    allowed: tuple[Accelerator, ...] = ("none", "host")
+    if current_platform.is_cuda():
+        allowed = ("cuda",)
+    if setting.value is None:
+        return allowed[0]
+    if setting.value not in allowed:
+        platform = "CUDA" if current_platform.is_cuda() else "CPU"
+        raise setting.refuse(f"on vLLM's {platform} platform allowed is {' or '.join(allowed)}")
+    accelerator: Accelerator = setting.value
+    return accelerator
+
+
+def _check_lane(
+    settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any
+) -> None:
     model = vllm_config.model_config
     layers = placement.moe_layers(model.hf_text_config) if _is_moe(model) else []
     resident = settings["gpu_resident_moe_layers"]
@@ -202,17 +235,27 @@ def _check_gpu_lane(settings: Mapping[str, Setting], vllm_config: Any) -> None:
             f"layer {unknown[0]} of {model.model} has no routed experts; those that have are"
             f" {placement.describe(layers) or 'none'}"
         )
-    threshold = settings["gpu_prefill_min_batch_size"]
+    threshold, window = settings["gpu_prefill_min_batch_size"], settings["gpu_prefetch_window"]
     most = vllm_config.scheduler_config.max_num_batched_tokens
     if threshold.value > most:
         raise threshold.refuse(f"more than max_num_batched_tokens; allowed is 0 to {most}")
     for setting, allowed in (
         (resident, "empty"),
-        (settings["gpu_prefetch_window"], "0 or empty"),
+        (window, "0 or empty"),
         (threshold, "0 or empty"),
     ):
-        if setting.value:
-            raise setting.refuse(f"this version runs all experts on the CPU; allowed is {allowed}")
+        if setting.value and accelerator == "none":
+            raise setting.refuse(
+                f"all experts run on the CPU, as {settings['accelerator'].variable.name} is none;"
+                f" allowed is {allowed}"
+            )
+        if setting.value and not layers:
+            raise setting.refuse(f"{model.model} has no routed experts; allowed is {allowed}")
+    if window.value and not threshold.value:
+        raise window.refuse(
+            f"it is for batches of {threshold.variable.name} tokens, which is 0; allowed is 0 or"
+            " empty"
+        )
 
 
 def _check_weights(settings: Mapping[str, Setting], vllm_config: Any) -> None:

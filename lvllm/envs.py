@@ -140,6 +140,16 @@ VARIABLES: tuple[Variable, ...] = (
         UseWeight,
     ),
     Variable(
+        "LVLLM_ACCELERATOR",
+        None,
+        "cuda on vLLM's CUDA platform, none on its CPU platform",
+        "cuda, host or none",
+        "What runs everything but the experts on the CPU, and resident and streamed experts. cuda:"
+        " an NVIDIA GPU. host: the CPU in the place of one, for tests; on vLLM's CPU platform only."
+        " none: there is none, all experts run on the CPU.",
+        parse_choice("cuda", "host", "none"),
+    ),
+    Variable(
         "LVLLM_GPU_RESIDENT_MOE_LAYERS",
         (),
         "empty: none",
@@ -161,6 +171,17 @@ VARIABLES: tuple[Variable, ...] = (
         "0: off",
         "a whole number from 0 to max_num_batched_tokens",
         "Batches of at least this many tokens run their experts on the GPU.",
+        parse_whole(0),
+    ),
+    Variable(
+        "LVLLM_WATCHDOG_SECONDS",
+        # vLLM ends an engine whose step takes 300 s, and does not say where it stood. A layer's
+        # copy takes a second, its experts' largest batch some ten on a slow CPU.
+        120,
+        "120",
+        "a whole number of at least 0",
+        "A copy to the GPU or a layer's experts on the CPU that take longer end the engine with the"
+        " name of the layer. 0: never.",
         parse_whole(0),
     ),
     Variable(

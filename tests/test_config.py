@@ -103,6 +103,10 @@ CPUS = len(os.sched_getaffinity(0))
         ("LVLLM_GPU_PREFETCH_WINDOW", "1", "allowed is 0 or empty"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "257", "allowed is 0 to 256"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "256", "allowed is 0 or empty"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "auto", "a whole number from 0"),
+        ("LVLLM_ACCELERATOR", "gpu", "cuda, host or none"),
+        ("LVLLM_ACCELERATOR", "cuda", "on vLLM's CPU platform allowed is none or host"),
+        ("LVLLM_WATCHDOG_SECONDS", "-1", "a whole number of at least 0"),
         ("LK_POWER_SAVING", "yes", "0 or 1"),
         ("LVLLM_ENABLE_NUMA_INTERLEAVE", "2", "0 or 1"),
         (
