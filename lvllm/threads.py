@@ -1,6 +1,6 @@
 """Which logical CPUs each rank of this host computes on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 # A machine as its NUMA nodes; a node as its physical cores; a core as its logical CPUs.
@@ -39,6 +39,21 @@ def divide(machine: Machine, ranks: int) -> list[Machine]:
             pieces = [[node[r % len(node)]] for r in range(on_node)]
         shares.extend([piece] for piece in pieces)
     return shares
+
+
+def assign(shares: Sequence[Machine], distance: Callable[[int, Machine], int]) -> list[Machine]:
+    """`shares` in the order of the ranks that are to have them, each near its rank's GPU.
+
+    Shares stay as large as they are: GPUs at one node do not leave the others' cores idle.
+    `distance` is that of a rank's GPU from a share; the nearest pair is made first.
+    """
+    ranks = range(len(shares))
+    pairs = sorted((distance(rank, shares[n]), rank, n) for rank in ranks for n in ranks)
+    chosen: dict[int, int] = {}
+    for _, rank, n in pairs:
+        if rank not in chosen and n not in chosen.values():
+            chosen[rank] = n
+    return [shares[chosen[rank]] for rank in ranks]
 
 
 def choose(share: Machine, threads: int) -> list[int]:
