@@ -6,21 +6,22 @@ the result travels to the workers inside `additional_config`.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from lvllm import declared, envs, memory_plan, placement, threads, weights
+from lvllm import declared, envs, lane_checks, memory_plan, placement, threads, weights
 from lvllm.envs import SettingError, ThreadBinding, UseWeight
+from lvllm.lane_checks import Accelerator
 
 # Where the front process leaves the resolved settings for the workers.
 RESOLVED = "lvllm_resolved"
 SECTION = "additional_config.lvllm"
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-Accelerator = Literal["none", "host", "cuda"]
+GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 QUANTIZATIONS = (
     "fp8",
     "compressed-tensors",
@@ -107,21 +108,30 @@ class HybridConfig(BaseModel):
     watchdog_seconds: int
 
     @classmethod
-    def of(cls, vllm_config: Any, machine: threads.Machine) -> "HybridConfig":
+    def of(
+        cls,
+        vllm_config: Any,
+        machine: threads.Machine,
+        distance: Callable[[int, threads.Machine], int] | None = None,
+    ) -> "HybridConfig":
         """Resolve and check the settings for this model on this `machine`.
+
+        `distance` says how far a local rank's GPU is from a part of the machine.
 
         Raises SettingError for a setting that the model, the machine or this version of LvLLM
         cannot honour.
         """
         section = vllm_config.additional_config.get("lvllm")
         settings = resolve(os.environ, section)
-        _check_model(vllm_config)
-        accelerator = _accelerator(settings["accelerator"])
-        _check_lane(settings, accelerator, vllm_config)
-        _check_weights(settings, vllm_config)
+        accelerator = lane_checks.accelerator(settings["accelerator"])
+        _check_model(vllm_config, accelerator)
+        lane_checks.check(settings, accelerator, vllm_config)
+        _check_weights(settings, accelerator, vllm_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
         shares = threads.divide(machine, ranks)
+        if distance is not None:
+            shares = threads.assign(shares, distance)
         limit = min(threads.logical_cpus(share) for share in shares)
 
         def count(key: str, default: int) -> int:
@@ -150,6 +160,8 @@ class HybridConfig(BaseModel):
                 settings["enable_numa_interleave"].value,
                 engine_cpus,
                 omp_cpus,
+                accelerator,
+                settings["gpu_resident_moe_layers"].value,
             ),
             accelerator=accelerator,
             gpu_resident_moe_layers=settings["gpu_resident_moe_layers"].value,
@@ -166,15 +178,8 @@ class HybridConfig(BaseModel):
         return cls.model_validate(get_current_vllm_config().additional_config[RESOLVED])
 
 
-def _check_model(vllm_config: Any) -> None:
-    from vllm.platforms import current_platform
-
+def _check_model(vllm_config: Any, accelerator: Accelerator) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if not current_platform.is_cpu():
-        raise SettingError(
-            f"LVLLM_MOE_NUMA_ENABLED=1 on {current_platform.device_name}: this version runs experts"
-            " on vLLM's CPU platform only; unset it for stock vLLM"
-        )
     if not _is_moe(model):
         return
     dtype = str(model.dtype).removeprefix("torch.")
@@ -188,7 +193,7 @@ def _check_model(vllm_config: Any) -> None:
             " LVLLM_MOE_NUMA_ENABLED=1 yet: allowed are unquantised bfloat16 and float16"
             f" checkpoints, and {', '.join(QUANTIZATIONS)}"
         )
-    if parallel.worker_cls != CPU_WORKER:
+    if parallel.worker_cls != (GPU_WORKER if accelerator == "cuda" else CPU_WORKER):
         raise SettingError(
             f"worker-cls={parallel.worker_cls!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1:"
             " LvLLM has its own; leave it out"
@@ -209,56 +214,9 @@ def _is_moe(model: Any) -> bool:
     return bool(model.get_num_experts())
 
 
-def _accelerator(setting: Setting) -> Accelerator:
-    from vllm.platforms import current_platform
-
-    allowed: tuple[Accelerator, ...] = ("none", "host")
-    if current_platform.is_cuda():
-        allowed = ("cuda",)
-    if setting.value is None:
-        return allowed[0]
-    if setting.value not in allowed:
-        platform = "CUDA" if current_platform.is_cuda() else "CPU"
-        raise setting.refuse(f"on vLLM's {platform} platform allowed is {' or '.join(allowed)}")
-    accelerator: Accelerator = setting.value
-    return accelerator
-
-
-def _check_lane(
+def _check_weights(
     settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any
 ) -> None:
-    model = vllm_config.model_config
-    layers = placement.moe_layers(model.hf_text_config) if _is_moe(model) else []
-    resident = settings["gpu_resident_moe_layers"]
-    if unknown := [layer for layer in resident.value if layer not in layers]:
-        raise resident.refuse(
-            f"layer {unknown[0]} of {model.model} has no routed experts; those that have are"
-            f" {placement.describe(layers) or 'none'}"
-        )
-    threshold, window = settings["gpu_prefill_min_batch_size"], settings["gpu_prefetch_window"]
-    most = vllm_config.scheduler_config.max_num_batched_tokens
-    if threshold.value > most:
-        raise threshold.refuse(f"more than max_num_batched_tokens; allowed is 0 to {most}")
-    for setting, allowed in (
-        (resident, "empty"),
-        (window, "0 or empty"),
-        (threshold, "0 or empty"),
-    ):
-        if setting.value and accelerator == "none":
-            raise setting.refuse(
-                f"all experts run on the CPU, as {settings['accelerator'].variable.name} is none;"
-                f" allowed is {allowed}"
-            )
-        if setting.value and not layers:
-            raise setting.refuse(f"{model.model} has no routed experts; allowed is {allowed}")
-    if window.value and not threshold.value:
-        raise window.refuse(
-            f"it is for batches of {threshold.variable.name} tokens, which is 0; allowed is 0 or"
-            " empty"
-        )
-
-
-def _check_weights(settings: Mapping[str, Setting], vllm_config: Any) -> None:
     model = vllm_config.model_config
     wanted, on_gpu = settings["moe_use_weight"], settings["moe_quant_on_gpu"]
     quantization = model.model_arch_config.quantization_config
@@ -275,5 +233,6 @@ def _check_weights(settings: Mapping[str, Setting], vllm_config: Any) -> None:
                 "it does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is"
                 " 0"
             )
-        if not torch.cuda.is_available():
+        # Asked in a process that forks its workers, CUDA would not start in them.
+        if accelerator != "cuda" and not torch.cuda.is_available():
             raise on_gpu.refuse("there is no GPU; allowed is 0")

@@ -144,9 +144,9 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "cuda on vLLM's CUDA platform, none on its CPU platform",
         "cuda, host or none",
-        "What runs everything but the experts on the CPU, and resident and streamed experts. cuda:"
-        " an NVIDIA GPU. host: the CPU in the place of one, for tests; on vLLM's CPU platform only."
-        " none: there is none, all experts run on the CPU.",
+        "Where everything runs but the experts on the CPU. cuda: on an NVIDIA GPU. host: on the CPU"
+        " as if it were one, for tests; on vLLM's CPU platform only. none: all experts run on the"
+        " CPU.",
         parse_choice("cuda", "host", "none"),
     ),
     Variable(
@@ -154,7 +154,8 @@ VARIABLES: tuple[Variable, ...] = (
         (),
         "empty: none",
         "layer indices and ascending ranges, such as 0 or 0-1 or 0,9 or 0,1,8-9",
-        "MoE layers whose experts stay on the GPU, by the model's own numbering.",
+        "MoE layers whose experts stay on the GPU, as the checkpoint has them, by the model's own"
+        " numbering. Layers of a draft or for multi-token prediction always do.",
         parse_layers,
     ),
     Variable(

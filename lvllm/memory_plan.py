@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lvllm import bank, engine
+from lvllm import bank, engine, placement
 from lvllm.envs import SettingError, UseWeight
 from lvllm.loading.checkpoint import Checkpoint, CheckpointError, TensorInfo
 
@@ -31,7 +31,6 @@ INT4_BITS = 4.5
 
 GIB = 1 << 30
 _EXPERTS = re.compile(r"\.experts\.")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _DRAFTS = re.compile(r"^(?:model\.)?mtp\.")
 # What of an expert's tensors are its weights; the others are scales and the like.
 _WEIGHTS = re.compile(r"(?:weight|weight_packed|qweight|_proj|_blocks|\.w[123])$")
@@ -177,6 +176,7 @@ def needed(
     *,
     layers: int,
     drafts: bool = False,
+    resident: Collection[int] | None = None,
     packed_bits: int = 8,
 ) -> Need:
     """The bytes of a checkpoint's weights, without a KV cache.
@@ -186,16 +186,20 @@ def needed(
         use: LVLLM_MOE_USE_WEIGHT.
         layers: of the model. Later ones are drafts, for speculative decoding.
         drafts: whether those are loaded.
+        resident: layers whose experts vLLM has, as they are stored, and not the engine; it has
+            those of drafts then, too. None: there is no accelerator.
         packed_bits: of a weight that the checkpoint keeps in 32-bit words.
     """
     experts = others = weights = 0
     for name, tensor in tensors.items():
-        layer = _LAYER.search(name)
-        if not drafts and (_DRAFTS.search(name) or (layer and int(layer[1]) >= layers)):
+        layer = placement.layer_number(name)
+        draft = _DRAFTS.search(name) is not None or (layer is not None and layer >= layers)
+        if draft and not drafts:
             continue
         # The model runs in 16 bits.
         size = tensor.nbytes // (2 if tensor.dtype == torch.float32 else 1)
-        if _EXPERTS.search(name) is None:
+        theirs = resident is not None and (draft or layer in resident)
+        if theirs or _EXPERTS.search(name) is None:
             others += size
             continue
         experts += size
@@ -213,11 +217,14 @@ def check(
     may_interleave: bool,
     engine_cpus: Sequence[Sequence[int]],
     omp_cpus: Sequence[Sequence[int]],
+    accelerator: str = "none",
+    resident: Collection[int] = (),
 ) -> bool:
     """Whether the experts of this model are to be interleaved over this host's NUMA nodes.
 
-    `engine_cpus` and `omp_cpus` are the logical CPUs of each local rank. Where the sizes cannot be
-    known (no safetensors files yet), the answer is `may_interleave`, and memory is only checked
+    `engine_cpus` and `omp_cpus` are the logical CPUs of each local rank, `resident` are the layers
+    whose experts are the `accelerator`'s. What a GPU holds is not counted. Where the sizes cannot
+    be known (no safetensors files yet), the answer is `may_interleave`, and memory is only checked
     when it is allocated.
 
     Raises:
@@ -225,7 +232,8 @@ def check(
     """
     nodes = {node.id: set(node.cpus) for node in engine.topology().nodes}
     room = Room(bank.available_bytes(), free_on_nodes())
-    need = _need_of(vllm_config, use, len(engine_cpus))
+    theirs = None if accelerator == "none" else resident
+    need = _need_of(vllm_config, use, len(engine_cpus), theirs)
     if need is None:
         return may_interleave and len(room.nodes) > 1
 
@@ -236,6 +244,8 @@ def check(
         Rank(Counter(node_of(cpu) for cpu in cpus), node_of(omp[0]))
         for cpus, omp in zip(engine_cpus, omp_cpus, strict=True)
     ]
+    if accelerator == "cuda":
+        return place(replace(need, others=0, kv_cache=0), room, ranks, may_interleave)
     interleaved = place(need, room, ranks, may_interleave)
     _check_reserve(vllm_config.cache_config, need, ranks)
     return interleaved
@@ -260,7 +270,9 @@ def _check_reserve(cache: Any, need: Need, ranks: Sequence[Rank]) -> None:
             )
 
 
-def _need_of(vllm_config: Any, use: UseWeight | None, ranks: int) -> Need | None:
+def _need_of(
+    vllm_config: Any, use: UseWeight | None, ranks: int, resident: Collection[int] | None
+) -> Need | None:
     """What the model takes on this host, or None if its files are not there or not readable: what
     is wrong with them is for the loader to say.
     """
@@ -277,6 +289,7 @@ def _need_of(vllm_config: Any, use: UseWeight | None, ranks: int) -> Need | None
         use,
         layers=getattr(model.hf_text_config, "num_hidden_layers", None) or sys.maxsize,
         drafts=vllm_config.speculative_config is not None,
+        resident=resident,
         packed_bits=_packed_bits(getattr(model.hf_config, "quantization_config", None)),
     )
     # Tensor, pipeline and expert parallel ranks divide the weights; those of data parallelism have

@@ -80,9 +80,10 @@ class HybridMoEMethod(FusedMoEMethodBase):
                 complete=lambda: self.weight_format.complete(layer),
             )
             attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
-        self.weight_format.create_weights(layer, shape, params_dtype, attributes)
-        if self.moe.has_bias:
-            add_biases(layer, shape, params_dtype, attributes)
+        with torch.device("cpu"):  # vLLM builds models for a GPU on it
+            self.weight_format.create_weights(layer, shape, params_dtype, attributes)
+            if self.moe.has_bias:
+                add_biases(layer, shape, params_dtype, attributes)
         if self.arrivals is not None:
             self.arrivals.expect(parts)
 

@@ -1,6 +1,18 @@
 """Which decoder layers of a model have routed experts, read from its `config.json`."""
 
+import re
 from typing import Any
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer that a module or tensor of this name belongs to, in the model's own
+    numbering, whatever stands before it (`language_model.model.layers.3.mlp`,
+    `backbone.layers.3.mixer`); None outside of them.
+    """
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def moe_layers(text_config: Any) -> list[int]:

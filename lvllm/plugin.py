@@ -4,7 +4,7 @@ vLLM calls `register` in every process it starts, and may call it more than once
 """
 
 import os
-from typing import Any, NoReturn
+from typing import Any
 
 from lvllm import envs
 
@@ -23,30 +23,34 @@ def register() -> None:
         resolve(os.environ, None)  # the variables alone, before any configuration is read
     except envs.SettingError as error:
         raise SystemExit(f"lvllm: {error}") from None
-    _replace_routed_experts()
-    _allow_experts_without_gate()
-    _check_every_configuration()
-    from lvllm import (
-        failure,
-        faults,
-        fp8_linear,
-        integer_linear,
-        picture_steps,
-        pictures,
-        quantization_configs,
-        routing,
-    )
+    from vllm.platforms import current_platform
+
+    from lvllm import failure, quantization_configs
     from lvllm.loading import model_loader
 
+    _replace_routed_experts()
+    _check_every_configuration()
     failure.install()
+    quantization_configs.register()
+    model_loader.install()
+    if current_platform.is_cpu():
+        _complete_cpu_platform()
+
+
+def _complete_cpu_platform() -> None:
+    """What vLLM's CPU platform lacks, and its others have or have no part in: on a GPU its own
+    linear layers, routers and pictures run. Its worker for GPUs is its own, so no step's output
+    tells of faults there.
+    """
+    from lvllm import faults, fp8_linear, integer_linear, picture_steps, pictures, routing
+
+    _allow_experts_without_gate()
     faults.register()
     fp8_linear.register()
     integer_linear.register()
     picture_steps.register()
     pictures.register()
-    quantization_configs.register()
     routing.register()
-    model_loader.install()
 
 
 def _replace_routed_experts() -> None:
@@ -60,10 +64,14 @@ def _replace_routed_experts() -> None:
             upstream.register_oot(ours)
     # Registration goes by class name, so any other subclass is not replaced. Its experts would run
     # on vLLM's kernels, unsaid.
-    RoutedExperts._get_quant_method = _refuse_subclass
+    RoutedExperts._get_quant_method = _only_if_resident
 
 
-def _refuse_subclass(layer: Any, prefix: str, quant_config: Any, moe_config: Any) -> NoReturn:
+def _only_if_resident(layer: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
+    from lvllm.routed_experts import is_resident, resident_method
+
+    if is_resident(prefix):
+        return resident_method(layer, prefix, quant_config, moe_config)
     raise ValueError(
         f"{prefix}: experts of the class {type(layer).__name__} are not supported with"
         " LVLLM_MOE_NUMA_ENABLED=1 yet; unset it for stock vLLM"

@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
@@ -16,8 +17,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.inc import INCConfig
 from vllm.model_executor.layers.quantization.utils.gptq_utils import get_linear_quant_method
-from vllm.model_executor.layers.quantization.utils.marlin_utils import check_marlin_supported
+from vllm.model_executor.layers.quantization.utils.marlin_utils import (
+    check_marlin_supported,
+    get_marlin_input_dtype,
+)
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from lvllm.formats.compressed_tensors import ORDERED
@@ -57,8 +62,17 @@ class GptqConfig(AutoGPTQConfig):
         return WeightsMapper() if self.desc_act else super().get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Of a linear layer; experts are found by `lvllm.formats`."""
-        return get_linear_quant_method(self, layer, prefix, self._linear)
+        """Of a linear layer, or of resident experts; others are found by `lvllm.formats`."""
+        if not isinstance(layer, RoutedExperts):
+            linear = get_linear_quant_method(self, layer, prefix, self._linear)
+            if isinstance(linear, AutoGPTQLinearMethod):
+                linear.input_dtype = get_marlin_input_dtype(prefix)
+            return linear
+        method = super().get_quant_method(layer, prefix)
+        config = getattr(method, "quant_config", None)
+        if isinstance(config, GptqConfig) and (config.desc_act or not config.is_sym):
+            raise ValueError(f"desc_act={config.desc_act}, sym={config.is_sym} is for lk alone")
+        return method
 
     @staticmethod
     def _linear(config: Any) -> Any:
@@ -93,7 +107,12 @@ class CompressedConfig(CompressedTensorsConfig):
         return schemes
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Of a layer that is not experts; those are found by `lvllm.formats`."""
+        """Of a linear layer, or of resident experts; others are found by `lvllm.formats`."""
+        if isinstance(layer, RoutedExperts):
+            schemes = filter(None, self.target_scheme_map.values())
+            for weights in filter(None, (scheme.get("weights") for scheme in schemes)):
+                if weights.actorder in ORDERED:
+                    raise ValueError(f"actorder={weights.actorder!r} is for lk alone")
         if isinstance(layer, LinearBase):
             scheme = self.get_scheme_dict(layer, prefix) or {}
             weights = scheme.get("weights")
@@ -109,11 +128,12 @@ class AutoRoundConfig(INCConfig):
     """AutoRound in GPTQ's packing with zero points and 8 bits as well."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Of a layer that is not experts; those are found by `lvllm.formats`."""
+        """Of a linear layer, or of resident experts; others are found by `lvllm.formats`."""
         if isinstance(layer, LinearBase):
             how = self.config_parser.resolve(layer, prefix)
             integers = how.is_wna16_int and how.is_gptq and how.bits in (4, 8)
-            if integers and not (how.sym and how.bits == 4):
+            upstream = (4,) if current_platform.is_cpu() else (4, 8)
+            if integers and not (how.sym and how.bits in upstream):
                 return GptqLinear(
                     how.bits, how.group_size, symmetric=how.sym, ordered=False, v2=False
                 )

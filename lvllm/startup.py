@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lvllm import engine, failure, threads
+from lvllm import distance, engine, failure, threads
 from lvllm.config import CPU_WORKER, RESOLVED, HybridConfig
 from lvllm.loading.checkpoint import Checkpoint
 
@@ -22,10 +22,15 @@ def prepare(vllm_config: Any) -> None:
     """
     if vllm_config.model_config is None or RESOLVED in vllm_config.additional_config:
         return
-    config = HybridConfig.of(vllm_config, machine())
+    config = HybridConfig.of(vllm_config, machine(), distance.of_gpus())
     _check_checkpoint(vllm_config)
     failure.prepare()
     vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
+    if config.accelerator != "cuda":
+        _prepare_cpu_platform(vllm_config, config)
+
+
+def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:
     # Upstream's worker, with a watch over the experts' output.
     if vllm_config.parallel_config.worker_cls == CPU_WORKER:
         vllm_config.parallel_config.worker_cls = "lvllm.worker.HybridCPUWorker"

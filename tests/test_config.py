@@ -5,12 +5,13 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from lvllm import config, engine, envs, memory_plan
+from lvllm import config, engine, envs, lane_checks, memory_plan
 from lvllm.config import RESOLVED, HybridConfig
 
 vllm = pytest.importorskip("vllm")
@@ -177,6 +178,63 @@ def test_workers_get_final_values(configure: Any) -> None:
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == str(resolved.omp_cpus[0][0])
     assert built.parallel_config.worker_cls == "lvllm.worker.HybridCPUWorker"
     assert not resolved.numa_interleave
+
+
+def test_workers_get_the_lanes_settings(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = HybridConfig.model_validate(configure().additional_config[RESOLVED])
+    assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("none", ())
+    assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (0, 0)
+    assert resolved.watchdog_seconds == 120
+    monkeypatch.setattr(lane_checks, "LANE", True)
+    lane = {
+        "LVLLM_ACCELERATOR": "host",
+        "LVLLM_GPU_RESIDENT_MOE_LAYERS": "2",
+        "LVLLM_GPU_PREFETCH_WINDOW": "1",
+        "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "256",
+        "LVLLM_WATCHDOG_SECONDS": "0",
+    }
+    resolved = HybridConfig.model_validate(configure(lane).additional_config[RESOLVED])
+    assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("host", (2,))
+    assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (1, 256)
+    assert resolved.watchdog_seconds == 0
+
+
+def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker stays, and nothing is bound that only its CPU platform binds."""
+    from lvllm import distance, startup
+
+    built = configure({"LVLLM_GPU_RESIDENT_MOE_LAYERS": ""})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    platform = SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        device_name="cuda",
+        get_device_numa_node=lambda rank: None,
+    )
+    monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    assert distance.of_gpus() is not None
+    built.parallel_config.worker_cls = config.GPU_WORKER
+
+    def prepare(resident: str, worker: str = config.GPU_WORKER) -> HybridConfig:
+        built.additional_config.pop(RESOLVED, None)
+        built.parallel_config.worker_cls = worker
+        monkeypatch.setenv("LVLLM_GPU_RESIDENT_MOE_LAYERS", resident)
+        startup.prepare(built)
+        return HybridConfig.model_validate(built.additional_config[RESOLVED])
+
+    with pytest.raises(envs.SettingError, match=r"allowed is LVLLM_GPU_RESIDENT_MOE_LAYERS=0,2,"):
+        prepare("2")
+    with pytest.raises(envs.SettingError, match=r"worker-cls='vllm.*CPUWorker' is not allowed"):
+        prepare("0,2", config.CPU_WORKER)
+    # What a GPU holds, a host without memory for it need not have.
+    monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
+    resolved = prepare("0,2")
+    assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("cuda", (0, 2))
+    assert built.parallel_config.worker_cls == config.GPU_WORKER
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
+    monkeypatch.setattr(lane_checks, "LANE", True)
+    with pytest.raises(envs.SettingError, match=r"the model takes 0\.00 GiB of memory"):
+        prepare("0")
 
 
 def test_weights_that_leave_no_kv_cache(configure: Any) -> None:

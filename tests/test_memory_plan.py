@@ -176,6 +176,12 @@ def test_bytes_of_formats(expert: Tensors, stored: int, weights: int, tmp_path: 
     with_drafts = needed(tensors, None, layers=4, drafts=True, packed_bits=4)
     assert with_drafts.experts == stored + 256_000
     assert with_drafts.others == others + 256_000
+    # An accelerator has the experts of drafts, and those of layers that it is given, as stored.
+    for use in (None, UseWeight.INT4):
+        got = needed(tensors, use, layers=4, drafts=True, resident=(), packed_bits=4)
+        assert got == Need(int4 if use else stored, others + 512_000, 0, int4)
+        got = needed(tensors, use, layers=4, drafts=True, resident=(0, 3), packed_bits=4)
+        assert got == Need(0, others + 512_000 + stored, 0, 0)
 
 
 def test_free_memory_of_nodes(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ A layer is built by vLLM's factory, filled through vLLM's loader from a checkpoi
 called through vLLM's runner and router.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import randrange
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
@@ -22,8 +23,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
-from lvllm import activations, engine, plugin
+from lvllm import activations, bank, engine, plugin
+from lvllm.config import RESOLVED
+from lvllm.moe_method import HybridMoEMethod
+from lvllm.quantization_configs import CompressedConfig, GptqConfig
 from tests.experts import Layer, Random
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19
@@ -132,6 +140,92 @@ def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) ->
     expected = Layer(of_layer | meaning).reference(x, ids, weights)
     # Of the result's own rounding to bfloat16, 1.7e-3, and of what avx512_bf16 rounds before.
     assert (out.float() - expected).norm() <= 5e-3 * expected.norm()
+
+
+def factory(prefix: str, **arguments: Any) -> Any:
+    return FusedMoEFactory(
+        num_experts=EXPERTS,
+        top_k=TOPK,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        params_dtype=torch.bfloat16,
+        prefix=prefix,
+        **arguments,
+    ).routed_experts
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_of_a_model_that_is_built_on_a_gpu(bias: bool, vllm_config: VllmConfig) -> None:
+    """They lie in host memory wherever the rest does; the meta device is in a GPU's place."""
+    with set_current_vllm_config(vllm_config), torch.device("meta"):
+        layer = factory(f"built.{bias}.mlp.experts", has_bias=bias)
+        assert torch.empty(1).is_meta
+    devices = {name: tensor.device.type for name, tensor in layer.named_parameters()}
+    assert len(devices) == 2 + 2 * bias
+    assert set(devices.values()) == {"cpu"}
+
+
+@pytest.fixture
+def resident(vllm_config: VllmConfig) -> Iterator[None]:
+    """The layers 2 and 4 are, of the host in a GPU's place."""
+    found = vllm_config.additional_config[RESOLVED]
+    lane = {"accelerator": "host", "gpu_resident_moe_layers": [2, 4]}
+    vllm_config.additional_config[RESOLVED] = found | lane
+    with set_current_vllm_config(vllm_config):
+        yield
+    vllm_config.additional_config[RESOLVED] = found
+
+
+@pytest.mark.usefixtures("resident")
+def test_resident_layers_are_left_to_vllm() -> None:
+    """And take none of the engine's memory. What drafts is resident whatever its number is."""
+    before = bank.allocated_bytes()
+    for prefix in ("language_model.model.layers.2.mlp.experts", "backbone.layers.4.mixer.experts"):
+        layer = factory(prefix)
+        assert type(layer.quant_method) is UnquantizedFusedMoEMethod
+        too_large = layer.w13_weight.data[0, :7]
+        kept = layer._narrow_expert_data_for_padding(too_large, too_large[:5], 0)
+        assert len(kept) == 5, "vLLM's kernels may pad"
+    with set_model_tag("eagle_head"):
+        draft = factory("model.layers.3.mlp.experts")
+    assert type(draft.quant_method) is UnquantizedFusedMoEMethod
+    assert bank.allocated_bytes() == before
+    layer = factory("again.layers.3.mlp.experts")
+    assert isinstance(layer.quant_method, HybridMoEMethod)
+    assert bank.allocated_bytes() > before
+
+
+# Experts that lk computes, and vLLM's kernels on its CPU platform, or any, do not.
+ORDERED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "actorder": "group"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
+NOT_VLLMS: dict[str, Callable[[], dict[str, Any]]] = {
+    "without_gate": lambda: {"activation": "relu2_no_mul", "ckpt_names": ("up", "down", None)},
+    "nvfp4": lambda: {"quant_config": ModelOptNvFp4Config("NVFP4", True)},
+    "gptq": lambda: {"quant_config": GptqConfig.from_config(GPTQ)},
+    "gptq_zeros": lambda: {
+        "quant_config": GptqConfig.from_config(GPTQ | {"desc_act": False, "sym": False})
+    },
+    "compressed": lambda: {
+        "quant_config": CompressedConfig.from_config(
+            {
+                "format": "pack-quantized",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": ORDERED}},
+            }
+        )
+    },
+}
+
+
+@pytest.mark.usefixtures("resident")
+@pytest.mark.parametrize("why", NOT_VLLMS)
+def test_resident_layers_that_vllm_cannot_compute(why: str) -> None:
+    prefix = f"{why}.layers.4.mlp.experts"
+    with pytest.raises(ValueError, match=r"where they are to be resident: ") as caught:
+        factory(prefix, **NOT_VLLMS[why]())
+    said = str(caught.value)
+    assert said.startswith(f"{prefix}: vLLM cannot compute these experts on cpu")
+    assert said.endswith("; leave 4 out of LVLLM_GPU_RESIDENT_MOE_LAYERS")
+    print(said)
 
 
 @pytest.mark.parametrize(

@@ -31,3 +31,22 @@ def test_describe() -> None:
     assert placement.describe([]) == ""
     assert placement.describe([3]) == "3"
     assert placement.describe([1, 2, 3, 7, 9, 10]) == "1-3,7,9-10"
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("model.layers.3.mlp.experts", 3),
+        ("language_model.model.layers.17.mlp.experts", 17),
+        ("backbone.layers.0.mixer.experts.7.up_proj.weight", 0),
+        ("model.layers.61", 61),
+        ("mtp.layers.0.mlp.experts", 0),
+        ("draft_model.model.layers.2.mlp.experts", 2),
+        ("visual.blocks.4.mlp.weight", None),
+        ("model.embed_tokens.weight", None),
+        ("model.my_layers.4.mlp", None),
+        ("model.layers.norm", None),
+    ],
+)
+def test_numbers_of_layers(name: str, number: int | None) -> None:
+    assert placement.layer_number(name) == number

@@ -1,10 +1,12 @@
 """The entry point, in this process."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm.platforms
 
-from lvllm import plugin
+from lvllm import plugin, startup
 
 
 @pytest.fixture
@@ -24,16 +26,49 @@ def test_the_layer_is_replaced_however_often_the_plugin_is_loaded() -> None:
 
 
 @pytest.mark.usefixtures("enabled")
-def test_a_models_own_expert_class_is_refused_and_not_ignored() -> None:
+def test_a_models_own_expert_class_is_refused_and_not_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless its layer is resident: then it is left to vLLM, as is any other."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from lvllm import routed_experts
 
     class OwnExperts(RoutedExperts):
         pass
 
     plugin.register()
+    monkeypatch.setattr(routed_experts, "is_resident", lambda prefix: prefix.endswith(".1"))
+    monkeypatch.setattr(routed_experts, "_upstream_method", lambda *given: given)
     layer: Any = object.__new__(OwnExperts)
     with pytest.raises(ValueError, match="experts of the class OwnExperts are not"):
         layer._get_quant_method("model.layers.0", None, None)
+    moe = SimpleNamespace(is_act_and_mul=True)
+    assert layer._get_quant_method("layers.1", None, moe) == (layer, "layers.1", None, moe)
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("cpu", [True, False])
+def test_what_only_the_cpu_platform_lacks(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, vLLM's own linear layers and routers stay, and configurations are checked."""
+
+    checked: list[Any] = []
+    completed: list[bool] = []
+
+    class Platform:
+        is_cpu = staticmethod(lambda: cpu)
+
+        @classmethod
+        def check_and_update_config(cls, vllm_config: Any) -> None:
+            checked.append(vllm_config)
+
+    monkeypatch.setattr(vllm.platforms, "current_platform", Platform())
+    monkeypatch.setattr(plugin, "_complete_cpu_platform", lambda: completed.append(True))
+    plugin.register()
+    assert bool(completed) == cpu
+    monkeypatch.setattr(startup, "prepare", lambda config: checked.append("prepared"))
+    Platform.check_and_update_config("config")
+    assert checked == ["config", "prepared"]
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "01"])
