@@ -112,7 +112,8 @@ def test_what_loaders_do_with_tensors(way: str, tmp_path: Path) -> None:
     """Each way of looking at a tensor, copied to a parameter of the same dtype and of another."""
     plain = torch.rand(12, 10)
     wanted = WAYS[way](plain.clone())
-    for dtype in (wanted.dtype, torch.float64):
+    another = torch.float64 if wanted.is_floating_point() else torch.int16
+    for dtype in (wanted.dtype, another):
         got = WAYS[way](file_tensor(tmp_path, plain))
         into = torch.empty(wanted.shape, dtype=dtype)
         into.copy_(got)
@@ -187,6 +188,48 @@ def test_scales_that_are_no_numbers_are_named(kind: str, tmp_path: Path) -> None
                 copy(tensor)
         if damaged:
             torch.empty(3, 3, dtype=scale.dtype).copy_(tensor[:3])  # a rank that has sound ones
+
+
+def test_a_divisor_of_zero_is_refused(tmp_path: Path) -> None:
+    name = "a.weight_global_scale"
+    save_file({name: torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tensor,) = Reader([0]).read(Checkpoint.open(tmp_path).tensors.values())
+    with pytest.raises(CheckpointError, match=f"tensor '{name}': is 0, and weights are divided"):
+        torch.empty(1).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        (torch.float32, torch.int32),
+        (torch.bfloat16, torch.uint8),
+        (torch.float8_e8m0fnu, torch.int8),
+        (torch.int32, torch.bfloat16),
+        (torch.uint8, torch.float8_e4m3fn),
+        (torch.bool, torch.float16),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(
+    stored: torch.dtype, wanted: torch.dtype, tmp_path: Path
+) -> None:
+    tensor = file_tensor(tmp_path, torch.ones(6, 4).to(stored))
+    names = [str(dtype).removeprefix("torch.") for dtype in (stored, wanted)]
+    for part in (tensor, tensor[2:4, 1:3]):
+        fault = f"'it': is {names[0]}, the model takes {names[1]}"
+        with pytest.raises(CheckpointError, match=fault):
+            torch.empty(part.shape, dtype=wanted).copy_(part)
+
+
+def test_exponents_are_bytes_or_numbers(tmp_path: Path) -> None:
+    exponents = torch.randint(1, 255, (8, 6), dtype=torch.uint8)
+    tensor = file_tensor(tmp_path, exponents.view(torch.float8_e8m0fnu))
+    for part, wanted in ((tensor, exponents), (tensor[:, 2:5], exponents[:, 2:5])):
+        kept = torch.empty(wanted.shape, dtype=torch.uint8)
+        kept.copy_(part)
+        assert torch.equal(kept, wanted)
+        meant = torch.empty(wanted.shape)
+        meant.copy_(part)
+        assert torch.equal(meant, (wanted.float() - 127).exp2())
 
 
 NAMES = [

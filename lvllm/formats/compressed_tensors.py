@@ -121,7 +121,7 @@ class PackedInts(ExpertFormat):
             more = {"quant_method": how} | integers.whole(name, self.ordered)
             scale = torch.full((shape.experts, rows, groups), torch.nan, dtype=torch.float32)
             add_parameter(layer, f"{name}_weight_scale", scale, attributes, **more)
-            original = torch.empty(shape.experts, 2)
+            original = torch.empty((shape.experts, 2), dtype=torch.int64)
             add_parameter(layer, f"{name}_weight_shape", original, attributes, optional=True)
             if not self.symmetric:
                 zero = torch.zeros((shape.experts, rows // per_word, groups), dtype=torch.int32)

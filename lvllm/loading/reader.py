@@ -31,6 +31,7 @@ MOST_THREADS = 8
 # Those of inputs come from calibration, which may have left an expert out, and are not used.
 SCALE = re.compile(r"scale[^.]*$")
 SCALE_OF_INPUTS = re.compile(r"(?:^|[._])(?:in|out)put_[^.]*$")
+DIVISOR = re.compile(r"weight_global_scale$")
 LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 
 
@@ -231,6 +232,8 @@ class _Source:
                 return
             if bad.any():
                 raise self.info.refuse(f"{int(bad.sum())} of its scales are NaN or infinite")
+            if DIVISOR.search(self.info.name) and not some.all():
+                raise self.info.refuse("is 0, and weights are divided by it")
 
 
 class FileTensor(torch.Tensor):
@@ -270,6 +273,18 @@ class FileTensor(torch.Tensor):
         """A plain tensor of the same values and strides."""
         return self.source.read(self._view)
 
+    def _filling(self, dtype: torch.dtype) -> "FileTensor":
+        """What is copied into memory of `dtype`. CheckpointError for another kind of numbers:
+        PyTorch would make an integer 0 of 0.3 without a word.
+        """
+        if dtype == torch.uint8 and self.dtype == torch.float8_e8m0fnu:
+            # Exponents are kept as bytes; as a number, 2**-7 would become 0.
+            return FileTensor(self.source, self._view.view(torch.uint8))
+        if dtype.is_floating_point != self.dtype.is_floating_point:
+            stored, wanted = (str(of).removeprefix("torch.") for of in (self.dtype, dtype))
+            raise self.source.info.refuse(f"is {stored}, the model takes {wanted}")
+        return self
+
     # What does not pass __torch_dispatch__.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -294,8 +309,11 @@ class FileTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten.copy_.default:
             to, source = args[:2]
-            if not isinstance(to, cls) and source.source.copy(source._view, to):
-                return to
+            if not isinstance(to, cls):
+                source = source._filling(to.dtype)
+                if source.source.copy(source._view, to):
+                    return to
+                args = (to, source, *args[2:])
         if func.is_view and isinstance(args[0], cls):
             viewed = args[0]
             storage = viewed._view.untyped_storage()._cdata
