@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 from lvllm import failure
 from lvllm.config import HybridConfig
 from lvllm.loading.checkpoint import Checkpoint, TensorInfo, pickle_refused
+from lvllm.loading.completeness import require_all
 from lvllm.loading.reader import FileTensor, Reader, in_loading_order
 
 __all__ = ["describe", "install", "weights_iterator"]
@@ -40,6 +41,7 @@ def install() -> None:
         return
     pickles = default_loader.pt_weights_iterator
     load = BaseModelLoader.load_model
+    load_weights = default_loader.DefaultModelLoader.load_weights
 
     def safetensors_weights_iterator(
         files: list[str], use_tqdm: bool, strategy: str | None = None, *args: Any, **options: Any
@@ -66,6 +68,14 @@ def install() -> None:
             logger.debug("Loading failed", exc_info=True)
             failure.end(line)
 
+    def load_all_weights(self: Any, model: Any, model_config: Any) -> None:
+        if _load_format() is None or model_config.runner_type == "draft":
+            # A draft may get its embeddings from the model that it drafts for.
+            load_weights(self, model, model_config)
+        else:
+            require_all(lambda: load_weights(self, model, model_config), model)
+
+    default_loader.DefaultModelLoader.load_weights = load_all_weights
     default_loader.safetensors_weights_iterator = safetensors_weights_iterator
     default_loader.pt_weights_iterator = pt_weights_iterator
     BaseModelLoader.load_model = load_model

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.generate import DEFAULTS, ONE_PROCESS, ROOT
@@ -41,6 +43,16 @@ TAKEN = {
     "compressed_nvfp4": (".weight_global_scale",),
     "gptq_int4_act_order": (".scales", ".g_idx"),
 }
+# Beside the experts: what is taken away, and the line that says so.
+OTHERS = {
+    "model.embed_tokens.weight": "model.embed_tokens.weight is not in the checkpoint, or NaN:"
+    " 384 of its 384 rows, the first is 0",
+    "model.layers.1.self_attn.k_proj.weight": "model.layers.1.self_attn.qkv_proj.weight is not in"
+    " the checkpoint, or NaN: 64 of its 256 rows, the first is 128",
+    "model.layers.0.mlp.gate.weight": "model.layers.0.mlp.gate.weight is not in the checkpoint, or"
+    " NaN: 4 of its 4 rows, the first is 0",
+    "model.norm.weight": "model.norm.weight is not in the checkpoint",
+}
 MADE_UP = ("plain:INT4", "fp8_blocks", "compressed_mxfp4", "gptq_int8_groups")
 
 
@@ -50,9 +62,15 @@ def checkpoint(plain: Path, scheme: str, out: Path) -> Path:
 
 def without_one(folder: Path, suffix: str) -> str:
     """Takes a random expert's tensor of that name out of the checkpoint in `folder`."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = sorted(file.keys())
+    names = [name for name in names if ".experts." in name and name.endswith(suffix)]
+    return without(folder, random.choice(names))
+
+
+def without(folder: Path, name: str) -> str:
+    """Takes this tensor out of the checkpoint in `folder`."""
     tensors = load_file(folder / "model.safetensors")
-    names = sorted(name for name in tensors if ".experts." in name and name.endswith(suffix))
-    name = random.choice(names)
     del tensors[name]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return name
@@ -74,6 +92,12 @@ def test_missing_and_made_up(tmp_path: Path) -> None:
             name = without_one(folder, suffix)
             jobs.append({"model": str(folder)})
             wanted.append(f"lvllm: {name} is not in the checkpoint")
+    for name, line in OTHERS.items():
+        folder = tmp_path / name
+        shutil.copytree(plain, folder)
+        jobs.append({"model": str(folder)})
+        without(folder, name)
+        wanted.append(f"lvllm: {line}")
     for case in MADE_UP:
         scheme, _, use_weight = case.partition(":")
         folder = checkpoint(plain, scheme, tmp_path / case)
