@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["Arrivals"]
+__all__ = ["Arrivals", "LayerError"]
 
 SHARDS = ("w1", "w3", "w2")
 """vLLM's names of the projections gate, up and down. Without a gate, w1 is up."""
 
 Missing = tuple[str, int, str]
 """Parameter, expert of this process, projection."""
+
+
+class LayerError(ValueError):
+    """What is wrong with a layer's tensors together, whichever of them came last."""
 
 
 class Arrivals:
@@ -107,7 +111,12 @@ class Arrivals:
             last = bool(self._missing) and self._missing <= came
             self._missing -= came
         if last:
-            self._complete()
+            try:
+                self._complete()
+            except ValueError as error:
+                name: str = self._layer.layer_name
+                said = str(error)
+                raise LayerError(said if said.startswith(name) else f"{name}: {said}") from None
 
     def require_all(self) -> None:
         """Raises ValueError, in one line with the checkpoint's name, if a tensor never came."""

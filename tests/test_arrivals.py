@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Module, Parameter
 
-from lvllm.arrivals import Arrivals
+from lvllm.arrivals import Arrivals, LayerError
 
 EXPERTS = 6
 FIRST = 3  # of them, the rank of the test holds those from here on
@@ -146,6 +146,22 @@ def test_what_comes_after_its_memory_was_freed_is_left() -> None:
     loading = Loading()
     loading.layer.w2_weight.data = torch.empty(0)
     assert not loading.bring("w2_weight", FIRST, "w2")
+
+
+def test_what_is_wrong_with_a_layer_names_the_layer() -> None:
+    loading = Loading()
+
+    def complete() -> None:
+        raise ValueError("w13: columns are in groups 0 to 9")
+
+    arrivals = Arrivals(loading.layer, loading.load, complete)
+    arrivals.expect(2)
+    loading.arrivals = arrivals
+    *others, last = [one for one in everything() if one[1] >= FIRST]
+    for one in others:
+        loading.bring(*one)
+    with pytest.raises(LayerError, match=r"^model\.layers\.3\.mlp\.experts: w13: columns are in"):
+        loading.bring(*last)
 
 
 def test_threads_complete_a_layer_once() -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lvllm import failure, formats
+from lvllm.arrivals import LayerError
 from lvllm.loading import model_loader
 from lvllm.loading.checkpoint import Checkpoint
 from lvllm.loading.reader import Reader
@@ -121,3 +122,27 @@ def test_an_error_over_a_tensor_names_it(tmp_path: Path) -> None:
             " model: RuntimeError: The size of tensor"
         )
         assert "\n" not in said
+
+
+def test_of_several_tensors_the_last_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(loaded_weight: torch.Tensor, earlier: torch.Tensor) -> None:
+        raise RuntimeError("no room for it")
+
+    save_file({name: torch.rand(4) for name in ("a", "b")}, tmp_path / "model.safetensors")
+    first, last = Reader([0]).read(Checkpoint.open(tmp_path).tensors.values())
+    monkeypatch.setattr(model_loader, "_current", last.source.info)
+    with pytest.raises(RuntimeError) as caught:
+        load(last, first)
+    said = model_loader.describe(caught.value)
+    assert said is not None
+    assert f"tensor {last.source.info.name!r}" in said
+
+
+def test_an_error_over_a_layer_names_no_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.rand(4)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(model_loader, "_current", Checkpoint.open(tmp_path).tensors["a"])
+    assert model_loader.describe(LayerError("layer 3: too little")) == "layer 3: too little"

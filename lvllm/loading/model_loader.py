@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
 from lvllm import failure
+from lvllm.arrivals import LayerError
 from lvllm.config import HybridConfig
 from lvllm.loading.checkpoint import Checkpoint, TensorInfo, pickle_refused
 from lvllm.loading.completeness import require_all
@@ -127,6 +128,8 @@ def weights_iterator(
 def describe(error: Exception) -> str | None:
     """One line about an error while a model was built or loaded; None if it is not about that."""
     said = " ".join(str(error).split())
+    if isinstance(error, LayerError):
+        return said
     info = _in_hand(error.__traceback__) or _current
     ours = isinstance(error, ValueError | MemoryError) and _raised_by_lvllm(error.__traceback__)
     if ours and (info is None or isinstance(error, MemoryError) or str(info.file) in said):
@@ -149,11 +152,15 @@ def _raised_by_lvllm(traceback: TracebackType | None) -> bool:
 
 
 def _in_hand(traceback: TracebackType | None) -> TensorInfo | None:
-    """The tensor that the innermost function that has one has in a variable."""
+    """The tensor that the innermost function that has one has in a variable; of several, the one
+    that came last, if it is among them.
+    """
     found = None
     while traceback is not None:
         for value in traceback.tb_frame.f_locals.values():
             if isinstance(value, FileTensor):
+                if value.source.info is _current:
+                    return _current
                 found = value.source.info
         traceback = traceback.tb_next
     return found
