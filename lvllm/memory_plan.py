@@ -251,6 +251,35 @@ def check(
     return interleaved
 
 
+def check_built(model: torch.nn.Module, kv_cache: int) -> None:
+    """Of a model without files: whether its parameters, most of them without pages yet, have room
+    beside `kv_cache` bytes.
+
+    Raises:
+        MemoryError: with the numbers, if they have not.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    experts = bank.allocated_bytes()
+    others = sum(
+        parameter.nbytes
+        for module in model.modules()
+        if not isinstance(module, RoutedExperts)
+        for parameter in module.parameters(recurse=False)
+    )
+    need, free = Need(experts, others, kv_cache, 0), bank.available_bytes() + resident_bytes()
+    if need.total > free:
+        raise MemoryError(
+            f"the model takes {gib(need.total)} of memory ({need.describe()}), {gib(free)} are free"
+        )
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process has pages of, page cache apart."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
 def _check_reserve(cache: Any, need: Need, ranks: Sequence[Rank]) -> None:
     """Without a size for the KV cache, vLLM takes for a rank a share of its node's memory, and for
     the cache what the weights leave of it. It would say only after loading that they leave nothing.

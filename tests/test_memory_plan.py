@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lvllm import bank, memory_plan
 from lvllm.envs import SettingError, UseWeight
 from lvllm.loading.checkpoint import Checkpoint
 from lvllm.memory_plan import GIB, Need, Rank, Room, free_on_nodes, needed, node_shares, place
@@ -210,3 +211,18 @@ def test_this_machine_has_what_its_nodes_have() -> None:
         )
         # The kernel keeps some back, and others allocate meanwhile.
         assert sum(free.values()) == pytest.approx(available, rel=0.15, abs=2 * GIB)
+
+
+def test_a_model_without_files_is_counted_when_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1 << 20, 1 << 12, bias=False, device="meta")  # 16 GiB
+    monkeypatch.setattr(bank, "allocated_bytes", lambda: 2 * GIB)
+    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: 1 * GIB)
+    monkeypatch.setattr(bank, "available_bytes", lambda: 17 * GIB)
+    memory_plan.check_built(model, 0)
+    monkeypatch.setattr(bank, "available_bytes", lambda: 16 * GIB)
+    with pytest.raises(MemoryError) as error:
+        memory_plan.check_built(model, GIB // 2)
+    assert str(error.value) == (
+        "the model takes 18.50 GiB of memory (experts 2.00 GiB, other weights 16.00 GiB, KV cache"
+        " 0.50 GiB), 17.00 GiB are free"
+    )

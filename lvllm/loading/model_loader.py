@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import default_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
-from lvllm import failure
+from lvllm import failure, memory_plan
 from lvllm.arrivals import LayerError
 from lvllm.config import HybridConfig
 from lvllm.loading.checkpoint import Checkpoint, TensorInfo, pickle_refused
@@ -43,6 +44,7 @@ def install() -> None:
     pickles = default_loader.pt_weights_iterator
     load = BaseModelLoader.load_model
     load_weights = default_loader.DefaultModelLoader.load_weights
+    make_up_weights = DummyModelLoader.load_weights
 
     def safetensors_weights_iterator(
         files: list[str], use_tqdm: bool, strategy: str | None = None, *args: Any, **options: Any
@@ -76,7 +78,14 @@ def install() -> None:
         else:
             require_all(lambda: load_weights(self, model, model_config), model)
 
+    def make_up_all_weights(self: Any, model: Any, model_config: Any) -> None:
+        if _load_format() is not None:
+            cache = get_current_vllm_config().cache_config
+            memory_plan.check_built(model, cache.kv_cache_memory_bytes or 0)
+        make_up_weights(self, model, model_config)
+
     default_loader.DefaultModelLoader.load_weights = load_all_weights
+    DummyModelLoader.load_weights = make_up_all_weights
     default_loader.safetensors_weights_iterator = safetensors_weights_iterator
     default_loader.pt_weights_iterator = pt_weights_iterator
     BaseModelLoader.load_model = load_model
