@@ -57,6 +57,11 @@ class HybridMoEMethod(FusedMoEMethodBase):
             activations.arguments(moe)
         except ValueError as error:
             raise ValueError(f"{prefix}: {error}") from None
+        if not 1 <= moe.experts_per_token <= moe.num_experts:
+            raise ValueError(
+                f"{prefix}: config.json says that a token takes {moe.experts_per_token} of"
+                f" {moe.num_experts} experts"
+            )
         if moe.is_lora_enabled:
             raise ValueError(f"{prefix}: LoRA on experts is not supported by LvLLM yet")
 

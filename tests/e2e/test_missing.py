@@ -98,6 +98,13 @@ def test_missing_and_made_up(tmp_path: Path) -> None:
         jobs.append({"model": str(folder)})
         without(folder, name)
         wanted.append(f"lvllm: {line}")
+    greedy = tmp_path / "greedy"
+    shutil.copytree(plain, greedy)
+    config = json.loads((greedy / "config.json").read_text())
+    (greedy / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 5}))
+    jobs.append({"model": str(greedy)})
+    said = "config.json says that a token takes 5 of 4 experts"
+    wanted.append(f"lvllm: model.layers.0.mlp.experts: {said}")
     for case in MADE_UP:
         scheme, _, use_weight = case.partition(":")
         folder = checkpoint(plain, scheme, tmp_path / case)
