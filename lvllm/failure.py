@@ -8,7 +8,7 @@ file without a name that the front process made, and each of them leaves quietly
 import os
 from typing import Any, NoReturn
 
-__all__ = ["end", "install", "prepare"]
+__all__ = ["end", "follow", "install", "prepare"]
 
 # PROCESS:FILE DESCRIPTOR of the front process.
 _VARIABLE = "_LVLLM_FAILURE"
@@ -34,6 +34,12 @@ def end(line: str) -> NoReturn:
         except OSError:
             pass  # on another host, say
     raise SystemExit(f"lvllm: {line}")
+
+
+def follow() -> None:
+    """End this process quietly if another one has said why it ended."""
+    if _reported() is not None:
+        raise SystemExit(1)
 
 
 def install() -> None:

@@ -8,7 +8,7 @@ import torch
 from vllm.distributed import get_world_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from lvllm import picture_attention
+from lvllm import failure, picture_attention
 from lvllm.faults import set_faults
 from lvllm.watch import Watch, layers_of, open_watch
 
@@ -31,12 +31,16 @@ class HybridCPUWorker(CPUWorker):
             config.data_parallel_size == 1 and config.nnodes == 1 and not self.use_v2_model_runner
         )
         self._faults: dict[str, str] = {}
-        self._watch = open_watch(
-            layers_of(self.model_runner.get_model(), self.model_config.dtype),
-            rows=self.scheduler_config.max_num_batched_tokens,
-            steps=config.pipeline_parallel_size,
-            group=get_world_group() if self._per_request else None,
-        )
+        try:
+            self._watch = open_watch(
+                layers_of(self.model_runner.get_model(), self.model_config.dtype),
+                rows=self.scheduler_config.max_num_batched_tokens,
+                steps=config.pipeline_parallel_size,
+                group=get_world_group() if self._per_request else None,
+            )
+        except RuntimeError:
+            failure.follow()  # a rank whose share of the checkpoint is damaged is gone by now
+            raise
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._watch is None:

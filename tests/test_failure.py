@@ -72,6 +72,15 @@ def test_other_failures_stay_what_they_are() -> None:
 
 
 @pytest.mark.usefixtures("front")
+def test_a_worker_follows_one_that_has_said_why() -> None:
+    failure.follow()
+    worker("tensor 'a' is damaged")
+    with pytest.raises(SystemExit) as caught:
+        failure.follow()
+    assert caught.value.code == 1
+
+
+@pytest.mark.usefixtures("front")
 def test_an_error_in_the_front_process_itself() -> None:
     with pytest.raises(SystemExit, match=r"^lvllm: no$"):
         failure.end("no")
