@@ -1,1 +1,4 @@
-"""The GPU lane: experts whose weights stay on the host, computed beside or on a GPU."""
+"""The GPU lane: experts that stream to a GPU or are computed on the CPU beside it.
+
+Plain PyTorch and lk; nothing here knows vLLM.
+"""

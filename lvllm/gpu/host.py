@@ -1,0 +1,200 @@
+"""A GPU's stand-in on the host, for tests: streams are threads, so that a missing wait shows."""
+
+import ctypes
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Condition, Thread
+
+import torch
+
+from lvllm.gpu.accelerator import Accelerator, check_copy, check_pinnable
+
+__all__ = ["HostAccelerator", "HostEvent", "HostStream"]
+
+PIECES = 4
+"""A copy's parts: what reads its target too early, or writes its source, mixes old and new."""
+
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class _Point:
+    """A place in a stream."""
+
+    passed = False
+
+
+class HostEvent:
+    """The point of its last record, if there is one."""
+
+    point: _Point | None = None
+
+
+class HostStream:
+    """What is to be done, in order. The caller's own is always empty."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.work: deque[Callable[[], None]] = deque()
+
+
+class HostAccelerator(Accelerator):
+    """Streams that are threads, except for the caller's: what is put there is done at once, and
+    waiting blocks.
+
+    `delay`: seconds that a thread sleeps before each piece of its work, drawn anew for each; None
+    for no sleep.
+
+    An error in a thread is raised as a RuntimeError by the caller's next `record`, `wait` or
+    `synchronize` and all later ones, as an error of a CUDA device is. Nothing more is done then,
+    but nothing hangs: events come as if it were.
+    """
+
+    name = "host"
+    device = torch.device("cpu")
+
+    def __init__(self, delay: Callable[[], float] | None = None) -> None:
+        self._delay = delay
+        self._caller = HostStream("caller")
+        self._threads: list[Thread] = []
+        # For all of the following, and for the streams' queues and points.
+        self._changed = Condition()
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def compute(self) -> HostStream:
+        return self._caller
+
+    def stream(self) -> HostStream:
+        stream = HostStream(f"lvllm-stream-{len(self._threads)}")
+        thread = Thread(target=self._serve, args=(stream,), name=stream.name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return stream
+
+    def event(self) -> HostEvent:
+        return HostEvent()
+
+    def record(self, event: HostEvent, stream: HostStream) -> None:
+        self._raise()
+        event.point = _Point()
+        self._put(partial(self._pass, event.point), stream)
+
+    def wait(self, event: HostEvent, stream: HostStream) -> None:
+        self._raise()
+        if event.point is not None:
+            # The point of now: later records of the event are not waited for.
+            self._put(partial(self._await, event.point), stream)
+            self._raise()
+            if self._closed:
+                raise RuntimeError("the host stand-in is closed")
+
+    def reached(self, event: HostEvent) -> bool:
+        with self._changed:
+            return event.point is None or event.point.passed
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
+        check_copy(target, source)
+        step = max(1, -(-source.nbytes // PIECES))
+        for begin in range(0, source.nbytes, step):
+            size = min(step, source.nbytes - begin)
+            self.launch(partial(_copy_bytes, target, source, begin, size), stream)
+
+    def call(self, function: int, argument: int, stream: HostStream) -> None:
+        self.launch(partial(_FUNCTION(function), argument), stream)
+
+    def launch(self, work: Callable[[], object], stream: HostStream) -> None:
+        """Call a Python function in stream order: what stands for a kernel."""
+        if stream is self._caller:
+            work()
+        else:
+            self._put(partial(self._attempt, work), stream)
+
+    def synchronize(self, stream: HostStream) -> None:
+        event = self.event()
+        self.record(event, stream)
+        self.wait(event, self._caller)
+
+    def device_memory(self, size: int, stream: HostStream) -> torch.Tensor:
+        try:
+            return torch.empty(size, dtype=torch.uint8)
+        except RuntimeError:
+            raise MemoryError(f"the host has no {size} bytes") from None
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def pin(self, tensor: torch.Tensor) -> None:
+        check_pinnable(tensor)
+
+    def unpin(self, tensor: torch.Tensor) -> None:
+        check_pinnable(tensor)
+
+    def capturing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """End the threads. What they have not begun is dropped; who waits, waits no more.
+
+        Raises RuntimeError if one is in the middle of something that does not end.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=10)
+            if thread.is_alive():
+                raise RuntimeError(f"{thread.name} does not end")
+
+    def _put(self, work: Callable[[], None], stream: HostStream) -> None:
+        if stream is self._caller:
+            work()
+            return
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the host stand-in is closed")
+            stream.work.append(work)
+            self._changed.notify_all()
+
+    def _serve(self, stream: HostStream) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: stream.work or self._closed)
+                if self._closed:
+                    return
+                work = stream.work.popleft()
+            self._attempt(self._sleep)
+            work()
+
+    def _sleep(self) -> None:
+        if self._delay is not None:
+            time.sleep(self._delay())
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        """In a stream's thread: do it, unless something has failed."""
+        if self._error is not None:
+            return
+        try:
+            work()
+        except BaseException as error:
+            with self._changed:
+                self._error = self._error or error
+
+    def _pass(self, point: _Point) -> None:
+        with self._changed:
+            point.passed = True
+            self._changed.notify_all()
+
+    def _await(self, point: _Point) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: point.passed or self._closed)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"in a stream of the host stand-in: {self._error}") from self._error
+
+
+def _copy_bytes(target: torch.Tensor, source: torch.Tensor, begin: int, size: int) -> None:
+    # Not Tensor.copy_, which would start threads of OpenMP in every thread of ours.
+    ctypes.memmove(target.data_ptr() + begin, source.data_ptr() + begin, size)
