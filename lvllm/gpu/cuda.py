@@ -88,7 +88,8 @@ class CudaAccelerator(Accelerator):
             self._check("cudaHostRegister", tensor.data_ptr(), tensor.nbytes, 0)
         except RuntimeError as error:
             raise RuntimeError(
-                f"cannot pin {tensor.nbytes / GIB:.2f} GiB of host memory for the GPU: {error};"
+                f"cannot pin {tensor.nbytes} bytes ({tensor.nbytes / GIB:.2f} GiB) of host memory"
+                f" for the GPU: {error};"
                 f" `ulimit -l` is {_locked_limit()}; set it to unlimited (in Docker: --ulimit"
                 " memlock=-1), or let the machine have more free memory"
             ) from None

@@ -15,6 +15,8 @@ __all__ = ["HostAccelerator", "HostEvent", "HostStream"]
 
 PIECES = 4
 """A copy's parts: what reads its target too early, or writes its source, mixes old and new."""
+WORD = 8
+"""Bytes that come at once, as they do over a bus."""
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -96,7 +98,7 @@ class HostAccelerator(Accelerator):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
         check_copy(target, source)
-        step = max(1, -(-source.nbytes // PIECES))
+        step = max(WORD, -(-source.nbytes // PIECES))
         for begin in range(0, source.nbytes, step):
             size = min(step, source.nbytes - begin)
             self.launch(partial(_copy_bytes, target, source, begin, size), stream)

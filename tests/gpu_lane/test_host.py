@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lvllm.gpu.accelerator import open_accelerator
-from lvllm.gpu.host import PIECES, HostAccelerator
+from lvllm.gpu.host import PIECES, WORD, HostAccelerator
 
 LONG = 30.0
 """Seconds that nothing here takes; waiting for that long is a failure."""
@@ -84,7 +84,7 @@ def test_the_caller_waits_for_an_event(host: HostAccelerator) -> None:
     assert seen == list(range(5))
 
 
-@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (PIECES + 1,), (3, 5, 7)])
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (PIECES * WORD + 1,), (3, 5, 7)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float8_e4m3fn])
 def test_a_copy_has_the_bytes(
     host: HostAccelerator, shape: tuple[int, ...], dtype: torch.dtype
@@ -102,7 +102,8 @@ def test_a_copy_has_the_bytes(
 def test_a_copy_is_done_in_pieces(host: HostAccelerator) -> None:
     """Who reads without waiting may see old bytes beside new ones."""
     stream, gate = host.stream(), threading.Event()
-    source, target = torch.ones(PIECES, dtype=torch.uint8), torch.zeros(PIECES, dtype=torch.uint8)
+    source = torch.ones(PIECES * WORD, dtype=torch.uint8)
+    target = torch.zeros_like(source)
     for _ in range(200):
         target.zero_()
         host.launch(until(gate), stream)
@@ -112,7 +113,7 @@ def test_a_copy_is_done_in_pieces(host: HostAccelerator) -> None:
             pass
         host.synchronize(stream)
         gate.clear()
-        if total < PIECES:
+        if total < len(source):
             return
     raise AssertionError("200 copies were seen whole or not at all")
 
