@@ -8,7 +8,7 @@ file without a name that the front process made, and each of them leaves quietly
 import os
 from typing import Any, NoReturn
 
-__all__ = ["end", "follow", "install", "prepare"]
+__all__ = ["end", "end_now", "follow", "install", "prepare"]
 
 # PROCESS:FILE DESCRIPTOR of the front process.
 _VARIABLE = "_LVLLM_FAILURE"
@@ -25,15 +25,21 @@ def prepare() -> None:
 def end(line: str) -> NoReturn:
     """End this process because of what `line` says; the front process will print it."""
     line = " ".join(line.split())
-    if _front() not in (None, os.getpid()):
-        try:
-            # The first of several ranks that fail alike is enough.
-            with open(_path(), "a") as file:
-                file.write(f"{line}\n")
-            raise SystemExit(1)
-        except OSError:
-            pass  # on another host, say
+    if _report(line):
+        raise SystemExit(1)
     raise SystemExit(f"lvllm: {line}")
+
+
+def end_now(line: str) -> NoReturn:
+    """End this process from any of its threads, whatever the others hang in.
+
+    The line is printed here, too: of a process that ends later than at the start, the front one
+    says only that it has.
+    """
+    line = " ".join(line.split())
+    _report(line)
+    os.write(2, f"lvllm: {line}\n".encode())
+    os._exit(1)
 
 
 def follow() -> None:
@@ -73,6 +79,19 @@ def _wrap(owner: Any, name: str, kind: Any = lambda function: function) -> None:
 def _front() -> int | None:
     value = os.environ.get(_VARIABLE)
     return int(value.partition(":")[0]) if value else None
+
+
+def _report(line: str) -> bool:
+    """Leave the line for the front process; False if that is this one, or out of reach."""
+    if _front() in (None, os.getpid()):
+        return False
+    try:
+        # The first of several ranks that fail alike is enough.
+        with open(_path(), "a") as file:
+            file.write(f"{line}\n")
+    except OSError:
+        return False  # on another host, say
+    return True
 
 
 def _path() -> str:
