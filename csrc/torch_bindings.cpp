@@ -9,9 +9,11 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "lk/engine.h"
+#include "lk/host_call.h"
 #include "lk/memory.h"
 
 namespace {
@@ -143,10 +145,10 @@ int64_t layer_create(const std::string& format, const std::string& activation,
 void layer_destroy(int64_t handle) { lk::destroy_layer(handle); }
 void layer_restore(int64_t handle) { lk::restore_layer(handle); }
 
-Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
-                    const Tensor& layer) {
-  if (!x.is_cpu() || !topk_ids.is_cpu() || !topk_weights.is_cpu() || !layer.is_cpu()) {
-    fail("expert_block takes CPU tensors");
+// The batch of these tensors, but for y.
+lk::Batch batch_of(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights) {
+  if (!x.is_cpu() || !topk_ids.is_cpu() || !topk_weights.is_cpu()) {
+    fail("x, topk_ids and topk_weights must be CPU tensors");
   }
   if (x.dim() != 2 || (x.size(0) > 0 && x.size(1) > 1 && x.stride(1) != 1)) {
     fail("x must be [tokens, hidden] with contiguous rows");
@@ -159,9 +161,6 @@ Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_
       topk_weights.size(1) != topk_ids.size(1) || !topk_weights.is_contiguous() ||
       topk_weights.scalar_type() != ScalarType::Float) {
     fail("topk_weights must be a contiguous float32 tensor of the shape of topk_ids");
-  }
-  if (layer.numel() != 1 || layer.scalar_type() != ScalarType::Long) {
-    fail("layer must be a handle: an int64 scalar tensor");
   }
   lk::Batch batch;
   batch.type = scalar_of(x, "x");
@@ -177,12 +176,57 @@ Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_
   } else {
     fail("topk_ids must be int32 or int64");
   }
-  const int64_t sizes[2] = {tokens, x.size(1)};
+  return batch;
+}
+
+Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
+                    const Tensor& layer) {
+  lk::Batch batch = batch_of(x, topk_ids, topk_weights);
+  if (!layer.is_cpu() || layer.numel() != 1 || layer.scalar_type() != ScalarType::Long) {
+    fail("layer must be a handle: an int64 scalar tensor on the CPU");
+  }
+  const int64_t sizes[2] = {batch.tokens, x.size(1)};
   Tensor y = torch::stable::new_empty(x, {sizes, 2});
   batch.y = y.data_ptr();
   lk::run_layer(*static_cast<const int64_t*>(layer.data_ptr()), batch, x.size(1));
   return y;
 }
+
+int64_t host_call_create() { return reinterpret_cast<int64_t>(new lk::HostCall); }
+
+lk::HostCall& host_call(int64_t address) { return *reinterpret_cast<lk::HostCall*>(address); }
+
+void host_call_fill(int64_t address, int64_t layer, const Tensor& x, const Tensor& topk_ids,
+                    const Tensor& topk_weights, const Tensor& y, int64_t first_row) {
+  lk::HostCall& call = host_call(address);
+  call.batch = batch_of(x, topk_ids, topk_weights);
+  if (!y.is_cpu() || y.dim() != 2 || y.size(0) != x.size(0) || y.size(1) != x.size(1) ||
+      y.scalar_type() != x.scalar_type() || !y.is_contiguous()) {
+    fail("y must be a contiguous CPU tensor of x's shape and dtype");
+  }
+  call.layer = layer;
+  call.hidden = x.size(1);
+  call.batch.y = y.mutable_data_ptr();
+  call.batch.first_row = first_row;
+}
+
+int64_t host_call_ended(int64_t address) {
+  return host_call(address).ended.load(std::memory_order_acquire);
+}
+
+int64_t host_call_function() { return reinterpret_cast<int64_t>(&lk::lk_run_host_call); }
+
+std::tuple<int64_t, std::string> host_call_error() {
+  const lk::HostCallError error = lk::take_host_call_error();
+  return {error.layer, error.text};
+}
+
+std::tuple<int64_t, int64_t, int64_t> host_call_progress() {
+  const lk::HostCallProgress progress = lk::host_call_progress();
+  return {progress.begun, progress.ended, progress.layer};
+}
+
+void reserve(int64_t layer, int64_t tokens, int64_t topk) { lk::reserve(layer, tokens, topk); }
 
 // Keeps the log, which the engine has a pointer to, until the next one comes.
 void watch(const OptionalTensor& log) {
@@ -292,6 +336,15 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("layer_destroy(int handle) -> ()");
   m.def("layer_restore(int handle) -> ()");
   m.def("watch(Tensor(a!)? log) -> ()");
+  m.def("reserve(int layer, int tokens, int topk) -> ()");
+  m.def("host_call_create() -> int");
+  m.def(
+      "host_call_fill(int call, int layer, Tensor x, Tensor topk_ids, Tensor topk_weights, "
+      "Tensor(a!) y, int first_row) -> ()");
+  m.def("host_call_ended(int call) -> int");
+  m.def("host_call_function() -> int");
+  m.def("host_call_error() -> (int, str)");
+  m.def("host_call_progress() -> (int, int, int)");
   m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
   m.def(
       "configure(int threads, str binding, bool power_saving, int[] cpus, str topology, str isa, "
@@ -310,6 +363,13 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("layer_destroy", TORCH_BOX(&layer_destroy));
   m.impl("layer_restore", TORCH_BOX(&layer_restore));
   m.impl("watch", TORCH_BOX(&watch));
+  m.impl("reserve", TORCH_BOX(&reserve));
+  m.impl("host_call_create", TORCH_BOX(&host_call_create));
+  m.impl("host_call_fill", TORCH_BOX(&host_call_fill));
+  m.impl("host_call_ended", TORCH_BOX(&host_call_ended));
+  m.impl("host_call_function", TORCH_BOX(&host_call_function));
+  m.impl("host_call_error", TORCH_BOX(&host_call_error));
+  m.impl("host_call_progress", TORCH_BOX(&host_call_progress));
   m.impl("allocate", TORCH_BOX(&allocate));
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("info", TORCH_BOX(&info));

@@ -138,11 +138,19 @@ void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
   const std::vector<Fault> faults = expert_block(layer, batch, *e.kernels, pool, e.workspace);
   if (e.log == nullptr) return;
   for (const Fault& fault : faults) {
-    LoggedFault& entry = e.log[1 + std::min(fault.row, e.log_rows)];
+    LoggedFault& entry = e.log[1 + std::min(batch.first_row + fault.row, e.log_rows)];
     if (entry.layer != 0) continue;
     entry = {handle, static_cast<int64_t>(fault.source), fault.expert};
     ++e.log->layer;
   }
+}
+
+void reserve(int64_t handle, int64_t tokens, int64_t topk) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  const LayerSpec& layer = layer_of(e, handle);
+  ThreadPool& pool = ready(e);
+  reserve_workspace(layer, tokens, topk, *e.kernels, pool, e.workspace);
 }
 
 void* allocate_bank(const RowLayout& layout) {

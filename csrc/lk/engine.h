@@ -57,6 +57,9 @@ void watch(LoggedFault* log, int64_t rows);
 // y of the batch; hidden is the x row length that the caller has, checked against the layer's.
 void run_layer(int64_t handle, const Batch& batch, int64_t hidden);
 
+// From now on run_layer allocates nothing for up to so many tokens of the layer with 32-bit ids.
+void reserve(int64_t handle, int64_t tokens, int64_t topk);
+
 // Memory for a bank of experts, its rows on the nodes that compute them. Free it with release().
 void* allocate_bank(const RowLayout& layout);
 

@@ -82,16 +82,23 @@ class Pass {
         act_row_(format_.act_row_bytes(layer.hidden)),
         inter_row_(format_.act_row_bytes(layer.intermediate)) {}
 
-  // Rows of faults are counted from `first`.
-  void run(int64_t first, std::vector<Fault>* faults) {
-    group_by_expert();
+  // Grows the workspace; no size falls with fewer tokens.
+  void reserve() {
+    ws_.expert_begin.resize(layer_.experts + 1);
+    ws_.active.resize(layer_.experts);
+    ws_.slots.resize(slots_);
     ws_.acts.resize(batch_.tokens * act_row_);
     ws_.inter.resize(slots_ * inter_row_);
     ws_.partial.resize(slots_ * layer_.hidden);
     ws_.workers.resize(pool_.size() * worker_bytes());
-    if (layer_.weight_on_input) {
-      std::fill_n(ws_.ones.resize(batch_.topk), batch_.topk, 1.0f);
-    }
+    if (layer_.weight_on_input) ws_.ones.resize(batch_.topk);
+  }
+
+  // Rows of faults are counted from `first`.
+  void run(int64_t first, std::vector<Fault>* faults) {
+    reserve();
+    group_by_expert();
+    if (layer_.weight_on_input) std::fill_n(ws_.ones.data(), batch_.topk, 1.0f);
     plan();
     pool_.run(*this);
     // Not where it happens: the threads would have to share a list that is nearly always empty.
@@ -116,9 +123,9 @@ class Pass {
  private:
   // Counting sort of the slots by expert.
   void group_by_expert() {
-    int32_t* begin = ws_.expert_begin.resize(layer_.experts + 1);
-    int32_t* active = ws_.active.resize(layer_.experts);
-    int32_t* slots = ws_.slots.resize(slots_);
+    int32_t* begin = ws_.expert_begin.data();
+    int32_t* active = ws_.active.data();
+    int32_t* slots = ws_.slots.data();
     std::fill_n(begin, layer_.experts + 1, 0);
     for (int64_t slot = 0; slot < slots_; ++slot) {
       if (batch_.ids[slot] >= 0) ++begin[batch_.ids[slot]];
@@ -366,6 +373,13 @@ void check_ids(const LayerSpec& layer, const Batch& batch, const Id* ids) {
   }
 }
 
+// Tokens of one pass.
+int64_t pass_tokens(const LayerSpec& layer, const FormatKernels& format, int64_t topk) {
+  const int64_t slot_bytes = layer.hidden * 4 + format.act_row_bytes(layer.intermediate) +
+                             format.act_row_bytes(layer.hidden);
+  return std::max<int64_t>(kPassBytes / (slot_bytes * std::max<int64_t>(topk, 1)), 1);
+}
+
 }  // namespace
 
 std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& kernels,
@@ -381,11 +395,7 @@ std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, cons
   } else {
     check_ids(layer, batch, ids);
   }
-  const FormatKernels& format = kernels.of(layer.format);
-  const int64_t slot_bytes = layer.hidden * 4 + format.act_row_bytes(layer.intermediate) +
-                             format.act_row_bytes(layer.hidden);
-  const int64_t most =
-      std::max<int64_t>(kPassBytes / (slot_bytes * std::max<int64_t>(batch.topk, 1)), 1);
+  const int64_t most = pass_tokens(layer, kernels.of(layer.format), batch.topk);
   std::vector<Fault> faults;
   for (int64_t first = 0; first < batch.tokens; first += most) {
     Batch part = batch;
@@ -397,6 +407,14 @@ std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, cons
     Pass(layer, part, kernels, pool, workspace).run(first, &faults);
   }
   return faults;
+}
+
+void reserve_workspace(const LayerSpec& layer, int64_t tokens, int64_t topk, const Kernels& kernels,
+                       ThreadPool& pool, Workspace& workspace) {
+  Batch batch;
+  batch.tokens = std::min(tokens, pass_tokens(layer, kernels.of(layer.format), topk));
+  batch.topk = topk;
+  Pass(layer, batch, kernels, pool, workspace).reserve();
 }
 
 }  // namespace lk

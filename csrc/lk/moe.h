@@ -20,6 +20,7 @@ struct Batch {
   const int64_t* ids64 = nullptr;  // instead of ids
   const float* weights = nullptr;  // [tokens, topk]
   void* y = nullptr;               // [tokens, hidden]
+  int64_t first_row = 0;           // of y in the batch that the model runs, for the watch
 };
 
 // Where a row of y got its NaN or infinity from.
@@ -42,5 +43,9 @@ struct Fault {
 // grows.
 std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& kernels,
                                 ThreadPool& pool, Workspace& workspace);
+
+// Grows the workspace to what expert_block wants for up to so many tokens, whose ids are 32-bit.
+void reserve_workspace(const LayerSpec& layer, int64_t tokens, int64_t topk, const Kernels& kernels,
+                       ThreadPool& pool, Workspace& workspace);
 
 }  // namespace lk

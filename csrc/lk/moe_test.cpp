@@ -3,42 +3,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "lk/test_allocations.h"
 #include "lk/test_layer.h"
-
-// Sanitizers bring an operator new of their own.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define LK_COUNTS_ALLOCATIONS 0
-#else
-#define LK_COUNTS_ALLOCATIONS 1
-#endif
-
-namespace {
-std::atomic<int64_t> allocations{0};
-}
-
-#if LK_COUNTS_ALLOCATIONS
-// Counts what the hot path allocates. Inlined beside an operator new that is not, free() looks like
-// a mistake to GCC.
-void* operator new(size_t size) {
-  ++allocations;
-  if (void* memory = std::malloc(size)) return memory;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-#endif
 
 namespace lk {
 namespace {
@@ -50,39 +25,6 @@ constexpr const char* kSmallPool = "2 nodes x 2,1 cores x 1 threads";
 double widen(Scalar type, uint16_t value) {
   return type == Scalar::kBf16 ? bf16_to_float(value) : fp16_to_float(value);
 }
-
-struct TestBatch {
-  // x is so small that sums of w13 are normal numbers: where activations bend.
-  TestBatch(const Kind& kind, const TestLayer& layer, int64_t tokens, int64_t topk, Random& random)
-      : x(tokens * layer.spec.hidden),
-        y(x.size(), 0xffff),
-        weights(random_float_scales(tokens * topk, random)) {
-    const auto size = static_cast<float>(layer.w13.size);
-    for (uint16_t& value : x) {
-      const float normal = random_normal(random) / size;
-      value = kind.type == Scalar::kBf16 ? float_to_bf16(normal) : float_to_fp16(normal);
-    }
-    for (int64_t slot = 0; slot < tokens * topk; ++slot) {
-      const auto ids_and_skip = static_cast<uint32_t>(layer.spec.experts + 1);
-      ids.push_back(static_cast<int32_t>(random_below(random, ids_and_skip)) - 1);
-    }
-    batch.type = kind.type;
-    batch.tokens = tokens;
-    batch.topk = topk;
-    batch.x = x.data();
-    batch.x_stride = layer.spec.hidden;
-    batch.ids = ids.data();
-    batch.weights = weights.data();
-    batch.y = y.data();
-  }
-  TestBatch(const TestBatch&) = delete;
-  TestBatch& operator=(const TestBatch&) = delete;
-
-  std::vector<uint16_t> x, y;
-  std::vector<int32_t> ids;
-  std::vector<float> weights;
-  Batch batch;
-};
 
 // What an expert makes of one token, with its router's weight.
 std::vector<double> expert_output(const TestLayer& layer, int64_t expert,
@@ -311,7 +253,7 @@ TEST_F(ExpertBlock, SameBitsOnAnyPool) {
 }
 
 TEST_F(ExpertBlock, AllocatesNothingAfterTheFirstCall) {
-  if (!LK_COUNTS_ALLOCATIONS) GTEST_SKIP() << "operator new is the sanitizer's";
+  if (!counts_allocations()) GTEST_SKIP() << "operator new is the sanitizer's";
   TestLayer layer(kind_, 3, 67, 45, random_);
   TestBatch test(kind_, layer, 23, 2, random_);
   const std::vector<int64_t> ids64(test.ids.begin(), test.ids.end());
@@ -325,14 +267,37 @@ TEST_F(ExpertBlock, AllocatesNothingAfterTheFirstCall) {
   };
   expert_block(layer.spec, test.batch, kernels, pool_, workspace_);
   const auto scratch_before = scratch();
-  const int64_t before = allocations;
+  const int64_t before = allocations();
   EXPECT_GT(before, 0);
   for (int64_t tokens : {23, 1, 7}) {
     test.batch.tokens = tokens;
     expert_block(layer.spec, test.batch, kernels, pool_, workspace_);
   }
-  EXPECT_EQ(allocations, before);
+  EXPECT_EQ(allocations(), before);
   EXPECT_TRUE(scratch() == scratch_before);
+}
+
+TEST_F(ExpertBlock, AllocatesNothingForWhatIsReserved) {
+  if (!counts_allocations()) GTEST_SKIP() << "operator new is the sanitizer's";
+  const Kernels& kernels = choose_kernels("");
+  for (const Kind& kind : kKinds) {
+    TestLayer layer(kind, 5, 67, 45, random_);
+    TestBatch test(kind, layer, 23, 3, random_);
+    Workspace w;
+    reserve_workspace(layer.spec, 23, 3, kernels, pool_, w);
+    const auto scratch = [&] {
+      return std::tuple(w.expert_begin.data(), w.active.data(), w.slots.data(), w.acts.data(),
+                        w.inter.data(), w.partial.data(), w.ones.data(), w.workers.data());
+    };
+    const auto reserved = scratch();
+    const int64_t before = allocations();
+    for (int64_t tokens : {5, 23, 1}) {
+      test.batch.tokens = tokens;
+      expert_block(layer.spec, test.batch, kernels, pool_, w);
+    }
+    EXPECT_EQ(allocations(), before) << kind;
+    EXPECT_TRUE(scratch() == reserved) << kind;
+  }
 }
 
 TEST_F(ExpertBlock, RefusesIdsThatAreNoExperts) {

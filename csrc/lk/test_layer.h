@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "lk/layer.h"
+#include "lk/moe.h"
 #include "lk/test_values.h"
 
 namespace lk::test_values {
@@ -245,6 +246,40 @@ inline const Kind kKinds[] = {
      .w13 = kMxScales,
      .w2 = kMxScales},
     {.name = "nvfp4", .format = Format::kFp4, .w13 = kNvScales, .w2 = kNvScales},
+};
+
+// Tokens for a layer, and some skipped slots.
+struct TestBatch {
+  // x is so small that sums of w13 are normal numbers: where activations bend.
+  TestBatch(const Kind& kind, const TestLayer& layer, int64_t tokens, int64_t topk, Random& random)
+      : x(tokens * layer.spec.hidden),
+        y(x.size(), 0xffff),
+        weights(random_float_scales(tokens * topk, random)) {
+    const auto size = static_cast<float>(layer.w13.size);
+    for (uint16_t& value : x) {
+      const float normal = random_normal(random) / size;
+      value = kind.type == Scalar::kBf16 ? float_to_bf16(normal) : float_to_fp16(normal);
+    }
+    for (int64_t slot = 0; slot < tokens * topk; ++slot) {
+      const auto ids_and_skip = static_cast<uint32_t>(layer.spec.experts + 1);
+      ids.push_back(static_cast<int32_t>(random_below(random, ids_and_skip)) - 1);
+    }
+    batch.type = kind.type;
+    batch.tokens = tokens;
+    batch.topk = topk;
+    batch.x = x.data();
+    batch.x_stride = layer.spec.hidden;
+    batch.ids = ids.data();
+    batch.weights = weights.data();
+    batch.y = y.data();
+  }
+  TestBatch(const TestBatch&) = delete;
+  TestBatch& operator=(const TestBatch&) = delete;
+
+  std::vector<uint16_t> x, y;
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+  Batch batch;
 };
 
 }  // namespace lk::test_values
