@@ -16,6 +16,8 @@ from lvllm.config import HybridConfig
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape, add_biases
 from lvllm.formats.converted import Conversion, choose
+from lvllm.gpu.accelerator import open_accelerator
+from lvllm.gpu.lane import Lane
 
 # vLLM shows the loggers below its own name only.
 logger = init_logger("vllm.plugins.lvllm")
@@ -32,6 +34,8 @@ class HybridMoEMethod(FusedMoEMethodBase):
     requires_device_loading = False
 
     arrivals: Arrivals | None = None
+    lane: Lane | None = None
+    """That of the model, with an accelerator."""
 
     def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
         super().__init__(moe)
@@ -43,6 +47,9 @@ class HybridMoEMethod(FusedMoEMethodBase):
         )
         self.weight_format = choose(weight_format, wanted, prefix)
         info = startup.start_engine(rank)
+        if config.accelerator != "none":
+            self.number = _layer_number(prefix)
+            self.lane = Lane.of(self.number, lambda: _make_lane(config))
         logger.info_once(
             "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
             info.isa,
@@ -98,6 +105,9 @@ class HybridMoEMethod(FusedMoEMethodBase):
             self.arrivals.require_all()
         layer.engine = self.weight_format.finalize(layer)
         layer.engine_handle = layer.engine.handle
+        if self.lane is not None:
+            topk = self.moe.experts_per_token
+            layer.in_lane = self.lane.add(self.number, layer.layer_name, layer.engine, topk)
 
     def get_fused_moe_quant_config(self, layer: Module) -> FusedMoEQuantConfig:  # type: ignore[override]
         """Activations reach the engine unquantised, whatever the weights are."""
@@ -124,4 +134,23 @@ class HybridMoEMethod(FusedMoEMethodBase):
         """
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids]
-        return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)
+        if self.lane is None:
+            return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)
+        return torch.ops.lvllm.routed_experts(x, topk_ids, topk_weights, layer.engine_handle)
+
+
+def _layer_number(prefix: str) -> int:
+    number = placement.layer_number(prefix)
+    if number is None:
+        raise ValueError(f"{prefix}: LVLLM_ACCELERATOR wants a layer with a number in its name")
+    return number
+
+
+def _make_lane(config: HybridConfig) -> Lane:
+    return Lane(
+        open_accelerator(config.accelerator),
+        tokens=get_current_vllm_config().scheduler_config.max_num_batched_tokens,
+        threshold=config.gpu_prefill_min_batch_size,
+        ahead=config.gpu_prefetch_window,
+        watchdog_seconds=config.watchdog_seconds,
+    )

@@ -1,0 +1,223 @@
+"""The lane of a model: its layers, and on which way each batch of theirs goes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from enum import Enum, auto
+
+import torch
+
+from lvllm.experts import ExpertLayer
+from lvllm.gpu import streamed
+from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.hybrid import Exchange, HybridCall
+from lvllm.gpu.watchdog import StreamSteps, Watchdog
+from lvllm.gpu.window import PrefetchWindow
+from lvllm.ops import raw_ops
+
+__all__ = ["Lane", "LaneLayer", "Path", "check", "choose_path", "watch_step"]
+
+
+class Path(Enum):
+    """Where a batch is computed, of a layer whose experts lie on the host."""
+
+    CPU = auto()
+    STREAMED = auto()
+
+
+def choose_path(tokens: int, capturing: bool, threshold: int) -> Path:
+    """STREAMED from `threshold` tokens on, unless that is 0.
+
+    A graph is for batches that are decoded, and how often it will be replayed nobody knows: copies
+    of weights have no place in it.
+    """
+    return Path.STREAMED if threshold and tokens >= threshold and not capturing else Path.CPU
+
+
+class LaneLayer:
+    """One layer in a lane. Lives as long as the model's layer, and the lane as long as one does."""
+
+    call: HybridCall
+
+    def __init__(self, lane: Lane, number: int, name: str, experts: ExpertLayer, topk: int) -> None:
+        self.lane, self.number, self.name = lane, number, name
+        self.experts, self.topk = experts, topk
+        _layers[int(experts.handle)] = self
+
+    def run(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """x [M, H], topk_ids and topk_weights [M, k], on the device -> [M, H] in x's dtype."""
+        lane = self.lane
+        capturing = lane.accelerator.capturing()
+        if choose_path(len(x), capturing, lane.threshold) is Path.STREAMED:
+            return lane.run_streamed(self, x, topk_ids, topk_weights)
+        out = self.call(x, topk_ids, topk_weights)
+        if not capturing:
+            check()
+        return out
+
+
+_layers: weakref.WeakValueDictionary[int, LaneLayer] = weakref.WeakValueDictionary()
+"""Those of all lanes, by the engine's handle."""
+_latest: weakref.ref[Lane] | None = None
+
+
+class Lane:
+    """The layers of a model, in the order in which they are computed.
+
+    Layers are announced while the model is built and added when their weights are there. With the
+    last of them, the memory that all share is allocated.
+
+    Args:
+        accelerator: where activations are.
+        tokens: of the largest batch.
+        threshold: batches of at least so many tokens are computed on the device; 0: none is.
+        ahead: layers whose weights are copied to it before they are needed.
+        watchdog_seconds: a copy or a call of lk may take; 0: any time.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        tokens: int,
+        threshold: int = 0,
+        ahead: int = 0,
+        watchdog_seconds: float = 0,
+    ) -> None:
+        self.accelerator, self.threshold = accelerator, threshold
+        self._tokens, self._ahead, self._watchdog_seconds = tokens, ahead, watchdog_seconds
+        self._announced: list[int] = []
+        self._added: weakref.WeakValueDictionary[int, LaneLayer] = weakref.WeakValueDictionary()
+        self._window: PrefetchWindow | None = None
+        self._watchdog: Watchdog | None = None
+        self._steps: StreamSteps | None = None
+        self._complete = False
+
+    @staticmethod
+    def of(number: int, make: Callable[[], Lane]) -> Lane:
+        """The lane that a layer with this number joins while its model is built: the latest, or a
+        new one if that is of another model, which is complete, gone or was given up.
+        """
+        global _latest
+        lane = _latest() if _latest else None
+        if lane is None or lane._complete or number in lane._announced:
+            lane = make()
+            _latest = weakref.ref(lane)
+        lane._announced.append(number)
+        return lane
+
+    def add(self, number: int, name: str, experts: ExpertLayer, topk: int) -> LaneLayer:
+        """An announced layer whose weights are loaded, `topk` experts a token.
+
+        The caller keeps what it gets. Raises MemoryError, in one line, if the host's memory cannot
+        be pinned or the device has too little for the window.
+        """
+        layer = LaneLayer(self, number, name, experts, topk)
+        if self.threshold:
+            for what, tensor in experts.tensors.items():
+                try:
+                    self.accelerator.pin(tensor)
+                except RuntimeError as error:
+                    raise MemoryError(f"{name}: {what}: {error}") from None
+                weakref.finalize(layer, _unpin, self.accelerator, tensor).atexit = False
+        self._added[number] = layer
+        if all(number in self._added for number in self._announced):
+            self._open()
+        return layer
+
+    def _open(self) -> None:
+        """Allocate what the layers share, now that all are there."""
+        self._complete = True
+        layers = [self._added[number] for number in sorted(self._announced)]
+        watchdog = None
+        if self._watchdog_seconds:
+            self._watchdog = watchdog = Watchdog(self.accelerator, self._watchdog_seconds)
+            weakref.finalize(self, watchdog.close).atexit = False
+        exchange = Exchange(
+            self.accelerator,
+            self._tokens,
+            {(layer.experts.hidden_size, layer.topk) for layer in layers},
+            # On the host a stream of its own, so that a wait that is missing shows.
+            stream=self.accelerator.stream() if self.accelerator.name == "host" else None,
+            steps=watchdog.steps() if watchdog else None,
+        )
+        for layer in layers:
+            layer.call = HybridCall(exchange, layer.experts, layer.topk, layer.name)
+        if self.threshold:
+            weights = {layer.number: layer.experts.tensors for layer in layers}
+            self._window = PrefetchWindow(self.accelerator, weights, self._ahead, watchdog)
+
+    def run_streamed(
+        self,
+        layer: LaneLayer,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """On the device, with the window's copy of the layer's weights."""
+        window = self._window
+        assert window is not None, "a layer runs before the last one is loaded"
+        try:
+            staged = window.stage(layer.number)
+            out = streamed.run(layer.experts, staged, x, topk_ids, topk_weights)
+            window.release(layer.number)
+        except BaseException:
+            window.abort()
+            raise
+        return out
+
+
+def _unpin(accelerator: Accelerator, tensor: torch.Tensor) -> None:
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize(accelerator.device)  # copies of a pass that was given up
+    accelerator.unpin(tensor)
+
+
+def watch_step() -> None:
+    """What the model has in the compute stream by now is due, be it the replay of a graph, of which
+    no single call is known here. To be called after each step.
+    """
+    lane = _latest() if _latest else None
+    if lane is None or lane._watchdog is None:
+        return
+    if lane._steps is None:
+        lane._steps = lane._watchdog.follow(lane.accelerator.compute())
+    lane._steps.mark(_running)
+
+
+def _running() -> str:
+    """Where a step that is late stands."""
+    begun, ended, handle = raw_ops.host_call_progress()
+    layer = _layers.get(handle)
+    name = layer.name if layer else f"layer {handle}"
+    if begun > ended:
+        return f"{name}: experts on the CPU"
+    return f"a step whose last experts on the CPU were those of {name}"
+
+
+def check() -> None:
+    """Raises RuntimeError if a call of lk in any stream has met an error since the last check."""
+    handle, text = raw_ops.host_call_error()
+    if handle:
+        layer = _layers.get(handle)
+        raise RuntimeError(f"{layer.name if layer else f'layer {handle}'}: {text}")
+
+
+@torch.library.custom_op("lvllm::routed_experts", mutates_args=())
+def routed_experts(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: torch.Tensor
+) -> torch.Tensor:
+    """The expert block of a lane's layer on its device; `layer` is `ExpertLayer.handle`.
+
+    An operator, since torch.compile would trace into the choice of a way.
+    """
+    return _layers[int(layer)].run(x, topk_ids, topk_weights)
+
+
+@routed_experts.register_fake
+def _routed_experts_fake(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty(x.shape)

@@ -1,0 +1,179 @@
+"""The lane of a model: its layers, the way of each batch, the operator."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from random import Random as Draw
+from random import randrange
+from typing import Any
+
+import pytest
+import torch
+
+from lvllm.experts import ExpertLayer
+from lvllm.gpu import lane as lanes
+from lvllm.gpu import streamed
+from lvllm.gpu.host import HostAccelerator
+from lvllm.gpu.lane import Lane, LaneLayer, Path, choose_path
+from tests.experts import Random, random_layer
+
+EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 24
+
+
+class Pinning(HostAccelerator):
+    """Knows what is pinned."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.pins: list[int] = []
+
+    def pin(self, tensor: torch.Tensor) -> None:
+        super().pin(tensor)
+        self.pins.append(tensor.data_ptr())
+
+    def unpin(self, tensor: torch.Tensor) -> None:
+        self.pins.remove(tensor.data_ptr())
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Pinning]:
+    draw = Draw(randrange(1 << 30))
+    accelerator = Pinning(delay=lambda: draw.random() * 3e-4)
+    yield accelerator
+    accelerator.close()
+
+
+def model(
+    accelerator: HostAccelerator, numbers: tuple[int, ...], **settings: int
+) -> tuple[list[ExpertLayer], list[LaneLayer]]:
+    """Layers that were announced while the model was built, and then loaded."""
+    random = Random(randrange(1 << 30))
+    formats = ("bf16", "int4", "fp8")
+    made = [
+        random_layer(random, formats[n % 3], EXPERTS, HIDDEN, 64, bias=n % 2 == 1).make()
+        for n in numbers
+    ]
+    announced = [Lane.of(n, lambda: Lane(accelerator, MOST, **settings)) for n in numbers]
+    return made, [
+        lane.add(n, f"layers.{n}", layer, TOPK)
+        for lane, n, layer in zip(announced, numbers, made, strict=True)
+    ]
+
+
+def batch(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = Random(randrange(1 << 30))
+    ids = random.integers(-1, EXPERTS, tokens, TOPK).to(torch.int32)
+    return random.normal(tokens, HIDDEN).bfloat16(), ids, random.uniform(0, 1, tokens, TOPK)
+
+
+def test_path() -> None:
+    for tokens, capturing, threshold, way in (
+        (1, False, 0, Path.CPU),
+        (9000, False, 0, Path.CPU),
+        (99, False, 100, Path.CPU),
+        (100, False, 100, Path.STREAMED),
+        (100, True, 100, Path.CPU),
+    ):
+        assert choose_path(tokens, capturing, threshold) is way
+
+
+def test_the_operator_computes_any_layer_of_a_model(accelerator: Pinning) -> None:
+    made, kept = model(accelerator, (0, 2, 3))
+    assert len({layer.lane for layer in kept}) == 1
+    for tokens in (1, MOST, 5, MOST + 9):  # ranks that share their experts send more than a batch
+        for layer in made:
+            x = batch(tokens)
+            assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
+    operator, arguments = torch.ops.lvllm.routed_experts.default, (*batch(3), made[1].handle)
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert not accelerator.pins  # nothing is streamed
+
+
+def test_the_operator_in_a_compiled_function(accelerator: Pinning) -> None:
+    made, kept = model(accelerator, (0, 1))
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    def run(x: Any, ids: Any, weights: Any, first: Any, second: Any) -> Any:
+        h = torch.ops.lvllm.routed_experts(x * 2, ids, weights, first)
+        return torch.ops.lvllm.routed_experts(h, ids, weights, second) + x
+
+    for tokens in (4, 7, 20):
+        x, ids, weights = batch(tokens)
+        out = run(x, ids, weights, *(layer.handle for layer in made))
+        assert torch.equal(out, made[1](made[0](x * 2, ids, weights), ids, weights) + x)
+    assert kept
+
+
+def test_long_batches_are_streamed(accelerator: Pinning, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, kept = model(accelerator, (1, 2, 5), threshold=10, ahead=1)
+    assert len(accelerator.pins) == sum(len(layer.tensors) for layer in made)
+    streamed_tokens = []
+
+    def run(layer: ExpertLayer, tensors: Any, *x: torch.Tensor) -> torch.Tensor:
+        assert tensors.keys() == layer.tensors.keys()
+        for name, tensor in layer.tensors.items():
+            assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8))
+        streamed_tokens.append(len(x[0]))
+        return layer(*x)
+
+    monkeypatch.setattr(streamed, "run", run)
+    for tokens in (12, 3, 10, 9, MOST):
+        for layer in made:
+            x = batch(tokens)
+            assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
+    assert streamed_tokens == [12] * 3 + [10] * 3 + [MOST] * 3
+
+    # One that fails does not keep the next from running.
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(streamed, "run", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        torch.ops.lvllm.routed_experts(*batch(11), made[0].handle)
+    monkeypatch.setattr(streamed, "run", run)
+    x = batch(11)
+    assert torch.equal(torch.ops.lvllm.routed_experts(*x, made[0].handle), made[0](*x))
+    del kept
+    gc.collect()
+    assert not accelerator.pins
+
+
+def test_a_lane_ends_with_its_layers(accelerator: Pinning) -> None:
+    made, kept = model(accelerator, (0, 1), threshold=10, ahead=1, watchdog_seconds=100)
+    for tokens in (12, 2):
+        x = batch(tokens)
+        assert torch.ops.lvllm.routed_experts(*x, made[0].handle).shape == x[0].shape
+    lane = weakref.ref(kept[0].lane)
+    memory = [weakref.ref(tensor) for layer in made for tensor in layer.tensors.values()]
+    # Another model has a lane of its own, and so has one that is built after another was given up.
+    _, other = model(accelerator, (2, 3))
+    given_up = Lane.of(0, lambda: Lane(accelerator, MOST))
+    _, last = model(accelerator, (0, 1))
+    owners = [{id(layer.lane) for layer in layers} for layers in (kept, other, last)]
+    assert all(len(owner) == 1 for owner in owners)
+    assert len(set.union({id(given_up)}, *owners)) == 4
+    del made, kept
+    gc.collect()
+    assert lane() is None
+    assert all(tensor() is None for tensor in memory)
+
+
+def test_an_error_in_a_callback_names_its_layer(accelerator: Pinning) -> None:
+    made, kept = model(accelerator, (4,))
+    x, ids, weights = batch(2)
+    ids[1, 2] = EXPERTS
+    with pytest.raises(RuntimeError, match=r"^layers.4: topk_ids\[1, 2\] is 5, must be"):
+        torch.ops.lvllm.routed_experts(x, ids, weights, made[0].handle)
+    lanes.check()
+    assert kept
+
+
+def test_memory_that_cannot_be_pinned(
+    accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("cannot pin 3 GiB")
+
+    monkeypatch.setattr(accelerator, "pin", refuse)
+    with pytest.raises(MemoryError, match=r"^layers.3: w13: cannot pin 3 GiB$"):
+        model(accelerator, (3, 4), threshold=1)
