@@ -92,7 +92,7 @@ class HybridConfig(BaseModel):
     # What the experts are computed in, and on which device a conversion to it is done.
     use_weight: UseWeight
     quantize_on: str
-    # Logical CPUs of each local rank, for the engine and for PyTorch.
+    # Logical CPUs of each rank of this host, for the engine and for PyTorch.
     engine_cpus: tuple[tuple[int, ...], ...]
     omp_cpus: tuple[tuple[int, ...], ...]
     # Whether experts lie on all NUMA nodes in turns, since those that compute them have no room.
@@ -128,7 +128,7 @@ class HybridConfig(BaseModel):
         lane_checks.check(settings, accelerator, vllm_config)
         _check_weights(settings, accelerator, vllm_config)
         parallel = vllm_config.parallel_config
-        ranks = parallel.local_world_size * max(1, parallel.data_parallel_size_local)
+        ranks = parallel.local_world_size * _replicas_here(parallel)
         shares = threads.divide(machine, ranks)
         if distance is not None:
             shares = threads.assign(shares, distance)
@@ -208,6 +208,15 @@ def _check_model(vllm_config: Any, accelerator: Accelerator) -> None:
             "enable-eplb=True is not allowed with LVLLM_MOE_NUMA_ENABLED=1: experts on the CPU"
             " are placed once; set it to false"
         )
+
+
+def _replicas_here(parallel: Any) -> int:
+    """Data-parallel replicas on this host."""
+    if parallel.data_parallel_rank_local is None:
+        return max(1, int(parallel.data_parallel_size_local))
+    # Started one by one, by VLLM_DP_RANK: as many as there can be from this host's first one on.
+    first = parallel.data_parallel_rank - parallel.data_parallel_rank_local
+    return int(parallel.data_parallel_size - first)
 
 
 def _is_moe(model: Any) -> bool:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch.nn import Module
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -40,7 +39,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
         super().__init__(moe)
         self._refuse_unsupported(moe, prefix)
-        config, rank = HybridConfig.current(), get_world_group().local_rank
+        config, rank = HybridConfig.current(), startup.host_rank()
         self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
         wanted = Conversion(
             config.use_weight, config.quantize_on, config.engine_cpus[rank], self.dummy

@@ -42,9 +42,18 @@ def _complete_cpu_platform() -> None:
     linear layers, routers and pictures run. Its worker for GPUs is its own, so no step's output
     tells of faults there.
     """
-    from lvllm import faults, fp8_linear, integer_linear, picture_steps, pictures, routing
+    from lvllm import (
+        collectives,
+        faults,
+        fp8_linear,
+        integer_linear,
+        picture_steps,
+        pictures,
+        routing,
+    )
 
     _allow_experts_without_gate()
+    collectives.register()
     faults.register()
     fp8_linear.register()
     integer_linear.register()

@@ -64,14 +64,29 @@ def _check_checkpoint(vllm_config: Any) -> None:
         Checkpoint.open(folder)
 
 
-def start_engine(local_rank: int) -> engine.EngineInfo:
-    """In a worker: what runs. Every layer asks; the first of a model starts the threads."""
-    return _start(HybridConfig.current(), local_rank)
+def host_rank() -> int:
+    """In a worker: its number among those of this host, one data-parallel replica after the other.
+
+    vLLM counts local ranks from 0 in each replica.
+    """
+    from vllm.config import get_current_vllm_config
+    from vllm.distributed import get_world_group
+
+    parallel = get_current_vllm_config().parallel_config
+    first = (parallel.data_parallel_rank_local or 0) * parallel.local_world_size
+    return int(first + get_world_group().local_rank)
+
+
+def start_engine(rank: int) -> engine.EngineInfo:
+    """In a worker, with its `host_rank`: what runs. Every layer asks; the first of a model starts
+    the threads.
+    """
+    return _start(HybridConfig.current(), rank)
 
 
 @lru_cache(maxsize=1)
-def _start(config: HybridConfig, local_rank: int) -> engine.EngineInfo:
-    cpus = config.engine_cpus[local_rank]
+def _start(config: HybridConfig, rank: int) -> engine.EngineInfo:
+    cpus = config.engine_cpus[rank]
     # OpenMP has pinned this thread to a single CPU by now, and the engine looks for its CPUs in
     # the calling thread's affinity mask.
     pinned = os.sched_getaffinity(0)

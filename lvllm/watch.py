@@ -62,13 +62,21 @@ class Watch:
         rank: this one.
         logs: int64 [ranks, steps, rows + 2, 3], zero; `steps` is how many steps may be under way at
             a time, and one: a rank clears its log of a step while others still read the last one's.
+        seen: how many ranks, from the first on, have done a step when this one has; default all. In
+            a pipeline later stages have not: their logs still say what an older step met.
     """
 
-    def __init__(self, layers: Sequence[dict[int, Layer]], rank: int, logs: torch.Tensor) -> None:
-        self._layers, self._logs, self._step = layers, logs, 0
+    def __init__(
+        self,
+        layers: Sequence[dict[int, Layer]],
+        rank: int,
+        logs: torch.Tensor,
+        seen: int | None = None,
+    ) -> None:
+        self._layers, self._logs, self._step = layers, logs[:seen], 0
         # Made once: they would be most of what a step costs.
         self._mine = list(logs[rank])
-        self._counts = list(logs.numpy()[:, :, 0, 0].T)  # of all ranks, for each step
+        self._counts = list(self._logs.numpy()[:, :, 0, 0].T)  # of the ranks seen, for each step
         self._rank = rank
 
     def start(self) -> None:
@@ -122,9 +130,11 @@ def shared_zeros(shape: Sequence[int], path: str) -> torch.Tensor:
     return torch.from_file(path, shared=True, size=size, dtype=torch.int64).view(tuple(shape))
 
 
-def open_watch(layers: dict[int, Layer], rows: int, steps: int, group: Any = None) -> Watch:
+def open_watch(
+    layers: dict[int, Layer], rows: int, steps: int, group: Any = None, seen: int | None = None
+) -> Watch:
     """The watch of a rank: alone, or with all ranks of a `group` of vLLM's on one host, which call
-    it together.
+    it together; `seen` is that of `Watch`.
 
     `rows` is the largest batch, `steps` as many as may be under way at a time.
     """
@@ -147,4 +157,4 @@ def open_watch(layers: dict[int, Layer], rows: int, steps: int, group: Any = Non
     finally:
         if group.rank_in_group == 0:
             os.unlink(path)
-    return Watch(everyone, group.rank_in_group, logs)
+    return Watch(everyone, group.rank_in_group, logs, seen)

@@ -5,7 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from vllm.distributed import get_world_group
+from vllm.distributed import get_pp_group, get_world_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from lvllm import failure, picture_attention
@@ -26,6 +26,7 @@ class HybridCPUWorker(CPUWorker):
     def load_model(self, **arguments: Any) -> None:
         super().load_model(**arguments)
         picture_attention.install()
+        self._make_room_for_earlier_stages()
         config = self.parallel_config
         self._per_request = (
             config.data_parallel_size == 1 and config.nnodes == 1 and not self.use_v2_model_runner
@@ -37,10 +38,24 @@ class HybridCPUWorker(CPUWorker):
                 rows=self.scheduler_config.max_num_batched_tokens,
                 steps=config.pipeline_parallel_size,
                 group=get_world_group() if self._per_request else None,
+                seen=(get_pp_group().rank_in_group + 1)
+                * (config.world_size // config.pipeline_parallel_size),
             )
         except RuntimeError:
             failure.follow()  # a rank whose share of the checkpoint is damaged is gone by now
             raise
+
+    def _make_room_for_earlier_stages(self) -> None:
+        """What a later stage of a pipeline receives is put into tensors that vLLM's runner makes in
+        its first dummy run. Without compilation there is none on the CPU.
+        """
+        runner: Any = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens,
+                dtype=self.model_config.dtype,
+                device=self.device,
+            )
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._watch is None:

@@ -125,6 +125,26 @@ def test_a_fault_that_arose_is_named_rather_than_its_consequence_elsewhere() -> 
     }
 
 
+def test_a_stage_does_not_see_what_later_ones_met_in_older_steps() -> None:
+    """Of two stages the first is done with a step before the second begins it."""
+    logs = torch.zeros(2, 3, 6, 3, dtype=torch.int64)
+    layers = [{1: Layer("layers.0.experts", "", None)}, {1: Layer("layers.1.experts", "", None)}]
+    first, second = Watch(layers, 0, logs, seen=1), Watch(layers, 1, logs, seen=2)
+    for step in range(6):
+        first.start()
+        if step == 4:
+            logs[0, first._step, 2] = torch.tensor([1, EXPERT, 3])
+            logs[0, first._step, 0, 0] = 1
+        assert first.stop() == (step == 4)
+        second.start()
+        if step == 0:
+            logs[1, second._step, 1] = torch.tensor([1, EXPERT, 2])
+            logs[1, second._step, 0, 0] = 1
+        assert second.stop() == (step in (0, 4))
+        told = second.faults([("a", 1), ("b", 1)])
+        assert list(told) == {0: ["a"], 4: ["b"]}.get(step, [])
+
+
 @pytest.mark.parametrize("source", [INPUT, ROUTER, EXPERT, SUM])
 def test_every_message_is_one_line_that_names_the_layer(source: int) -> None:
     text = Layer("model.layers.7.mlp.experts", "float16", None).describe(source, 3)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
-from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import default_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -21,7 +20,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
-from lvllm import failure, memory_plan
+from lvllm import failure, memory_plan, startup
 from lvllm.arrivals import LayerError
 from lvllm.config import HybridConfig
 from lvllm.loading.checkpoint import Checkpoint, TensorInfo, pickle_refused
@@ -112,7 +111,7 @@ def weights_iterator(
         for info in in_loading_order(checkpoint.tensors.values())
         if not should_skip_weight(info.name, local_expert_ids)
     ]
-    reader = Reader(HybridConfig.current().engine_cpus[get_world_group().local_rank])
+    reader = Reader(HybridConfig.current().engine_cpus[startup.host_rank()])
     start = time.perf_counter()
     with tqdm(
         total=sum(info.nbytes for info in wanted),

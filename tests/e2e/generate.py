@@ -3,17 +3,24 @@
     python -m tests.e2e.generate RESULT.json JOBS
 
 JOBS is a JSON list such as [{"model": DIR, "prompts": [[1, 5]], "max_tokens": 8}]; other keys of
-a job are arguments of `vllm.LLM`. A prompt with a picture is {"ids": [1, 5], "picture": FILE,
-"modality": "image"}. The result has one list a job, with one {"prompt": [...], "tokens": [...],
-"logprobs": [...]} a prompt; "prompt" has as many placeholders as the picture takes.
+a job are arguments of `vllm.LLM`, but for "adapter", the folder of a LoRA adapter, "held", true or
+false, and "data_parallel_size", which takes as many processes. A prompt with a picture is
+{"ids": [1, 5], "picture": FILE, "modality": "image"}. The result has one list a job, with one
+{"prompt": [...], "tokens": [...], "logprobs": [...]} a prompt; "prompt" has as many placeholders as
+the picture takes. Beside them are "cached", how many of its tokens were in the prefix cache;
+"fault", what ended it before its time; and of the whole job "drafted", tokens that were proposed
+and those of them accepted, and "held", if asked for: of each worker how many experts of a layer it
+holds, and how many rows of each.
 """
 
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 Job = dict[str, Any]
-Answers = list[dict[str, list[Any]]]
+Answers = list[dict[str, Any]]
 Model = tuple[Path, Path, dict[str, Any]]
 """A checkpoint, its values for the reference, and arguments of `vllm.LLM`."""
 
@@ -84,20 +91,84 @@ def generate_all(
 
 
 def run(job: Job) -> Answers:
-    """One job, in this process."""
+    """One job, in this process or, with data parallelism, in several."""
+    if (replicas := job.pop("data_parallel_size", 1)) > 1:
+        return _run_replicas(job, replicas)
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     prompts, max_tokens = job.pop("prompts"), job.pop("max_tokens")
-    llm = LLM(**{**DEFAULTS, **job})
+    adapter, held = job.pop("adapter", None), job.pop("held", False)
+    llm = LLM(**{**DEFAULTS, "disable_log_stats": "speculative_config" not in job, **job})
     sampling = SamplingParams(
         temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False
     )
+    outputs = llm.generate(
+        [_prompt(prompt) for prompt in prompts],
+        sampling,
+        lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
+    )
+    of_job = {"drafted": _drafted(llm), "held": llm.collective_rpc(_held) if held else []}
     answers: Answers = []
-    for output in llm.generate([_prompt(prompt) for prompt in prompts], sampling):
+    for output in outputs:
         tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
         chosen = [step[token].logprob for token, step in zip(tokens, steps, strict=True)]
         ids = list(output.prompt_token_ids)
-        answers.append({"prompt": ids, "tokens": tokens, "logprobs": chosen})
+        answer = {"prompt": ids, "tokens": tokens, "logprobs": chosen}
+        more = {"cached": output.num_cached_tokens, "fault": output.outputs[0].stop_reason}
+        answers.append(answer | more | of_job)
+    return answers
+
+
+def _drafted(llm: Any) -> list[int]:
+    """Tokens that were proposed, and those accepted."""
+    if not llm.llm_engine.log_stats:
+        return []
+    counters = {metric.name: metric for metric in llm.get_metrics()}
+    names = ("num_draft_tokens", "num_accepted_tokens")
+    return [counters[f"vllm:spec_decode_{name}"].value for name in names]
+
+
+def _held(worker: Any) -> list[int]:
+    """In a worker: experts of its last layer that has some, and rows of down_proj's input."""
+    from lvllm.engine import ExpertLayer
+
+    layers = [
+        layer
+        for layer in worker.model_runner.get_model().modules()
+        if isinstance(getattr(layer, "engine", None), ExpertLayer)
+    ]
+    return [layers[-1].local_num_experts, layers[-1].intermediate_size_per_partition]
+
+
+def _run_replicas(job: Job, replicas: int) -> Answers:
+    """A job with data parallelism: each replica answers its share of the prompts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    prompts = job["prompts"]
+    with ProcessPoolExecutor(replicas, mp_context=_imported()) as pool:
+        shares = [
+            pool.submit(
+                _run_replica, job | {"prompts": prompts[rank::replicas]}, rank, port, replicas
+            )
+            for rank in range(replicas)
+        ]
+        answered = [share.result() for share in shares]
+    return [answered[i % replicas][i // replicas] for i in range(len(prompts))]
+
+
+def _run_replica(job: Job, rank: int, port: int, replicas: int) -> Answers:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    os.environ |= {
+        "VLLM_DP_RANK": str(rank),
+        "VLLM_DP_SIZE": str(replicas),
+        "VLLM_DP_MASTER_IP": "127.0.0.1",
+        "VLLM_DP_MASTER_PORT": str(port),
+    }
+    answers = run(job | {"distributed_executor_backend": "uni"})
+    cleanup_dist_env_and_memory()
     return answers
 
 
@@ -113,13 +184,11 @@ def _prompt(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
     return {"prompt_token_ids": prompt["ids"], "multi_modal_data": {prompt["modality"]: picture}}
 
 
-def _fork_workers() -> None:
-    """Take workers from a process that has imported what they need: 3 s instead of 15 each."""
-    from vllm.v1.executor import multiproc_executor
-
+def _imported() -> Any:
+    """Processes from one that has imported what they need: 3 s instead of 15 each."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vllm.v1.executor.multiproc_executor", "vllm.entrypoints.llm"])
-    multiproc_executor.get_mp_context = lambda: context
+    return context
 
 
 def _inspect_models_here() -> None:
@@ -134,9 +203,10 @@ def _inspect_models_here() -> None:
 def main() -> None:
     """Child process."""
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.executor import multiproc_executor
 
     if ONE_PROCESS.items() <= os.environ.items():
-        _fork_workers()
+        multiproc_executor.get_mp_context = _imported
         _inspect_models_here()
     results = []
     for job in json.loads(sys.argv[2]):

@@ -50,12 +50,8 @@ def expected(plain: Path, prompts: list[list[int]]) -> list[str | None]:
     return found
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, Path, Path]]:
-    """(plain checkpoint, base URL, model name, log)"""
-    tmp = tmp_path_factory.mktemp("watch")
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
+def poisoned(tmp: Path, seed: int) -> tuple[Path, Path]:
+    """A checkpoint, and the same with its NaNs."""
     sizes = {"num_hidden_layers": 4, "mlp_only_layers": [], "moe_intermediate_size": 80}
     plain = make("qwen3_moe", tmp / "plain", seed, **sizes)
     broken = make("qwen3_moe", tmp / "broken", seed, **sizes)
@@ -65,6 +61,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
         tensors[name][row, column] = float("nan")
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    return plain, broken
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, Path, Path]]:
+    """(plain checkpoint, base URL, model name, log)"""
+    tmp = tmp_path_factory.mktemp("watch")
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    plain, broken = poisoned(tmp, seed)
     # Few blocks of keys and values: those of requests that failed are used again at once.
     arguments = (
         *("--tensor-parallel-size", "2", "--enforce-eager", "--dtype", "bfloat16"),
