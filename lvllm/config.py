@@ -125,6 +125,7 @@ class HybridConfig(BaseModel):
         settings = resolve(os.environ, section)
         accelerator = lane_checks.accelerator(settings["accelerator"])
         _check_model(vllm_config, accelerator)
+        _check_features(vllm_config, accelerator)
         lane_checks.check(settings, accelerator, vllm_config)
         _check_weights(settings, accelerator, vllm_config)
         parallel = vllm_config.parallel_config
@@ -207,6 +208,24 @@ def _check_model(vllm_config: Any, accelerator: Accelerator) -> None:
         raise SettingError(
             "enable-eplb=True is not allowed with LVLLM_MOE_NUMA_ENABLED=1: experts on the CPU"
             " are placed once; set it to false"
+        )
+
+
+def _check_features(vllm_config: Any, accelerator: Accelerator) -> None:
+    """What of vLLM's own features does not work with experts on the CPU."""
+    lora = vllm_config.lora_config
+    targets = (lora and lora.target_modules) or ()
+    experts = [name for name in targets if "experts" in name.split(".")]
+    if experts and _is_moe(vllm_config.model_config):
+        raise SettingError(
+            f"lora-target-modules={experts[0]!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1: LoRA"
+            " is supported on all modules but the routed experts; leave it out"
+        )
+    speculative = vllm_config.speculative_config
+    if accelerator != "cuda" and speculative and speculative.method == "ngram_gpu":
+        raise SettingError(
+            "speculative-config method='ngram_gpu' is not allowed on vLLM's CPU platform, which has"
+            " no pinned memory: take ngram"
         )
 
 

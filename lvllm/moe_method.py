@@ -26,7 +26,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
     """Creates a layer's weights in engine memory and applies them with lk.
 
     `weight_format` is how the checkpoint stores them. Raises ValueError for a layer that lk cannot
-    compute: an unknown activation, LoRA on experts.
+    compute: an unknown activation.
     """
 
     # vLLM would move the weights to the GPU and back around process_weights_after_loading.
@@ -68,8 +68,6 @@ class HybridMoEMethod(FusedMoEMethodBase):
                 f"{prefix}: config.json says that a token takes {moe.experts_per_token} of"
                 f" {moe.num_experts} experts"
             )
-        if moe.is_lora_enabled:
-            raise ValueError(f"{prefix}: LoRA on experts is not supported by LvLLM yet")
 
     def create_weights(  # type: ignore[override]
         self,

@@ -25,12 +25,13 @@ def register() -> None:
         raise SystemExit(f"lvllm: {error}") from None
     from vllm.platforms import current_platform
 
-    from lvllm import failure, quantization_configs
+    from lvllm import failure, lora, quantization_configs
     from lvllm.loading import model_loader
 
     _replace_routed_experts()
     _check_every_configuration()
     failure.install()
+    lora.register()
     quantization_configs.register()
     model_loader.install()
     if current_platform.is_cpu():
