@@ -1,0 +1,167 @@
+"""vLLM's features with experts on the engine: none may change a token."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora import model_manager
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.linear import LinearBase
+
+from lvllm import lora
+from lvllm.config import _check_features
+from lvllm.envs import SettingError
+from tests.e2e import reference
+from tests.e2e.generate import ONE_PROCESS, TINY, Answers, Job, generate
+from tests.e2e.test_exactness import BOUND, check_against_reference, prompts
+from tests.models import companions
+
+TOKENS = 12
+SUPPORTED = "get_supported_lora_modules"
+# What makes of the demo model's answers must be the same: its probabilities are far from ties.
+FEATURES: dict[str, Job] = {
+    "plain": {},
+    # Less than the longest prompt: it takes several steps, beside the others' decoding.
+    "chunked_prefill": {"max_num_batched_tokens": 8, "max_num_seqs": 4},
+    # As many at a time as are asked first; the second round finds their blocks.
+    "prefix_caching": {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 3},
+    "draft_model": {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+    "eagle": {"speculative_config": {"method": "eagle", "num_speculative_tokens": 2}},
+    "eagle3": {"speculative_config": {"method": "eagle3", "num_speculative_tokens": 2}},
+    # Last: it loads modules that vLLM, starting again in one process, stumbles over.
+    "ngram": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        }
+    },
+}
+DRAFTS = ("draft_model", "eagle", "eagle3")
+
+Run = tuple[dict[str, Answers], dict[str, Path], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Every job's answers, the folders of models, and what the random model was asked."""
+    tmp = tmp_path_factory.mktemp("features")
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    adapter = companions.adapter(TINY, tmp / "adapter")
+    mtp, mtp_values = companions.with_mtp("glm4_moe", tmp, seed)
+    folders = {
+        "draft_model": companions.noisy(TINY, tmp / "draft_model", 0.1),
+        "eagle": companions.eagle(TINY, tmp / "eagle", 1),
+        "eagle3": companions.eagle(TINY, tmp / "eagle3", 3),
+        "lora": companions.merged(TINY, adapter, tmp / "merged"),
+        "mtp": mtp_values,
+    }
+    draw = random.Random(3)
+    known = [[draw.randrange(3, 40) for _ in range(n)] for n in (3, 18, 41)]
+    asked = prompts(seed)
+    drafting = {"method": "mtp", "num_speculative_tokens": 2}
+    jobs: dict[str, Job] = {
+        "lora": {"model": str(TINY), "prompts": known, "enable_lora": True}
+        | {"max_lora_rank": 8, "adapter": str(adapter)},
+        "mtp_off": {"model": str(mtp), "prompts": asked},
+        "mtp": {"model": str(mtp), "prompts": asked, "speculative_config": drafting},
+    }
+    for name, feature in FEATURES.items():
+        jobs[name] = {"model": str(TINY), "prompts": known} | feature
+    jobs["prefix_caching"]["prompts"] = known * 2
+    for name in DRAFTS:
+        with_model = jobs[name]["speculative_config"] | {"model": str(folders[name])}
+        jobs[name]["speculative_config"] = with_model
+    answered = generate(
+        [job | {"max_tokens": TOKENS} for job in jobs.values()], environment=ONE_PROCESS
+    )
+    return dict(zip(jobs, answered, strict=True)), folders, asked
+
+
+@pytest.mark.parametrize("name", [name for name in FEATURES if name != "plain"])
+def test_tokens_are_the_same(name: str, run: Run) -> None:
+    plain = run[0]["plain"]
+    for i, answer in enumerate(run[0][name]):
+        expected = plain[i % len(plain)]
+        assert answer["tokens"] == expected["tokens"]
+        for a, b in zip(answer["logprobs"], expected["logprobs"], strict=True):
+            assert abs(a - b) <= BOUND
+
+
+def test_features_were_in_use(run: Run) -> None:
+    answers = run[0]
+    # Of the 41 tokens of the longest prompt one whole block.
+    assert [answer["cached"] for answer in answers["prefix_caching"]] == [0, 0, 0, 0, 0, 32]
+    for name in ("ngram", *DRAFTS, "mtp"):
+        proposed, accepted = answers[name][0]["drafted"]
+        assert proposed > 0, name
+        if name in ("ngram", "draft_model"):
+            assert accepted > 0, name
+
+
+def test_multi_token_prediction(run: Run) -> None:
+    """A random model has near-ties, so tokens may differ from there on."""
+    answers, folders, asked = run
+    check_against_reference(folders["mtp"], asked, answers["mtp"])
+    model = reference.load(folders["mtp"])
+    for prompt, plain, drafted in zip(asked, answers["mtp_off"], answers["mtp"], strict=True):
+        ours, other = drafted["tokens"], plain["tokens"]
+        if ours == other:
+            continue
+        step = next(i for i in range(TOKENS) if ours[i] != other[i])
+        row = reference.logprobs(model, prompt, ours)[step]
+        assert abs(row[ours[step]] - row[other[step]]) <= 2 * BOUND
+
+
+def test_lora_on_attention(run: Run) -> None:
+    answers, folders, _ = run
+    lora, plain = answers["lora"], answers["plain"]
+    check_against_reference(folders["lora"], [answer["prompt"] for answer in lora], lora)
+    assert [answer["tokens"] for answer in lora] != [answer["tokens"] for answer in plain]
+
+
+def test_an_adapter_with_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM refuses what has other modules than it supports, when it loads it."""
+
+    def bare(kind: type[torch.nn.Module]) -> torch.nn.Module:
+        module = kind.__new__(kind)
+        torch.nn.Module.__init__(module)
+        return module
+
+    # Restored afterwards.
+    monkeypatch.setattr(model_manager, SUPPORTED, getattr(model_manager, SUPPORTED))
+    model = torch.nn.ModuleDict({"o_proj": bare(LinearBase), "experts": bare(MoERunner)})
+    assert sorted(getattr(model_manager, SUPPORTED)(model)) == ["experts", "o_proj"]
+    for _ in range(2):
+        lora.register()
+        assert getattr(model_manager, SUPPORTED)(model) == ["o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"targets": ["q_proj", "experts"]}, "lora-target-modules='experts' is not allowed"),
+        ({"method": "ngram_gpu"}, "speculative-config method='ngram_gpu' is not allowed"),
+    ],
+)
+def test_refused_by_lvllm(setting: dict[str, Any], says: str) -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(get_num_experts=lambda: 8),
+        lora_config=SimpleNamespace(target_modules=setting.get("targets")),
+        speculative_config=SimpleNamespace(method=setting.get("method")),
+    )
+    with pytest.raises(SettingError, match=says) as error:
+        _check_features(config)
+    assert "\n" not in str(error.value)
+
+
+def test_sleep_mode_is_refused_by_vllm() -> None:
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        EngineArgs(model=str(TINY), enable_sleep_mode=True).create_model_config()
