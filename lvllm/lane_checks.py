@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from lvllm import placement
@@ -11,13 +11,9 @@ from lvllm.envs import SettingError
 if TYPE_CHECKING:
     from lvllm.config import Setting
 
-__all__ = ["LANE", "Accelerator", "accelerator", "check"]
+__all__ = ["Accelerator", "accelerator", "check"]
 
 Accelerator = Literal["none", "host", "cuda"]
-LANE = False
-"""Whether this version computes experts on the CPU beside a GPU, and streams them to it. If not,
-vLLM's CUDA platform starts with all experts resident only, and a GPU prefill is refused.
-"""
 
 
 def accelerator(setting: Setting) -> Accelerator:
@@ -75,11 +71,9 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
             f"it is for batches of {threshold.variable.name} tokens or more, which is 0; allowed"
             " is 0 or empty"
         )
-    if threshold.value and not LANE:
-        raise threshold.refuse("this version streams no experts; allowed is 0 or empty")
     if accelerator == "cuda" and layers:
         _check_omp(settings["omp_num_threads"])
-        _check_cuda(vllm_config, layers, resident.value)
+        _check_cuda(vllm_config)
 
 
 def _draft_layers(vllm_config: Any) -> list[int]:
@@ -101,16 +95,10 @@ def _check_omp(setting: Setting) -> None:
         )
 
 
-def _check_cuda(vllm_config: Any, layers: list[int], resident: Collection[int]) -> None:
+def _check_cuda(vllm_config: Any) -> None:
     """What of vLLM's cannot be had with experts on the CPU and all the rest on a GPU."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     offload = vllm_config.offload_config
-    if not LANE and not set(layers) <= set(resident):
-        raise SettingError(
-            "LVLLM_MOE_NUMA_ENABLED=1 on vLLM's CUDA platform: this version has no experts on the"
-            f" CPU there; allowed is LVLLM_GPU_RESIDENT_MOE_LAYERS={placement.describe(layers)},"
-            " all of them; unset LVLLM_MOE_NUMA_ENABLED for stock vLLM"
-        )
     one_batch = "lk computes one batch at a time"
     one_front = "the processes in front would each give all CPUs to their own ranks"
     one_mover = "weights are moved by LvLLM"

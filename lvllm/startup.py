@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lvllm import distance, engine, failure, threads
-from lvllm.config import CPU_WORKER, RESOLVED, HybridConfig
+from lvllm.config import CPU_WORKER, GPU_WORKER, RESOLVED, HybridConfig
 from lvllm.loading.checkpoint import Checkpoint
 
 
@@ -28,6 +28,9 @@ def prepare(vllm_config: Any) -> None:
     vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
     if config.accelerator != "cuda":
         _prepare_cpu_platform(vllm_config, config)
+    elif vllm_config.parallel_config.worker_cls == GPU_WORKER:
+        # Upstream's worker, which ends a step with an error that one of lk's callbacks met.
+        vllm_config.parallel_config.worker_cls = "lvllm.gpu_worker.HybridGPUWorker"
 
 
 def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:
@@ -67,14 +70,17 @@ def _check_checkpoint(vllm_config: Any) -> None:
 def host_rank() -> int:
     """In a worker: its number among those of this host, one data-parallel replica after the other.
 
-    vLLM counts local ranks from 0 in each replica.
+    vLLM's CPU platform counts local ranks from 0 in each replica, its CUDA platform does as here.
     """
     from vllm.config import get_current_vllm_config
     from vllm.distributed import get_world_group
+    from vllm.platforms import current_platform
 
+    rank = int(get_world_group().local_rank)
+    if not current_platform.is_cpu():
+        return rank
     parallel = get_current_vllm_config().parallel_config
-    first = (parallel.data_parallel_rank_local or 0) * parallel.local_world_size
-    return int(first + get_world_group().local_rank)
+    return int(parallel.data_parallel_rank_local or 0) * int(parallel.local_world_size) + rank
 
 
 def start_engine(rank: int) -> engine.EngineInfo:

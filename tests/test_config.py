@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from lvllm import config, engine, envs, lane_checks, memory_plan
+from lvllm import config, engine, envs, memory_plan
 from lvllm.config import RESOLVED, HybridConfig
 
 vllm = pytest.importorskip("vllm")
@@ -185,7 +185,6 @@ def test_workers_get_the_lanes_settings(configure: Any, monkeypatch: pytest.Monk
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("none", ())
     assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (0, 0)
     assert resolved.watchdog_seconds == 120
-    monkeypatch.setattr(lane_checks, "LANE", True)
     lane = {
         "LVLLM_ACCELERATOR": "host",
         "LVLLM_GPU_RESIDENT_MOE_LAYERS": "2",
@@ -232,7 +231,6 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("cuda", (0, 2))
     assert built.parallel_config.worker_cls == config.GPU_WORKER
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
-    monkeypatch.setattr(lane_checks, "LANE", True)
     with pytest.raises(envs.SettingError, match=r"the model takes 0\.00 GiB of memory"):
         prepare("0")
 

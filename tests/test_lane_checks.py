@@ -62,11 +62,6 @@ def check(
     lane_checks.check(resolve(environ, section), accelerator, model)
 
 
-@pytest.fixture
-def lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_checks, "LANE", True)
-
-
 def refusal(call: Callable[..., object], *arguments: Any, **named: Any) -> str:
     with pytest.raises(SettingError) as caught:
         call(*arguments, **named)
@@ -74,7 +69,6 @@ def refusal(call: Callable[..., object], *arguments: Any, **named: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.usefixtures("lane")
 def test_what_is_allowed() -> None:
     check("none", config())
     check("host", config(), resident_moe_layers="3-5,7")
@@ -85,7 +79,6 @@ def test_what_is_allowed() -> None:
     check("host", config(drafts=2), resident_moe_layers="3,8-9")
 
 
-@pytest.mark.usefixtures("lane")
 @pytest.mark.parametrize("accelerator", ["none", "host", "cuda"])
 @pytest.mark.parametrize(
     ("model", "named", "those"),
@@ -103,7 +96,6 @@ def test_layers_by_the_models_own_numbers(
     assert said == f"LVLLM_GPU_RESIDENT_MOE_LAYERS={named!r}: {those}"
 
 
-@pytest.mark.usefixtures("lane")
 @pytest.mark.parametrize(
     ("accelerator", "model", "given", "said"),
     [
@@ -129,18 +121,6 @@ def test_settings_without_a_use(accelerator: Any, model: Any, given: Any, said: 
     assert said in refusal(check, accelerator, model, **given)
 
 
-def test_without_the_lane() -> None:
-    """Until it is there: no streaming, and on CUDA nothing but resident experts."""
-    assert not lane_checks.LANE
-    said = refusal(check, "host", config(), prefill_min_batch_size="9")
-    assert said.endswith("this version streams no experts; allowed is 0 or empty")
-    for named in ("", "3-6"):
-        said = refusal(check, "cuda", config(), resident_moe_layers=named)
-        assert "allowed is LVLLM_GPU_RESIDENT_MOE_LAYERS=3-7, all of them" in said
-    check("cuda", config(), resident_moe_layers="3-7")
-
-
-@pytest.mark.usefixtures("lane")
 @pytest.mark.parametrize(
     ("name", "fields"),
     [

@@ -158,7 +158,7 @@ def test_refused_by_lvllm(setting: dict[str, Any], says: str) -> None:
         speculative_config=SimpleNamespace(method=setting.get("method")),
     )
     with pytest.raises(SettingError, match=says) as error:
-        _check_features(config)
+        _check_features(config, "none")
     assert "\n" not in str(error.value)
 
 

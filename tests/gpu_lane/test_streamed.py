@@ -99,7 +99,7 @@ def test_conversion_gives_the_products_of_weights_and_scales(
 def test_the_gpu_kernel_converts_to_the_same_bits() -> None:
     """In Triton's interpreter, which has to be asked for before the kernel is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.lane.kernel", str(secrets.randbelow(2**31))],
+        [sys.executable, "-m", "tests.gpu_lane.kernel", str(secrets.randbelow(2**31))],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

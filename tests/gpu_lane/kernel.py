@@ -1,6 +1,6 @@
 """The conversion kernel in Triton's interpreter, in a process of its own: it is chosen on import.
 
-Run as `TRITON_INTERPRET=1 python -m tests.lane.kernel SEED`.
+Run as `TRITON_INTERPRET=1 python -m tests.gpu_lane.kernel SEED`.
 """
 
 import sys
