@@ -1,0 +1,212 @@
+"""The lane's parts, timed on a GPU without vLLM, each against what limits it.
+
+    python -m benchmarks.gpu_lane [--formats bf16,int4] [--layers 4] [--shape 2048x768x128x8]
+
+Prints four tables: the bus (plain copies from and to pinned memory), conversion, prefill passes
+through the window against their copies alone and their products alone, and decoding steps in a CUDA
+graph against the engine's own time. With `--accelerator host` it runs without a GPU, to no purpose
+but to be known to run.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lvllm.engine import ExpertLayer, info
+from lvllm.gpu import streamed
+from lvllm.gpu.accelerator import Accelerator, open_accelerator
+from lvllm.gpu.convert import convert
+from lvllm.gpu.hybrid import Exchange, HybridCall
+from lvllm.gpu.window import PrefetchWindow
+from tests.experts import Random, random_layer
+
+GB = 1e9
+
+
+def seconds(accelerator: Accelerator, work: Callable[[], object], times: int = 5) -> float:
+    """Median of what `work` takes until the device is done, after a first run."""
+    work()
+    found = []
+    for _ in range(times):
+        accelerator.synchronize(accelerator.compute())
+        start = time.perf_counter()
+        work()
+        accelerator.synchronize(accelerator.compute())
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def table(title: str, header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
+    print(f"\n{title}")
+    for row in (header, *rows):
+        print(
+            "".join(f"{cell:>14.4g}" if isinstance(cell, float) else f"{cell:>14}" for cell in row)
+        )
+
+
+def bus(accelerator: Accelerator, size: int) -> tuple[float, float]:
+    """Bytes a second to the device and from it, one copy at a time."""
+    host = accelerator.pinned((size,), torch.uint8)
+    device = accelerator.device_memory(size, accelerator.compute())
+
+    def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+        accelerator.copy(target, source, accelerator.compute())
+
+    there = seconds(accelerator, lambda: copy(device, host))
+    back = seconds(accelerator, lambda: copy(host, device))
+    return size / there, size / back
+
+
+def make(format: str, shape: tuple[int, ...], count: int) -> list[ExpertLayer]:
+    """Layers of that shape, one after the other made from a random one's values."""
+    hidden, intermediate, experts, _ = shape
+    first = random_layer(Random(1), format, experts, hidden, intermediate)
+    return [first.make() for _ in range(count)]
+
+
+def batch(shape: tuple[int, ...], tokens: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    hidden, _, experts, topk = shape
+    random = Random(tokens)
+    x = random.normal(tokens, hidden).to(torch.bfloat16)
+    ids = random.normal(tokens, experts).topk(topk).indices.int()
+    weights = random.uniform(0.1, 1, tokens, topk)
+    return x.to(device), ids.to(device), weights.to(device)
+
+
+def conversion(accelerator: Accelerator, layer: ExpertLayer) -> float:
+    """Seconds to turn a whole layer's weights into matrices, some experts at a time."""
+    copies = {name: tensor.to(accelerator.device) for name, tensor in layer.tensors.items()}
+    step = max(1, layer.num_experts // 8)
+
+    def whole() -> None:
+        for first in range(0, layer.num_experts, step):
+            some = range(first, min(first + step, layer.num_experts))
+            for name in ("w13", "w2"):
+                convert(layer, copies, name, some, torch.bfloat16)
+
+    return seconds(accelerator, whole)
+
+
+def prefill(
+    accelerator: Accelerator,
+    layers: list[ExpertLayer],
+    inputs: tuple[torch.Tensor, ...],
+    ahead: int,
+) -> tuple[float, float, float]:
+    """Seconds of a layer: of its copy, its products, and a pass over all layers divided by them."""
+    weights = {number: layer.tensors for number, layer in enumerate(layers)}
+    window = PrefetchWindow(accelerator, weights, ahead)
+
+    def copies() -> None:
+        for number in weights:
+            window.stage(number)
+            window.release(number)
+
+    def both() -> None:
+        for number, layer in enumerate(layers):
+            streamed.run(layer, window.stage(number), *inputs)
+            window.release(number)
+
+    there = {name: tensor.to(accelerator.device) for name, tensor in layers[0].tensors.items()}
+    products = seconds(accelerator, lambda: streamed.run(layers[0], there, *inputs))
+    count = len(layers)
+    return seconds(accelerator, copies) / count, products, seconds(accelerator, both) / count
+
+
+def decode(
+    accelerator: Accelerator, layers: list[ExpertLayer], inputs: tuple[torch.Tensor, ...]
+) -> tuple[float, float]:
+    """Seconds of a layer: of the engine alone, and in a graph of all layers (without CUDA: called).
+
+    The engine alone is called as often in a row, by a thread that does not sleep in between.
+    """
+    topk = inputs[1].shape[1]
+    exchange = Exchange(accelerator, len(inputs[0]), [(layers[0].hidden_size, topk)] * len(layers))
+    calls = [HybridCall(exchange, layer, topk) for layer in layers]
+
+    def step() -> None:
+        for call in calls:
+            call(*inputs)
+
+    run: Callable[[], object] = step
+    if accelerator.name == "cuda":
+        step()
+        accelerator.synchronize(accelerator.compute())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    on_host = [argument.cpu() for argument in inputs]
+
+    def engine() -> None:
+        for layer in layers:
+            layer(*on_host)
+
+    in_graph = seconds(accelerator, run, times=50)
+    alone = seconds(accelerator, engine, times=50)
+    return alone / len(layers), in_graph / len(layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--accelerator", default="cuda", choices=["cuda", "host"])
+    parser.add_argument("--formats", default="bf16,fp8,int8,int4,mxfp4,nvfp4")
+    parser.add_argument("--shape", default="2048x768x128x8", help="HxIxExTOP_K")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--ahead", type=int, default=1)
+    parser.add_argument("--prefill", default="512,2048,8192,32768", help="tokens")
+    parser.add_argument("--decode", default="1,4,16", help="tokens")
+    a = parser.parse_args()
+    accelerator = open_accelerator(a.accelerator)
+    shape = tuple(int(size) for size in a.shape.split("x"))
+    print(f"{info().isa}, {info().threads} threads, {accelerator.device}, shape {a.shape}")
+    there, back = bus(accelerator, 1 << (30 if a.accelerator == "cuda" else 20))
+    table("bus, GB/s", ("to the GPU", "back"), [(there / GB, back / GB)])
+    converted, passes, steps = [], [], []
+    for format in a.formats.split(","):
+        layers = make(format, shape, a.layers)
+        for layer in layers:
+            for tensor in layer.tensors.values():
+                accelerator.pin(tensor)
+        size = sum(tensor.nbytes for tensor in layers[0].tensors.values())
+        took = conversion(accelerator, layers[0])
+        converted.append((format, size / 1e6, 1e3 * took, 1e3 * size / there, took * there / size))
+        for tokens in map(int, a.prefill.split(",")):
+            inputs = batch(shape, tokens, accelerator.device)
+            copy, products, whole = prefill(accelerator, layers, inputs, a.ahead)
+            on_host = [argument.cpu() for argument in inputs]
+            cpu = seconds(accelerator, lambda: layers[0](*on_host), times=1)  # noqa: B023
+            row = (copy, products, whole, cpu)
+            speed = size / copy / there
+            passes.append(
+                (format, tokens, *(1e3 * t for t in row), speed, whole / max(copy, products))
+            )
+        for tokens in map(int, a.decode.split(",")):
+            alone, graph = decode(accelerator, layers, batch(shape, tokens, accelerator.device))
+            steps.append((format, tokens, 1e6 * alone, 1e6 * graph, 1e6 * (graph - alone)))
+        for layer in layers:
+            for tensor in layer.tensors.values():
+                accelerator.unpin(tensor)
+    table(
+        "conversion of a layer (of the time that its copy takes)",
+        ("format", "MB", "ms", "copy ms", "share"),
+        converted,
+    )
+    table(
+        "prefill, a layer: copy through the window, products, pass, and the CPU's time, ms;\n"
+        "speed of the copy against a plain one; pass against the longer of copy and products",
+        ("format", "tokens", "copy", "products", "pass", "CPU", "copy speed", "overlap"),
+        passes,
+    )
+    table(
+        "decoding, a layer, us: the engine alone, in a graph, the difference (at most 60)",
+        ("format", "tokens", "engine", "graph", "more"),
+        steps,
+    )
+
+
+if __name__ == "__main__":
+    main()
