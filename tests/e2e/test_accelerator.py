@@ -36,4 +36,4 @@ def test_all_ways_of_a_batch(qwen3_moe: Path) -> None:
     assert streamed != without[0]
     for got, want in zip(streamed, without[0], strict=True):
         assert got["tokens"] == want["tokens"]
-        assert got["logprobs"] == pytest.approx(want["logprobs"], abs=0.05)
+        assert got["logprobs"] == pytest.approx(want["logprobs"], abs=0.15)
