@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["Arrivals", "LayerError"]
+__all__ = ["EXPERTS", "Arrivals", "LayerError"]
 
+EXPERTS = ("w13_", "w2_")
+"""What the names of experts' parameters begin with."""
 SHARDS = ("w1", "w3", "w2")
 """vLLM's names of the projections gate, up and down. Without a gate, w1 is up."""
 
@@ -49,7 +51,7 @@ class Arrivals:
     def expect(self, parts: int) -> None:
         """Want all tensors of the parameters that the layer has now; w13 is of `parts`."""
         for name, parameter in self._layer.named_parameters(recurse=False):
-            if not name.startswith(("w13_", "w2_")):  # the router's, in some models
+            if not name.startswith(EXPERTS):  # the router's, in some models
                 continue
             self._names[id(parameter)] = name
             if getattr(parameter, "optional", False):

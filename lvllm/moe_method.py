@@ -8,9 +8,10 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from lvllm import activations, placement, startup
-from lvllm.arrivals import Arrivals
+from lvllm.arrivals import EXPERTS, Arrivals
 from lvllm.config import HybridConfig
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape, add_biases
@@ -86,7 +87,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
             self.arrivals = Arrivals(
                 layer,
                 extra_weight_attrs["weight_loader"],
-                complete=lambda: self.weight_format.complete(layer),
+                complete=lambda: self._hand_over(layer),
             )
             attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
         with torch.device("cpu"):  # vLLM builds models for a GPU on it
@@ -96,12 +97,26 @@ class HybridMoEMethod(FusedMoEMethodBase):
         if self.arrivals is not None:
             self.arrivals.expect(parts)
 
+    def _hand_over(self, layer: Any) -> None:
+        """Hand the loaded weights to the engine, and free what they were loaded into if the engine
+        has them elsewhere: float32 scales of all layers would be an eighth of 4-bit weights.
+        """
+        # While a model is built and loaded, tensors are by default of the model's dtype.
+        with set_default_torch_dtype(torch.float32):
+            self.weight_format.complete(layer)
+            layer.engine = self.weight_format.finalize(layer)
+        layer.engine_handle = layer.engine.handle
+        for name, parameter in layer.named_parameters(recurse=False):
+            # An optional one may come yet, and others are no experts'.
+            if name.startswith(EXPERTS) and not getattr(parameter, "optional", False):
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
+
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Hand the loaded weights to the engine. Raises ValueError if the checkpoint lacks any."""
+        """Raises ValueError if the checkpoint lacks any of the weights."""
         if self.arrivals is not None and not self.dummy:
             self.arrivals.require_all()
-        layer.engine = self.weight_format.finalize(layer)
-        layer.engine_handle = layer.engine.handle
+        if not hasattr(layer, "engine"):  # nobody says of these weights when they are complete
+            self._hand_over(layer)
         if self.lane is not None:
             topk = self.moe.experts_per_token
             layer.in_lane = self.lane.add(self.number, layer.layer_name, layer.engine, topk)

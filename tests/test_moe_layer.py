@@ -248,3 +248,44 @@ def test_what_the_engine_has_not_is_refused(name: str, limit: float | None, mess
     with pytest.raises(ValueError, match=message) as caught:
         activations.arguments(moe)
     assert "\n" not in str(caught.value)
+
+
+def test_loaded_layers_keep_what_the_engine_computes_on_alone(vllm_config: VllmConfig) -> None:
+    """Codes and 16-bit scales, whatever they were loaded into, as soon as a layer is complete."""
+    how = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": how}}
+    random, sizes = Random(randrange(1 << 30)), {"gate_proj": 64, "up_proj": 64, "down_proj": 96}
+    stored = {}
+    for expert in range(EXPERTS):
+        for name, rows in sizes.items():
+            columns = 64 if name == "down_proj" else 96
+            of = f"{expert}.{name}.weight"
+            stored[f"{of}_packed"] = random.integers(-(1 << 31), 1 << 31, rows, columns // 8).int()
+            stored[f"{of}_scale"] = random.uniform(0.1, 1, rows, columns // 32).bfloat16()
+            stored[f"{of}_shape"] = torch.tensor([rows, columns])
+    with set_current_vllm_config(vllm_config):
+        layer = FusedMoEFactory(
+            num_experts=EXPERTS,
+            top_k=TOPK,
+            hidden_size=96,
+            intermediate_size=64,
+            params_dtype=torch.bfloat16,
+            prefix="model.layers.1.mlp.experts",
+            quant_config=CompressedConfig.from_config(
+                {"format": "pack-quantized", "config_groups": groups}
+            ),
+        ).routed_experts
+        list(layer.load_weights(stored.items()))
+        # Optional parameters, the weights' shapes, may come after all others.
+        loaded_into = {name for name, data in layer.named_parameters() if data.numel()}
+        assert loaded_into == {"w13_weight_shape", "w2_weight_shape"}
+        kept = layer.engine.tensors
+        assert set(kept) == {"w13", "w2", "w13_scale", "w2_scale"}
+        for scale in (kept["w13_scale"], kept["w2_scale"]):
+            assert scale.dtype == torch.bfloat16
+            assert scale.untyped_storage().nbytes() == scale.nbytes
+        # What comes again is left: the engine has its own order by now.
+        codes = kept["w13"].clone()
+        list(layer.load_weights(stored.items()))
+        assert torch.equal(layer.engine.tensors["w13"], codes)
+        layer.quant_method.process_weights_after_loading(layer)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch.nn import Module
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from lvllm import quantize, workers
 from lvllm.dequantize import computable, values
@@ -95,11 +94,6 @@ class Converted(ExpertFormat):
 
     def complete(self, layer: Any) -> None:
         """Convert the layer, and free what it was loaded into."""
-        # While a model is built and loaded, tensors are by default of the model's dtype.
-        with set_default_torch_dtype(torch.float32):
-            self._convert(layer)
-
-    def _convert(self, layer: Any) -> None:
         # Detached: what is kept must not be emptied with the parameters.
         tensors = {
             name: value.detach() if isinstance(value, torch.Tensor) else value
