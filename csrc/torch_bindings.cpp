@@ -122,7 +122,7 @@ int64_t layer_create(const std::string& format, const std::string& activation,
                      const OptionalTensor& w13_scale, const OptionalTensor& w2_scale,
                      const OptionalTensor& w13_zero, const OptionalTensor& w2_zero,
                      const OptionalTensor& w13_global_scale, const OptionalTensor& w2_global_scale,
-                     const OptionalTensor& w13_bias, const OptionalTensor& w2_bias) {
+                     const OptionalTensor& w13_bias, const OptionalTensor& w2_bias, bool ordered) {
   lk::LayerSpec layer;
   layer.format = format_of(format, w13_zero.has_value(), activation_bits == 8);
   layer.activation = {.kind = activation_of(activation),
@@ -139,7 +139,7 @@ int64_t layer_create(const std::string& format, const std::string& activation,
   layer.w13.interleaved = interleaved;
   layer.w2 = matrix_of(format, group_size, w2, 1, layer.intermediate, w2_scale, w2_zero,
                        w2_global_scale, w2_bias);
-  return lk::create_layer(layer);
+  return lk::create_layer(layer, ordered);
 }
 
 void layer_destroy(int64_t handle) { lk::destroy_layer(handle); }
@@ -246,19 +246,33 @@ void watch(const OptionalTensor& log) {
 }
 
 // Bytes, as a uint8 tensor that gives them back to the engine when its storage dies.
-Tensor allocate(int64_t experts, int64_t parts, int64_t rows, int64_t row_bytes) {
-  const lk::RowLayout layout{experts, parts, rows, row_bytes};
-  void* memory = lk::allocate_bank(layout);
-  const int64_t size[1] = {layout.bytes()};
+Tensor tensor_of(void* memory, int64_t bytes) {
+  const int64_t size[1] = {bytes};
   const int64_t stride[1] = {1};
   return torch::stable::from_blob(memory, {size, 1}, {stride, 1},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   ScalarType::Byte, [](void* data) { lk::release(data); });
 }
 
+Tensor allocate(int64_t experts, int64_t parts, int64_t rows, int64_t row_bytes) {
+  const lk::RowLayout layout{experts, parts, rows, row_bytes};
+  return tensor_of(lk::allocate_bank(layout), layout.bytes());
+}
+
+// Another process's memory, read-only.
+Tensor map_shared(int64_t descriptor, int64_t bytes) {
+  return tensor_of(lk::map_shared(static_cast<int>(descriptor), bytes), bytes);
+}
+
+// {descriptor, offset, bytes}
+std::vector<int64_t> shared_place(int64_t address) {
+  const lk::SharedPlace place = lk::shared_place(reinterpret_cast<const void*>(address));
+  return {place.descriptor, place.offset, place.bytes};
+}
+
 void configure(int64_t threads, const std::string& binding, bool power_saving,
                const std::vector<int64_t>& cpus, const std::string& topology,
-               const std::string& isa, bool interleave) {
+               const std::string& isa, bool interleave, bool shared) {
   lk::EngineOptions options;
   options.pool.threads = static_cast<int>(threads);
   options.pool.binding = binding == "NUMA_NODE" ? lk::Binding::kNumaNode : lk::Binding::kCpuCore;
@@ -267,6 +281,7 @@ void configure(int64_t threads, const std::string& binding, bool power_saving,
   options.topology = topology;
   options.isa = isa;
   options.interleave = interleave;
+  options.shared = shared;
   lk::configure(options);
 }
 
@@ -332,7 +347,7 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
       "bool weight_on_input, Tensor(a!) w13, Tensor(b!) w2, Tensor(c!)? w13_scale, Tensor(d!)? "
       "w2_scale, "
       "Tensor(e!)? w13_zero, Tensor(f!)? w2_zero, Tensor? w13_global_scale, "
-      "Tensor? w2_global_scale, Tensor(g!)? w13_bias, Tensor(h!)? w2_bias) -> int");
+      "Tensor? w2_global_scale, Tensor(g!)? w13_bias, Tensor(h!)? w2_bias, bool ordered) -> int");
   m.def("layer_destroy(int handle) -> ()");
   m.def("layer_restore(int handle) -> ()");
   m.def("watch(Tensor(a!)? log) -> ()");
@@ -346,9 +361,11 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("host_call_error() -> (int, str)");
   m.def("host_call_progress() -> (int, int, int)");
   m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
+  m.def("map_shared(int descriptor, int bytes) -> Tensor");
+  m.def("shared_place(int address) -> int[]");
   m.def(
       "configure(int threads, str binding, bool power_saving, int[] cpus, str topology, str isa, "
-      "bool interleave) -> ()");
+      "bool interleave, bool shared) -> ()");
   m.def("info() -> str");
   m.def("topology() -> str");
   m.def("available_bytes() -> int");
@@ -371,6 +388,8 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("host_call_error", TORCH_BOX(&host_call_error));
   m.impl("host_call_progress", TORCH_BOX(&host_call_progress));
   m.impl("allocate", TORCH_BOX(&allocate));
+  m.impl("map_shared", TORCH_BOX(&map_shared));
+  m.impl("shared_place", TORCH_BOX(&shared_place));
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("info", TORCH_BOX(&info));
   m.impl("topology", TORCH_BOX(&topology));

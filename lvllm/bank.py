@@ -13,7 +13,14 @@ import torch
 
 from lvllm import engine
 
-__all__ = ["allocate", "allocated_bytes", "available_bytes", "page_nodes"]
+__all__ = [
+    "allocate",
+    "allocated_bytes",
+    "available_bytes",
+    "map_shared",
+    "page_nodes",
+    "shared_place",
+]
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> torch.Tensor:
@@ -22,7 +29,8 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> tor
     Pages come into being when they are written, except on a machine with several NUMA nodes: there
     each node's share of an expert's rows is touched at once, so that it lies on that node, unless
     `engine.configure` has been told to interleave. The memory goes back to the machine when the
-    tensor's storage dies.
+    tensor's storage dies, and if `engine.configure` has been told to share it, when no other
+    process maps it either.
 
     Args:
         shape: E experts, rows an expert, then any further dimensions.
@@ -50,9 +58,28 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> tor
 
 
 def allocated_bytes() -> int:
-    """Bytes of this memory in use, in whole huge pages."""
+    """Bytes of this memory in use, in whole huge pages; not what `map_shared` gave."""
     size: int = engine.raw_ops.allocated_bytes()
     return size
+
+
+def shared_place(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Where a tensor begins in shared memory: (file descriptor, offset, bytes of the whole). The
+    descriptor is open as long as the memory is allocated.
+
+    Raises ValueError for any other memory.
+    """
+    descriptor, offset, size = engine.raw_ops.shared_place(tensor.data_ptr())
+    return descriptor, offset, size
+
+
+def map_shared(descriptor: int, size: int) -> torch.Tensor:
+    """uint8 [size] of another process's `shared_place`. Writing to it ends the process.
+
+    Raises RuntimeError if the memory is smaller.
+    """
+    memory: torch.Tensor = engine.raw_ops.map_shared(descriptor, size)
+    return memory
 
 
 def available_bytes() -> int:

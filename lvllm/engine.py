@@ -104,6 +104,7 @@ def configure(
     topology: str | None = None,
     isa: str | None = None,
     interleave: bool = False,
+    shared: bool = False,
 ) -> None:
     """Sets up the engine of this process. Without it, the first use takes the defaults.
 
@@ -120,6 +121,8 @@ def configure(
         isa: one of `ISAS`; default the variable LK_ISA, else the best that the CPU runs.
         interleave: `lvllm.bank.allocate` spreads pages over all NUMA nodes in turns, instead of
             placing each row's on the node that computes it.
+        shared: `lvllm.bank.allocate` gives memory that other processes can map, in huge pages from
+            Linux 6.1 on.
 
     Raises:
         ValueError: naming the argument, what came and what is allowed.
@@ -130,7 +133,14 @@ def configure(
     if cpus is not None and len(cpus) == 0:
         raise ValueError("cpus is empty, must name at least one CPU")
     raw_ops.configure(
-        threads or 0, binding, power_saving, list(cpus or ()), topology or "", isa or "", interleave
+        threads or 0,
+        binding,
+        power_saving,
+        list(cpus or ()),
+        topology or "",
+        isa or "",
+        interleave,
+        shared,
     )
 
 

@@ -55,6 +55,7 @@ class ExpertLayer:
             elsewhere they keep 16. None: the variable LK_ACTIVATION_BITS, else 8 for int8 and 16
             for the others.
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
+        ordered: the tensors are those of another layer, in the engine's order: they are only read.
 
     All tensors are contiguous and on the CPU. The layer owns them: it puts weights, scales, zero
     points and float32 biases in its own order (`lvllm.tiles`) in place and computes on that memory,
@@ -91,6 +92,7 @@ class ExpertLayer:
         interleaved: bool = False,
         activation_bits: int | None = None,
         apply_router_weight_on_input: bool = False,
+        ordered: bool = False,
     ) -> None:
         weights.check_choice("format", format, tuple(weights.FORMATS))
         weights.check_choice("activation", activation, get_args(Activation))
@@ -176,7 +178,9 @@ class ExpertLayer:
             swiglu_limit,
             apply_router_weight_on_input,
             *self._tensors.values(),
+            ordered,
         )
+        self._ordered = ordered
         self.handle = torch.tensor(handle, dtype=torch.int64)
         """int64 scalar that names the layer to `torch.ops.lvllm.expert_block`."""
         # The engine forgets the layer before the tensors go.
@@ -213,6 +217,9 @@ class ExpertLayer:
         Raises:
             ValueError: if the layer was released before.
         """
-        raw_ops.layer_restore(self.handle.item())
+        if self._ordered:
+            raw_ops.layer_destroy(self.handle.item())
+        else:
+            raw_ops.layer_restore(self.handle.item())
         self._finalizer.detach()
         self._tensors = {}

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -69,6 +70,51 @@ const LayerSpec& layer_of(const Engine& e, int64_t handle) {
   return found->second;
 }
 
+// Runs work(extent) for each on all workers.
+template <class Work>
+void for_each(const std::vector<Extent>& extents, ThreadPool& pool, Work&& work) {
+  std::atomic<size_t> next{0};
+  auto job = [&](int) {
+    for (size_t i = next++; i < extents.size(); i = next++) work(extents[i]);
+  };
+  pool.run(job);
+}
+
+// The same extents in pieces of at most `bytes`.
+std::vector<Extent> cut(const std::vector<Extent>& extents, int64_t bytes) {
+  std::vector<Extent> pieces;
+  for (const Extent& extent : extents) {
+    for (int64_t at = extent.begin; at < extent.end; at += bytes) {
+      pieces.push_back({at, std::min(at + bytes, extent.end), extent.node});
+    }
+  }
+  return pieces;
+}
+
+// Huge pages of shared memory are made here: they would have to be copied later.
+void* allocate_shared_bank(const RowLayout& layout, bool placed, bool interleaved,
+                           ThreadPool& pool) {
+  const PoolPlan& plan = pool.plan();
+  const std::vector<int> nodes = placed && !interleaved ? plan.nodes : memory_nodes();
+  const bool divided = placed && !interleaved;
+  const int64_t page = divided ? placement_page(layout, plan.node_workers) : kHugePage;
+  std::vector<Extent> extents{{0, layout.bytes(), 0}};
+  if (divided) extents = plan_placement(layout, plan.node_workers, page);
+  // A piece for a thread; in turns: a page for a node.
+  extents = cut(extents, interleaved ? kHugePage : int64_t{128} << 20);
+  for (size_t i = 0; interleaved && i < extents.size(); ++i) {
+    extents[i].node = static_cast<int>(i % nodes.size());
+  }
+  void* memory = allocate_shared(layout.bytes());
+  for_each(extents, pool, [&](const Extent& extent) {
+    const int node = nodes[extent.node];
+    touch_on_node(memory, extent, node, page);
+    const bool small = page == kHugePage && !make_huge(memory, extent);
+    if (small && placed) touch_on_node(memory, extent, node);
+  });
+  return memory;
+}
+
 }  // namespace
 
 void configure(const EngineOptions& options) {
@@ -97,10 +143,10 @@ EngineInfo engine_info() {
   return {e.kernels->isa, e.options.pool, pool.plan()};
 }
 
-int64_t create_layer(const LayerSpec& layer) {
+int64_t create_layer(const LayerSpec& layer, bool ordered) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  order_layer(layer, ready(e));
+  if (!ordered) order_layer(layer, ready(e));
   e.layers.emplace(e.next_handle, layer);
   return e.next_handle++;
 }
@@ -160,6 +206,7 @@ void* allocate_bank(const RowLayout& layout) {
   const PoolPlan& plan = pool.plan();
   // On one node pages come as the loader writes them: what is resident is what has been loaded.
   const bool placed = e.options.topology.empty() && memory_nodes().size() > 1;
+  if (e.options.shared) return allocate_shared_bank(layout, placed, e.options.interleave, pool);
   if (placed && e.options.interleave) {
     void* memory = allocate(layout.bytes());
     interleave(memory, layout.bytes(), memory_nodes());
@@ -169,13 +216,8 @@ void* allocate_bank(const RowLayout& layout) {
   const int64_t page = placement_page(layout, plan.node_workers);
   void* memory = allocate(layout.bytes(), page);
   const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, page);
-  std::atomic<size_t> next{0};
-  auto job = [&](int) {
-    for (size_t i = next++; i < extents.size(); i = next++) {
-      touch_on_node(memory, extents[i], plan.nodes[extents[i].node]);
-    }
-  };
-  pool.run(job);
+  for_each(extents, pool,
+           [&](const Extent& extent) { touch_on_node(memory, extent, plan.nodes[extent.node]); });
   return memory;
 }
 

@@ -16,6 +16,7 @@ struct EngineOptions {
   std::string topology;     // a synthetic machine, see parse_topology; empty: the real one
   std::string isa;          // empty: LK_ISA from the environment, else the best this CPU runs
   bool interleave = false;  // banks lie on all nodes in turns, not on those that compute them
+  bool shared = false;      // banks can be mapped by other processes
 };
 
 struct EngineInfo {
@@ -36,8 +37,9 @@ Topology engine_topology();
 EngineInfo engine_info();
 
 // A number other than 0 that names the layer until it is destroyed. Its weights come row-major, are
-// put into the kernels' order in place, and stay the caller's.
-int64_t create_layer(const LayerSpec& layer);
+// put into the kernels' order in place, and stay the caller's; `ordered`: they come in that order
+// and are only read.
+int64_t create_layer(const LayerSpec& layer, bool ordered = false);
 void destroy_layer(int64_t handle);
 // Destroys the layer and puts its weights back into row-major order.
 void restore_layer(int64_t handle);

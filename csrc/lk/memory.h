@@ -1,5 +1,5 @@
-// Where weights live: anonymous pages, huge where that helps, each row on the node that computes
-// it.
+// Where weights live: anonymous pages, or shared ones for several processes, huge where that helps,
+// each row on the node that computes it.
 #pragma once
 
 #include <cstddef>
@@ -54,11 +54,34 @@ int64_t placement_page(const RowLayout& layout, const std::vector<int>& node_wor
 // Pages come into being when first written. Throws OutOfMemory with what was asked and what is free
 // if the machine (or the cgroup) cannot hold it beside what earlier allocations still may grow to.
 void* allocate(int64_t bytes, int64_t page_bytes = kHugePage);
+
+// The same in pages that other processes can map by a descriptor. They have no name: the last
+// process that maps them takes them along, however it ends. In small pages until made huge.
+// Throws std::runtime_error, too, if the process may open no more files.
+void* allocate_shared(int64_t bytes);
+
+// Where `address` lies in memory of allocate_shared. Throws std::invalid_argument elsewhere.
+struct SharedPlace {
+  int descriptor = -1;  // open until release
+  int64_t offset = 0;
+  int64_t bytes = 0;  // of the whole
+};
+SharedPlace shared_place(const void* address);
+
+// Such memory of another process, read-only. Throws std::runtime_error if it is smaller.
+void* map_shared(int descriptor, int64_t bytes);
+
+// Takes what one of these gave.
 void release(void* memory);
 
-// Touches the calling thread's share of pages so that they come to lie on `node` (the kernel's
-// number), or, if that is full, near it.
-void touch_on_node(void* memory, const Extent& extent, int node);
+// Touches a byte of every page (of page_bytes) of the extent so that they come to lie on `node`
+// (the kernel's number), or, if that is full, near it.
+void touch_on_node(void* memory, const Extent& extent, int node, int64_t page_bytes = kSmallPage);
+
+// Makes huge pages of the whole ones in an extent, whose first bytes have been touched: each on
+// that byte's node. False if the kernel cannot, or not all of them; the memory is good all the
+// same.
+bool make_huge(void* memory, const Extent& extent);
 
 // Makes pages that do not exist yet come to lie on the nodes in turns, whoever writes them first.
 // Throws std::runtime_error if the kernel refuses.
@@ -70,7 +93,7 @@ std::vector<int> memory_nodes();
 // The kernel's node number of the page at each address, -1 for one not touched yet.
 std::vector<int> page_nodes(const std::vector<const void*>& addresses);
 
-// Bytes handed out and not released.
+// Bytes handed out and not released, without what other processes own.
 int64_t allocated_bytes();
 
 // Bytes that the machine, or the memory cgroup this process is in, can still give.

@@ -1,11 +1,17 @@
 #include "lk/memory.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstring>
+#include <fstream>
 #include <map>
+#include <sstream>
+#include <string>
 #include <utility>
 
 #include "lk/rows.h"
@@ -174,6 +180,98 @@ TEST(Allocate, EveryPageLiesWhereThePlanSays) {
     EXPECT_EQ(page_nodes(pages), wanted);
     release(memory);
   }
+}
+
+TEST(Shared, OthersSeeWhatTheOwnerWritesAndItCountsOnce) {
+  const int64_t before = allocated_bytes();
+  auto* memory = static_cast<char*>(allocate_shared(3 * kHugePage / 2));
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(memory) % kHugePage, 0u);
+  EXPECT_EQ(allocated_bytes() - before, 2 * kHugePage);
+  EXPECT_EQ(memory[3 * kHugePage / 2 - 1], 0);
+  const SharedPlace place = shared_place(memory + kHugePage + 5);
+  EXPECT_EQ(place.offset, kHugePage + 5);
+  EXPECT_EQ(place.bytes, 2 * kHugePage);
+  auto* other = static_cast<char*>(map_shared(place.descriptor, place.bytes));
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(other) % kHugePage, 0u);
+  EXPECT_NE(other, memory);
+  memory[place.offset] = 42;
+  EXPECT_EQ(other[place.offset], 42);
+  EXPECT_EQ(allocated_bytes() - before, 2 * kHugePage);
+  EXPECT_THROW(shared_place(other), std::invalid_argument);  // its owner's alone to hand on
+  // It outlives the owner's mapping.
+  release(memory);
+  EXPECT_EQ(allocated_bytes(), before);
+  EXPECT_EQ(other[place.offset], 42);
+  EXPECT_EQ(fcntl(place.descriptor, F_GETFD), -1);
+  release(other);
+}
+
+TEST(Shared, OnlyTheOwnerCanWrite) {
+  auto* memory = static_cast<char*>(allocate_shared(kHugePage));
+  const SharedPlace place = shared_place(memory);
+  auto* other = static_cast<char*>(map_shared(place.descriptor, place.bytes));
+  const pid_t child = fork();
+  if (child == 0) {
+    std::signal(SIGSEGV, [](int) { _exit(7); });
+    *static_cast<volatile char*>(other) = 1;
+    _exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 7) << status;
+  release(other);
+  release(memory);
+}
+
+TEST(Shared, WrongPlacesAndSizesAreErrors) {
+  auto* plain = static_cast<char*>(allocate(kHugePage));
+  auto* memory = static_cast<char*>(allocate_shared(kHugePage));
+  int local = 0;
+  EXPECT_THROW(shared_place(plain), std::invalid_argument);
+  EXPECT_THROW(shared_place(&local), std::invalid_argument);
+  const SharedPlace place = shared_place(memory);
+  EXPECT_THROW(map_shared(place.descriptor, 2 * place.bytes), std::runtime_error);
+  EXPECT_THROW(map_shared(-1, place.bytes), std::runtime_error);
+  EXPECT_THROW(allocate_shared(int64_t{1} << 50), OutOfMemory);
+  release(memory);
+  release(plain);
+}
+
+// The bytes of an area of this process that it maps in huge pages of shared memory.
+int64_t huge_bytes_at(const char* memory) {
+  std::ostringstream begin;
+  begin << std::hex << reinterpret_cast<uintptr_t>(memory) << "-";
+  std::ifstream file("/proc/self/smaps");
+  bool here = false;
+  for (std::string line; std::getline(file, line);) {
+    if (line.find("-") < line.find(" ")) here = line.rfind(begin.str(), 0) == 0;
+    if (here && line.rfind("ShmemPmdMapped:", 0) == 0) return std::stoll(line.substr(15)) * 1024;
+  }
+  return -1;
+}
+
+TEST(Shared, HugePagesForAllProcessesFromATouchedByteEach) {
+  const int node = detect_topology("/sys", allowed_cpus()).nodes.front().id;
+  auto* memory = static_cast<char*>(allocate_shared(9 * kHugePage / 2));
+  const Extent extent{0, 9 * kHugePage / 2, 0};
+  touch_on_node(memory, extent, node, kHugePage);
+  EXPECT_EQ(page_nodes({memory + kSmallPage}), (std::vector<int>{-1}));
+  if (!make_huge(memory, extent)) {
+    release(memory);
+    GTEST_SKIP() << "the kernel makes no huge pages of shared memory, or has none free";
+  }
+  EXPECT_EQ(page_nodes({memory + kSmallPage, memory + 4 * kHugePage - 1}),
+            (std::vector<int>{node, node}));
+  EXPECT_EQ(huge_bytes_at(memory), 4 * kHugePage);
+  memory[4 * kHugePage - 1] = 5;
+  const SharedPlace place = shared_place(memory);
+  auto* other = static_cast<char*>(map_shared(place.descriptor, place.bytes));
+  for (int64_t at = kHugePage - 1; at < 4 * kHugePage; at += kHugePage) {
+    EXPECT_EQ(other[at], at == 4 * kHugePage - 1 ? 5 : 0);
+  }
+  EXPECT_EQ(huge_bytes_at(other), 4 * kHugePage);
+  release(other);
+  release(memory);
 }
 
 // The policy that the kernel has for an address: its number and its nodes.
