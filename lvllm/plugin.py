@@ -25,7 +25,7 @@ def register() -> None:
         raise SystemExit(f"lvllm: {error}") from None
     from vllm.platforms import current_platform
 
-    from lvllm import failure, lora, quantization_configs
+    from lvllm import failure, lora, quantization_configs, segments
     from lvllm.loading import model_loader
 
     _replace_routed_experts()
@@ -34,6 +34,7 @@ def register() -> None:
     lora.register()
     quantization_configs.register()
     model_loader.install()
+    segments.register()
     if current_platform.is_cpu():
         _complete_cpu_platform()
 
