@@ -35,6 +35,8 @@ QUANTIZATIONS = (
     "gpt_oss_mxfp4",
 )
 """vLLM's names of the checkpoints that `lvllm.formats` reads."""
+SHAREABLE = ("auto", "hf", "safetensors", "mistral")
+"""Load formats whose experts engines can share: those that pass through a parameter's loader."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class HybridConfig(BaseModel):
     gpu_prefill_min_batch_size: int
     # A copy or a host callback may take so long; 0: any time.
     watchdog_seconds: int
+    # The name under which engines of this host find each other's experts; None: they do not.
+    shared_experts: str | None
 
     @classmethod
     def of(
@@ -121,6 +125,8 @@ class HybridConfig(BaseModel):
         Raises SettingError for a setting that the model, the machine or this version of LvLLM
         cannot honour.
         """
+        from lvllm import sharing
+
         section = vllm_config.additional_config.get("lvllm")
         settings = resolve(os.environ, section)
         accelerator = lane_checks.accelerator(settings["accelerator"])
@@ -128,6 +134,7 @@ class HybridConfig(BaseModel):
         _check_features(vllm_config, accelerator)
         lane_checks.check(settings, accelerator, vllm_config)
         _check_weights(settings, accelerator, vllm_config)
+        shared = _shared_name(settings, accelerator, vllm_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.local_world_size * _replicas_here(parallel)
         shares = threads.divide(machine, ranks)
@@ -163,12 +170,14 @@ class HybridConfig(BaseModel):
                 omp_cpus,
                 accelerator,
                 settings["gpu_resident_moe_layers"].value,
+                held=shared is not None and sharing.held(shared),
             ),
             accelerator=accelerator,
             gpu_resident_moe_layers=settings["gpu_resident_moe_layers"].value,
             gpu_prefetch_window=settings["gpu_prefetch_window"].value,
             gpu_prefill_min_batch_size=settings["gpu_prefill_min_batch_size"].value,
             watchdog_seconds=settings["watchdog_seconds"].value,
+            shared_experts=shared,
         )
 
     @classmethod
@@ -240,6 +249,27 @@ def _replicas_here(parallel: Any) -> int:
 
 def _is_moe(model: Any) -> bool:
     return bool(model.get_num_experts())
+
+
+def _shared_name(
+    settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any
+) -> str | None:
+    model, share = vllm_config.model_config, settings["share_experts"]
+    if not share.value or not _is_moe(model):
+        return None
+    if (load_format := vllm_config.load_config.load_format) not in SHAREABLE:
+        raise share.refuse(
+            f"it needs load-format {', '.join(SHAREABLE)}, not {load_format!r}; allowed is 0"
+        )
+    if accelerator == "cuda":
+        raise share.refuse("experts beside a GPU are not shared yet; allowed is 0")
+    from lvllm import sharing
+
+    folder = memory_plan.folder_of(model.model, model.revision)
+    use = settings["moe_use_weight"].value or UseWeight.KEEP
+    return sharing.name_of(
+        vllm_config, folder, use.value, settings["gpu_resident_moe_layers"].value
+    )
 
 
 def _check_weights(

@@ -211,6 +211,15 @@ VARIABLES: tuple[Variable, ...] = (
         parse_switch,
     ),
     Variable(
+        "LVLLM_SHARE_EXPERTS",
+        False,
+        "0",
+        "0 or 1",
+        "1: engines of one user on this host that load the same checkpoint alike keep one copy of"
+        " the experts in memory; the first loads it.",
+        parse_switch,
+    ),
+    Variable(
         "LK_ISA",
         None,
         "the best the CPU has",

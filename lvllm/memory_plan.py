@@ -219,13 +219,15 @@ def check(
     omp_cpus: Sequence[Sequence[int]],
     accelerator: str = "none",
     resident: Collection[int] = (),
+    held: bool = False,
 ) -> bool:
     """Whether the experts of this model are to be interleaved over this host's NUMA nodes.
 
     `engine_cpus` and `omp_cpus` are the logical CPUs of each local rank, `resident` are the layers
-    whose experts are the `accelerator`'s. What a GPU holds is not counted. Where the sizes cannot
-    be known (no safetensors files yet), the answer is `may_interleave`, and memory is only checked
-    when it is allocated.
+    whose experts are the `accelerator`'s. What a GPU holds is not counted, nor experts that
+    are `held`: another engine has them in memory, or is about to, and shares them. Where the sizes
+    cannot be known (no safetensors files yet), the answer is `may_interleave`, and memory is only
+    checked when it is allocated.
 
     Raises:
         SettingError: if the model does not fit.
@@ -236,6 +238,8 @@ def check(
     need = _need_of(vllm_config, use, len(engine_cpus), theirs)
     if need is None:
         return may_interleave and len(room.nodes) > 1
+    if held:
+        need = replace(need, experts=0, experts_int4=0)
 
     def node_of(cpu: int) -> int:
         return next((node for node, cpus in nodes.items() if cpu in cpus), 0)
@@ -306,7 +310,7 @@ def _need_of(
     is wrong with them is for the loader to say.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    folder = _folder(model.model, model.revision)
+    folder = folder_of(model.model, model.revision)
     if folder is None:
         return None
     try:
@@ -332,7 +336,7 @@ def _need_of(
     )
 
 
-def _folder(model: str, revision: str | None) -> Path | None:
+def folder_of(model: str, revision: str | None) -> Path | None:
     """Where the files of a model are on this machine."""
     if Path(model).is_dir():
         return Path(model)

@@ -1,5 +1,6 @@
 """HybridMoEMethod: where a layer's batch of tokens is computed."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from lvllm import activations, placement, startup
+from lvllm import activations, placement, sharing, startup
 from lvllm.arrivals import EXPERTS, Arrivals
 from lvllm.config import HybridConfig
 from lvllm.formats import ExpertFormat
-from lvllm.formats.base import Shape, add_biases
+from lvllm.formats.base import Shape, add_biases, shared_layer
 from lvllm.formats.converted import Conversion, choose
 from lvllm.gpu.accelerator import open_accelerator
 from lvllm.gpu.lane import Lane
@@ -47,6 +48,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
         )
         self.weight_format = choose(weight_format, wanted, prefix)
         info = startup.start_engine(rank)
+        self.follower = sharing.follower()
         if config.accelerator != "none":
             self.number = _layer_number(prefix)
             self.lane = Lane.of(self.number, lambda: _make_lane(config))
@@ -83,6 +85,12 @@ class HybridMoEMethod(FusedMoEMethodBase):
         parts = 2 if self.moe.is_act_and_mul else 1
         shape = Shape(num_experts, hidden_size, intermediate_size_per_partition, parts)
         attributes = extra_weight_attrs
+        if self.follower is not None:
+            shape = replace(shape, allocate=sharing.on_meta)
+            attributes = extra_weight_attrs | {"weight_loader": sharing.leave}
+            with sharing.without_memory():
+                self._register(layer, shape, params_dtype, attributes)
+            return
         if self.weight_format.arrives:
             self.arrivals = Arrivals(
                 layer,
@@ -91,11 +99,16 @@ class HybridMoEMethod(FusedMoEMethodBase):
             )
             attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
         with torch.device("cpu"):  # vLLM builds models for a GPU on it
-            self.weight_format.create_weights(layer, shape, params_dtype, attributes)
-            if self.moe.has_bias:
-                add_biases(layer, shape, params_dtype, attributes)
+            self._register(layer, shape, params_dtype, attributes)
         if self.arrivals is not None:
             self.arrivals.expect(parts)
+
+    def _register(
+        self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        self.weight_format.create_weights(layer, shape, dtype, attributes)
+        if self.moe.has_bias:
+            add_biases(layer, shape, dtype, attributes)
 
     def _hand_over(self, layer: Any) -> None:
         """Hand the loaded weights to the engine, and free what they were loaded into if the engine
@@ -112,7 +125,15 @@ class HybridMoEMethod(FusedMoEMethodBase):
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError if the checkpoint lacks any of the weights."""
+        """Raises ValueError if the checkpoint lacks any of the weights, or if another engine that
+        was loading them ended.
+        """
+        if self.follower is not None:
+            layer.engine = shared_layer(layer, self.follower)
+            layer.engine_handle = layer.engine.handle
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    delattr(layer, name)
         if self.arrivals is not None and not self.dummy:
             self.arrivals.require_all()
         if not hasattr(layer, "engine"):  # nobody says of these weights when they are complete

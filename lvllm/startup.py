@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lvllm import distance, engine, failure, threads
+from lvllm import distance, engine, failure, sharing, threads
 from lvllm.config import CPU_WORKER, GPU_WORKER, RESOLVED, HybridConfig
 from lvllm.loading.checkpoint import Checkpoint
 
@@ -87,7 +87,21 @@ def start_engine(rank: int) -> engine.EngineInfo:
     """In a worker, with its `host_rank`: what runs. Every layer asks; the first of a model starts
     the threads.
     """
-    return _start(HybridConfig.current(), rank)
+    config = HybridConfig.current()
+    info = _start(config, rank)
+    if config.shared_experts is not None:
+        sharing.join(f"{config.shared_experts}/{_rank_of_all()}")
+    return info
+
+
+def _rank_of_all() -> int:
+    """The worker's number in its engine, one data-parallel replica after the other."""
+    from vllm.config import get_current_vllm_config
+    from vllm.distributed import get_world_group
+
+    parallel = get_current_vllm_config().parallel_config
+    rank: int = get_world_group().rank_in_group
+    return int(parallel.data_parallel_rank * parallel.world_size + rank)
 
 
 @lru_cache(maxsize=1)
@@ -104,6 +118,7 @@ def _start(config: HybridConfig, rank: int) -> engine.EngineInfo:
             binding=config.thread_binding.value,
             power_saving=config.power_saving,
             interleave=config.numa_interleave,
+            shared=config.shared_experts is not None,
         )
         return engine.info()
     finally:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from lvllm import config, engine, envs, memory_plan
+from lvllm import config, engine, envs, memory_plan, sharing
 from lvllm.config import RESOLVED, HybridConfig
 
 vllm = pytest.importorskip("vllm")
@@ -259,6 +259,33 @@ def test_pages_are_interleaved_where_a_node_is_too_small(
     if interleaved:
         with pytest.raises(SystemExit, match="LVLLM_ENABLE_NUMA_INTERLEAVE=1 makes it fit"):
             configure({"LVLLM_ENABLE_NUMA_INTERLEAVE": "0"})
+
+
+def test_shared_experts(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that share have a name in common; what is in memory already needs no room."""
+
+    def name(built: Any) -> str | None:
+        return HybridConfig.model_validate(built.additional_config[RESOLVED]).shared_experts
+
+    assert name(configure()) is None
+    with monkeypatch.context() as patch:
+        shared = name(configure({"LVLLM_SHARE_EXPERTS": "1"}))
+        assert shared is not None
+        assert name(configure(max_model_len=64)) == shared
+        assert name(configure(tensor_parallel_size=2)) != shared
+        with pytest.raises(SystemExit, match=r"LVLLM_SHARE_EXPERTS='1': it needs load-format .*my"):
+            configure(load_format="dummy")
+        plain = memory_plan._need_of
+        patch.setattr(
+            memory_plan,
+            "_need_of",
+            lambda *given: replace(cast(Any, plain(*given)), experts=1 << 50),
+        )
+        with pytest.raises(SystemExit, match=r"experts 1048576\.00 GiB"):
+            configure()
+        owner = sharing.join(f"{shared}/0")
+        assert name(configure()) == shared
+        owner.close()
 
 
 @pytest.mark.skipif(CPUS < 2, reason="needs two CPUs")

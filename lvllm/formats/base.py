@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from lvllm import activations, bank
+from lvllm import activations, bank, sharing
 from lvllm.engine import ExpertLayer
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_scales",
     "engine_layer",
     "narrow",
+    "shared_layer",
 ]
 
 
@@ -150,11 +151,27 @@ def engine_layer(
         if layer.moe_config.tp_rank != 0:
             w2_bias.zero_()  # the ranks' outputs are summed
         more |= {"w13_bias": w13_bias, "w2_bias": w2_bias}
+    stored = {"format": format, "w13": w13, "w2": w2, **more}
+    owner = sharing.owner()
+    if owner is None:
+        return _expert_layer(layer, stored)
+    stored = owner.moved(stored)
+    made = _expert_layer(layer, stored)
+    owner.publish(layer.layer_name, stored, made)
+    return made
+
+
+def shared_layer(layer: Any, follower: sharing.Follower) -> ExpertLayer:
+    """The engine's view of what another process has loaded for this layer."""
+    made = _expert_layer(layer, follower.stored(layer.layer_name), ordered=True)
+    follower.until(made)
+    return made
+
+
+def _expert_layer(layer: Any, stored: dict[str, Any], **how: Any) -> ExpertLayer:
     return ExpertLayer(
-        format=format,
-        w13=w13,
-        w2=w2,
+        **stored,
         **activations.arguments(layer.moe_config),
         apply_router_weight_on_input=layer.apply_router_weight_on_input,
-        **more,
+        **how,
     )
