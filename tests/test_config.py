@@ -199,7 +199,7 @@ def test_workers_get_the_lanes_settings(configure: Any, monkeypatch: pytest.Monk
 
 
 def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its worker stays, and nothing is bound that only its CPU platform binds."""
+    """Its worker becomes ours, and nothing is bound that only its CPU platform binds."""
     from lvllm import distance, startup
 
     built = configure({"LVLLM_GPU_RESIDENT_MOE_LAYERS": ""})
@@ -221,15 +221,13 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
         startup.prepare(built)
         return HybridConfig.model_validate(built.additional_config[RESOLVED])
 
-    with pytest.raises(envs.SettingError, match=r"allowed is LVLLM_GPU_RESIDENT_MOE_LAYERS=0,2,"):
-        prepare("2")
     with pytest.raises(envs.SettingError, match=r"worker-cls='vllm.*CPUWorker' is not allowed"):
         prepare("0,2", config.CPU_WORKER)
     # What a GPU holds, a host without memory for it need not have.
     monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
     resolved = prepare("0,2")
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("cuda", (0, 2))
-    assert built.parallel_config.worker_cls == config.GPU_WORKER
+    assert built.parallel_config.worker_cls == "lvllm.gpu_worker.HybridGPUWorker"
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
     with pytest.raises(envs.SettingError, match=r"the model takes 0\.00 GiB of memory"):
         prepare("0")
