@@ -14,23 +14,28 @@ COLUMNS = 64
 
 
 @triton.jit
-def _e4m3(code):  # type: ignore[no-untyped-def]
+def _small_float(  # type: ignore[no-untyped-def]
+    code, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr
+):
     """uint8 -> float32. By arithmetic, for GPUs before sm_89 have no instruction for it."""
-    exponent = ((code >> 3) & 15).to(tl.int32)
-    mantissa = (code & 7).to(tl.int32) + tl.where(exponent > 0, 8, 0)
-    power = ((tl.maximum(exponent, 1) - 10 + 127) << 23).to(tl.float32, bitcast=True)
-    value = mantissa.to(tl.float32) * power
-    return tl.where(code >= 128, -value, value)
+    exponent = ((code >> MANTISSA) & ((1 << (BITS - 1 - MANTISSA)) - 1)).to(tl.int32)
+    # Subnormals lack the leading one, and have the exponent of the smallest normal numbers.
+    mantissa = (code & ((1 << MANTISSA) - 1)).to(tl.int32) + tl.where(
+        exponent > 0, 1 << MANTISSA, 0
+    )
+    power = tl.maximum(exponent, 1) - BIAS - MANTISSA
+    value = mantissa.to(tl.float32) * ((power + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(code >= (1 << (BITS - 1)), -value, value)
+
+
+@triton.jit
+def _e4m3(code):  # type: ignore[no-untyped-def]
+    return _small_float(code, 8, 3, 7)
 
 
 @triton.jit
 def _e2m1(code):  # type: ignore[no-untyped-def]
-    """0 to 15 -> float32."""
-    exponent = ((code >> 1) & 3).to(tl.int32)
-    mantissa = (code & 1).to(tl.int32) + tl.where(exponent > 0, 2, 0)
-    power = ((tl.maximum(exponent, 1) - 2 + 127) << 23).to(tl.float32, bitcast=True)
-    value = mantissa.to(tl.float32) * power
-    return tl.where(code >= 8, -value, value)
+    return _small_float(code, 4, 1, 1)
 
 
 @triton.jit

@@ -59,6 +59,12 @@ def layers(random: Random, count: int) -> list[ExpertLayer]:
     return [layer.make() for layer in made]
 
 
+def hybrid(accelerator: Accelerator, made: list[ExpertLayer], tokens: int) -> list[HybridCall]:
+    """The layers as calls in a stream, for batches of up to `tokens`."""
+    exchange = Exchange(accelerator, tokens, [(HIDDEN, TOP_K)] * len(made))
+    return [HybridCall(exchange, layer, TOP_K) for layer in made]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_streamed_against_float32(accelerator: Accelerator, format: str) -> None:
     random = Random(7)
@@ -118,8 +124,7 @@ def test_graphs_of_every_batch_size(cuda: Accelerator) -> None:
     """Capture and replay with new values in the same places, layers of a model in each graph."""
     random = Random(9)
     made = layers(random, 3)
-    exchange = Exchange(cuda, 256, [(HIDDEN, TOP_K)] * 3)
-    calls = [HybridCall(exchange, layer, TOP_K) for layer in made]
+    calls = hybrid(cuda, made, 256)
     graphs = {}
     for tokens in reversed(BATCHES):
         inputs = batch(random, tokens, cuda.device)
@@ -139,9 +144,7 @@ def test_graphs_of_every_batch_size(cuda: Accelerator) -> None:
 @pytest.mark.gpu
 def test_ten_thousand_steps_are_the_first(cuda: Accelerator) -> None:
     random = Random(13)
-    made = layers(random, 2)
-    exchange = Exchange(cuda, 4, [(HIDDEN, TOP_K)] * 2)
-    calls = [HybridCall(exchange, layer, TOP_K) for layer in made]
+    calls = hybrid(cuda, layers(random, 2), 4)
     x, ids, weights = batch(random, 4, cuda.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
