@@ -142,7 +142,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "LVLLM_ACCELERATOR",
         None,
-        "cuda on vLLM's CUDA platform, none on its CPU platform",
+        "cuda or none, as vLLM's platform",
         "cuda, host or none",
         "Where everything runs but the experts on the CPU. cuda: on an NVIDIA GPU. host: on the CPU"
         " as if it were one, for tests; on vLLM's CPU platform only. none: all experts run on the"

@@ -116,7 +116,6 @@ class HybridMoEMethod(FusedMoEMethodBase):
         """
         # While a model is built and loaded, tensors are by default of the model's dtype.
         with set_default_torch_dtype(torch.float32):
-            self.weight_format.complete(layer)
             layer.engine = self.weight_format.finalize(layer)
         layer.engine_handle = layer.engine.handle
         for name, parameter in layer.named_parameters(recurse=False):

@@ -54,10 +54,9 @@ def convert(source: ExpertFormat, target: UseWeight, dtype: torch.dtype = torch.
     # As while vLLM loads a model.
     torch.set_default_dtype(torch.bfloat16)
     try:
-        made.complete(layer)
+        return made.tensors(layer), layer
     finally:
         torch.set_default_dtype(torch.float32)
-    return made.tensors(layer), layer
 
 
 def arguments(format: str, seed: int, **more: Any) -> dict[str, Any]:

@@ -72,9 +72,6 @@ class ExpertFormat:
         """
         raise NotImplementedError
 
-    def complete(self, layer: Any) -> None:
-        """Called when all tensors of the layer are loaded."""
-
     def finalize(self, layer: Any) -> ExpertLayer:
         """After loading: the engine's view of the parameters."""
         return engine_layer(layer, **self.tensors(layer))

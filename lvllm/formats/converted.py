@@ -17,9 +17,8 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 
 from lvllm import quantize, workers
 from lvllm.dequantize import computable, values
-from lvllm.engine import ExpertLayer
 from lvllm.envs import UseWeight
-from lvllm.formats.base import ExpertFormat, Shape, engine_layer
+from lvllm.formats.base import ExpertFormat, Shape
 
 __all__ = ["Conversion", "Converted", "choose"]
 
@@ -74,7 +73,6 @@ class Converted(ExpertFormat):
         self.arrives = source.arrives
         self.loaded: list[torch.nn.Parameter] = []
         self.room: dict[str, torch.Tensor] = {}
-        self.made: dict[str, Any] = {}
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
@@ -92,15 +90,15 @@ class Converted(ExpertFormat):
         # What else the layer has, biases, stays as it is.
         self.loaded = [p for p in layer.parameters(recurse=False) if p not in before]
 
-    def complete(self, layer: Any) -> None:
-        """Convert the layer, and free what it was loaded into."""
+    def _convert(self, layer: Any) -> dict[str, Any]:
+        """What is made of the layer, which keeps nothing of what it was loaded into."""
         # Detached: what is kept must not be emptied with the parameters.
         tensors = {
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in self.source.tensors(layer).items()
         }
         if self.wanted.target == UseWeight.KEEP and computable(tensors):
-            self.made = self._moved(tensors)
+            made = self._moved(tensors)
         else:
             if self.wanted.target == UseWeight.KEEP:
                 logger.info_once(
@@ -110,11 +108,12 @@ class Converted(ExpertFormat):
                     self.source.bits,
                     str(self.dtype).removeprefix("torch."),
                 )
-            self.made = self._made(tensors)
+            made = self._made(tensors)
         del tensors
         for parameter in self.loaded:
             if not getattr(parameter, "optional", False):  # such a one may come yet
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
+        return made
 
     def tensors(self, layer: Any) -> dict[str, Any]:
         if self.wanted.dummy:
@@ -122,14 +121,7 @@ class Converted(ExpertFormat):
             self._create(layer)
             for parameter in self.loaded:
                 initialize_single_dummy_weight(parameter)
-        if not self.made:
-            self.complete(layer)
-        return self.made
-
-    def finalize(self, layer: Any) -> ExpertLayer:
-        made = engine_layer(layer, **self.tensors(layer))
-        self.made = {}
-        return made
+        return self._convert(layer)
 
     def _moved(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """The same weights in engine memory."""

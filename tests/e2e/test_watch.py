@@ -95,6 +95,7 @@ def test_only_requests_that_meet_a_nan_fail(served: tuple[Path, str, Path, Path]
     def ask(prompt: list[int], stream: bool = False) -> str:
         """What the server says: nothing, or an error."""
         asked: Any = {"model": str(model), "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        asked["extra_body"] = {"ignore_eos": True}
         try:
             answer: Any = client.completions.create(**asked, stream=stream)
             choices = [c for part in answer for c in part.choices] if stream else answer.choices
