@@ -15,7 +15,7 @@ from lvllm import activations, placement, sharing, startup
 from lvllm.arrivals import EXPERTS, Arrivals
 from lvllm.config import HybridConfig
 from lvllm.formats import ExpertFormat
-from lvllm.formats.base import Shape, add_biases, shared_layer
+from lvllm.formats.base import Shape, add_biases, empty, shared_layer
 from lvllm.formats.converted import Conversion, choose
 from lvllm.gpu.accelerator import open_accelerator
 from lvllm.gpu.lane import Lane
@@ -118,10 +118,8 @@ class HybridMoEMethod(FusedMoEMethodBase):
         with set_default_torch_dtype(torch.float32):
             layer.engine = self.weight_format.finalize(layer)
         layer.engine_handle = layer.engine.handle
-        for name, parameter in layer.named_parameters(recurse=False):
-            # An optional one may come yet, and others are no experts'.
-            if name.startswith(EXPERTS) and not getattr(parameter, "optional", False):
-                parameter.data = torch.empty(0, dtype=parameter.dtype)
+        parameters = layer.named_parameters(recurse=False)
+        empty(parameter for name, parameter in parameters if name.startswith(EXPERTS))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises ValueError if the checkpoint lacks any of the weights, or if another engine that

@@ -1,6 +1,6 @@
 """What every checkpoint format has in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = [
     "add_parameter",
     "add_weights",
     "check_scales",
+    "empty",
     "engine_layer",
     "narrow",
     "shared_layer",
@@ -110,6 +111,13 @@ def add_biases(layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict
     for name, _, rows, _ in shape.matrices:
         bias = torch.full((shape.experts, rows), torch.nan, dtype=dtype)
         add_parameter(layer, f"{name}_bias", bias, attributes)
+
+
+def empty(parameters: Iterable[Parameter]) -> None:
+    """Let go of what was loaded into them, but for optional ones, which may come yet."""
+    for parameter in parameters:
+        if not getattr(parameter, "optional", False):
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
 def check_scales(layer: Any, suffix: str) -> tuple[torch.Tensor, torch.Tensor]:

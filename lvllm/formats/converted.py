@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 from lvllm import quantize, workers
 from lvllm.dequantize import computable, values
 from lvllm.envs import UseWeight
-from lvllm.formats.base import ExpertFormat, Shape
+from lvllm.formats.base import ExpertFormat, Shape, empty
 
 __all__ = ["Conversion", "Converted", "choose"]
 
@@ -110,9 +110,7 @@ class Converted(ExpertFormat):
                 )
             made = self._made(tensors)
         del tensors
-        for parameter in self.loaded:
-            if not getattr(parameter, "optional", False):  # such a one may come yet
-                parameter.data = torch.empty(0, dtype=parameter.dtype)
+        empty(self.loaded)  # before the engine orders what is made of it
         return made
 
     def tensors(self, layer: Any) -> dict[str, Any]:

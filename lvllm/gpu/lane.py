@@ -190,8 +190,7 @@ def watch_step() -> None:
 def _running() -> str:
     """Where a step that is late stands."""
     begun, ended, handle = raw_ops.host_call_progress()
-    layer = _layers.get(handle)
-    name = layer.name if layer else f"layer {handle}"
+    name = _name_of(handle)
     if begun > ended:
         return f"{name}: experts on the CPU"
     return f"a step whose last experts on the CPU were those of {name}"
@@ -201,8 +200,12 @@ def check() -> None:
     """Raises RuntimeError if a call of lk in any stream has met an error since the last check."""
     handle, text = raw_ops.host_call_error()
     if handle:
-        layer = _layers.get(handle)
-        raise RuntimeError(f"{layer.name if layer else f'layer {handle}'}: {text}")
+        raise RuntimeError(f"{_name_of(handle)}: {text}")
+
+
+def _name_of(handle: int) -> str:
+    layer = _layers.get(handle)
+    return layer.name if layer else f"layer {handle}"
 
 
 @torch.library.custom_op("lvllm::routed_experts", mutates_args=())

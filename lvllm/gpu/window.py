@@ -8,7 +8,7 @@ before it writes again. The host waits for neither.
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -41,6 +41,8 @@ class _Buffer:
     released: Event
     holds: int = -1
     """Place of the layer that it is for, in the order of computing."""
+    views: dict[str, torch.Tensor] = field(default_factory=dict)
+    """That layer's tensors in the memory."""
     read: int | None = None
     """Number of the last layer that was computed from it."""
 
@@ -51,7 +53,6 @@ class _Staged:
 
     place: int
     buffer: _Buffer
-    views: dict[str, torch.Tensor]
     stream: Stream
     """That reads it."""
 
@@ -112,7 +113,7 @@ class PrefetchWindow:
         if self._accelerator.capturing():
             raise RuntimeError(f"layer {layer} cannot be streamed while a graph is captured")
         if self._staged is not None and self._staged.place == place:
-            return self._staged.views
+            return self._staged.buffer.views
         self._let_go()
         # What was fetched for layers that this pass leaves out, or a pass that has ended.
         while self._coming and self._coming[0].holds != place:
@@ -121,12 +122,12 @@ class PrefetchWindow:
             self._fetch(place)
         buffer = self._coming.popleft()
         stream = self._accelerator.compute()
-        self._staged = _Staged(place, buffer, self._views(buffer), stream)
+        self._staged = _Staged(place, buffer, stream)
         last = min(place + self._ahead, len(self._layers) - 1)
         for following in range(place + len(self._coming) + 1, last + 1):
             self._fetch(following)
         self._accelerator.wait(buffer.copied, stream)
-        return self._staged.views
+        return buffer.views
 
     def release(self, layer: int) -> None:
         """All that reads the layer's weights is in the compute stream.
@@ -165,7 +166,8 @@ class PrefetchWindow:
         if self._steps is not None and buffer.read is not None:
             self._steps.mark(f"layer {buffer.read}: experts on the GPU")
         buffer.holds, buffer.read = place, None
-        for name, target in self._views(buffer).items():
+        buffer.views = _views(layer, buffer.memory)
+        for name, target in buffer.views.items():
             accelerator.copy(target, layer.weights[name], self._copies)
         accelerator.record(buffer.copied, self._copies)
         if self._steps is not None:
@@ -182,15 +184,15 @@ class PrefetchWindow:
         self._free.append(staged.buffer)
         self._staged = None
 
-    def _views(self, buffer: _Buffer) -> dict[str, torch.Tensor]:
-        """The tensors of the layer that a buffer is for, in its memory."""
-        layer = self._layers[buffer.holds]
-        return {
-            name: buffer.memory[begin : begin + layer.weights[name].nbytes]
-            .view(layer.weights[name].dtype)
-            .view(layer.weights[name].shape)
-            for name, begin in layer.begins.items()
-        }
+
+def _views(layer: _Layer, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a layer in a buffer's memory."""
+    return {
+        name: memory[begin : begin + layer.weights[name].nbytes]
+        .view(layer.weights[name].dtype)
+        .view(layer.weights[name].shape)
+        for name, begin in layer.begins.items()
+    }
 
 
 def _lay_out(number: int, weights: LayerWeights) -> _Layer:
