@@ -55,11 +55,11 @@ void pack(const float* values, int64_t n, int64_t at, int64_t k, int block_log2,
   }
 }
 
-// Lines to ask for while a unit is multiplied: what few_tokens reads kPrefetchBytes later. Spread
-// over the units, since a burst fills the queue of outstanding misses and stops the loads behind
-// it.
+// Lines to ask for while a unit is multiplied: what few_tokens reads kPrefetchBytes later. One for
+// each line that is loaded: four at once, ahead of the loads, fill the queue of misses and stop
+// them, which took 3 to 4% more time at 1 token in all formats. A burst of more is worse.
 struct Ahead {
-  const char* at = nullptr;   // null: nothing
+  const char* at = nullptr;
   const char* end = nullptr;  // past it jump bytes are added
   int64_t jump = 0;
   // Into L2 only: what is read after all passes over what is here; null: nothing.
@@ -68,11 +68,11 @@ struct Ahead {
 };
 
 // sum[r][t] += `units` units of R vectors of rows times T tokens' activations. Weights are `stride`
-// bytes a unit apart.
+// bytes a unit apart. Only a single vector may have fewer than 16 rows.
 template <class F, int R, int T>
 inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)[R][T],
                                                     const char* weights, int64_t stride,
-                                                    int64_t units, LaneMask last_lanes,
+                                                    int64_t units, LaneMask rows,
                                                     const char* const* acts, int64_t act_offset,
                                                     Ahead ahead) {
   using Math = typename F::Math;
@@ -80,23 +80,22 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
   const char* act[T];
 #pragma GCC unroll 32
   for (int t = 0; t < T; ++t) act[t] = acts[t] + act_offset;
+  const LaneMask lanes = R == 1 ? rows : first_lanes(kLanes);
   for (int64_t u = 0; u < units; ++u, weights += stride) {
-    if (ahead.at != nullptr) {
-      const char* asked = ahead.at < ahead.end ? ahead.at : ahead.at + ahead.jump;
-      ahead.at += stride;
-      for (int line = 0; line < R; ++line) __builtin_prefetch(asked + line * 64);
-      if (ahead.far != nullptr) {
-        __builtin_prefetch(ahead.far, 0, 2);
-        if (ahead.far_stride > 64) __builtin_prefetch(ahead.far + 64, 0, 2);
-        ahead.far += ahead.far_stride;
-      }
+    const char* const asked = ahead.at < ahead.end ? ahead.at : ahead.at + ahead.jump;
+    ahead.at += stride;
+    if (ahead.far != nullptr) {
+      __builtin_prefetch(ahead.far, 0, 2);
+      if (ahead.far_stride > 64) __builtin_prefetch(ahead.far + 64, 0, 2);
+      ahead.far += ahead.far_stride;
     }
     const int64_t offset = u * kSteps<F> * kStepBytes;
     if constexpr (kSteps<F> == 1) {
       typename Math::Weights w[R];
 #pragma GCC unroll 32
       for (int r = 0; r < R; ++r) {
-        F::unpack(load_units(weights + r * 64, r == R - 1 ? last_lanes : first_lanes(16)), &w[r]);
+        __builtin_prefetch(asked + r * 64);
+        F::unpack(load_units(weights + r * 64, lanes), &w[r]);
       }
 #pragma GCC unroll 32
       for (int t = 0; t < T; ++t) {
@@ -112,9 +111,8 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
         typename Math::Weights w[kTogether][kSteps<F>];
 #pragma GCC unroll 32
         for (int r = 0; r < kTogether; ++r) {
-          const bool last = first + r == R - 1;
-          F::unpack(load_units(weights + (first + r) * 64, last ? last_lanes : first_lanes(16)),
-                    w[r]);
+          __builtin_prefetch(asked + (first + r) * 64);
+          F::unpack(load_units(weights + (first + r) * 64, lanes), w[r]);
         }
 #pragma GCC unroll 32
         for (int step = 0; step < kSteps<F>; ++step) {
@@ -348,8 +346,7 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* tail, const FarSha
   const int64_t whole = a.row_bytes / kUnitBytes;
   const int64_t units = whole + (tail != nullptr);
   const char* const weights = a.tile + row * kUnitBytes;
-  const LaneMask lanes =
-      first_lanes(a.rows - row < R * kLanes ? a.rows - row - (R - 1) * kLanes : kLanes);
+  const LaneMask lanes = first_lanes(std::min(a.rows - row, kLanes));
   Ahead ahead{weights, weights + whole * stride, -kPrefetchBytes};
   if (a.next) ahead.jump = a.next + row * kUnitBytes - ahead.end;
   ahead.far_stride = far.stride;
@@ -382,8 +379,9 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* tail, const FarSha
     multiply<F, R, T>(sum, weights + begin * stride, stride, inside - begin, lanes, acts,
                       begin * F::kUnit * Math::kActBytes, ahead);
     if (end > whole) {
-      multiply<F, R, T>(sum, tail + row * kUnitBytes, 0, 1, first_lanes(kLanes), acts,
-                        whole * F::kUnit * Math::kActBytes, {});
+      const char* const unit = tail + row * kUnitBytes;
+      multiply<F, R, T>(sum, unit, 0, 1, first_lanes(kLanes), acts,
+                        whole * F::kUnit * Math::kActBytes, {unit, unit + 1});
     }
     apply<F, kKeep>({.begin = begin, .end = end, .scale = scale, .zero = zero}, k, block_log2, sum,
                     row, acts, totals, out);
@@ -662,8 +660,7 @@ void matmul(const MatmulArgs& a) {
     }
     with_tokens<1, kFew>(pass.tokens, [&]<int T>() {
       int64_t row = 0;
-      for (; row + (kRegisters.few_rows - 1) * kLanes < a.rows;
-           row += kRegisters.few_rows * kLanes) {
+      for (; row + kRegisters.few_rows * kLanes <= a.rows; row += kRegisters.few_rows * kLanes) {
         few_tokens<F, kRegisters.few_rows, T>(pass, row, tail, far);
       }
       for (; row < a.rows; row += kLanes) few_tokens<F, 1, T>(pass, row, tail, far);

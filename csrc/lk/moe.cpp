@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -25,6 +26,8 @@ constexpr int64_t kPiecesPerWorker = 8;
 constexpr int64_t kTokenBlock = 192;
 // Experts' outputs that are more than this leave the caches before they are combined.
 constexpr int64_t kCachedBytes = int64_t{16} << 20;
+// Of weights that a thread reads ahead while it waits for the others: a quarter of L2.
+constexpr int64_t kIdleBytes = 256 << 10;
 // Scratch for one pass; larger batches run in several passes over the weights.
 constexpr int64_t kPassBytes = int64_t{256} << 20;
 
@@ -62,6 +65,24 @@ struct Rows {
     const int64_t row = begin + index % pieces() * piece;
     return {index / pieces(), row, std::min(piece, end - row)};
   }
+};
+
+// Reads weights into L2 while there is nothing else to do.
+class Reader {
+ public:
+  explicit Reader(std::span<const char> weights)
+      : at_(weights.data()), end_(at_ + std::min<int64_t>(weights.size(), kIdleBytes)) {}
+
+  // Asks for the next 1 KiB; whether there was one.
+  bool operator()() {
+    if (at_ >= end_) return false;
+    for (int line = 0; line < 16; ++line, at_ += 64) _mm_prefetch(at_, _MM_HINT_T1);
+    return true;
+  }
+
+ private:
+  const char* at_;
+  const char* end_;
 };
 
 // One pass over the weights for at most pass_tokens tokens.
@@ -108,16 +129,20 @@ class Pass {
   void operator()(int worker) {
     const int node = pool_.plan().workers[worker].node;
     using Claim = Phase::Claim;
-    pack_.drain(node, nodes_, [&](Claim now, Claim) { pack(now.index); });
-    gate_up_.drain(node, nodes_, [&](Claim now, Claim next) {
-      const Piece after = next.index < 0 ? Piece() : gate_up_rows_[next.node].cut(next.index);
-      gate_up(worker, gate_up_rows_[now.node].cut(now.index), after);
+    pack_.run(pack_.first(node, nodes_), node, nodes_, [&](Claim now, Claim) { pack(now.index); });
+    const Claim gate_up_first = gate_up_.first(node, nodes_);
+    pack_.wait(Reader(tiles(layer_.w13, gate_up_piece(gate_up_first))));
+    gate_up_.run(gate_up_first, node, nodes_, [&](Claim now, Claim next) {
+      gate_up(worker, gate_up_piece(now), gate_up_piece(next));
     });
-    down_.drain(node, nodes_, [&](Claim now, Claim next) {
-      const Piece after = next.index < 0 ? Piece() : down_rows_[next.node].cut(next.index);
-      down(worker, down_rows_[now.node].cut(now.index), after);
-    });
-    combine_.drain(node, nodes_, [&](Claim now, Claim) { combine(now.index); });
+    const Claim down_first = down_.first(node, nodes_);
+    gate_up_.wait(Reader(tiles(layer_.w2, down_piece(down_first))));
+    down_.run(down_first, node, nodes_,
+              [&](Claim now, Claim next) { down(worker, down_piece(now), down_piece(next)); });
+    down_.wait();
+    combine_.run(combine_.first(node, nodes_), node, nodes_,
+                 [&](Claim now, Claim) { combine(now.index); });
+    combine_.wait();
   }
 
  private:
@@ -179,12 +204,25 @@ class Pass {
 
   // What a worker has for itself: sums of both parts for a block of tokens, and the kernels' own.
   int64_t block() const { return std::min(kTokenBlock, batch_.tokens * batch_.topk); }
+  // Rows whose sums have room there.
+  int64_t run_rows(int64_t tokens) const {
+    return std::max<int64_t>(block() / tokens, 1) * kTileRows;
+  }
   int64_t sums_bytes() const { return block() * kTileRows * static_cast<int64_t>(sizeof(float)); }
   int64_t worker_bytes() const { return 2 * sums_bytes() + kScratchBytes; }
 
-  // The first tile of a piece of `matrix`, or null.
-  const char* first_tile(const Matrix& matrix, const Piece& piece) const {
-    return piece.rows == 0 ? nullptr : matrix.tile(ws_.active[piece.active], 0, piece.row);
+  Piece gate_up_piece(Phase::Claim claim) const {
+    return claim.index < 0 ? Piece() : gate_up_rows_[claim.node].cut(claim.index);
+  }
+  Piece down_piece(Phase::Claim claim) const {
+    return claim.index < 0 ? Piece() : down_rows_[claim.node].cut(claim.index);
+  }
+
+  // The tiles of a piece of the first part of `matrix`, in memory one after the other.
+  std::span<const char> tiles(const Matrix& matrix, const Piece& piece) const {
+    if (piece.rows == 0) return {};
+    return {matrix.tile(ws_.active[piece.active], 0, piece.row),
+            static_cast<size_t>(piece.rows * matrix.row_bytes)};
   }
 
   // Sums of the tiles of one part of a matrix, [tile][tokens][kTileRows]; `next` is read after
@@ -215,7 +253,7 @@ class Pass {
     auto* gate = reinterpret_cast<float*>(scratch + kScratchBytes);
     float* up = w13.parts == 2 ? gate + block() * kTileRows : gate;
     const int64_t slots = ws_.expert_begin[expert + 1] - ws_.expert_begin[expert];
-    const int64_t run = std::max<int64_t>(block() / slots, 1) * kTileRows;
+    const int64_t run = run_rows(slots);
     const void* acts[kTokenBlock];
     const int64_t end = piece.row + piece.rows;
     for (int64_t row = piece.row; row < end; row += run) {
@@ -231,7 +269,7 @@ class Pass {
           multiply(w13, expert, 0, mine, w13.tile(expert, 1, row), x_block_log2_, acts, tokens,
                    scratch, gate);
         }
-        multiply(w13, expert, w13.parts - 1, mine, first_tile(w13, next), x_block_log2_, acts,
+        multiply(w13, expert, w13.parts - 1, mine, tiles(w13, next).data(), x_block_log2_, acts,
                  tokens, scratch, up);
         for (int64_t at = 0; at < mine.rows; at += kTileRows) {
           activate(expert, row + at, std::min(kTileRows, mine.rows - at), first, tokens,
@@ -270,20 +308,25 @@ class Pass {
     auto* sums = reinterpret_cast<float*>(scratch + kScratchBytes);
     const void* acts[kTokenBlock];
     const int64_t end = ws_.expert_begin[expert + 1];
-    // The tokens of a block pass over a tile while it is in L2, then those of the next block.
-    for (int64_t row = piece.row; row < piece.row + piece.rows; row += kTileRows) {
-      const Piece tile{piece.active, row, std::min(kTileRows, piece.row + piece.rows - row)};
-      const char* next = row + kTileRows < piece.row + piece.rows
-                             ? w2.tile(expert, 0, row + kTileRows)
-                             : first_tile(w2, after);
-      for (int64_t at = ws_.expert_begin[expert]; at < end; at += kTokenBlock) {
-        const int64_t tokens = std::min(kTokenBlock, end - at);
-        for (int64_t t = 0; t < tokens; ++t) acts[t] = ws_.inter.data() + (at + t) * inter_row_;
-        multiply(w2, expert, 0, tile, next, kActBlockLog2, acts, tokens, scratch, sums);
-        const Epilogue epilogue = w2.epilogue(expert, 0, row);
-        for (int64_t t = 0; t < tokens; ++t) {
-          kernels_.finish({sums + t * kTileRows, epilogue}, tile.rows, stream_,
-                          ws_.partial.data() + ws_.slots[at + t] * layer_.hidden + row);
+    const int64_t run = run_rows(end - ws_.expert_begin[expert]);
+    const int64_t row_end = piece.row + piece.rows;
+    for (int64_t row = piece.row; row < row_end; row += run) {
+      const Piece mine{piece.active, row, std::min(run, row_end - row)};
+      const Piece next = row + run < row_end ? Piece{piece.active, row + run, 1} : after;
+      // The tokens of a block pass over the tiles while these are in L2, then those of the next
+      // block.
+      for (int64_t first = ws_.expert_begin[expert]; first < end; first += kTokenBlock) {
+        const int64_t tokens = std::min(kTokenBlock, end - first);
+        for (int64_t t = 0; t < tokens; ++t) acts[t] = ws_.inter.data() + (first + t) * inter_row_;
+        multiply(w2, expert, 0, mine, tiles(w2, next).data(), kActBlockLog2, acts, tokens, scratch,
+                 sums);
+        for (int64_t at = 0; at < mine.rows; at += kTileRows) {
+          const Epilogue epilogue = w2.epilogue(expert, 0, row + at);
+          const int64_t rows = std::min(kTileRows, mine.rows - at);
+          for (int64_t t = 0; t < tokens; ++t) {
+            kernels_.finish({sums + at * tokens + t * kTileRows, epilogue}, rows, stream_,
+                            ws_.partial.data() + ws_.slots[first + t] * layer_.hidden + row + at);
+          }
         }
       }
     }

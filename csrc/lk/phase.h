@@ -44,12 +44,13 @@ struct Phase {
     return {(node + nodes - 1) % nodes, -1};
   }
 
-  // Runs pieces until none is left, then waits for the others'. Each piece is claimed while the one
-  // before it runs, so that its first rows can be prefetched: piece(claim, next).
+  Claim first(int node, int nodes) { return claim({node, 0}, node, nodes); }
+
+  // Runs `now`, which the worker has claimed, and then pieces until none is left. Each is claimed
+  // while the one before it runs, so that its first rows can be prefetched: piece(claim, next).
   template <class Piece>
-  void drain(int node, int nodes, Piece&& piece) {
+  void run(Claim now, int node, int nodes, Piece&& piece) {
     uint32_t mine = 0;
-    Claim now = claim({node, 0}, node, nodes);
     while (now.index >= 0) {
       const Claim next = claim(now, node, nodes);
       piece(now, next);
@@ -57,8 +58,16 @@ struct Phase {
       now = next;
     }
     if (mine != 0) left.subtract(mine);
+  }
+
+  // Waits until all pieces are done; calls idle() meanwhile, until it returns false.
+  template <class Idle>
+  void wait(Idle&& idle) {
+    while (!left.zero() && idle()) {
+    }
     left.wait();
   }
+  void wait() { left.wait(); }
 };
 
 }  // namespace lk

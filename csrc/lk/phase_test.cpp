@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
+#include <climits>
 #include <thread>
 #include <vector>
 
@@ -43,14 +45,15 @@ TEST(Phase, NodesWithoutWorkAreSkipped) {
 
 // A worker helps others only once its own node has nothing left to claim, and does all that there
 // is if nobody else comes.
-TEST(Phase, DrainHelpsOthersLast) {
+TEST(Phase, OthersAreHelpedLast) {
   Phase phase;
   for (int node = 0; node < 3; ++node) phase.set(node, 5);
   std::vector<int> ran;
-  phase.drain(1, 3, [&](Phase::Claim now, Phase::Claim next) {
+  phase.run(phase.first(1, 3), 1, 3, [&](Phase::Claim now, Phase::Claim next) {
     ran.push_back(now.node);
     EXPECT_EQ(next.index < 0, ran.size() == 15);
   });
+  phase.wait();
   std::vector<int> wanted;
   for (int node : {1, 2, 0}) wanted.insert(wanted.end(), 5, node);
   EXPECT_EQ(ran, wanted);
@@ -58,7 +61,7 @@ TEST(Phase, DrainHelpsOthersLast) {
 
 // Each piece is run once, and when a worker leaves the phase it sees what all of them wrote, though
 // it slept while the last piece took longer than any spinning.
-TEST(Phase, EveryPieceOnceAndDoneWhenDrained) {
+TEST(Phase, EveryPieceOnceAndDoneAfterTheWait) {
   constexpr int kNodes = 2;
   constexpr int kPieces = 50;
   for (int round = 0; round < 20; ++round) {
@@ -66,10 +69,11 @@ TEST(Phase, EveryPieceOnceAndDoneWhenDrained) {
     for (int node = 0; node < kNodes; ++node) phase.set(node, kPieces);
     int done[kNodes][kPieces] = {};
     const auto work = [&](int node) {
-      phase.drain(node, kNodes, [&](Phase::Claim now, Phase::Claim) {
+      phase.run(phase.first(node, kNodes), node, kNodes, [&](Phase::Claim now, Phase::Claim) {
         if (now.index == kPieces - 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         ++done[now.node][now.index];
       });
+      phase.wait();
       for (const auto& pieces : done) {
         for (int count : pieces) EXPECT_EQ(count, 1);
       }
@@ -77,6 +81,28 @@ TEST(Phase, EveryPieceOnceAndDoneWhenDrained) {
     std::vector<std::thread> threads;
     for (int worker = 0; worker < 4; ++worker) threads.emplace_back(work, worker % kNodes);
     for (std::thread& thread : threads) thread.join();
+  }
+}
+
+// Whoever waits does something else until that is done or the last piece is.
+TEST(Phase, IdleWhileOthersWork) {
+  for (int most : {3, INT_MAX}) {
+    Phase phase;
+    phase.set(0, 1);
+    const Phase::Claim claim = phase.first(0, 1);
+    std::atomic<int> idle{0};
+    std::thread other([&] {
+      while (idle < 3) std::this_thread::yield();
+      phase.run(claim, 0, 1, [](Phase::Claim, Phase::Claim) {});
+    });
+    const auto once_more = [&] { return ++idle < most; };
+    phase.wait(once_more);
+    EXPECT_TRUE(phase.left.zero());
+    const int before = idle;
+    if (most == 3) EXPECT_EQ(before, 3);
+    phase.wait(once_more);  // nothing is left to wait for
+    EXPECT_EQ(idle, before);
+    other.join();
   }
 }
 

@@ -66,9 +66,10 @@ class alignas(64) Countdown {
     if (left_.fetch_sub(count) == count && sleepers_.load() != 0) futex_wake_all(left_);
   }
 
+  bool zero() const { return left_.load(std::memory_order_acquire) == 0; }
+
   void wait() {
-    const auto zero = [&] { return left_.load(std::memory_order_acquire) == 0; };
-    if (spin_until(zero, kBusySpin)) return;
+    if (spin_until([&] { return zero(); }, kBusySpin)) return;
     sleepers_.fetch_add(1);
     for (uint32_t left = left_.load(); left != 0; left = left_.load()) futex_wait(left_, left);
     sleepers_.fetch_sub(1);
