@@ -67,7 +67,8 @@ class PrefetchWindow:
         ahead: LVLLM_GPU_PREFETCH_WINDOW.
         watchdog: to be told of each copy.
 
-    A pass over the layers may begin at any of them and end anywhere. One thread uses a window.
+    A pass over the layers may begin at any of them and end anywhere. After the last layer comes the
+    first again: the next pass finds its first layers there. One thread uses a window.
 
     Raises:
         ValueError: for a negative `ahead`, and tensors that are not as above.
@@ -90,7 +91,7 @@ class PrefetchWindow:
         self._copies = accelerator.stream()
         self._steps = watchdog.follow(self._copies) if watchdog is not None else None
         size = max((layer.size for layer in self._layers), default=0)
-        count = min(ahead + 1, len(self._layers))
+        self._buffers = count = min(ahead + 1, len(self._layers))
         self.staging_bytes = count * size
         # The one that was released first comes first: the copy stream waits for it least.
         self._free = deque(self._new_buffer(size, count) for _ in range(count))
@@ -123,9 +124,8 @@ class PrefetchWindow:
         buffer = self._coming.popleft()
         stream = self._accelerator.compute()
         self._staged = _Staged(place, buffer, stream)
-        last = min(place + self._ahead, len(self._layers) - 1)
-        for following in range(place + len(self._coming) + 1, last + 1):
-            self._fetch(following)
+        for step in range(len(self._coming) + 1, self._buffers):
+            self._fetch((place + step) % len(self._layers))
         self._accelerator.wait(buffer.copied, stream)
         return buffer.views
 
