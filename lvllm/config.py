@@ -8,7 +8,7 @@ the result travels to the workers inside `additional_config`.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -104,8 +104,9 @@ class HybridConfig(BaseModel):
     # Layers of the model's own numbering that keep vLLM's own path.
     gpu_resident_moe_layers: tuple[int, ...]
     # Layers copied ahead of the one computed, for batches of at least so many tokens (0: none).
+    # "auto": the workers measure.
     gpu_prefetch_window: int
-    gpu_prefill_min_batch_size: int
+    gpu_prefill_min_batch_size: int | Literal["auto"]
     # A copy or a host callback may take so long; 0: any time.
     watchdog_seconds: int
     # The name under which engines of this host find each other's experts; None: they do not.

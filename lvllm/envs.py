@@ -64,10 +64,12 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def parse_whole(minimum: int) -> Callable[[str], int]:
-    """A parser of whole numbers of at least `minimum`, in plain decimal digits."""
+def parse_whole(minimum: int, *words: str) -> Callable[[str], int | str]:
+    """A parser of whole numbers of at least `minimum`, in plain decimal digits, or of `words`."""
 
-    def parse(text: str) -> int:
+    def parse(text: str) -> int | str:
+        if text in words:
+            return text
         if not re.fullmatch(r"[0-9]+", text) or int(text) < minimum:
             raise ValueError
         return int(text)
@@ -170,9 +172,10 @@ VARIABLES: tuple[Variable, ...] = (
         "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE",
         0,
         "0: off",
-        "a whole number from 0 to max_num_batched_tokens",
-        "Batches of at least this many tokens run their experts on the GPU.",
-        parse_whole(0),
+        "a whole number from 0 to max_num_batched_tokens, or auto",
+        "Batches of at least this many tokens run their experts on the GPU. auto: as many as make"
+        " that faster, by what the bus and the CPUs do when they are measured at start.",
+        parse_whole(0, "auto"),
     ),
     Variable(
         "LVLLM_WATCHDOG_SECONDS",

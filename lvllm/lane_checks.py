@@ -53,7 +53,7 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
             f" {placement.describe(known) or 'none'}"
         )
     most = vllm_config.scheduler_config.max_num_batched_tokens
-    if threshold.value > most:
+    if threshold.value != "auto" and threshold.value > most:
         raise threshold.refuse(f"more than max_num_batched_tokens; allowed is 0 to {most}")
     for setting, allowed in (
         (resident, "empty"),

@@ -1,23 +1,27 @@
 """HybridMoEMethod: where a layer's batch of tokens is computed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed import ReduceOp
 from torch.nn import Module
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_ep_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from lvllm import activations, placement, sharing, startup
+from lvllm import activations, failure, placement, sharing, startup
 from lvllm.arrivals import EXPERTS, Arrivals
 from lvllm.config import HybridConfig
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape, add_biases, empty, shared_layer
 from lvllm.formats.converted import Conversion, choose
 from lvllm.gpu.accelerator import open_accelerator
+from lvllm.gpu.breakeven import Auto
 from lvllm.gpu.lane import Lane
 
 # vLLM shows the loggers below its own name only.
@@ -136,8 +140,13 @@ class HybridMoEMethod(FusedMoEMethodBase):
         if not hasattr(layer, "engine"):  # nobody says of these weights when they are complete
             self._hand_over(layer)
         if self.lane is not None:
-            topk = self.moe.experts_per_token
-            layer.in_lane = self.lane.add(self.number, layer.layer_name, layer.engine, topk)
+            layer.in_lane = self.lane.add(
+                self.number,
+                layer.layer_name,
+                layer.engine,
+                topk=self.moe.experts_per_token,
+                routed=self.moe.num_experts,
+            )
 
     def get_fused_moe_quant_config(self, layer: Module) -> FusedMoEQuantConfig:  # type: ignore[override]
         """Activations reach the engine unquantised, whatever the weights are."""
@@ -177,10 +186,28 @@ def _layer_number(prefix: str) -> int:
 
 
 def _make_lane(config: HybridConfig) -> Lane:
+    vllm_config, threshold = get_current_vllm_config(), config.gpu_prefill_min_batch_size
     return Lane(
         open_accelerator(config.accelerator),
-        tokens=get_current_vllm_config().scheduler_config.max_num_batched_tokens,
-        threshold=config.gpu_prefill_min_batch_size,
+        tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        threshold=Auto(vllm_config.model_config.dtype, _slowest)
+        if threshold == "auto"
+        else threshold,
         ahead=config.gpu_prefetch_window,
         watchdog_seconds=config.watchdog_seconds,
     )
+
+
+def _slowest(seconds: Sequence[float]) -> Sequence[float]:
+    """The largest of each number among the ranks that hold parts of the same layers: those that
+    divide the experts or their rows, all replicas', but of one stage of the pipeline. They all call
+    this.
+    """
+    group, largest = get_ep_group(), torch.tensor(seconds, dtype=torch.float64)
+    if group.world_size > 1:
+        try:
+            torch.distributed.all_reduce(largest, ReduceOp.MAX, group=group.cpu_group)
+        except RuntimeError:
+            failure.follow()  # a rank that could not load its layers is gone by now
+            raise
+    return largest.tolist()

@@ -104,7 +104,8 @@ CPUS = len(os.sched_getaffinity(0))
         ("LVLLM_GPU_PREFETCH_WINDOW", "1", "allowed is 0 or empty"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "257", "allowed is 0 to 256"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "256", "allowed is 0 or empty"),
-        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "auto", "a whole number from 0"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "auto", "is none; allowed is 0 or empty"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "Auto", "max_num_batched_tokens, or auto"),
         ("LVLLM_ACCELERATOR", "gpu", "cuda, host or none"),
         ("LVLLM_ACCELERATOR", "cuda", "on vLLM's CPU platform allowed is none or host"),
         ("LVLLM_WATCHDOG_SECONDS", "-1", "a whole number of at least 0"),
@@ -196,6 +197,9 @@ def test_workers_get_the_lanes_settings(configure: Any, monkeypatch: pytest.Monk
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("host", (2,))
     assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (1, 256)
     assert resolved.watchdog_seconds == 0
+    lane["LVLLM_GPU_PREFILL_MIN_BATCH_SIZE"] = "auto"
+    resolved = HybridConfig.model_validate(configure(lane).additional_config[RESOLVED])
+    assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (1, "auto")
 
 
 def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:

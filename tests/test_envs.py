@@ -48,6 +48,7 @@ def test_every_variable_refuses_nonsense(variable: envs.Variable, text: str) -> 
 
 def test_zero_switches_prefill_off_but_is_no_thread_count() -> None:
     assert envs.parse(envs.BY_KEY["gpu_prefill_min_batch_size"], "0", "x") == 0
+    assert envs.parse(envs.BY_KEY["gpu_prefill_min_batch_size"], " auto ", "x") == "auto"
     with pytest.raises(envs.SettingError, match="LK_THREADS='0' is not allowed: a whole number"):
         envs.parse(envs.BY_KEY["lk_threads"], "0", "LK_THREADS")
 

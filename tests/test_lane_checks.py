@@ -75,6 +75,8 @@ def test_what_is_allowed() -> None:
     check("cuda", config(), resident_moe_layers="3-7")
     check("cuda", config(), prefill_min_batch_size="256", prefetch_window="2")
     check("cuda", config(), prefill_min_batch_size="1")
+    check("cuda", config(), prefill_min_batch_size="auto")
+    check("host", config(), {"gpu_prefill_min_batch_size": "auto"}, prefetch_window="1")
     check("cuda", config(experts=0))
     check("host", config(drafts=2), resident_moe_layers="3,8-9")
 
@@ -102,6 +104,7 @@ def test_layers_by_the_models_own_numbers(
         ("none", config(), {"resident_moe_layers": "3"}, "ACCELERATOR is none; allowed is empty"),
         ("none", config(), {"prefetch_window": "1"}, "ACCELERATOR is none; allowed is 0 or empty"),
         ("none", config(), {"prefill_min_batch_size": "9"}, "none; allowed is 0 or empty"),
+        ("none", config(), {"prefill_min_batch_size": "auto"}, "none; allowed is 0 or empty"),
         ("cuda", config(), {"prefill_min_batch_size": "257"}, "; allowed is 0 to 256"),
         (
             "host",
@@ -112,7 +115,7 @@ def test_layers_by_the_models_own_numbers(
         (
             "cuda",
             config(experts=0),
-            {"prefill_min_batch_size": "9"},
+            {"prefill_min_batch_size": "auto"},
             "M has no routed experts; allowed is 0 or empty",
         ),
     ],

@@ -9,7 +9,7 @@ from enum import Enum, auto
 import torch
 
 from lvllm.experts import ExpertLayer
-from lvllm.gpu import streamed
+from lvllm.gpu import breakeven, streamed
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.hybrid import Exchange, HybridCall
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
@@ -40,10 +40,16 @@ class LaneLayer:
 
     call: HybridCall
 
-    def __init__(self, lane: Lane, number: int, name: str, experts: ExpertLayer, topk: int) -> None:
+    def __init__(
+        self, lane: Lane, number: int, name: str, experts: ExpertLayer, topk: int, routed: int
+    ) -> None:
         self.lane, self.number, self.name = lane, number, name
-        self.experts, self.topk = experts, topk
+        self.experts, self.topk, self.routed = experts, topk, routed
         _layers[int(experts.handle)] = self
+
+    def size(self) -> int:
+        """Bytes."""
+        return sum(tensor.nbytes for tensor in self.experts.tensors.values())
 
     def run(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -73,7 +79,8 @@ class Lane:
     Args:
         accelerator: where activations are.
         tokens: of the largest batch.
-        threshold: batches of at least so many tokens are computed on the device; 0: none is.
+        threshold: batches of at least so many tokens are computed on the device; 0: none is. Auto:
+            what is found when the last layer is there.
         ahead: layers whose weights are copied to it before they are needed.
         watchdog_seconds: a copy or a call of lk may take; 0: any time.
     """
@@ -82,11 +89,14 @@ class Lane:
         self,
         accelerator: Accelerator,
         tokens: int,
-        threshold: int = 0,
+        threshold: int | breakeven.Auto = 0,
         ahead: int = 0,
         watchdog_seconds: float = 0,
     ) -> None:
-        self.accelerator, self.threshold = accelerator, threshold
+        self.accelerator = accelerator
+        self._auto = None if isinstance(threshold, int) else threshold
+        self.threshold = threshold if isinstance(threshold, int) else 0
+        self._streams = self._auto is not None or self.threshold > 0
         self._tokens, self._ahead, self._watchdog_seconds = tokens, ahead, watchdog_seconds
         self._announced: list[int] = []
         self._added: weakref.WeakValueDictionary[int, LaneLayer] = weakref.WeakValueDictionary()
@@ -108,14 +118,17 @@ class Lane:
         lane._announced.append(number)
         return lane
 
-    def add(self, number: int, name: str, experts: ExpertLayer, topk: int) -> LaneLayer:
-        """An announced layer whose weights are loaded, `topk` experts a token.
+    def add(
+        self, number: int, name: str, experts: ExpertLayer, topk: int, routed: int | None = None
+    ) -> LaneLayer:
+        """An announced layer whose weights are loaded, `topk` experts a token, of `routed` where
+        other ranks have some of them.
 
         The caller keeps what it gets. Raises MemoryError, in one line, if the host's memory cannot
         be pinned or the device has too little for the window.
         """
-        layer = LaneLayer(self, number, name, experts, topk)
-        if self.threshold:
+        layer = LaneLayer(self, number, name, experts, topk, routed or experts.num_experts)
+        if self._streams:
             for what, tensor in experts.tensors.items():
                 try:
                     self.accelerator.pin(tensor)
@@ -145,9 +158,25 @@ class Lane:
         )
         for layer in layers:
             layer.call = HybridCall(exchange, layer.experts, layer.topk, layer.name)
-        if self.threshold:
+        if self._streams:
             weights = {layer.number: layer.experts.tensors for layer in layers}
             self._window = PrefetchWindow(self.accelerator, weights, self._ahead, watchdog)
+            if self._auto is not None:
+                self.threshold = self._break_even(self._auto, self._window, layers)
+
+    def _break_even(
+        self, auto: breakeven.Auto, window: PrefetchWindow, layers: list[LaneLayer]
+    ) -> int:
+        """The threshold that is measured. If streaming never pays, the window's memory goes back,
+        before vLLM measures what is left; what is pinned stays so, as lk has it in use anyway.
+        """
+        by_size = sorted(layers, key=LaneLayer.size)
+        middle = by_size[len(layers) // 2]
+        found = breakeven.choose(auto, window, middle, len(layers), self._tokens)
+        check()
+        if not found:
+            self._window = None
+        return found
 
     def run_streamed(
         self,

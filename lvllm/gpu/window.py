@@ -85,7 +85,7 @@ class PrefetchWindow:
         if ahead < 0:
             raise ValueError(f"ahead is {ahead}, must be at least 0")
         self._accelerator = accelerator
-        self._ahead = ahead
+        self.ahead = ahead
         self._layers = [_lay_out(number, weights) for number, weights in layers.items()]
         self._places = {layer.number: place for place, layer in enumerate(self._layers)}
         self._copies = accelerator.stream()
@@ -144,13 +144,17 @@ class PrefetchWindow:
         self._free.extend(self._coming)
         self._coming.clear()
 
+    def settle(self) -> None:
+        """The caller waits for all copies that are queued."""
+        self._accelerator.synchronize(self._copies)
+
     def _new_buffer(self, size: int, count: int) -> _Buffer:
         accelerator = self._accelerator
         try:
             memory = accelerator.device_memory(size, self._copies)
         except MemoryError as error:
             raise MemoryError(
-                f"LVLLM_GPU_PREFETCH_WINDOW={self._ahead} takes {count} buffers on the GPU of"
+                f"LVLLM_GPU_PREFETCH_WINDOW={self.ahead} takes {count} buffers on the GPU of"
                 f" {size} bytes, the largest streamed layer's: {error}; a smaller window, or fewer"
                 " layers in LVLLM_GPU_RESIDENT_MOE_LAYERS, needs less"
             ) from None

@@ -16,6 +16,7 @@ holds, and how many rows of each.
 import json
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -50,9 +51,14 @@ Model = tuple[Path, Path, dict[str, Any]]
 
 
 def generate(
-    jobs: list[Job], enabled: bool = True, environment: dict[str, str] | None = None
+    jobs: list[Job],
+    enabled: bool = True,
+    environment: dict[str, str] | None = None,
+    logged: str = "",
 ) -> list[Answers]:
-    """Run `jobs` one after the other in a fresh process, LvLLM's switch set as `enabled`."""
+    """Run `jobs` one after the other in a fresh process, LvLLM's switch set as `enabled`. What it
+    prints has `logged` in it, a regular expression.
+    """
     # Asked for log-probabilities, vLLM compiles a small function: 10 s of g++ that change nothing.
     defaults = {"LVLLM_MOE_NUMA_ENABLED": str(int(enabled)), "TORCHDYNAMO_DISABLE": "1"}
     env = os.environ | defaults | (environment or {})
@@ -70,6 +76,7 @@ def generate(
             raise RuntimeError(f"generation failed:\n{process.stdout[-8000:]}")
         # Which engine ran is part of what is tested: a plugin that never loads must not pass.
         assert ("LvLLM: experts on lk" in process.stdout) == enabled
+        assert re.search(logged, process.stdout), process.stdout[-8000:]
         return json.load(result)
 
 

@@ -11,6 +11,11 @@ from tests.models.make import VOCABULARY
 
 COMPILED = {"enforce_eager": False, "compilation_config": {"mode": "VLLM_COMPILE"}}
 ON_CPU = {"accelerator": "host"}
+AUTO = {"gpu_prefill_min_batch_size": "auto", "gpu_prefetch_window": 1}
+CHOSEN = (
+    r"LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is [0-9][^:]*: bus [0-9.]+ GB/s, a layer's"
+    r" [0-9.]+ MB in [0-9.]+ ms; [0-9]+ tokens take it [0-9.]+ ms on the CPU \([0-9]+ tokens/s"
+)
 STREAMED = ON_CPU | {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
 
 
@@ -28,12 +33,18 @@ def test_all_ways_of_a_batch(qwen3_moe: Path) -> None:
 
     jobs = [with_settings(job, {}) for job in (tiny, other, tiny | COMPILED)]
     jobs += [with_settings(job, ON_CPU) for job in (tiny, other, tiny | COMPILED)]
-    jobs += [with_settings(tiny, STREAMED)]
-    answers = generate(jobs, environment=ONE_PROCESS | {"TORCHDYNAMO_DISABLE": "0"})
-    without, beside, streamed = answers[:3], answers[3:6], answers[6]
+    jobs += [with_settings(tiny, STREAMED), with_settings(tiny, ON_CPU | AUTO)]
+    environment = ONE_PROCESS | {"TORCHDYNAMO_DISABLE": "0"}
+    answers = generate(jobs, environment=environment, logged=CHOSEN)
+    without, beside, streamed, auto = answers[:3], answers[3:6], answers[6], answers[7]
     assert beside == without  # every bit of every log-probability
     # Streamed experts round elsewhere than lk. Were none of them streamed, nothing would differ.
     assert streamed != without[0]
-    for got, want in zip(streamed, without[0], strict=True):
+    for got, want in zip(streamed + auto, without[0] * 2, strict=True):
         assert got["tokens"] == want["tokens"]
         assert got["logprobs"] == pytest.approx(want["logprobs"], abs=0.15)
+    # Two ranks that measure together, by variables.
+    variables = {f"LVLLM_{key.upper()}": str(value) for key, value in (ON_CPU | AUTO).items()}
+    divided = tiny | {"tensor_parallel_size": 2}
+    (both,) = generate([divided], environment=ONE_PROCESS | variables, logged=CHOSEN)
+    assert [one["tokens"] for one in both] == [one["tokens"] for one in without[0]]

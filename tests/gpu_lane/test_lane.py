@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lvllm.experts import ExpertLayer
+from lvllm.gpu import breakeven, streamed
 from lvllm.gpu import lane as lanes
-from lvllm.gpu import streamed
+from lvllm.gpu.breakeven import Auto
 from lvllm.gpu.host import HostAccelerator
 from lvllm.gpu.lane import Lane, LaneLayer, Path, choose_path
 from tests.experts import Random, random_layer
@@ -44,7 +45,7 @@ def accelerator() -> Iterator[Pinning]:
 
 
 def model(
-    accelerator: HostAccelerator, numbers: tuple[int, ...], **settings: int
+    accelerator: HostAccelerator, numbers: tuple[int, ...], **settings: Any
 ) -> tuple[list[ExpertLayer], list[LaneLayer]]:
     """Layers that were announced while the model was built, and then loaded."""
     random = Random(randrange(1 << 30))
@@ -136,6 +137,56 @@ def test_long_batches_are_streamed(accelerator: Pinning, monkeypatch: pytest.Mon
     del kept
     gc.collect()
     assert not accelerator.pins
+
+
+@pytest.mark.parametrize("found", [10, 0])
+def test_a_threshold_that_is_measured(
+    found: int, accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def choose(*arguments: Any) -> int:
+        measured.append(arguments)
+        return found
+
+    def run(layer: ExpertLayer, tensors: Any, *x: torch.Tensor) -> torch.Tensor:
+        ways.append(len(x[0]))
+        return layer(*x)
+
+    ways = list[int]()
+    monkeypatch.setattr(breakeven, "choose", choose)
+    monkeypatch.setattr(streamed, "run", run)
+    auto = Auto(torch.bfloat16)
+    made, kept = model(accelerator, (1, 2, 5), threshold=auto, ahead=1)
+    assert len(accelerator.pins) == sum(len(layer.tensors) for layer in made)
+    ((*given, layers, most),) = measured
+    sizes = sorted((layer.size(), layer) for layer in kept)
+    assert (given[0], given[2], layers, most) == (auto, sizes[1][1], 3, MOST)
+    window = weakref.ref(given.pop(1))
+    measured.clear()
+    for tokens in (9, 10, MOST):
+        for layer in made:
+            x = batch(tokens)
+            assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
+    assert ways == ([10] * 3 + [MOST] * 3 if found else [])
+    assert (window() is not None) == bool(found)  # nor is the memory of its buffers kept
+
+
+def test_measuring_comes_to_an_end_and_streaming_with_it(
+    accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the products are made up: they take no time, so that large batches may be streamed."""
+    monkeypatch.setattr(breakeven, "SECONDS", 0.2)
+    run = streamed.run
+    monkeypatch.setattr(streamed, "run", lambda layer, tensors, x, *_: x)
+    made, kept = model(accelerator, (0, 1), threshold=Auto(torch.bfloat16), ahead=1)
+    monkeypatch.setattr(streamed, "run", run)
+    assert 0 <= kept[0].lane.threshold <= MOST
+    for tokens in (1, MOST, 7):
+        for layer in made:
+            x = batch(tokens)
+            got = torch.ops.lvllm.routed_experts(*x, layer.handle)
+            assert torch.linalg.norm(got - layer(*x)) <= 0.02 * torch.linalg.norm(layer(*x))
 
 
 def test_a_lane_ends_with_its_layers(accelerator: Pinning) -> None:
