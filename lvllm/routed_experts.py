@@ -88,6 +88,9 @@ def resident_method(
         if current_platform.is_cpu() and not moe_config.is_act_and_mul:
             # vLLM refuses them there; `lvllm.plugin` lifts that for lk.
             raise NotImplementedError("its kernels need a gate")
+        if current_platform.is_cpu() and moe_config.moe_parallel_config.use_ep:
+            # They take any expert for one of this rank's, and read behind their memory.
+            raise NotImplementedError("its kernels know no expert parallelism")
         return _upstream_method(layer, prefix, quant_config, moe_config)
     except Exception as error:
         number = placement.layer_number(prefix)

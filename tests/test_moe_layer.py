@@ -32,6 +32,7 @@ from lvllm import activations, bank, engine, plugin
 from lvllm.config import RESOLVED
 from lvllm.moe_method import HybridMoEMethod
 from lvllm.quantization_configs import CompressedConfig, GptqConfig
+from lvllm.routed_experts import resident_method
 from tests.experts import Layer, Random
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19
@@ -226,6 +227,14 @@ def test_resident_layers_that_vllm_cannot_compute(why: str) -> None:
     assert said.startswith(f"{prefix}: vLLM cannot compute these experts on cpu")
     assert said.endswith("; leave 4 out of LVLLM_GPU_RESIDENT_MOE_LAYERS")
     print(said)
+
+
+def test_resident_layers_divided_by_experts() -> None:
+    """vLLM's kernels for CPUs would read behind the weights of the experts that a rank holds."""
+    parallel = SimpleNamespace(use_ep=True)
+    moe: Any = SimpleNamespace(is_act_and_mul=True, moe_parallel_config=parallel)
+    with pytest.raises(ValueError, match=r"know no expert parallelism; leave 4 out of LVLLM_GPU"):
+        resident_method(None, "model.layers.4.mlp.experts", None, moe)
 
 
 @pytest.mark.parametrize(
