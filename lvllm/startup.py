@@ -22,6 +22,8 @@ def prepare(vllm_config: Any) -> None:
     """
     if vllm_config.model_config is None or RESOLVED in vllm_config.additional_config:
         return
+    if _is_one_of_several_api_servers(vllm_config.parallel_config):
+        return  # the process that starts them has checked, and the engines take memory by now
     config = HybridConfig.of(vllm_config, machine(), distance.of_gpus())
     _check_checkpoint(vllm_config)
     failure.prepare()
@@ -31,6 +33,11 @@ def prepare(vllm_config: Any) -> None:
     elif vllm_config.parallel_config.worker_cls == GPU_WORKER:
         # Upstream's worker, which ends a step with an error that one of lk's callbacks met.
         vllm_config.parallel_config.worker_cls = "lvllm.gpu_worker.HybridGPUWorker"
+
+
+def _is_one_of_several_api_servers(parallel: Any) -> bool:
+    """Data parallelism has as many in front as there are replicas. Who starts them has rank -1."""
+    return parallel._api_process_count > 1 and parallel._api_process_rank >= 0
 
 
 def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:

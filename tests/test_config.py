@@ -243,6 +243,19 @@ def test_weights_that_leave_no_kv_cache(configure: Any) -> None:
     configure(gpu_memory_utilization=1e-6, kv_cache_memory_bytes=1 << 20)
 
 
+def test_only_the_process_that_starts_the_engines_asks_for_room(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several API servers read the configuration each, while the engines fill the memory."""
+    monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
+    servers = {"_api_process_count": 2, "data_parallel_size": 2}
+    with pytest.raises(SystemExit, match=r"the model takes 0\.00 GiB of memory"):
+        configure(**servers, _api_process_rank=-1)
+    for rank in range(2):
+        built = configure(**servers, _api_process_rank=rank)
+        assert RESOLVED not in built.additional_config
+
+
 @pytest.mark.parametrize(("free", "interleaved"), [(1 << 30, False), (1 << 10, True)])
 def test_pages_are_interleaved_where_a_node_is_too_small(
     configure: Any, monkeypatch: pytest.MonkeyPatch, free: int, interleaved: bool
