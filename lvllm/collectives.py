@@ -2,7 +2,8 @@
 
 Its replicas divide the experts among them: a step's tokens of all replicas are gathered before the
 experts and the sums scattered after them, however many each replica has. vLLM asks its CPU
-communicator for both and gets NotImplementedError.
+communicator for both and gets NotImplementedError. A replica without requests takes part with a
+dummy step, whose attention must give numbers.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ __all__ = ["all_gatherv", "reduce_scatterv", "register"]
 
 
 def register() -> None:
-    """Give both collectives to the communicator of vLLM's CPU platform, unless it has them."""
+    """Give both collectives to the communicator of vLLM's CPU platform, unless it has them, and
+    numbers to dummy steps.
+    """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
@@ -49,6 +52,37 @@ def register() -> None:
         return torch.ops.vllm.moe_forward if alone else torch.ops.vllm.moe_forward_shared
 
     MoERunner._select_forward = _select_forward  # type: ignore[method-assign]
+    _clear_dummy_attention()
+
+
+def _clear_dummy_attention() -> None:
+    """In a step without requests vLLM's attention for CPUs leaves its output as it was allocated,
+    where those for GPUs write zeros. Its rows go through all replicas' experts, where the watch
+    takes the NaN of a freed tensor for a fault: the server ended within seconds.
+    """
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    upstream: Any = CPUAttentionBackendImpl.forward
+
+    def forward(
+        self: Any,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *more: Any,
+        **options: Any,
+    ) -> Tensor:
+        if attn_metadata is None:
+            return output.zero_()
+        inputs = (layer, query, key, value, kv_cache, attn_metadata)
+        attended: Tensor = upstream(self, *inputs, output, *more, **options)
+        return attended
+
+    CPUAttentionBackendImpl.forward = forward  # type: ignore[method-assign]
 
 
 def _sizes(dim: int, sizes: Sequence[int] | None, equal: Sequence[int]) -> Sequence[int]:

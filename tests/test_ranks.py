@@ -14,6 +14,7 @@ import torch.distributed
 import vllm.config
 import vllm.distributed
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from lvllm import collectives, config, startup
 from lvllm.engine import ExpertLayer
@@ -118,3 +119,12 @@ def test_rows_are_gathered_and_their_sums_scattered(sizes: tuple[int, ...], tmp_
         assert torch.allclose(mine, expected)
 
     in_processes(len(sizes), work)
+
+
+def test_a_step_without_requests_has_attention_of_numbers() -> None:
+    """Its rows go through the experts of all replicas."""
+    collectives.register()
+    attention: Any = object.__new__(CPUAttentionBackendImpl)
+    output = torch.full((TOKENS, HIDDEN), float("nan"))
+    assert attention.forward(None, *[None] * 5, output=output) is output
+    assert not output.any()
