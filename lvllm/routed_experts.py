@@ -91,6 +91,9 @@ def resident_method(
         if current_platform.is_cpu() and moe_config.moe_parallel_config.use_ep:
             # They take any expert for one of this rank's, and read behind their memory.
             raise NotImplementedError("its kernels know no expert parallelism")
+        if current_platform.is_cpu() and moe_config.is_lora_enabled:
+            # It takes Triton's for them, and does not ask whether there are any.
+            raise NotImplementedError("of its kernels those for models with LoRA need a GPU")
         return _upstream_method(layer, prefix, quant_config, moe_config)
     except Exception as error:
         number = placement.layer_number(prefix)

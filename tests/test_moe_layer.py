@@ -237,6 +237,16 @@ def test_resident_layers_divided_by_experts() -> None:
         resident_method(None, "model.layers.4.mlp.experts", None, moe)
 
 
+def test_resident_layers_of_a_model_with_lora() -> None:
+    """vLLM would start, and find no Triton at the first request."""
+    parallel = SimpleNamespace(use_ep=False)
+    moe: Any = SimpleNamespace(
+        is_act_and_mul=True, moe_parallel_config=parallel, is_lora_enabled=True
+    )
+    with pytest.raises(ValueError, match=r"models with LoRA need a GPU; leave 4 out of LVLLM_GPU"):
+        resident_method(None, "model.layers.4.mlp.experts", None, moe)
+
+
 @pytest.mark.parametrize(
     ("name", "limit", "message"),
     [

@@ -44,7 +44,7 @@ def test_a_models_own_expert_class_is_refused_and_not_ignored(
     with pytest.raises(ValueError, match="experts of the class OwnExperts are not"):
         layer._get_quant_method("model.layers.0", None, None)
     parallel = SimpleNamespace(use_ep=False)
-    moe = SimpleNamespace(is_act_and_mul=True, moe_parallel_config=parallel)
+    moe = SimpleNamespace(is_act_and_mul=True, moe_parallel_config=parallel, is_lora_enabled=False)
     assert layer._get_quant_method("layers.1", None, moe) == (layer, "layers.1", None, moe)
 
 
