@@ -1,0 +1,67 @@
+"""A plugin of vLLM for tests: copies of weights to the stand-in hang while a file is there."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.generate import ROOT
+
+_VARIABLE = "TEST_COPIES_HANG"
+WEIGHTS = 1 << 16
+"""Copies of at least so many bytes are of weights; activations of a small model are less."""
+
+
+class Hang:
+    """Of the copies of a server that is started with `environment`.
+
+    Args:
+        folder: for the plugin's metadata and the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        info = folder / "copies_hang-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: copies-hang\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(
+            f"[vllm.general_plugins]\ncopies_hang = {__name__}:register\n"
+        )
+        paths = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        self.environment = {
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            _VARIABLE: str(folder),
+        }
+        self._folder = folder
+
+    def begin(self) -> None:
+        """Copies of weights do not end any more."""
+        (self._folder / "hang").touch()
+
+    def wait(self, seconds: float = 60) -> None:
+        """Until one does."""
+        until = time.monotonic() + seconds
+        while not (self._folder / "hanging").exists():
+            assert time.monotonic() < until, "no weights were copied"
+            time.sleep(0.05)
+
+
+def register() -> None:
+    """In each of vLLM's processes."""
+    from lvllm.gpu.host import HostAccelerator
+
+    copy = HostAccelerator.copy
+    if copy.__module__ == __name__:
+        return
+    folder = Path(os.environ[_VARIABLE])
+
+    def hang() -> None:
+        while (folder / "hang").exists():
+            (folder / "hanging").touch()
+            time.sleep(0.05)
+
+    def copy_or_hang(self: Any, target: Any, source: Any, stream: Any) -> None:
+        if source.nbytes >= WEIGHTS:
+            self.launch(hang, stream)
+        copy(self, target, source, stream)
+
+    HostAccelerator.copy = copy_or_hang  # type: ignore[method-assign]

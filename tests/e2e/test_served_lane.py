@@ -1,0 +1,155 @@
+"""`vllm serve` with experts beside an accelerator, by its stand-in on the host: the right tokens
+from all of its processes, and an end to all of them.
+"""
+
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+import transformers
+
+from lvllm import evaluation
+from tests.e2e import reference
+from tests.e2e.generate import TINY
+from tests.e2e.hang import Hang
+from tests.e2e.server import Server, free_port
+
+TOKENS = 8
+# 9 to 17 tokens each: with chunks of up to 32, batches on both sides of the threshold.
+TURNS = (1, 1, 1, 2, 2, 3, 4, 6)
+MARGIN = 0.5
+ARGUMENTS = (
+    *("--config", "config.yaml", "--max-num-batched-tokens", "32", "--max-num-seqs", "8"),
+    *("--kv-cache-memory-bytes", str(64 << 20)),
+)
+STREAMED = {
+    "LVLLM_ACCELERATOR": "host",
+    "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "16",
+    "LVLLM_GPU_PREFETCH_WINDOW": "1",
+}
+DRAFTS = (
+    '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1,'
+    ' "prompt_lookup_max": 3}'
+)
+
+
+@dataclass
+class Known:
+    """Prompts for the demo model, and what transformers answers in float32."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def known() -> Known:
+    """Conversations as the model knows them: of other prompts its router has near ties."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    draw, questions = random.Random(seed), evaluation.load_questions()
+    model, tokenizer = reference.load(TINY), transformers.AutoTokenizer.from_pretrained(TINY)
+    known = Known([], [])
+    for turns in TURNS:
+        answer = None
+        while answer is None:
+            messages = list[dict[str, str]]()
+            for question in draw.sample(questions, turns):
+                messages += [*question.messages, {"role": "assistant", "content": question.answer}]
+            ids = tokenizer.apply_chat_template(
+                messages[:-1], add_generation_prompt=True, return_dict=True
+            )
+            prompt = list(ids["input_ids"])
+            answer = _answer(model, prompt)
+        known.prompts.append(prompt)
+        known.answers.append(answer)
+    return known
+
+
+@torch.no_grad()
+def _answer(model: Any, prompt: list[int]) -> list[int] | None:
+    """None if a choice is a near tie, which rounding might turn."""
+    tokens = list[int]()
+    for _ in range(TOKENS):
+        best = model(torch.tensor([prompt + tokens])).logits[0, -1].topk(2)
+        if best.values[0] - best.values[1] < MARGIN:
+            return None
+        tokens.append(int(best.indices[0]))
+    return tokens
+
+
+def ask_in_vain(server: Server, prompt: list[int]) -> str:
+    """What the client is told."""
+    with pytest.raises(openai.APIError) as caught:
+        server.ask([prompt], TOKENS)
+    return caught.value.message
+
+
+def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path) -> None:
+    """Resident, streamed and hybrid layers, chunks of prompts, cached prefixes and drafts; then the
+    server is told to end while weights are being copied.
+    """
+    hang = Hang(tmp_path / "plugin")
+    environment = STREAMED | {"LVLLM_GPU_RESIDENT_MOE_LAYERS": "0"} | hang.environment
+    arguments = (*ARGUMENTS, "--block-size", "32", "--speculative-config", DRAFTS)
+    with Server(tmp_path / "log", *arguments, **environment) as server:
+        assert server.ready().ask(known.prompts, TOKENS) == known.answers
+        assert server.ask(known.prompts, TOKENS) == known.answers
+        for name in ("spec_decode_num_accepted_tokens", "prefix_cache_hits"):
+            assert sum(server.metric(f"vllm:{name}_total").values()) > 0, name
+        hang.begin()
+        with ThreadPoolExecutor(1) as pool:
+            vain = pool.submit(ask_in_vain, server, known.prompts[-1][::-1])
+            hang.wait()
+            segments = server.segments()
+            server.process.send_signal(signal.SIGTERM)
+            assert vain.result()
+        server.ended()
+        assert not [name for name in segments if name.exists()]
+
+
+def test_replicas_and_the_watchdog(known: Known, tmp_path: Path) -> None:
+    """Two replicas answer; then a copy hangs in one of them, and all ends in one line."""
+    hang = Hang(tmp_path / "plugin")
+    environment = STREAMED | {"LVLLM_WATCHDOG_SECONDS": "5"} | hang.environment
+    arguments = (*ARGUMENTS, "--data-parallel-size", "2")
+    with Server(tmp_path / "log", *arguments, **environment) as server:
+        assert server.ready().ask(known.prompts, TOKENS) == known.answers
+        assert server.ask(known.prompts, TOKENS) == known.answers
+        answered = server.metric("vllm:generation_tokens_total")
+        assert len(answered) == 2
+        assert min(answered.values()) >= TOKENS, answered
+        hang.begin()
+        segments = server.segments()
+        assert ask_in_vain(server, known.prompts[-1])
+        server.ended()
+        assert not [name for name in segments if name.exists()]
+        said = server.log.read_text()
+        line = "copy to the GPU has not happened for 5 s (LVLLM_WATCHDOG_SECONDS): the process ends"
+        assert f"lvllm: layer 0: {line}\n" in said
+
+
+def test_two_nodes(known: Known, tmp_path: Path) -> None:
+    """A pipeline's stages on two nodes, here of one host, which end when they are told to."""
+    arguments = (
+        *(*ARGUMENTS, "--pipeline-parallel-size", "2", "--nnodes", "2"),
+        *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
+    )
+    environment = STREAMED | {"VLLM_HOST_IP": "127.0.0.1", "LK_THREADS": "1"}
+    # The second node's worker does not hear that it is to end, and is killed after so long.
+    environment |= {"VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1"}
+    first, second = (*arguments, "--node-rank", "0"), (*arguments, "--node-rank", "1", "--headless")
+    with (
+        Server(tmp_path / "second", *second, **environment) as other,
+        Server(tmp_path / "first", *first, **environment) as server,
+    ):
+        assert server.ready().ask(known.prompts, TOKENS) == known.answers
+        for node in (server, other):
+            node.process.send_signal(signal.SIGTERM)
+        server.ended()
+        other.ended()
