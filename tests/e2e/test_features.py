@@ -43,6 +43,23 @@ FEATURES: dict[str, Job] = {
     },
 }
 DRAFTS = ("draft_model", "eagle", "eagle3")
+# Once more beside an accelerator, by its stand-in on the host: chunks of prompts and drafts make
+# batches on both sides of the threshold. n-grams are in tests/e2e/test_served_lane.py.
+TWICE = ("lora", "mtp", "chunked_prefill", "prefix_caching", "draft_model", "eagle")
+IN_LANE: Job = {
+    "additional_config": {
+        "lvllm": {
+            "accelerator": "host",
+            "gpu_prefill_min_batch_size": 6,
+            "gpu_prefetch_window": 1,
+        }
+    }
+}
+
+
+def in_lane(name: str) -> str:
+    return f"{name} in a lane"
+
 
 Run = tuple[dict[str, Answers], dict[str, Path], list[Any]]
 
@@ -79,13 +96,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     for name in DRAFTS:
         with_model = jobs[name]["speculative_config"] | {"model": str(folders[name])}
         jobs[name]["speculative_config"] = with_model
+    last = jobs.pop("ngram")
+    jobs |= {in_lane(name): jobs[name] | IN_LANE for name in TWICE}
+    jobs["ngram"] = last
     answered = generate(
         [job | {"max_tokens": TOKENS} for job in jobs.values()], environment=ONE_PROCESS
     )
     return dict(zip(jobs, answered, strict=True)), folders, asked
 
 
-@pytest.mark.parametrize("name", [name for name in FEATURES if name != "plain"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in FEATURES if name != "plain"]
+    + [in_lane(name) for name in TWICE if name in FEATURES],
+)
 def test_tokens_are_the_same(name: str, run: Run) -> None:
     plain = run[0]["plain"]
     for i, answer in enumerate(run[0][name]):
@@ -98,20 +122,23 @@ def test_tokens_are_the_same(name: str, run: Run) -> None:
 def test_features_were_in_use(run: Run) -> None:
     answers = run[0]
     # Of the 41 tokens of the longest prompt one whole block.
-    assert [answer["cached"] for answer in answers["prefix_caching"]] == [0, 0, 0, 0, 0, 32]
-    for name in ("ngram", *DRAFTS, "mtp"):
+    for name in ("prefix_caching", in_lane("prefix_caching")):
+        assert [answer["cached"] for answer in answers[name]] == [0, 0, 0, 0, 0, 32]
+    known = ("ngram", "draft_model", in_lane("draft_model"))
+    for name in (*known, "eagle", in_lane("eagle"), "eagle3", "mtp", in_lane("mtp")):
         proposed, accepted = answers[name][0]["drafted"]
         assert proposed > 0, name
-        if name in ("ngram", "draft_model"):
+        if name in known:
             assert accepted > 0, name
 
 
-def test_multi_token_prediction(run: Run) -> None:
+@pytest.mark.parametrize("name", ["mtp", in_lane("mtp")])
+def test_multi_token_prediction(name: str, run: Run) -> None:
     """A random model has near-ties, so tokens may differ from there on."""
     answers, folders, asked = run
-    check_against_reference(folders["mtp"], asked, answers["mtp"])
+    check_against_reference(folders["mtp"], asked, answers[name])
     model = reference.load(folders["mtp"])
-    for prompt, plain, drafted in zip(asked, answers["mtp_off"], answers["mtp"], strict=True):
+    for prompt, plain, drafted in zip(asked, answers["mtp_off"], answers[name], strict=True):
         ours, other = drafted["tokens"], plain["tokens"]
         if ours == other:
             continue
@@ -120,9 +147,10 @@ def test_multi_token_prediction(run: Run) -> None:
         assert abs(row[ours[step]] - row[other[step]]) <= 2 * BOUND
 
 
-def test_lora_on_attention(run: Run) -> None:
+@pytest.mark.parametrize("name", ["lora", in_lane("lora")])
+def test_lora_on_attention(name: str, run: Run) -> None:
     answers, folders, _ = run
-    lora, plain = answers["lora"], answers["plain"]
+    lora, plain = answers[name], answers["plain"]
     check_against_reference(folders["lora"], [answer["prompt"] for answer in lora], lora)
     assert [answer["tokens"] for answer in lora] != [answer["tokens"] for answer in plain]
 
