@@ -34,6 +34,26 @@ MODES: dict[str, tuple[Job, list[list[list[int]]]]] = {
         [[[4, INTERMEDIATE]], [[3, INTERMEDIATE]]],
     ),
 }
+# The ways of a batch beside an accelerator: chunks of the longest prompts and several together are
+# streamed, single tokens are not.
+IN_LANE: Job = {
+    "max_num_batched_tokens": 32,
+    "enable_chunked_prefill": True,
+    "additional_config": {
+        "lvllm": {
+            "accelerator": "host",
+            "gpu_prefill_min_batch_size": 16,
+            "gpu_prefetch_window": 1,
+        }
+    },
+}
+LANES: dict[str, Job] = {
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": MODES["pipeline"][0],
+    "experts": MODES["experts"][0],
+    "data": DATA_PARALLEL,
+    "data_and_experts": DATA_PARALLEL | {"enable_expert_parallel": True},
+}
 # The trace alone is what is tested; compiling it would take a minute.
 ENVIRONMENT = ONE_PROCESS | {"TORCHDYNAMO_DISABLE": "0", "VLLM_CPU_CI_ENV": "1"}
 
@@ -70,10 +90,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     pipeline = MODES["pipeline"][0]
     jobs: dict[str, Job] = {
         "tiny": tiny,
-        "tiny pipeline": tiny | pipeline,
-        "tiny data": tiny | DATA_PARALLEL,
         "faults": {"model": str(broken), "prompts": words, "max_tokens": 1} | pipeline,
     }
+    jobs |= {f"tiny {name}": tiny | IN_LANE | mode for name, mode in LANES.items()}
     jobs |= {name: random_model | mode for name, (mode, _) in MODES.items()}
     answers = generate(list(jobs.values()), environment=ENVIRONMENT)
     return Run(model, asked, expected(plain, words), dict(zip(jobs, answers, strict=True)))
@@ -86,8 +105,8 @@ def test_a_divided_model_is_the_references(name: str, run: Run) -> None:
     assert [answer["held"] for answer in run.answers[name]][: len(held)] == held
 
 
-@pytest.mark.parametrize("name", ["pipeline", "data"])
-def test_tokens_are_those_of_one_process(name: str, run: Run) -> None:
+@pytest.mark.parametrize("name", LANES)
+def test_tokens_are_those_of_one_process_without_a_lane(name: str, run: Run) -> None:
     for one, several in zip(run.answers["tiny"], run.answers[f"tiny {name}"], strict=True):
         assert several["tokens"] == one["tokens"]
         for a, b in zip(several["logprobs"], one["logprobs"], strict=True):
