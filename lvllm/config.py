@@ -135,7 +135,7 @@ class HybridConfig(BaseModel):
         _check_features(vllm_config, accelerator)
         lane_checks.check(settings, accelerator, vllm_config)
         _check_weights(settings, accelerator, vllm_config)
-        shared = _shared_name(settings, accelerator, vllm_config)
+        shared = _shared_name(settings, vllm_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.local_world_size * _replicas_here(parallel)
         shares = threads.divide(machine, ranks)
@@ -252,9 +252,7 @@ def _is_moe(model: Any) -> bool:
     return bool(model.get_num_experts())
 
 
-def _shared_name(
-    settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any
-) -> str | None:
+def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | None:
     model, share = vllm_config.model_config, settings["share_experts"]
     if not share.value or not _is_moe(model):
         return None
@@ -262,8 +260,6 @@ def _shared_name(
         raise share.refuse(
             f"it needs load-format {', '.join(SHAREABLE)}, not {load_format!r}; allowed is 0"
         )
-    if accelerator == "cuda":
-        raise share.refuse("experts beside a GPU are not shared yet; allowed is 0")
     from lvllm import sharing
 
     folder = memory_plan.folder_of(model.model, model.revision)

@@ -181,7 +181,7 @@ class ExpertLayer:
             ordered,
         )
         self._ordered = ordered
-        self.handle = torch.tensor(handle, dtype=torch.int64)
+        self.handle = torch.tensor(handle, dtype=torch.int64, device="cpu")
         """int64 scalar that names the layer to `torch.ops.lvllm.expert_block`."""
         # The engine forgets the layer before the tensors go.
         self._finalizer = weakref.finalize(self, raw_ops.layer_destroy, handle)

@@ -26,7 +26,7 @@ from vllm.logger import init_logger
 
 from lvllm import bank
 
-__all__ = ["Follower", "Owner", "follower", "held", "join", "leave", "name_of", "owner"]
+__all__ = ["Follower", "Owner", "apart", "follower", "held", "join", "leave", "name_of", "owner"]
 
 # vLLM shows the loggers below its own name only.
 logger = init_logger("vllm.plugins.lvllm")
@@ -115,6 +115,14 @@ def join(name: str) -> "Owner | Follower":
         else:
             _current = Follower(name, connection)
             return _current
+
+
+def apart() -> None:
+    """In a worker whose next model's experts are its own."""
+    global _current
+    if _current is not None:
+        _current.close()
+    _current = None
 
 
 def owner() -> "Owner | None":

@@ -98,6 +98,8 @@ def start_engine(rank: int) -> engine.EngineInfo:
     info = _start(config, rank)
     if config.shared_experts is not None:
         sharing.join(f"{config.shared_experts}/{_rank_of_all()}")
+    else:
+        sharing.apart()
     return info
 
 

@@ -93,7 +93,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def pin(self, tensor: torch.Tensor) -> None:
-        """Make existing host memory such memory. It is kept until `unpin`.
+        """Make existing host memory such memory, be it read-only. It is kept until `unpin`.
 
         Raises ValueError unless the tensor is contiguous and on the CPU, and RuntimeError, in one
         line, if the system refuses.
@@ -101,7 +101,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def unpin(self, tensor: torch.Tensor) -> None:
-        """Undo `pin`, with no copy of the tensor under way. ValueError if it is not pinned."""
+        """Undo `pin`, once what is queued is done. ValueError if the tensor is not pinned."""
 
     @abstractmethod
     def capturing(self) -> bool:

@@ -8,12 +8,15 @@ PyTorch's streams nor its errors.
 import ctypes
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from mmap import PROT_READ, PROT_WRITE
 
 import torch
 
 from lvllm.gpu.accelerator import Accelerator, check_copy, check_pinnable
+from lvllm.gpu.pinning import PinnedTensors
 
 __all__ = ["CudaAccelerator", "runtime"]
 
@@ -30,8 +33,11 @@ class CudaAccelerator(Accelerator):
             raise RuntimeError("accelerator cuda: PyTorch finds no CUDA device")
         self._runtime = runtime()
         self.device = torch.device("cuda", torch.cuda.current_device())
-        # Registered memory that went back to the system would leave its pages with the device.
-        self._registered: dict[int, torch.Tensor] = {}
+        self._pinned = PinnedTensors(
+            self._register,
+            lambda address: self._check("cudaHostUnregister", address),
+            lambda: torch.cuda.synchronize(self.device),
+        )
 
     def compute(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
@@ -81,33 +87,34 @@ class CudaAccelerator(Accelerator):
 
     def pin(self, tensor: torch.Tensor) -> None:
         check_pinnable(tensor)
-        if tensor.nbytes == 0:
-            return
-        try:
-            # 0, the default: with unified addressing all devices and contexts see it.
-            self._check("cudaHostRegister", tensor.data_ptr(), tensor.nbytes, 0)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"cannot pin {tensor.nbytes} bytes ({tensor.nbytes / GIB:.2f} GiB) of host memory"
-                f" for the GPU: {error};"
-                f" `ulimit -l` is {_locked_limit()}; set it to unlimited (in Docker: --ulimit"
-                " memlock=-1), or let the machine have more free memory"
-            ) from None
-        self._registered[tensor.data_ptr()] = tensor
+        self._pinned.pin(tensor)
 
     def unpin(self, tensor: torch.Tensor) -> None:
-        if tensor.nbytes == 0:
-            return
-        if self._registered.pop(tensor.data_ptr(), None) is None:
-            raise ValueError(f"a tensor of {tensor.nbytes} bytes was never pinned")
-        self._check("cudaHostUnregister", tensor.data_ptr())
+        self._pinned.unpin(tensor)
+
+    def _register(self, address: int, size: int) -> None:
+        try:
+            with _writable(address, size):
+                # 0, the default: with unified addressing all devices and contexts see it.
+                self._check("cudaHostRegister", address, size, 0)
+        except (RuntimeError, OSError) as error:
+            raise RuntimeError(
+                f"cannot pin {size} bytes ({size / GIB:.2f} GiB) of host memory for the GPU:"
+                f" {error}; `ulimit -l` is {_locked_limit()}; set it to unlimited (in Docker:"
+                " --ulimit memlock=-1), or let the machine have more free memory"
+            ) from None
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
     def _check(self, function: str, *arguments: int) -> None:
-        """Call it. Raises RuntimeError with CUDA's name of an error and what it says of it."""
-        code = getattr(self._runtime, function)(*arguments)
+        """Call it. Raises RuntimeError with CUDA's name of an error and what it says of it.
+
+        In a thread that has not chosen a device, a finaliser's say, the runtime would take the
+        first one and make a context there; and the default stream is that of the current device.
+        """
+        with torch.cuda.device(self.device):
+            code = getattr(self._runtime, function)(*arguments)
         if code != 0:
             # The runtime keeps the error of a thread until it is asked for, and PyTorch would take
             # it for one of the next kernel it starts.
@@ -147,6 +154,42 @@ def runtime() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+@contextmanager
+def _writable(address: int, size: int) -> Iterator[None]:
+    """Memory of another engine, which is mapped read-only, can be written meanwhile.
+
+    CUDA takes pages that it may write. There is a flag for others, cudaHostRegisterReadOnly, but
+    not every device has it. What counts is how they are mapped while they are registered.
+    """
+    if not _read_only(address, address + size):
+        yield
+        return
+    _protect(address, size, PROT_READ | PROT_WRITE)
+    try:
+        yield
+    finally:
+        _protect(address, size, PROT_READ)
+
+
+def _read_only(begin: int, end: int) -> bool:
+    """Whether some of these bytes are mapped so that this process cannot write them."""
+    with open("/proc/self/maps") as file:
+        for line in file:
+            addresses, access = line.split(maxsplit=2)[:2]
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            if first < end and begin < last and access[1] != "w":
+                return True
+    return False
+
+
+def _protect(address: int, size: int, access: int) -> None:
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    if mprotect(address, size, access) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"mprotect: {os.strerror(error)}")
 
 
 def _locked_limit() -> str:

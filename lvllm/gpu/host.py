@@ -10,6 +10,7 @@ from threading import Condition, Thread
 import torch
 
 from lvllm.gpu.accelerator import Accelerator, check_copy, check_pinnable
+from lvllm.gpu.pinning import PinnedTensors
 
 __all__ = ["HostAccelerator", "HostEvent", "HostStream"]
 
@@ -59,6 +60,9 @@ class HostAccelerator(Accelerator):
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
         self._delay = delay
         self._caller = HostStream("caller")
+        # There is nothing to do for it, but to find what CUDA would refuse.
+        self._registered: dict[int, int] = {}
+        self._pinned = PinnedTensors(self._register, self._registered.pop, lambda: None)
         self._threads: list[Thread] = []
         # For all of the following, and for the streams' queues and points.
         self._changed = Condition()
@@ -129,9 +133,10 @@ class HostAccelerator(Accelerator):
 
     def pin(self, tensor: torch.Tensor) -> None:
         check_pinnable(tensor)
+        self._pinned.pin(tensor)
 
     def unpin(self, tensor: torch.Tensor) -> None:
-        check_pinnable(tensor)
+        self._pinned.unpin(tensor)
 
     def capturing(self) -> bool:
         return False
@@ -148,6 +153,12 @@ class HostAccelerator(Accelerator):
             thread.join(timeout=10)
             if thread.is_alive():
                 raise RuntimeError(f"{thread.name} does not end")
+
+    def _register(self, address: int, size: int) -> None:
+        for begin, other in self._registered.items():
+            if begin < address + size and address < begin + other:
+                raise RuntimeError(f"pages at {address:#x} are registered already")
+        self._registered[address] = size
 
     def _put(self, work: Callable[[], None], stream: HostStream) -> None:
         if stream is self._caller:

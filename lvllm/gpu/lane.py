@@ -134,7 +134,7 @@ class Lane:
                     self.accelerator.pin(tensor)
                 except RuntimeError as error:
                     raise MemoryError(f"{name}: {what}: {error}") from None
-                weakref.finalize(layer, _unpin, self.accelerator, tensor).atexit = False
+                weakref.finalize(layer, self.accelerator.unpin, tensor).atexit = False
         self._added[number] = layer
         if all(number in self._added for number in self._announced):
             self._open()
@@ -196,12 +196,6 @@ class Lane:
             window.abort()
             raise
         return out
-
-
-def _unpin(accelerator: Accelerator, tensor: torch.Tensor) -> None:
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize(accelerator.device)  # copies of a pass that was given up
-    accelerator.unpin(tensor)
 
 
 def watch_step() -> None:

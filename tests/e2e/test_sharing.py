@@ -7,9 +7,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.loading import make
-from tests.e2e.generate import DEFAULTS, ONE_PROCESS, ROOT
+from tests.e2e.generate import DEFAULTS, ONE_PROCESS, ROOT, TINY
 
 MIB = 1 << 20
 
@@ -42,18 +43,24 @@ for options in jobs:
     del llm
     cleanup_dist_env_and_memory()
 """
-SETTINGS = {"KEEP": {}, "INT4": {"moe_use_weight": "INT4"}}
+LANE = {"accelerator": "host"}
+STREAMED = LANE | {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
+SETTINGS: dict[str, dict[str, Any]] = {"KEEP": {}, "INT4": {"moe_use_weight": "INT4"}}
+OF_TINY: dict[str, dict[str, Any]] = {"HYBRID": LANE, "STREAMED": STREAMED}
+"""Of a small model beside an accelerator, with experts in callbacks or copied."""
 
 
 class Engine:
     """A process with an engine of its own, none of it in other processes."""
 
-    def __init__(self, model: Path, prompts: list[list[int]], alone: str) -> None:
-        """First the kind `alone`, then each kind shared."""
-        shared = [settings | {"share_experts": 1} for settings in SETTINGS.values()]
+    def __init__(self, model: Path, prompts: list[list[int]], alone: str, tiny: str) -> None:
+        """First the kinds `alone` and `tiny` without sharing, then each kind shared."""
+        kinds = [(model, SETTINGS[alone]), (TINY, OF_TINY[tiny])]
+        for of, settings in ((model, SETTINGS), (TINY, OF_TINY)):
+            kinds += [(of, kind | {"share_experts": 1}) for kind in settings.values()]
         jobs = [
-            DEFAULTS | {"model": str(model), "additional_config": {"lvllm": settings}}
-            for settings in (SETTINGS[alone], *shared)
+            DEFAULTS | {"model": str(of), "additional_config": {"lvllm": settings}}
+            for of, settings in kinds
         ]
         self.said: list[str] = []
         self.child = subprocess.Popen(
@@ -104,19 +111,27 @@ class Engine:
 
 def test_two_engines_with_one_copy(tmp_path: Path) -> None:
     """The same tokens and probabilities as alone, of experts in the checkpoint's format and of
-    converted ones, which are in memory once; they outlive the engine that loaded them.
+    converted ones, which are in memory once, and of those beside an accelerator; they outlive the
+    engine that loaded them.
     """
     make(tmp_path, 200 * MIB, shard=1 << 60)
     weights = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    prompts = [[random.randrange(3, 500) for _ in range(n)] for n in (5, 17)]
-    both = [Engine(tmp_path, prompts, alone) for alone in SETTINGS]
+    prompts = [[random.randrange(3, 40) for _ in range(n)] for n in (5, 17)]
+    both = [
+        Engine(tmp_path, prompts, alone, tiny)
+        for alone, tiny in zip(SETTINGS, OF_TINY, strict=True)
+    ]
     try:
         # Each with a copy of its own.
         expected = {}
-        for kind, engine in zip(SETTINGS, both, strict=True):
-            expected[kind], *shared = engine.answer()
-            assert shared == [0, 0]
+        for kinds in (SETTINGS, OF_TINY):
+            for kind, engine in zip(kinds, both, strict=True):
+                expected[kind], *shared = engine.answer()
+                assert shared == [0, 0]
+                if kinds is SETTINGS:
+                    engine.tell("next")
         assert expected["KEEP"] != expected["INT4"]
+        assert expected["HYBRID"] != expected["STREAMED"]  # which round elsewhere
         for kind, size in (("KEEP", 0.7), ("INT4", 0.7 * 4.5 / 16)):
             for engine in both:
                 engine.tell("next")
@@ -136,10 +151,16 @@ def test_two_engines_with_one_copy(tmp_path: Path) -> None:
         first, second = sorted(both, key=lambda engine: not engine.loaded())
         assert (first.loaded(), second.loaded()) == (True, False)
         assert second.read() < 0.2 * first.read()
+        for kind in OF_TINY:
+            for engine in both:
+                engine.tell("next")
+            assert [engine.answer()[0] for engine in both] == [expected[kind]] * 2, kind
+        first, second = sorted(both, key=lambda engine: not engine.loaded())
+        assert (first.loaded(), second.loaded()) == (True, False)
         first.kill()
         second.tell("again")
         steps, mine, share = second.answer()
-        assert (steps, share) == (expected["INT4"], mine)
+        assert (steps, share) == (expected["STREAMED"], mine)
     finally:
         for engine in both:
             engine.kill()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lvllm import bank, engine
 from lvllm.engine import ExpertLayer
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator, open_accelerator
@@ -16,7 +17,7 @@ from lvllm.gpu.convert import convert
 from lvllm.gpu.hybrid import Exchange, HybridCall
 from lvllm.gpu.lane import Lane
 from lvllm.gpu.window import PrefetchWindow
-from tests.experts import FORMATS, Random, random_layer
+from tests.experts import FORMATS, Layer, Random, random_layer
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 160, 12, 4
 BATCHES = [1, 2, 4, 8, *range(16, 257, 16)]
@@ -117,6 +118,54 @@ def test_a_lane_of_many_layers(accelerator: Accelerator) -> None:
                 error = torch.linalg.norm(got.cpu().float() - want.float())
                 # int8 experts round activations to 8 bits on the CPU.
                 assert error <= 2e-2 * torch.linalg.norm(want.float())
+
+
+def in_two_engines(layer: Layer) -> list[ExpertLayer]:
+    """The layer where all its tensors lie together in shared memory, and where that is mapped
+    read-only, as by another engine.
+    """
+    stored = {
+        name: value.float() if "bias" in name else value
+        for name, value in layer.arguments.items()
+        if isinstance(value, torch.Tensor)
+    }
+    sizes = [-(-tensor.nbytes // 64) * 64 for tensor in stored.values()]
+    engine.configure(shared=True)
+    try:
+        memory = bank.allocate((1, sum(sizes)), torch.uint8)[0]
+    finally:
+        engine.configure()
+    descriptor, _, size = bank.shared_place(memory)
+    made: list[ExpertLayer] = []
+    for whole in (memory, bank.map_shared(descriptor, size)[: len(memory)]):
+        places = {
+            name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), part in zip(stored.items(), whole.split(sizes), strict=True)
+        }
+        if not made:
+            for name, place in places.items():
+                place.copy_(stored[name])
+        made.append(ExpertLayer(**layer.arguments | places, ordered=bool(made)))
+    return made
+
+
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_experts_of_another_engine(accelerator: Accelerator, format: str) -> None:
+    """On both ways; pages with several tensors are pinned, read-only ones as well."""
+    random = Random(21)
+    layer = random_layer(random, format, EXPERTS, HIDDEN, INTERMEDIATE, bias=True)
+    made = in_two_engines(layer)
+    lane = Lane(accelerator, tokens=64, threshold=20, ahead=1)
+    numbers = range(len(made))
+    for number in numbers:
+        Lane.of(number, lambda: lane)
+    added = [lane.add(number, f"layer {number}", made[number], TOP_K) for number in numbers]
+    for tokens in (7, 50):
+        x, ids, weights = batch(random, tokens, accelerator.device)
+        mine, theirs = (one.run(x, ids, weights).float().cpu() for one in added)
+        assert torch.equal(mine, theirs)
+        want = layer.reference(x.cpu(), ids.cpu(), weights.cpu())
+        assert torch.linalg.norm(mine - want) <= 6e-3 * torch.linalg.norm(want)
 
 
 @pytest.mark.gpu

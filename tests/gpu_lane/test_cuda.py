@@ -6,11 +6,14 @@ import resource
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import PAGESIZE as PAGE
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from lvllm import bank, engine
 from lvllm.gpu import cuda
 from lvllm.gpu.accelerator import open_accelerator
 from lvllm.gpu.cuda import CudaAccelerator
@@ -20,6 +23,7 @@ SOURCE = r"""
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
+#include <map>
 
 extern "C" {
 int next_code = 0;  // what the next call returns
@@ -32,15 +36,28 @@ static int note(const char* line) {
   return next_code;
 }
 
+std::map<size_t, size_t> registered;  // begin and end
+
 int cudaHostRegister(void* memory, size_t size, unsigned flags) {
   char line[128];
-  std::snprintf(line, sizeof line, "register %zu %zu %u\n", (size_t)memory, size, flags);
+  const size_t begin = (size_t)memory;
+  std::snprintf(line, sizeof line, "register %zu %zu %u\n", begin, size, flags);
+  if (next_code != 0) return note(line);
+  for (const auto& [first, last] : registered) {
+    if (first < begin + size && begin < last) return 712;  // AlreadyRegistered
+  }
+  for (size_t at = begin; at < begin + size; at += 4096) {  // CUDA takes what it may write
+    volatile char* byte = (volatile char*)at;
+    *byte = *byte;
+  }
+  registered[begin] = begin + size;
   return note(line);
 }
 
 int cudaHostUnregister(void* memory) {
   char line[128];
   std::snprintf(line, sizeof line, "unregister %zu\n", (size_t)memory);
+  if (registered.erase((size_t)memory) == 0) return 713;  // NotRegistered
   return note(line);
 }
 
@@ -70,6 +87,7 @@ class Fake:
         self._code = ctypes.c_int.in_dll(library, "next_code")
         self._last = ctypes.c_int.in_dll(library, "last_error")
         self._calls = (ctypes.c_char * 4096).in_dll(library, "calls")
+        self.settled: list[torch.device] = []
 
     def fail_with(self, code: int) -> None:
         self._code.value = code
@@ -82,6 +100,21 @@ class Fake:
         lines = self._calls.value.decode().splitlines()
         self._calls.value = b""
         return [line.split() for line in lines]
+
+
+class Current:
+    """torch.cuda.device: the device that calls are made on."""
+
+    device: torch.device | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        Current.device = self._device
+
+    def __exit__(self, *_: object) -> None:
+        Current.device = None
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +130,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture
 def fake(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     """A PyTorch that was built for CUDA 99.1 and has loaded its runtime."""
+    runtime = Fake(library)
     monkeypatch.setattr(torch.version, "cuda", "99.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: runtime.settled.append(device))
     cuda.runtime.cache_clear()
-    runtime = Fake(library)
     runtime.calls()
     yield runtime
     runtime.fail_with(0)
@@ -129,22 +164,95 @@ def test_no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
         open_accelerator("cuda")
 
 
-def test_memory_is_pinned_once_and_kept(fake: Fake) -> None:
+def pages(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the tensor's pages begin, and their bytes."""
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    return begin // PAGE * PAGE, -(-end // PAGE) * PAGE - begin // PAGE * PAGE
+
+
+def test_whole_pages_are_pinned_once_and_kept(fake: Fake) -> None:
     accelerator = CudaAccelerator()
-    tensor = torch.zeros(3, 5, dtype=torch.bfloat16)
-    accelerator.pin(tensor)
-    assert fake.calls() == [["register", str(tensor.data_ptr()), "30", "0"]]
-    assert any(kept is tensor for kept in accelerator._registered.values())
-    accelerator.unpin(tensor)
-    assert fake.calls() == [["unregister", str(tensor.data_ptr())]]
-    assert not accelerator._registered
+    memory = torch.zeros(5 * PAGE, dtype=torch.uint8)
+    first = -memory.data_ptr() % PAGE
+    small, large = memory[first + 30 : first + 60], memory[first + 90 : first + 2 * PAGE]
+    accelerator.pin(small)
+    begin, size = pages(small)
+    assert fake.calls() == [["register", str(begin), str(size), "0"]]
+    assert fake.settled == []
+    accelerator.pin(large)
+    both, size_of_both = pages(large)
+    assert both == begin
+    assert fake.calls() == [
+        ["unregister", str(begin)],
+        ["register", str(begin), str(size_of_both), "0"],
+    ]
+    assert fake.settled == [accelerator.device]  # copies from the first may have been under way
+    address = memory.data_ptr()
+    accelerator.unpin(large)
+    assert fake.calls() == [
+        ["unregister", str(begin)],
+        ["register", str(begin), str(size), "0"],
+    ]
+    del memory, large
+    (kept,) = accelerator._pinned._kept.values()
+    assert kept[0].untyped_storage().data_ptr() == address
+    accelerator.unpin(small)
+    assert fake.calls() == [["unregister", str(begin)]]
     with pytest.raises(ValueError, match=r"^a tensor of 30 bytes was never pinned$"):
-        accelerator.unpin(tensor)
+        accelerator.unpin(small)
     accelerator.pin(torch.zeros(0))
     accelerator.unpin(torch.zeros(0))
     with pytest.raises(ValueError, match=r"strides \(1, 5\), wanted a contiguous one"):
-        accelerator.pin(tensor.T)
+        accelerator.pin(torch.zeros(3, 5).T)
     assert not fake.calls()
+
+
+def test_calls_are_made_on_the_device(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a finaliser in a thread whose current device is another."""
+    accelerator = CudaAccelerator()
+    seen: list[torch.device | None] = []
+
+    class Runtime:
+        def __getattr__(self, name: str) -> Any:
+            return self._call
+
+        @staticmethod
+        def _call(*_: object) -> int:
+            seen.append(Current.device)
+            return 0
+
+    monkeypatch.setattr(accelerator, "_runtime", Runtime())
+    tensor = torch.zeros(3)
+    accelerator.pin(tensor)
+    accelerator.call(1, 2, SimpleNamespace(cuda_stream=0))  # type: ignore[arg-type]
+    accelerator.unpin(tensor)
+    assert seen == [accelerator.device] * 3
+
+
+def test_memory_of_another_engine(fake: Fake) -> None:
+    """Mapped read-only, it is registered as if it were not, and stays read-only."""
+    engine.configure(shared=True)
+    try:
+        mine = bank.allocate((1, 5 * PAGE), torch.uint8)
+        mine.fill_(3)
+        place = bank.shared_place(mine)
+        theirs = bank.map_shared(place[0], place[2])[: 3 * PAGE]
+    finally:
+        engine.configure()
+    begin, end = theirs.data_ptr(), theirs.data_ptr() + theirs.nbytes
+    assert cuda._read_only(begin, end)
+    accelerator = CudaAccelerator()
+    accelerator.pin(theirs)
+    assert fake.calls() == [["register", str(begin), str(3 * PAGE), "0"]]
+    assert cuda._read_only(begin, end)
+    mine.fill_(4)
+    assert (theirs == 4).all()
+    accelerator.unpin(theirs)
+    fake.fail_with(2)
+    with pytest.raises(RuntimeError, match=r"^cannot pin 12288 bytes"):
+        accelerator.pin(theirs)
+    assert cuda._read_only(begin, end)
+    assert not cuda._read_only(mine.data_ptr(), mine.data_ptr() + mine.nbytes)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +267,12 @@ def test_a_refusal_to_pin_is_one_line(
     with pytest.raises(RuntimeError) as caught:
         accelerator.pin(tensor)
     assert str(caught.value) == (
-        "cannot pin 3145728 bytes (0.00 GiB) of host memory for the GPU: cudaHostRegister:"
-        f" cudaErrorMemoryAllocation (2): out of memory; `ulimit -l` is {says}; set it to unlimited"
-        " (in Docker: --ulimit memlock=-1), or let the machine have more free memory"
+        f"cannot pin {pages(tensor)[1]} bytes (0.00 GiB) of host memory for the GPU:"
+        " cudaHostRegister: cudaErrorMemoryAllocation (2): out of memory;"
+        f" `ulimit -l` is {says}; set it to unlimited (in Docker: --ulimit memlock=-1), or let the"
+        " machine have more free memory"
     )
-    assert not accelerator._registered
+    assert not accelerator._pinned._kept
     assert fake.last_error == 0  # PyTorch's next kernel does not take it for its own
 
 

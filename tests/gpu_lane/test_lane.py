@@ -34,6 +34,7 @@ class Pinning(HostAccelerator):
 
     def unpin(self, tensor: torch.Tensor) -> None:
         self.pins.remove(tensor.data_ptr())
+        super().unpin(tensor)
 
 
 @pytest.fixture
