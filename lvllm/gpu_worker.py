@@ -17,6 +17,10 @@ class HybridGPUWorker(Worker):
     Raises RuntimeError, which ends the engine.
     """
 
+    def determine_available_memory(self) -> int:
+        with lane.crowded():
+            return int(super().determine_available_memory())
+
     def execute_model(self, scheduler_output: Any) -> Any:
         output = super().execute_model(scheduler_output)
         lane.watch_step()

@@ -168,11 +168,12 @@ class HybridMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """Run the routed experts of `layer` on x [M, H] -> [M, H], same dtype.
 
-        topk_ids [M, k] are global expert ids; under expert parallelism the ones of other ranks
-        become -1, which the engine skips.
+        topk_ids [M, k] are global expert ids, or -1 for nothing; under expert parallelism the ones
+        of other ranks become -1, which the engine skips.
         """
         if layer.expert_map is not None:
-            topk_ids = layer.expert_map[topk_ids]
+            # vLLM's routers give -1 to rows that pad a batch, which would be the last expert here.
+            topk_ids = layer.expert_map[topk_ids].where(topk_ids >= 0, -1)
         if self.lane is None:
             return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)
         return torch.ops.lvllm.routed_experts(x, topk_ids, topk_weights, layer.engine_handle)

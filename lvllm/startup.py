@@ -33,6 +33,21 @@ def prepare(vllm_config: Any) -> None:
     elif vllm_config.parallel_config.worker_cls == GPU_WORKER:
         # Upstream's worker, which ends a step with an error that one of lk's callbacks met.
         vllm_config.parallel_config.worker_cls = "lvllm.gpu_worker.HybridGPUWorker"
+        _keep_streamed_batches_out_of_graphs(
+            vllm_config.compilation_config, config.gpu_prefill_min_batch_size
+        )
+
+
+def _keep_streamed_batches_out_of_graphs(compilation: Any, threshold: int) -> None:
+    """What runs from a graph is computed on the CPU: vLLM's sizes may reach beyond the threshold.
+
+    One size at least is left, for vLLM's graphs cannot do with none.
+    """
+    sizes = sorted(compilation.cudagraph_capture_sizes or ())
+    shorter = [size for size in sizes if size < threshold] or sizes[:1]
+    if threshold and shorter:
+        compilation.cudagraph_capture_sizes = shorter
+        compilation.max_cudagraph_capture_size = shorter[-1]
 
 
 def _is_one_of_several_api_servers(parallel: Any) -> bool:

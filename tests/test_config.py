@@ -235,6 +235,16 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
     with pytest.raises(envs.SettingError, match=r"the model takes 0\.00 GiB of memory"):
         prepare("0")
+    # Batches that are to be streamed are not run from graphs, which are computed on the CPU.
+    compilation = built.compilation_config
+    for threshold, left in (("", [1, 8, 16, 24]), ("17", [1, 8, 16]), ("16", [1, 8]), ("1", [1])):
+        compilation.cudagraph_capture_sizes = [1, 8, 16, 24]
+        compilation.max_cudagraph_capture_size = 24
+        monkeypatch.setenv("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", threshold)
+        monkeypatch.setenv("LVLLM_SHARE_EXPERTS", threshold and "1")
+        assert (prepare("0,2").shared_experts is not None) == bool(threshold)
+        assert compilation.cudagraph_capture_sizes == left
+        assert compilation.max_cudagraph_capture_size == left[-1]
 
 
 def test_weights_that_leave_no_kv_cache(configure: Any) -> None:

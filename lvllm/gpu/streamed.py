@@ -48,7 +48,8 @@ def run(
     k = topk_ids.shape[1]
     # Pairs of token and slot, those of an expert side by side; without one they come first.
     experts, pairs = topk_ids.flatten().long().sort(stable=True)
-    counts = torch.bincount(experts + 1, minlength=layer.num_experts + 1).tolist()
+    on_device = torch.bincount(experts + 1, minlength=layer.num_experts + 1)
+    counts = on_device.tolist()
     weights = topk_weights.flatten()[pairs].unsqueeze(1)
     rows = x.new_zeros(pairs.numel(), layer.hidden_size)
     begin = counts[0]
@@ -57,7 +58,8 @@ def run(
         end = begin + sum(of_each)
         if end == begin:
             continue
-        ends = torch.tensor(of_each, device=x.device).cumsum(0).int()
+        # From what is there: numbers that come from the host would make it wait for the device.
+        ends = on_device[1 + some.start : 1 + some.stop].cumsum(0, dtype=torch.int32)
         a = x[pairs[begin:end] // k]
         if layer.apply_router_weight_on_input:
             a = (a * weights[begin:end]).to(x.dtype)

@@ -190,6 +190,28 @@ def test_measuring_comes_to_an_end_and_streaming_with_it(
             assert torch.linalg.norm(got - layer(*x)) <= 0.02 * torch.linalg.norm(layer(*x))
 
 
+def test_crowded_batches(accelerator: Pinning, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While memory is measured, as many rows as there can be meet in the first matrices."""
+    made, kept = model(accelerator, (1,), threshold=10)
+    plain, seen = streamed.run, []
+
+    def run(layer: ExpertLayer, tensors: Any, x: Any, ids: Any, weights: Any) -> torch.Tensor:
+        seen.append(ids.clone())
+        return plain(layer, tensors, x, ids, weights)
+
+    monkeypatch.setattr(streamed, "run", run)
+    x = batch(11)
+    with lanes.crowded():
+        torch.ops.lvllm.routed_experts(*x, made[0].handle)
+        wide = (x[0], *(torch.cat([part] * 2, dim=1) for part in x[1:]))
+        torch.ops.lvllm.routed_experts(*wide, made[0].handle)
+    torch.ops.lvllm.routed_experts(*x, made[0].handle)
+    assert seen[0].tolist() == [[0, 1, 2]] * 11
+    assert seen[1].tolist() == [[0, 1, 2, 3, 4, -1]] * 11
+    assert torch.equal(seen[2], x[1])
+    assert kept
+
+
 def test_a_lane_ends_with_its_layers(accelerator: Pinning) -> None:
     made, kept = model(accelerator, (0, 1), threshold=10, ahead=1, watchdog_seconds=100)
     for tokens in (12, 2):

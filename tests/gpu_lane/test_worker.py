@@ -1,4 +1,4 @@
-"""The GPU worker, without a GPU: when it looks for errors of callbacks."""
+"""The GPU worker, without a GPU: when it looks for errors of callbacks, and how it measures."""
 
 from random import randrange
 from typing import Any
@@ -55,3 +55,10 @@ def test_an_error_in_a_callback_ends_its_step(method: str, monkeypatch: pytest.M
         getattr(worker, method)(None)
     lane.check()
     accelerator.close()
+
+
+def test_memory_is_measured_with_crowded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker: Any = object.__new__(HybridGPUWorker)
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: int(lane._crowded))
+    assert worker.determine_available_memory() == 1
+    assert not lane._crowded
