@@ -1,20 +1,26 @@
 """The lane's parts, timed on a GPU without vLLM, each against what limits it.
 
     python -m benchmarks.gpu_lane [--formats bf16,int4] [--layers 4] [--shape 2048x768x128x8]
+        [--trace FILE]
 
-Prints four tables: the bus (plain copies from and to pinned memory), conversion, prefill passes
-through the window against their copies alone and their products alone, and decoding steps in a CUDA
-graph against the engine's own time. With `--accelerator host` it runs without a GPU, to no purpose
-but to be known to run.
+Prints five tables: the bus (plain copies from and to pinned memory), what a call of the host costs
+as a host function and by a mailbox, conversion, prefill passes through the window against their
+copies alone and their products alone, and decoding steps in a CUDA graph against the engine's own
+time. Then when the copies and products of one pass ran; `--trace` keeps the profiler's trace of
+it. With `--accelerator host` it runs without a GPU, to no purpose but to be known to run, and to
+show the order of that pass.
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
+from benchmarks import gpu_callback, gpu_timeline
 from lvllm.engine import ExpertLayer, info
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator, open_accelerator
@@ -150,6 +156,23 @@ def decode(
     return alone / len(layers), in_graph / len(layers)
 
 
+def show_timeline(
+    accelerator: Accelerator,
+    layers: list[ExpertLayer],
+    inputs: tuple[torch.Tensor, ...],
+    ahead: int,
+    trace: Path | None,
+) -> None:
+    if accelerator.name == "host":
+        times = gpu_timeline.of_host(layers, inputs, ahead)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            file = trace or Path(folder, "trace.json")
+            times = gpu_timeline.timeline(accelerator, layers, inputs, ahead, file)
+    print(f"\na pass of {len(layers)} layers, {len(inputs[0])} tokens")
+    print(gpu_timeline.draw(times))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--accelerator", default="cuda", choices=["cuda", "host"])
@@ -159,14 +182,19 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, default=1)
     parser.add_argument("--prefill", default="512,2048,8192,32768", help="tokens")
     parser.add_argument("--decode", default="1,4,16", help="tokens")
+    parser.add_argument("--trace", type=Path, help="where the profiler's trace of a pass goes")
     a = parser.parse_args()
     accelerator = open_accelerator(a.accelerator)
     shape = tuple(int(size) for size in a.shape.split("x"))
     print(f"{info().isa}, {info().threads} threads, {accelerator.device}, shape {a.shape}")
     there, back = bus(accelerator, 1 << (30 if a.accelerator == "cuda" else 20))
     table("bus, GB/s", ("to the GPU", "back"), [(there / GB, back / GB)])
+    if a.accelerator == "cuda":
+        header = ("", "in a stream", "in a graph")
+        table("an empty call of the host, us", header, gpu_callback.costs(accelerator))
     converted, passes, steps = [], [], []
-    for format in a.formats.split(","):
+    formats, timed = a.formats.split(","), [int(tokens) for tokens in a.prefill.split(",")]
+    for format in formats:
         layers = make(format, shape, a.layers)
         for layer in layers:
             for tensor in layer.tensors.values():
@@ -174,7 +202,7 @@ def main() -> None:
         size = sum(tensor.nbytes for tensor in layers[0].tensors.values())
         took = conversion(accelerator, layers[0])
         converted.append((format, size / 1e6, 1e3 * took, 1e3 * size / there, took * there / size))
-        for tokens in map(int, a.prefill.split(",")):
+        for tokens in timed:
             inputs = batch(shape, tokens, accelerator.device)
             copy, products, whole = prefill(accelerator, layers, inputs, a.ahead)
             on_host = [argument.cpu() for argument in inputs]
@@ -184,6 +212,9 @@ def main() -> None:
             passes.append(
                 (format, tokens, *(1e3 * t for t in row), speed, whole / max(copy, products))
             )
+        if format == formats[0]:
+            inputs = batch(shape, timed[-1], accelerator.device)
+            show_timeline(accelerator, layers, inputs, a.ahead, a.trace)
         for tokens in map(int, a.decode.split(",")):
             alone, graph = decode(accelerator, layers, batch(shape, tokens, accelerator.device))
             steps.append((format, tokens, 1e6 * alone, 1e6 * graph, 1e6 * (graph - alone)))

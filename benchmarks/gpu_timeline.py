@@ -1,0 +1,163 @@
+"""When copies and products of a streamed pass run: in characters, and as a trace of the profiler.
+
+On a GPU the times are the profiler's, by CUPTI. On the host stand-in they are those of its threads,
+whose copies are slowed down to about the time of the products: what is seen there is the order.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lvllm.experts import ExpertLayer
+from lvllm.gpu import streamed
+from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.host import HostAccelerator, HostStream
+from lvllm.gpu.window import PrefetchWindow
+
+__all__ = ["TracedHost", "busy", "draw", "of_host", "of_trace", "timeline"]
+
+WIDTH = 96
+COPY, COMPUTE = "copy", "compute"
+
+Spans = list[tuple[float, float]]
+"""Begin and end, in seconds, of what runs after each other or not."""
+
+
+class TracedHost(HostAccelerator):
+    """Notes when each piece of a copy runs."""
+
+    def __init__(self, delay: Callable[[], float] | None = None) -> None:
+        super().__init__(delay)
+        self.copies: Spans = []
+
+    def launch(self, work: Callable[[], object], stream: HostStream) -> None:
+        super().launch(partial(self._timed, work), stream)
+
+    def _sleep(self) -> None:
+        self._timed(super()._sleep)
+
+    def _timed(self, work: Callable[[], object]) -> None:
+        begin = time.perf_counter()
+        work()
+        self.copies.append((begin, time.perf_counter()))
+
+
+def _pass(
+    accelerator: Accelerator,
+    window: PrefetchWindow,
+    layers: list[ExpertLayer],
+    inputs: tuple[torch.Tensor, ...],
+) -> Spans:
+    """When the caller computed, which on a GPU says nothing."""
+    spans: Spans = []
+    for number, layer in enumerate(layers):
+        staged = window.stage(number)
+        begin = time.perf_counter()
+        streamed.run(layer, staged, *inputs)
+        spans.append((begin, time.perf_counter()))
+        window.release(number)
+    accelerator.synchronize(accelerator.compute())
+    return spans
+
+
+def _window(accelerator: Accelerator, layers: list[ExpertLayer], ahead: int) -> PrefetchWindow:
+    return PrefetchWindow(
+        accelerator, {number: layer.tensors for number, layer in enumerate(layers)}, ahead
+    )
+
+
+def of_host(
+    layers: list[ExpertLayer], inputs: tuple[torch.Tensor, ...], ahead: int
+) -> dict[str, Spans]:
+    """A pass on the stand-in."""
+    start = time.perf_counter()
+    streamed.run(layers[0], layers[0].tensors, *inputs)
+    # A copy comes in pieces, four a tensor, and each event is one more.
+    pieces = 4 * len(layers[0].tensors) + 2
+    products = time.perf_counter() - start
+    accelerator = TracedHost(delay=lambda: products / pieces)
+    computed = _pass(accelerator, _window(accelerator, layers, ahead), layers, inputs)
+    copied = sorted(accelerator.copies)
+    accelerator.close()
+    return {COPY: copied, COMPUTE: computed}
+
+
+def of_trace(trace: Mapping[str, object]) -> dict[str, Spans]:
+    """What PyTorch's profiler has seen on the GPU."""
+    found: dict[str, Spans] = {COPY: [], COMPUTE: []}
+    events = trace["traceEvents"]
+    assert isinstance(events, list)
+    for event in events:
+        kind = event.get("cat")
+        to_device = kind == "gpu_memcpy" and "HtoD" in event["name"]
+        if kind == "kernel" or to_device:
+            begin = 1e-6 * float(event["ts"])
+            span = begin, begin + 1e-6 * float(event["dur"])
+            found[COPY if to_device else COMPUTE].append(span)
+    return {name: sorted(spans) for name, spans in found.items()}
+
+
+def timeline(
+    accelerator: Accelerator,
+    layers: list[ExpertLayer],
+    inputs: tuple[torch.Tensor, ...],
+    ahead: int,
+    trace: Path,
+) -> dict[str, Spans]:
+    """Of a pass on the GPU, after a first one. Writes the trace, for chrome://tracing."""
+    from torch.profiler import ProfilerActivity, profile
+
+    window = _window(accelerator, layers, ahead)
+    _pass(accelerator, window, layers, inputs)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        _pass(accelerator, window, layers, inputs)
+    profiler.export_chrome_trace(str(trace))
+    return of_trace(json.loads(trace.read_text()))
+
+
+def busy(spans: Spans) -> Spans:
+    """The same times without overlap, in order."""
+    joined: Spans = []
+    for begin, end in sorted(spans):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def _total(spans: Spans) -> float:
+    return sum(end - begin for begin, end in spans)
+
+
+def _within(spans: Spans, begin: float, end: float) -> Spans:
+    return [(max(b, begin), min(e, end)) for b, e in spans if b < end and begin < e]
+
+
+def draw(times: dict[str, Spans]) -> str:
+    """A line of characters for each, and how much of the shorter is hidden behind the longer."""
+    joined = {name: busy(spans) for name, spans in times.items()}
+    ends = [span for spans in joined.values() for span in spans]
+    if not all(joined.values()):
+        return "nothing was seen of " + " and ".join(n for n, spans in joined.items() if not spans)
+    first, last = min(ends)[0], max(end for _, end in ends)
+    step = (last - first) / WIDTH
+    lines = []
+    for name, spans in joined.items():
+        shares = [
+            _total(_within(spans, first + i * step, first + (i + 1) * step)) / step
+            for i in range(WIDTH)
+        ]
+        bar = "".join("#" if share > 0.5 else "-" if share > 0.05 else " " for share in shares)
+        lines.append(f"{name:>8} |{bar}| {1e3 * _total(spans):.4g} ms")
+    both = sum(_total(_within(joined[COPY], *span)) for span in joined[COMPUTE])
+    shorter = min(_total(spans) for spans in joined.values())
+    lines.append(
+        f"{1e3 * (last - first):.4g} ms in all, {1e3 * both:.4g} ms side by side:"
+        f" {both / shorter:.0%} of the shorter"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""The lane's benchmarks, as far as they run without a GPU."""
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+from random import Random as Draw
+from random import randrange
+
+import pytest
+import torch
+
+from benchmarks import gpu_callback, gpu_serving, gpu_timeline
+from benchmarks.cases import Shape
+from tests.experts import Random, random_layer
+
+DRIVER = r"""
+#include <atomic>
+#include <cstdint>
+extern "C" int cuStreamWriteValue32_v2(void* stream, uint64_t at, uint32_t value, unsigned flags) {
+  if (flags != 0 || stream != nullptr) return 1;
+  reinterpret_cast<std::atomic<uint32_t>*>(at)->store(value);
+  return 0;
+}
+extern "C" int cuStreamWaitValue32_v2(void* stream, uint64_t at, uint32_t value, unsigned flags) {
+  if (flags != 1 || stream != nullptr) return 1;
+  while (reinterpret_cast<std::atomic<uint32_t>*>(at)->load() != value) {}
+  return 0;
+}
+"""
+
+
+def test_a_mailbox_is_answered_each_time(tmp_path: Path) -> None:
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+    command = ["g++", "-shared", "-fPIC", "-o", "driver.so", "driver.cpp"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    driver, library = ctypes.CDLL(str(tmp_path / "driver.so")), gpu_callback.helpers()
+    words = torch.empty(3 * gpu_callback.LINE, dtype=torch.int32)
+    mailbox = gpu_callback.Mailbox(driver, words)
+    with gpu_callback.serving(library, words):
+        for _ in range(5000):
+            mailbox.call(0)
+        with pytest.raises(RuntimeError, match="CUresult 1"):
+            mailbox.call(5)
+    assert words[:: gpu_callback.LINE].tolist() == [0, 0, 1]
+
+
+def test_the_timeline_of_a_pass() -> None:
+    random = Random(randrange(1 << 30))
+    layers = [random_layer(random, "int4", 4, 64, 64).make() for _ in range(3)]
+    x = random.normal(40, 64).bfloat16()
+    ids = random.integers(0, 4, 40, 2).int()
+    times = gpu_timeline.of_host(layers, (x, ids, torch.ones(40, 2)), ahead=1)
+    copied, computed = times["copy"], times["compute"]
+    assert len(computed) == 3
+    # The first layer is there before it is computed, and none is copied after the last.
+    assert copied[0][0] < computed[0][0]
+    assert copied[-1][1] < computed[-1][1]
+    assert gpu_timeline.draw(times).count("#") > 10
+
+
+def test_what_a_trace_shows() -> None:
+    events = [
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "ts": 0, "dur": 1e4},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "ts": 1e4, "dur": 1e4},
+        {"cat": "kernel", "name": "_convert", "ts": 1e4, "dur": 4e3},
+        {"cat": "kernel", "name": "gemm", "ts": 12e3, "dur": 4e3},
+        {"cat": "kernel", "name": "gemm", "ts": 2e4, "dur": 6e3},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pinned)", "ts": 0, "dur": 9e4},
+        {"cat": "cpu_op", "name": "aten::copy_", "ts": 0, "dur": 9e4},
+        {"name": "no category"},
+    ]
+    times = gpu_timeline.of_trace({"traceEvents": events})
+    joined = gpu_timeline.busy(times["compute"])
+    assert [end for span in joined for end in span] == pytest.approx([0.01, 0.016, 0.02, 0.026])
+    copy, compute, summary = gpu_timeline.draw(times).splitlines()
+    assert copy.endswith("| 20 ms")
+    assert compute.endswith("| 12 ms")
+    assert summary == "26 ms in all, 6 ms side by side: 50% of the shorter"
+    del events[2:5]
+    assert gpu_timeline.draw(gpu_timeline.of_trace({"traceEvents": events})) == (
+        "nothing was seen of compute"
+    )
+
+
+def test_configurations_of_whole_runs(tmp_path: Path) -> None:
+    shape = Shape.parse("qwen3-30b-a3b")
+    gpu_serving.write_config(tmp_path, shape, 48, 151936, 40960)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (32, 4)
+    found = gpu_serving.configurations(True, 48, 54.0, 2048, 1)
+    assert len(found) == 8
+    assert set(gpu_serving.OFFLOADED) <= found.keys()
+    half = found["LvLLM, half layers resident"]["settings"]
+    assert half["gpu_resident_moe_layers"] == "0-23"
+    assert found["vLLM, half by cpu-offload-gb"]["cpu_offload_gb"] == 27
+    assert len(gpu_serving.configurations(False, 48, 54.0, 2048, 1)) == 4
+
+
+def test_a_table_of_whole_runs() -> None:
+    draw = Draw(3)
+    runs = {name: {"prefill 8": 100.0 * draw.random(), "decode 1": 10.0} for name in "abc"}
+    results: dict[str, gpu_serving.Results | str] = {**runs, "d": "not here"}
+    text = gpu_serving.report(results)
+    assert text.splitlines()[1].count("(1.00)") == 2
+    assert text.splitlines()[-1].split(maxsplit=1) == ["d", "not here"]
+    results[gpu_serving.OFFLOADED[1]] = {"prefill 8": 50.0, "decode 1": 5.0}
+    assert gpu_serving.report(results).splitlines()[1].endswith("10 (2.00)")
+    assert gpu_serving.report({"a": "x"}) == "a: x"
+
+
+@pytest.mark.parametrize(
+    ("child", "says"),
+    [
+        ("import time; time.sleep(60)", "not done after 1 s (--timeout)"),
+        ("print('ValueError: no such thing\\nand more'); exit(1)", "ValueError: no such thing"),
+        ("print('found {\"decode 1\": 3.5}\\nlater')", {"decode 1": 3.5}),
+    ],
+)
+def test_a_process_of_whole_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, child: str, says: object
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\n{child}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert gpu_serving.measure("a", {}, 1 if "sleep" in child else 60) == says
