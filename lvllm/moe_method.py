@@ -187,13 +187,18 @@ def _layer_number(prefix: str) -> int:
 
 
 def _make_lane(config: HybridConfig) -> Lane:
-    vllm_config, threshold = get_current_vllm_config(), config.gpu_prefill_min_batch_size
+    vllm_config = get_current_vllm_config()
+    threshold: int | Auto
+    if config.gpu_prefill_min_batch_size == "auto":
+        # What runs from a graph is computed on the CPU.
+        in_graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        threshold = Auto(vllm_config.model_config.dtype, _slowest, least=in_graphs + 1)
+    else:
+        threshold = config.gpu_prefill_min_batch_size
     return Lane(
         open_accelerator(config.accelerator),
         tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        threshold=Auto(vllm_config.model_config.dtype, _slowest)
-        if threshold == "auto"
-        else threshold,
+        threshold=threshold,
         ahead=config.gpu_prefetch_window,
         watchdog_seconds=config.watchdog_seconds,
     )

@@ -38,11 +38,14 @@ def prepare(vllm_config: Any) -> None:
         )
 
 
-def _keep_streamed_batches_out_of_graphs(compilation: Any, threshold: int) -> None:
+def _keep_streamed_batches_out_of_graphs(compilation: Any, threshold: int | str) -> None:
     """What runs from a graph is computed on the CPU: vLLM's sizes may reach beyond the threshold.
 
-    One size at least is left, for vLLM's graphs cannot do with none.
+    One size at least is left, for vLLM's graphs cannot do with none. A threshold that is measured
+    comes too late for this, and is never below them.
     """
+    if isinstance(threshold, str):
+        return
     sizes = sorted(compilation.cudagraph_capture_sizes or ())
     shorter = [size for size in sizes if size < threshold] or sizes[:1]
     if threshold and shorter:

@@ -47,11 +47,13 @@ class Auto:
     hold parts of the same layers, which call it together. A step takes as long as its slowest
     rank, so what is slowest decides; and all of them measure the same batches and choose the same.
     (Were a rank to choose another way, its part of the sum would be as right, rounded otherwise.
-    Stages of a pipeline have layers of their own, and may differ.)
+    Stages of a pipeline have layers of their own, and may differ.) The threshold is not below
+    `least`.
     """
 
     dtype: torch.dtype
     agree: Callable[[Sequence[float]], Sequence[float]] = tuple
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def choose(auto: Auto, window: PrefetchWindow, layer: LaneLayer, layers: int, mo
     points = search(measure, most)
     bench.drop()
     chosen = threshold(points, most)
+    if 0 < chosen < auto.least:
+        chosen = auto.least if auto.least <= most else 0
     logger.info(
         "LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is %s",
         describe(chosen, points, copy, layer.size(), layers, window.ahead),

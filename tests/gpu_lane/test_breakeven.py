@@ -203,6 +203,18 @@ def test_a_cpu_that_is_always_faster(
     one.close()
 
 
+@pytest.mark.parametrize(("least", "chosen"), [(1, 100), (300, 300), (5000, 0)])
+def test_what_runs_from_graphs_is_not_streamed(
+    least: int, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make(monkeypatch, bus=0, cpu=9e-5, products=1e-6)
+    one._speeds.bus = one.layer.size() / 9e-3
+    auto = Auto(torch.bfloat16, least=least)
+    found = choose(auto, window_of(one, 1), one.layer, 4, most=4000)
+    assert found == pytest.approx(chosen, rel=1 / breakeven.PRECISION)
+    one.close()
+
+
 @pytest.mark.parametrize("copy", [0.3, 0.9, 1.7, 3.0])
 def test_measuring_is_bounded(copy: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The break-even is known to be at so many seconds of the CPU, by 0.1 ms a token."""
