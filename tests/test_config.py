@@ -237,7 +237,13 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
         prepare("0")
     # Batches that are to be streamed are not run from graphs, which are computed on the CPU.
     compilation = built.compilation_config
-    for threshold, left in (("", [1, 8, 16, 24]), ("17", [1, 8, 16]), ("16", [1, 8]), ("1", [1]), ("auto", [1, 8, 16, 24])):
+    for threshold, left in (
+        ("", [1, 8, 16, 24]),
+        ("17", [1, 8, 16]),
+        ("16", [1, 8]),
+        ("1", [1]),
+        ("auto", [1, 8, 16, 24]),
+    ):
         compilation.cudagraph_capture_sizes = [1, 8, 16, 24]
         compilation.max_cudagraph_capture_size = 24
         monkeypatch.setenv("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", threshold)
