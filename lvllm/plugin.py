@@ -25,8 +25,9 @@ def register() -> None:
         raise SystemExit(f"lvllm: {error}") from None
     from vllm.platforms import current_platform
 
-    from lvllm import failure, lora, quantization_configs, segments
+    from lvllm import failure
     from lvllm.loading import model_loader
+    from lvllm.upstream import lora, quantization_configs, segments
 
     _replace_routed_experts()
     _check_every_configuration()
@@ -44,9 +45,9 @@ def _complete_cpu_platform() -> None:
     linear layers, routers and pictures run. Its worker for GPUs is its own, so no step's output
     tells of faults there.
     """
-    from lvllm import (
+    from lvllm import faults
+    from lvllm.upstream import (
         collectives,
-        faults,
         fp8_linear,
         integer_linear,
         picture_steps,

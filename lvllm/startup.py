@@ -61,7 +61,7 @@ def _is_one_of_several_api_servers(parallel: Any) -> bool:
 def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:
     # Upstream's worker, with a watch over the experts' output.
     if vllm_config.parallel_config.worker_cls == CPU_WORKER:
-        vllm_config.parallel_config.worker_cls = "lvllm.worker.HybridCPUWorker"
+        vllm_config.parallel_config.worker_cls = "lvllm.cpu_worker.HybridCPUWorker"
     # Attention between a picture's tokens needs all of them in one step, as vLLM has it on GPUs.
     if vllm_config.model_config.is_mm_prefix_lm:
         vllm_config.scheduler_config.disable_chunked_mm_input = True

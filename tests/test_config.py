@@ -177,7 +177,7 @@ def test_workers_get_final_values(configure: Any) -> None:
     assert [len(cpus) for cpus in resolved.engine_cpus] == [1]
     assert resolved.omp_cpus == resolved.engine_cpus
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == str(resolved.omp_cpus[0][0])
-    assert built.parallel_config.worker_cls == "lvllm.worker.HybridCPUWorker"
+    assert built.parallel_config.worker_cls == "lvllm.cpu_worker.HybridCPUWorker"
     assert not resolved.numa_interleave
 
 

@@ -31,8 +31,8 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from lvllm import activations, bank, engine, plugin
 from lvllm.config import RESOLVED
 from lvllm.moe_method import HybridMoEMethod
-from lvllm.quantization_configs import CompressedConfig, GptqConfig
 from lvllm.routed_experts import resident_method
+from lvllm.upstream.quantization_configs import CompressedConfig, GptqConfig
 from tests.experts import Layer, Random
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19

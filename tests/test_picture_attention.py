@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from lvllm.picture_attention import Ranges, split
-from lvllm.picture_steps import whole
+from lvllm.upstream.picture_attention import Ranges, split
+from lvllm.upstream.picture_steps import whole
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lvllm import pictures
+from lvllm.upstream import pictures
 
 
 def test_vllms_search_for_kernels_passes_numba(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ import vllm.distributed
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from lvllm import collectives, config, startup
+from lvllm import config, startup
 from lvllm.engine import ExpertLayer
 from lvllm.moe_method import HybridMoEMethod
+from lvllm.upstream import collectives
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 7, 3, 96, 72, 19
 

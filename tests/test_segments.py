@@ -8,7 +8,7 @@ import pytest
 from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-from lvllm import segments
+from lvllm.upstream import segments
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from lvllm.formats.compressed_tensors import ORDERED
-from lvllm.integer_linear import GptqLinear
+from lvllm.upstream.integer_linear import GptqLinear
 
 __all__ = ["AutoRoundConfig", "CompressedConfig", "GptqConfig", "register"]
 

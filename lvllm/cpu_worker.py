@@ -8,8 +8,9 @@ import torch
 from vllm.distributed import get_pp_group, get_world_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from lvllm import failure, picture_attention
+from lvllm import failure
 from lvllm.faults import set_faults
+from lvllm.upstream import picture_attention
 from lvllm.watch import Watch, layers_of, open_watch
 
 
