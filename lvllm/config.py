@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from lvllm import declared, envs, lane_checks, memory_plan, placement, threads, weights
 from lvllm.envs import SettingError, ThreadBinding, UseWeight
 from lvllm.lane_checks import Accelerator
+from lvllm.prefill import pair
+from lvllm.prefill.pair import PrefillEngine
 
 # Where the front process leaves the resolved settings for the workers.
 RESOLVED = "lvllm_resolved"
@@ -111,6 +113,8 @@ class HybridConfig(BaseModel):
     watchdog_seconds: int
     # The name under which engines of this host find each other's experts; None: they do not.
     shared_experts: str | None
+    # Which prompts another engine prefills, and where; None: this one does.
+    prefill_engine: PrefillEngine | None
 
     @classmethod
     def of(
@@ -135,6 +139,7 @@ class HybridConfig(BaseModel):
         _check_features(vllm_config, accelerator)
         lane_checks.check(settings, accelerator, vllm_config)
         _check_weights(settings, accelerator, vllm_config)
+        prefill = pair.check(settings, accelerator, vllm_config)
         shared = _shared_name(settings, vllm_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.local_world_size * _replicas_here(parallel)
@@ -172,6 +177,7 @@ class HybridConfig(BaseModel):
                 accelerator,
                 settings["gpu_resident_moe_layers"].value,
                 held=shared is not None and sharing.held(shared),
+                prefill_kv_cache=pair.kv_bytes_of_a_prompt(vllm_config) if prefill else None,
             ),
             accelerator=accelerator,
             gpu_resident_moe_layers=settings["gpu_resident_moe_layers"].value,
@@ -179,6 +185,7 @@ class HybridConfig(BaseModel):
             gpu_prefill_min_batch_size=settings["gpu_prefill_min_batch_size"].value,
             watchdog_seconds=settings["watchdog_seconds"].value,
             shared_experts=shared,
+            prefill_engine=prefill,
         )
 
     @classmethod
@@ -254,6 +261,9 @@ def _is_moe(model: Any) -> bool:
 
 def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | None:
     model, share = vllm_config.model_config, settings["share_experts"]
+    alone = not share.value  # with this server's own second engine, if there is one
+    if alone:
+        share = settings["prefill_engine"]
     if not share.value or not _is_moe(model):
         return None
     if (load_format := vllm_config.load_config.load_format) not in SHAREABLE:
@@ -264,9 +274,9 @@ def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | Non
 
     folder = memory_plan.folder_of(model.model, model.revision)
     use = settings["moe_use_weight"].value or UseWeight.KEEP
-    return sharing.name_of(
-        vllm_config, folder, use.value, settings["gpu_resident_moe_layers"].value
-    )
+    resident = settings["gpu_resident_moe_layers"].value
+    name = sharing.name_of(vllm_config, folder, use.value, resident)
+    return f"{name}/{os.getpid()}" if alone else name
 
 
 def _check_weights(

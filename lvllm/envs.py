@@ -77,6 +77,11 @@ def parse_whole(minimum: int, *words: str) -> Callable[[str], int | str]:
     return parse
 
 
+def parse_long_prompt(text: str) -> int | str:
+    """`0`, `auto`, or tokens: `1`, meant as a switch, would take every prompt."""
+    return text if text == "auto" else 0 if text == "0" else parse_whole(2)(text)
+
+
 @dataclass(frozen=True)
 class Variable:
     """One setting.
@@ -221,6 +226,25 @@ VARIABLES: tuple[Variable, ...] = (
         "1: engines of one user on this host that load the same checkpoint alike keep one copy of"
         " the experts in memory; the first loads it.",
         parse_switch,
+    ),
+    Variable(
+        "LVLLM_PREFILL_ENGINE",
+        0,
+        "0: off",
+        "0, auto or a whole number of at least 2",
+        "Prompts of at least this many tokens are prefilled by a second engine over the same"
+        " experts, while the first one decodes. auto: as LVLLM_GPU_PREFILL_MIN_BATCH_SIZE, or 512"
+        " where that is 0 or auto.",
+        parse_long_prompt,
+    ),
+    Variable(
+        "LVLLM_PREFILL_ENGINE_GPU",
+        None,
+        "the first engine's",
+        "a whole number of at least 0",
+        "The GPU of the prefill engine, by its number for CUDA. Where both are on one, each takes"
+        " half of gpu-memory-utilization.",
+        parse_whole(0),
     ),
     Variable(
         "LK_ISA",

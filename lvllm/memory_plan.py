@@ -26,6 +26,7 @@ from lvllm.loading.checkpoint import Checkpoint, CheckpointError, TensorInfo
 INTERLEAVE = "LVLLM_ENABLE_NUMA_INTERLEAVE=1"
 INT4 = "LVLLM_MOE_USE_WEIGHT=INT4"
 KV_CACHE = "kv-cache-memory-bytes"
+ONE_ENGINE = "LVLLM_PREFILL_ENGINE=0"
 INT4_BITS = 4.5
 """Of a weight: groups of 32 share a scale of 16 bits."""
 
@@ -46,14 +47,19 @@ class Need:
     kv_cache: int
     experts_int4: int
     """What the experts would take in 4-bit groups."""
+    prefill_engine: int = 0
+    """What a second engine takes beside the experts: its other weights, its KV cache, and as much
+    again for what is on its way to the first.
+    """
 
     @property
     def total(self) -> int:
-        return self.experts + self.others + self.kv_cache
+        return self.experts + self.others + self.kv_cache + self.prefill_engine
 
     def describe(self) -> str:
         parts = f"experts {gib(self.experts)}, other weights {gib(self.others)}"
-        return parts + (f", KV cache {gib(self.kv_cache)}" if self.kv_cache else "")
+        more = {"KV cache": self.kv_cache, "prefill engine": self.prefill_engine}
+        return parts + "".join(f", {name} {gib(size)}" for name, size in more.items() if size)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ def node_shares(
         part = sum(r.workers.get(node, 0) / sum(r.workers.values()) for r in ranks) / len(ranks)
         experts = spread[node] if interleaved else int(need.experts * part)
         home = sum(rank.home == node for rank in ranks) / len(ranks)
-        shares[node] = Need(experts, int(need.others * home), int(need.kv_cache * home), 0)
+        others, kv_cache = int(need.others * home), int(need.kv_cache * home)
+        shares[node] = Need(experts, others, kv_cache, 0, int(need.prefill_engine * home))
     return shares
 
 
@@ -138,6 +145,7 @@ def place(need: Need, room: Room, ranks: Sequence[Rank], may_interleave: bool) -
 
 def _remedies(need: Need, room: Room, ranks: Sequence[Rank], may_interleave: bool) -> str:
     small = replace(need, experts=min(need.experts, need.experts_int4))
+    alone = replace(need, prefill_engine=0)
     found = []
     if not may_interleave and fits(need, room, ranks, True):
         found.append(INTERLEAVE)
@@ -145,11 +153,13 @@ def _remedies(need: Need, room: Room, ranks: Sequence[Rank], may_interleave: boo
         found.append(INT4)
     if not found and fits(small, room, ranks, True):
         found.append(f"{INTERLEAVE} with {INT4}")
+    if need.prefill_engine and fits(alone, room, ranks, may_interleave):
+        found.append(ONE_ENGINE)
     if most := _most_kv_cache(need, room, ranks, may_interleave):
         found.append(f"{KV_CACHE}={most // len(ranks)} or less")
     if found:
         return f"{' or '.join(found)} makes it fit"
-    least = replace(small, kv_cache=0).total
+    least = replace(small, kv_cache=0, prefill_engine=0).total
     return f"no setting makes it fit; with {INT4} and no KV cache it takes {gib(least)}"
 
 
@@ -220,12 +230,14 @@ def check(
     accelerator: str = "none",
     resident: Collection[int] = (),
     held: bool = False,
+    prefill_kv_cache: int | None = None,
 ) -> bool:
     """Whether the experts of this model are to be interleaved over this host's NUMA nodes.
 
     `engine_cpus` and `omp_cpus` are the logical CPUs of each local rank, `resident` are the layers
     whose experts are the `accelerator`'s. What a GPU holds is not counted, nor experts that
-    are `held`: another engine has them in memory, or is about to, and shares them. Where the sizes
+    are `held`: another engine has them in memory, or is about to, and shares them. A prefill engine
+    has a copy of all other weights and a cache of `prefill_kv_cache` bytes. Where the sizes
     cannot be known (no safetensors files yet), the answer is `may_interleave`, and memory is only
     checked when it is allocated.
 
@@ -240,6 +252,10 @@ def check(
         return may_interleave and len(room.nodes) > 1
     if held:
         need = replace(need, experts=0, experts_int4=0)
+    if prefill_kv_cache is not None:
+        # Beside a GPU the host has only what is on its way.
+        rest = 0 if accelerator == "cuda" else need.others + prefill_kv_cache
+        need = replace(need, prefill_engine=rest + prefill_kv_cache)
 
     def node_of(cpu: int) -> int:
         return next((node for node, cpus in nodes.items() if cpu in cpus), 0)

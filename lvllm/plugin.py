@@ -27,6 +27,7 @@ def register() -> None:
 
     from lvllm import failure
     from lvllm.loading import model_loader
+    from lvllm.prefill import engine as prefill_engine
     from lvllm.upstream import lora, quantization_configs, segments
 
     _replace_routed_experts()
@@ -36,6 +37,7 @@ def register() -> None:
     quantization_configs.register()
     model_loader.install()
     segments.register()
+    prefill_engine.subordinate()
     if current_platform.is_cpu():
         _complete_cpu_platform()
 

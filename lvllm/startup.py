@@ -8,6 +8,7 @@ from typing import Any
 from lvllm import distance, engine, failure, sharing, threads
 from lvllm.config import CPU_WORKER, GPU_WORKER, RESOLVED, HybridConfig
 from lvllm.loading.checkpoint import Checkpoint
+from lvllm.prefill import pair
 
 
 def machine() -> threads.Machine:
@@ -27,6 +28,8 @@ def prepare(vllm_config: Any) -> None:
     config = HybridConfig.of(vllm_config, machine(), distance.of_gpus())
     _check_checkpoint(vllm_config)
     failure.prepare()
+    if config.prefill_engine is not None:
+        config = pair.prepare(vllm_config, config.prefill_engine, config)
     vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
     if config.accelerator != "cuda":
         _prepare_cpu_platform(vllm_config, config)

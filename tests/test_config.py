@@ -13,6 +13,7 @@ import torch
 
 from lvllm import config, engine, envs, memory_plan, sharing
 from lvllm.config import RESOLVED, HybridConfig
+from lvllm.prefill import pair
 
 vllm = pytest.importorskip("vllm")
 
@@ -116,6 +117,10 @@ CPUS = len(os.sched_getaffinity(0))
             "1",
             "LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is 0",
         ),
+        ("LVLLM_PREFILL_ENGINE", "1", "0, auto or a whole number of at least 2"),
+        ("LVLLM_PREFILL_ENGINE", "129", "no prompt has 129 tokens, as max-model-len is 128"),
+        ("LVLLM_PREFILL_ENGINE", "auto", "no prompt has 512 tokens, as max-model-len is 128"),
+        ("LVLLM_PREFILL_ENGINE_GPU", "1", "LVLLM_PREFILL_ENGINE is 0; allowed is empty"),
         ("LK_ISA", "avx9", "portable, avx2, avx512, avx512_vnni or avx512_bf16"),
         ("LK_ACTIVATION_BITS", "4", "16 or 8"),
     ],
@@ -317,6 +322,119 @@ def test_shared_experts(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None
         owner = sharing.join(f"{shared}/0")
         assert name(configure()) == shared
         owner.close()
+
+
+def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoding engine has the connector and no use for the lane's buffers; the other one's
+    settings travel with it. Both find each other's experts, and no other server does.
+    """
+    lane = {
+        "LVLLM_ACCELERATOR": "host",
+        "LVLLM_GPU_PREFETCH_WINDOW": "1",
+        "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "96",
+    }
+    built = configure({"LVLLM_PREFILL_ENGINE": "auto", **lane})
+    decoding = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    given = built.kv_transfer_config.kv_connector_extra_config
+    prefilling = HybridConfig.model_validate(given["prefill"])
+    assert (given["min_tokens"], given["gpu"]) == (96, None)
+    assert (decoding.gpu_prefetch_window, decoding.gpu_prefill_min_batch_size) == (0, 0)
+    assert (prefilling.gpu_prefetch_window, prefilling.gpu_prefill_min_batch_size) == (1, 96)
+    assert decoding.shared_experts == prefilling.shared_experts
+    assert str(decoding.shared_experts).endswith(f"/{os.getpid()}")
+    shared = configure({"LVLLM_SHARE_EXPERTS": "1"}).additional_config[RESOLVED]["shared_experts"]
+    assert decoding.shared_experts == f"{shared}/{os.getpid()}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"tensor_parallel_size": 2},
+            "an engine of 2 workers hands nothing over yet",
+        ),
+        ({"load_format": "dummy"}, "it needs load-format .*; allowed is 0"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv-transfer-config names a connector already",
+        ),
+    ],
+)
+def test_what_a_prefill_engine_cannot_serve(configure: Any, arguments: Any, message: str) -> None:
+    if "kv_transfer_config" in arguments:
+        from vllm.config import KVTransferConfig
+
+        given = arguments["kv_transfer_config"]
+        arguments = {"kv_transfer_config": KVTransferConfig(**given)}
+    with pytest.raises(SystemExit, match=f"LVLLM_PREFILL_ENGINE='64': .*{message}"):
+        configure({"LVLLM_PREFILL_ENGINE": "64"}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"experts": 0}, "M has no routed experts to share"),
+        ({"runner_type": "pooling"}, "M does not generate"),
+        ({"is_hybrid": True}, "M has layers whose state is not keys and values by token"),
+        ({"is_encoder_decoder": True}, "M has layers whose state is not keys and values by token"),
+        ({"enable_sleep_mode": True}, "enable-sleep-mode=True would end one engine's sleep alone"),
+        ({"draft": "mtp"}, "the draft of method 'mtp' has keys and values of its own"),
+        ({"draft": "ngram"}, None),
+    ],
+)
+def test_models_that_a_prefill_engine_cannot_serve(fields: Any, message: str | None) -> None:
+    nothing = ("is_hybrid", "has_inner_state", "is_attention_free", "is_encoder_decoder")
+    experts, draft = fields.pop("experts", 8), fields.pop("draft", None)
+    model: dict[str, Any] = dict.fromkeys((*nothing, "enable_sleep_mode"), False)
+    model |= {"model": "M", "runner_type": "generate", "max_model_len": 4096}
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(**model | fields, get_num_experts=lambda: experts),
+        parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1),
+        speculative_config=draft and SimpleNamespace(method=draft),
+        kv_transfer_config=None,
+    )
+    settings = config.resolve({"LVLLM_PREFILL_ENGINE": "auto"}, None)
+    if message is None:
+        assert pair.check(settings, "none", vllm_config) == pair.PrefillEngine(512, None)
+        measured = {"LVLLM_PREFILL_ENGINE": "auto", "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "auto"}
+        settings = config.resolve(measured, None)
+        assert pair.check(settings, "host", vllm_config) == pair.PrefillEngine(512, None)
+        return
+    with pytest.raises(envs.SettingError, match=f"'auto': {message}; allowed is 0"):
+        pair.check(settings, "none", vllm_config)
+
+
+def test_the_prefill_engines_gpu(configure: Any) -> None:
+    built = configure()
+    given = {"LVLLM_PREFILL_ENGINE": "64", "LVLLM_PREFILL_ENGINE_GPU": "3"}
+    settings = config.resolve(given, None)
+    with pytest.raises(envs.SettingError, match="GPU='3': no engine runs on a GPU; allowed is em"):
+        pair.check(settings, "none", built)
+    assert pair.check(settings, "cuda", built) == pair.PrefillEngine(64, 3)
+    resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    beside = resolved.model_copy(update={"accelerator": "cuda"})
+    built.cache_config.gpu_memory_utilization = 0.9
+    pair.prepare(built, pair.PrefillEngine(64, 3), beside)
+    assert built.cache_config.gpu_memory_utilization == 0.9
+    pair.prepare(built, pair.PrefillEngine(64, None), beside)
+    assert built.cache_config.gpu_memory_utilization == 0.45
+
+
+def test_memory_of_both_engines(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The KV cache of the largest prompt twice: layers x keys and values x heads x size x bytes."""
+    kv_cache = 2 * 3 * 2 * 2 * 32 * 2 * 128
+    others = 1 << 30
+    plain = memory_plan._need_of
+    monkeypatch.setattr(
+        memory_plan, "_need_of", lambda *given: replace(cast(Any, plain(*given)), others=others)
+    )
+    monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 2 * others - 1)
+    with pytest.raises(SystemExit) as caught:
+        configure({"LVLLM_PREFILL_ENGINE": "64"}, kv_cache_memory_bytes=1 << 20)
+    expected = memory_plan.gib(others + kv_cache)
+    assert f"KV cache 0.00 GiB, prefill engine {expected})" in str(caught.value.code)
+    assert str(caught.value.code).endswith(": LVLLM_PREFILL_ENGINE=0 makes it fit")
+    configure({"LVLLM_PREFILL_ENGINE": "0"}, kv_cache_memory_bytes=1 << 20)
 
 
 @pytest.mark.skipif(CPUS < 2, reason="needs two CPUs")
