@@ -10,13 +10,13 @@
 #include <type_traits>
 
 #include "lk/arithmetic.h"
+#include "lk/scales.h"
 
 namespace lk::LK_ISA {
 
 // How far ahead of their use weights are asked for; the hardware's own prefetcher alone stops at
 // every page. On Zen 5, 8 KiB takes 1 to 15% less time than 4 or 16 KiB where memory is the limit.
 constexpr int64_t kPrefetchBytes = 8192;
-constexpr int64_t kScalePrefetchBytes = 1024;
 constexpr int64_t kBlockSteps = kUnpackedBytes / (kTileRows * 4);  // of unpacked weights, in L1
 
 template <class F>
@@ -133,70 +133,6 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
       }
     }
   }
-}
-
-// The scales of a group of up to 64 rows as floats; zero points as what is to be taken off.
-__attribute__((noinline)) inline void scale_row(const MatmulArgs& a, int64_t group, float* out) {
-  const int64_t rows = a.rows;
-  const int64_t at = group * rows;
-  // A stream of its own beside the weights'. Past the tile stands the next one's.
-  const auto ask = [&](const auto* scale) {
-    const char* from = reinterpret_cast<const char*>(scale) + kScalePrefetchBytes;
-    constexpr int64_t kBytes = kTileRows * sizeof(*scale);
-    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line);
-    return scale;
-  };
-  switch (a.scale_type) {
-    case ScaleType::kNone:
-      for (int64_t r = 0; r < kTileRows; ++r) out[r] = 1.0f;
-      return;
-    case ScaleType::kBf16: {
-      const auto* scale = ask(static_cast<const uint16_t*>(a.scale) + at);
-      for (int64_t r = 0; r < rows; ++r) out[r] = bf16_to_float(scale[r]);
-      return;
-    }
-    case ScaleType::kFp16: {
-      const auto* scale = ask(static_cast<const uint16_t*>(a.scale) + at);
-      for (int64_t r = 0; r < rows; ++r) out[r] = fp16_to_float(scale[r]);
-      return;
-    }
-    case ScaleType::kFloat:
-      std::memcpy(out, ask(static_cast<const float*>(a.scale) + at), rows * sizeof(float));
-      return;
-    case ScaleType::kE8m0: {  // 2^(code - 127), all ones NaN
-      const auto* scale = ask(static_cast<const uint8_t*>(a.scale) + at);
-      for (int64_t r = 0; r < rows; ++r) {
-        const uint32_t code = scale[r];
-        const uint32_t bits = code == 0 ? 0x00400000u : code << 23;
-        out[r] = float_of(code == 255 ? 0x7fc00000u : bits);
-      }
-      return;
-    }
-    case ScaleType::kE4m3: {
-      const auto* scale = ask(static_cast<const uint8_t*>(a.scale) + at);
-      for (int64_t r = 0; r < rows; ++r) {
-        const uint32_t code = scale[r];
-        const uint32_t magnitude = code & 0x7f;
-        const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
-        const uint32_t normal = (magnitude << 20) + (120u << 23);
-        uint32_t bits = magnitude < 8 ? bits_of(subnormal) : normal;
-        bits = magnitude == 0x7f ? 0x7fc00000u : bits;
-        out[r] = float_of(bits | (code & 0x80) << 24);
-      }
-      return;
-    }
-    case ScaleType::kFloatBlocks: {
-      const float first = static_cast<const float*>(a.scale)[group];
-      for (int64_t r = 0; r < kTileRows; ++r) out[r] = first;
-      for (int64_t r = a.block_end; r < kTileRows; ++r) out[r] = a.next_block_scale[group];
-      return;
-    }
-  }
-}
-template <class F>
-inline void zero_row(const MatmulArgs& a, int64_t group, float* out) {
-  const uint8_t* zero = a.zero + group * a.rows;
-  for (int64_t r = 0; r < a.rows; ++r) out[r] = static_cast<float>(zero[r]) - kInt4Middle;
 }
 
 // The sum of a token's activations over [begin, end) of K.
@@ -363,7 +299,7 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* tail, const FarSha
     end = kOneSum<F> ? units : segment_end<F>(a, begin, units);
     if (kGroupScales<F> && begin >= group_end) {
       scale_row(a, ++group, scale);
-      if constexpr (kZeroPoints<F>) zero_row<F>(a, group, zero);
+      if constexpr (kZeroPoints<F>) zero_row(a, group, zero);
       group_end = a.group == 0 ? units : group_end + a.group / F::kUnit;
     }
     typename Math::Sum sum[R][T];
@@ -546,7 +482,7 @@ __attribute__((noinline)) int64_t cut_block(const MatmulArgs& a, int64_t u0, int
       s.zero = s.scale + kTileRows;
       if (!known) {
         scale_row(a, group, rows);
-        if constexpr (kZeroPoints<F>) zero_row<F>(a, group, rows + kTileRows);
+        if constexpr (kZeroPoints<F>) zero_row(a, group, rows + kTileRows);
         rows += (1 + kZeroPoints<F>)*kTileRows;
       }
     }
