@@ -241,7 +241,8 @@ def test_aborts(pair: Pair) -> None:
             pair.until("num_requests_waiting", 4)
             # Others do not wait.
             assert len(pair.stream(prompt(10), 20)) == 20
-            assert memory_of_prompts(pair.decoding_engine) >= 2
+            # Of the others, whichever came first, some have room in the prefill engine or none.
+            assert memory_of_prompts(pair.decoding_engine) >= 1
             client.close()
             pair.until("num_requests_waiting", 3)
         finally:
