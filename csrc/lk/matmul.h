@@ -57,7 +57,7 @@ void pack(const float* values, int64_t n, int64_t at, int64_t k, int block_log2,
 
 // Lines to ask for while a unit is multiplied: what few_tokens reads kPrefetchBytes later. One for
 // each line that is loaded: four at once, ahead of the loads, fill the queue of misses and stop
-// them, which took 3 to 4% more time at 1 token in all formats. A burst of more is worse.
+// them, which took 2 to 4% more time at 1 token. A burst of more is worse.
 struct Ahead {
   const char* at = nullptr;
   const char* end = nullptr;  // past it jump bytes are added

@@ -131,14 +131,15 @@ class Pass {
     using Claim = Phase::Claim;
     pack_.run(pack_.first(node, nodes_), node, nodes_, [&](Claim now, Claim) { pack(now.index); });
     const Claim gate_up_first = gate_up_.first(node, nodes_);
-    pack_.wait(Reader(tiles(layer_.w13, gate_up_piece(gate_up_first))));
+    pack_.wait(Reader(tiles(layer_.w13, piece(gate_up_rows_, gate_up_first))));
     gate_up_.run(gate_up_first, node, nodes_, [&](Claim now, Claim next) {
-      gate_up(worker, gate_up_piece(now), gate_up_piece(next));
+      gate_up(worker, piece(gate_up_rows_, now), piece(gate_up_rows_, next));
     });
     const Claim down_first = down_.first(node, nodes_);
-    gate_up_.wait(Reader(tiles(layer_.w2, down_piece(down_first))));
-    down_.run(down_first, node, nodes_,
-              [&](Claim now, Claim next) { down(worker, down_piece(now), down_piece(next)); });
+    gate_up_.wait(Reader(tiles(layer_.w2, piece(down_rows_, down_first))));
+    down_.run(down_first, node, nodes_, [&](Claim now, Claim next) {
+      down(worker, piece(down_rows_, now), piece(down_rows_, next));
+    });
     down_.wait();
     combine_.run(combine_.first(node, nodes_), node, nodes_,
                  [&](Claim now, Claim) { combine(now.index); });
@@ -211,11 +212,9 @@ class Pass {
   int64_t sums_bytes() const { return block() * kTileRows * static_cast<int64_t>(sizeof(float)); }
   int64_t worker_bytes() const { return 2 * sums_bytes() + kScratchBytes; }
 
-  Piece gate_up_piece(Phase::Claim claim) const {
-    return claim.index < 0 ? Piece() : gate_up_rows_[claim.node].cut(claim.index);
-  }
-  Piece down_piece(Phase::Claim claim) const {
-    return claim.index < 0 ? Piece() : down_rows_[claim.node].cut(claim.index);
+  // The piece of a phase that was claimed, `rows` being each node's.
+  static Piece piece(const Rows* rows, Phase::Claim claim) {
+    return claim.index < 0 ? Piece() : rows[claim.node].cut(claim.index);
   }
 
   // The tiles of a piece of the first part of `matrix`, in memory one after the other.
@@ -258,7 +257,8 @@ class Pass {
     const int64_t end = piece.row + piece.rows;
     for (int64_t row = piece.row; row < end; row += run) {
       const Piece mine{piece.active, row, std::min(run, end - row)};
-      const Piece next = row + run < end ? Piece{piece.active, row + run, 1} : after;
+      const char* const next =
+          row + run < end ? w13.tile(expert, 0, row + run) : tiles(w13, after).data();
       for (int64_t first = 0; first < slots; first += kTokenBlock) {
         const int64_t tokens = std::min(kTokenBlock, slots - first);
         for (int64_t t = 0; t < tokens; ++t) {
@@ -269,8 +269,7 @@ class Pass {
           multiply(w13, expert, 0, mine, w13.tile(expert, 1, row), x_block_log2_, acts, tokens,
                    scratch, gate);
         }
-        multiply(w13, expert, w13.parts - 1, mine, tiles(w13, next).data(), x_block_log2_, acts,
-                 tokens, scratch, up);
+        multiply(w13, expert, w13.parts - 1, mine, next, x_block_log2_, acts, tokens, scratch, up);
         for (int64_t at = 0; at < mine.rows; at += kTileRows) {
           activate(expert, row + at, std::min(kTileRows, mine.rows - at), first, tokens,
                    gate + at * tokens, up + at * tokens);
@@ -312,14 +311,14 @@ class Pass {
     const int64_t row_end = piece.row + piece.rows;
     for (int64_t row = piece.row; row < row_end; row += run) {
       const Piece mine{piece.active, row, std::min(run, row_end - row)};
-      const Piece next = row + run < row_end ? Piece{piece.active, row + run, 1} : after;
+      const char* const next =
+          row + run < row_end ? w2.tile(expert, 0, row + run) : tiles(w2, after).data();
       // The tokens of a block pass over the tiles while these are in L2, then those of the next
       // block.
       for (int64_t first = ws_.expert_begin[expert]; first < end; first += kTokenBlock) {
         const int64_t tokens = std::min(kTokenBlock, end - first);
         for (int64_t t = 0; t < tokens; ++t) acts[t] = ws_.inter.data() + (first + t) * inter_row_;
-        multiply(w2, expert, 0, mine, tiles(w2, next).data(), kActBlockLog2, acts, tokens, scratch,
-                 sums);
+        multiply(w2, expert, 0, mine, next, kActBlockLog2, acts, tokens, scratch, sums);
         for (int64_t at = 0; at < mine.rows; at += kTileRows) {
           const Epilogue epilogue = w2.epilogue(expert, 0, row + at);
           const int64_t rows = std::min(kTileRows, mine.rows - at);

@@ -46,12 +46,7 @@ inline void e8m0_to_floats(const uint8_t* scale, int64_t rows, float* out) {
 // Through the tables that fp8 weights have: a fifth of the instructions that shifts and comparisons
 // take, which were 20% of all in nvfp4, whose groups have 16 weights.
 inline void e4m3_to_floats(const uint8_t* scale, int64_t rows, float* out) {
-  const __m512i codes = load_codes(scale, rows);
-  const __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Tables.low), codes,
-                                                 _mm512_load_si512(kFp8Tables.low + 64));
-  __m512i upper = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Tables.high), codes,
-                                           _mm512_load_si512(kFp8Tables.high + 64));
-  upper = _mm512_ternarylogic_epi32(upper, codes, _mm512_set1_epi8(-128), 0xf8);  // | (codes & 80)
+  const auto [lower, upper] = fp8_bytes(load_codes(scale, rows));
   store_words(_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper), out);
 }
 

@@ -33,22 +33,31 @@ struct Fp8Tables {
 };
 inline constexpr Fp8Tables kFp8Tables;
 
+// The bf16 of 64 codes, their lower and their upper bytes.
+struct Fp8Bytes {
+  __m512i lower;
+  __m512i upper;
+};
+inline Fp8Bytes fp8_bytes(__m512i codes) {
+  const __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Tables.low), codes,
+                                                 _mm512_load_si512(kFp8Tables.low + 64));
+  const __m512i upper = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Tables.high), codes,
+                                                 _mm512_load_si512(kFp8Tables.high + 64));
+  const __m512i sign = _mm512_set1_epi8(-128);
+  return {lower, _mm512_ternarylogic_epi32(upper, codes, sign, 0xf8)};  // upper | codes & sign
+}
+
 struct Fp8 {
   using Math = Pairs;
   static constexpr int kUnit = 4;
   // First the pair of bytes 0 and 2, then of 1 and 3: each is where a mask and a shift can put it.
   static constexpr uint8_t kOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
   static void unpack(U32x16 bits, Pairs::Weights* w) {
-    const auto codes = (__m512i)bits.v[0];
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Tables.low), codes,
-                                                 _mm512_load_si512(kFp8Tables.low + 64));
-    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Tables.high), codes,
-                                            _mm512_load_si512(kFp8Tables.high + 64));
-    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xf8);  // | (codes & 80)
-    // Even bytes: low | high << 8. Odd bytes: low >> 8 | high & ff00.
-    const __m512i even_bytes = _mm512_set1_epi16(0x00ff);
-    w[0] = (__m512bh)_mm512_ternarylogic_epi32(low, _mm512_slli_epi16(high, 8), even_bytes, 0xec);
-    w[1] = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high, even_bytes, 0xf4);
+    const auto [lower, upper] = fp8_bytes((__m512i)bits.v[0]);
+    // Even bytes: lower | upper << 8. Odd bytes: lower >> 8 | upper & ff00.
+    const __m512i even = _mm512_set1_epi16(0x00ff);
+    w[0] = (__m512bh)_mm512_ternarylogic_epi32(lower, _mm512_slli_epi16(upper, 8), even, 0xec);
+    w[1] = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi16(lower, 8), upper, even, 0xf4);
   }
 };
 
