@@ -55,7 +55,8 @@ class HybridMoEMethod(FusedMoEMethodBase):
         self.follower = sharing.follower()
         if config.accelerator != "none":
             self.number = _layer_number(prefix)
-            self.lane = Lane.of(self.number, lambda: _make_lane(config))
+            model = get_current_vllm_config()
+            self.lane = Lane.of(self.number, model, lambda: _make_lane(config))
         logger.info_once(
             "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
             info.isa,

@@ -99,6 +99,7 @@ class Lane:
         self.threshold = threshold if isinstance(threshold, int) else 0
         self._streams = self._auto is not None or self.threshold > 0
         self._tokens, self._ahead, self._watchdog_seconds = tokens, ahead, watchdog_seconds
+        self._model: weakref.ref[object] | None = None
         self._announced: list[int] = []
         self._added: weakref.WeakValueDictionary[int, LaneLayer] = weakref.WeakValueDictionary()
         self._window: PrefetchWindow | None = None
@@ -107,14 +108,21 @@ class Lane:
         self._complete = False
 
     @staticmethod
-    def of(number: int, make: Callable[[], Lane]) -> Lane:
+    def of(number: int, model: object, make: Callable[[], Lane]) -> Lane:
         """The lane that a layer with this number joins while its model is built: the latest, or a
-        new one if that is of another model, which is complete, gone or was given up.
+        new one if that is of another `model`, or is complete, gone or was given up.
         """
         global _latest
         lane = _latest() if _latest else None
-        if lane is None or lane._complete or number in lane._announced:
+        if (
+            lane is None
+            or lane._model is None
+            or lane._model() is not model
+            or lane._complete
+            or number in lane._announced
+        ):
             lane = make()
+            lane._model = weakref.ref(model)
             _latest = weakref.ref(lane)
         lane._announced.append(number)
         return lane

@@ -101,7 +101,7 @@ def test_a_lane_of_many_layers(accelerator: Accelerator) -> None:
     lane = Lane(accelerator, tokens=200, threshold=100, ahead=2)
     numbers = [3 + 2 * i for i in range(len(made))]
     for number in numbers:
-        Lane.of(number, lambda: lane)
+        Lane.of(number, lane, lambda: lane)
     added = [
         lane.add(number, f"layer {number}", layer, TOP_K)
         for number, layer in zip(numbers, made, strict=True)
@@ -158,7 +158,7 @@ def test_experts_of_another_engine(accelerator: Accelerator, format: str) -> Non
     lane = Lane(accelerator, tokens=64, threshold=20, ahead=1)
     numbers = range(len(made))
     for number in numbers:
-        Lane.of(number, lambda: lane)
+        Lane.of(number, lane, lambda: lane)
     added = [lane.add(number, f"layer {number}", made[number], TOP_K) for number in numbers]
     for tokens in (7, 50):
         x, ids, weights = batch(random, tokens, accelerator.device)
@@ -214,7 +214,7 @@ def test_capturing_a_streamed_batch_goes_to_the_cpu(cuda: Accelerator) -> None:
     random = Random(17)
     (layer,) = layers(random, 1)
     lane = Lane(cuda, tokens=64, threshold=8)
-    Lane.of(0, lambda: lane)
+    Lane.of(0, lane, lambda: lane)
     added = lane.add(0, "layer 0", layer, TOP_K)
     inputs = batch(random, 64, cuda.device)
     graph = torch.cuda.CUDAGraph()

@@ -45,6 +45,10 @@ def accelerator() -> Iterator[Pinning]:
     accelerator.close()
 
 
+class Model:
+    """What the layers of one have in common."""
+
+
 def model(
     accelerator: HostAccelerator, numbers: tuple[int, ...], **settings: Any
 ) -> tuple[list[ExpertLayer], list[LaneLayer]]:
@@ -55,7 +59,8 @@ def model(
         random_layer(random, formats[n % 3], EXPERTS, HIDDEN, 64, bias=n % 2 == 1).make()
         for n in numbers
     ]
-    announced = [Lane.of(n, lambda: Lane(accelerator, MOST, **settings)) for n in numbers]
+    one = Model()
+    announced = [Lane.of(n, one, lambda: Lane(accelerator, MOST, **settings)) for n in numbers]
     return made, [
         lane.add(n, f"layers.{n}", layer, TOPK)
         for lane, n, layer in zip(announced, numbers, made, strict=True)
@@ -221,11 +226,16 @@ def test_a_lane_ends_with_its_layers(accelerator: Pinning) -> None:
     memory = [weakref.ref(tensor) for layer in made for tensor in layer.tensors.values()]
     # Another model has a lane of its own, and so has one that is built after another was given up.
     _, other = model(accelerator, (2, 3))
-    given_up = Lane.of(0, lambda: Lane(accelerator, MOST))
+    given_up = Lane.of(0, Model(), lambda: Lane(accelerator, MOST))
     _, last = model(accelerator, (0, 1))
     owners = [{id(layer.lane) for layer in layers} for layers in (kept, other, last)]
     assert all(len(owner) == 1 for owner in owners)
     assert len(set.union({id(given_up)}, *owners)) == 4
+    # The same where no number of one is the other's.
+    given_up = Lane.of(9, Model(), lambda: Lane(accelerator, MOST))
+    _, beside = model(accelerator, (2, 3))
+    assert {id(layer.lane) for layer in beside}.isdisjoint({id(given_up)})
+    del beside
     window = kept[0].lane._window
     assert window is not None
     accelerator.synchronize(window._copies)  # the next layer's is on its way

@@ -31,7 +31,8 @@ def test_an_error_in_a_callback_ends_its_step(method: str, monkeypatch: pytest.M
     random = Random(randrange(1 << 30))
     accelerator = HostAccelerator()
     experts = random_layer(random, "bf16", 4, 64, 64).make()
-    layer = Lane.of(7, lambda: Lane(accelerator, tokens=8)).add(7, "layers.7", experts, topk=2)
+    one = Lane.of(7, experts, lambda: Lane(accelerator, tokens=8))
+    layer = one.add(7, "layers.7", experts, topk=2)
     wrong: list[bool] = []
 
     def callback() -> None:
