@@ -44,10 +44,17 @@ def server(log: Path, *arguments: str, **environment: str) -> Iterator[str]:
     Gives the base URL once the server answers. Raises SystemExit with the end of its log if it
     does not. The server and its children are stopped on leaving.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    vllm = Path(sys.executable).with_name("vllm")
+    process, url = start(log, *arguments, **environment)
+    try:
+        _wait(process, url, log)
+        yield url
+    finally:
+        _stop(process)
+
+
+def start(log: Path, *arguments: str, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
+    """The process of such a server, in a session of its own, and the base URL it will have."""
+    vllm, port = Path(sys.executable).with_name("vllm"), free_port()
     command = [str(vllm), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -59,12 +66,14 @@ def server(log: Path, *arguments: str, **environment: str) -> Iterator[str]:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait(process, url, log)
-        yield url
-    finally:
-        _stop(process)
+    return process, f"http://127.0.0.1:{port}"
+
+
+def free_port() -> int:
+    """One of this host that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

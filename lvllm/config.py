@@ -193,7 +193,12 @@ class HybridConfig(BaseModel):
         """The settings of the engine that is being built in this process."""
         from vllm.config import get_current_vllm_config
 
-        return cls.model_validate(get_current_vllm_config().additional_config[RESOLVED])
+        return cls.carried(get_current_vllm_config())
+
+    @classmethod
+    def carried(cls, vllm_config: Any) -> "HybridConfig":
+        """What the front process has left in an engine's configuration."""
+        return cls.model_validate(vllm_config.additional_config[RESOLVED])
 
 
 def _check_model(vllm_config: Any, accelerator: Accelerator) -> None:

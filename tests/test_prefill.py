@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from lvllm.config import RESOLVED, HybridConfig
+from lvllm.envs import ThreadBinding, UseWeight
 from lvllm.prefill import decoding, engine, prefilling
 from lvllm.prefill.caches import Caches, Copies, Copy, Sizes
 from lvllm.prefill.memory import Held, Place
@@ -322,8 +324,25 @@ def test_the_prefill_engine_ends(router: Any, caplog: pytest.LogCaptureFixture) 
 
 def test_loading_beside_steps() -> None:
     ours, theirs = grouped(9), grouped(9)
-    resolved = {"lvllm_resolved": {"omp_cpus": [[min(os.sched_getaffinity(0))]]}}
-    worker = decoding.Worker(SimpleNamespace(additional_config=resolved), cache_config(9))
+    own = ((min(os.sched_getaffinity(0)),),)
+    resolved = HybridConfig(
+        thread_binding=ThreadBinding.CPU_CORE,
+        power_saving=False,
+        use_weight=UseWeight.KEEP,
+        quantize_on="cpu",
+        engine_cpus=own,
+        omp_cpus=own,
+        numa_interleave=False,
+        accelerator="none",
+        gpu_resident_moe_layers=(),
+        gpu_prefetch_window=0,
+        gpu_prefill_min_batch_size=0,
+        watchdog_seconds=0,
+        shared_experts=None,
+        prefill_engine=None,
+    )
+    carrier = SimpleNamespace(additional_config={RESOLVED: resolved.model_dump(mode="json")})
+    worker = decoding.Worker(carrier, cache_config(9))
     worker.register(ours)
     held = Held(2, worker.handshake().block_bytes)
     saver = Caches(theirs, 9)

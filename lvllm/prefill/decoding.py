@@ -18,6 +18,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
+from lvllm.config import HybridConfig
 from lvllm.prefill import engine
 from lvllm.prefill.caches import Caches, Copies, Copy, Sizes
 from lvllm.prefill.memory import Held, Memory
@@ -236,7 +237,7 @@ class Worker:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._blocks = kv_cache_config.num_blocks
-        self._cpus = engine.own_cpus(vllm_config)
+        (self._cpus,) = HybridConfig.carried(vllm_config).omp_cpus  # there is one worker
         self._loading: dict[str, Future[None]] = {}
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:

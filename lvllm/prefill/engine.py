@@ -10,12 +10,12 @@ import queue
 import select
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack
 from typing import Any
 
 from lvllm.prefill.memory import Place
 
-__all__ = ["Client", "own_cpus", "subordinate"]
+__all__ = ["Client", "subordinate"]
 
 # The process whose end is the prefill engine's, too.
 _PARENT = "_LVLLM_PREFILL_PARENT"
@@ -38,13 +38,16 @@ class Client:
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        from vllm.utils.system_utils import set_env_var
         from vllm.v1.engine.core_client import SyncMPClient
         from vllm.v1.executor import Executor
 
         config = _configured(vllm_config, kv_cache_config)
         gpu = vllm_config.kv_transfer_config.kv_connector_extra_config["gpu"]
-        devices = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-        with _environment({_PARENT: str(os.getpid()), **devices}):
+        with ExitStack() as environment:  # of the processes that are started meanwhile
+            environment.enter_context(set_env_var(_PARENT, str(os.getpid())))
+            if gpu is not None:
+                environment.enter_context(set_env_var("CUDA_VISIBLE_DEVICES", str(gpu)))
             self._client = SyncMPClient(config, Executor.get_class(config), log_stats=False)
         manager: Any = self._client.resources.engine_manager
         self.process = manager.processes[0].pid
@@ -139,14 +142,6 @@ def subordinate() -> None:
     threading.Thread(target=wait, name=_PARENT, daemon=True).start()
 
 
-def own_cpus(vllm_config: Any) -> tuple[int, ...]:
-    """Of a worker, which is its engine's only one."""
-    from lvllm.config import RESOLVED
-
-    cpus: tuple[int, ...] = tuple(vllm_config.additional_config[RESOLVED]["omp_cpus"][0])
-    return cpus
-
-
 def _configured(vllm_config: Any, kv_cache_config: Any) -> Any:
     """The prefill engine's configuration: the decoding one's, but for what follows."""
     from vllm.config import CUDAGraphMode, KVTransferConfig
@@ -177,19 +172,3 @@ def _configured(vllm_config: Any, kv_cache_config: Any) -> Any:
     config.cache_config.num_gpu_blocks = None
     config.cache_config.num_gpu_blocks_override = None
     return config
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """For the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                with suppress(KeyError):
-                    del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -150,10 +149,9 @@ def _held(worker: Any) -> list[int]:
 
 def _run_replicas(job: Job, replicas: int) -> Answers:
     """A job with data parallelism: each replica answers its share of the prompts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    prompts = job["prompts"]
+    from vllm.utils.network_utils import get_open_port
+
+    prompts, port = job["prompts"], get_open_port()
     with ProcessPoolExecutor(replicas, mp_context=_imported()) as pool:
         shares = [
             pool.submit(

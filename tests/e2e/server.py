@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from urllib.request import urlopen
 
 import openai
 
+from examples.demo import start
 from tests.e2e.generate import ROOT
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -39,13 +39,6 @@ def fail_to_serve(*arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def free_port() -> int:
-    """One of this host that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Server:
     """A server in a session of its own, whose processes are killed when the block ends.
 
@@ -56,18 +49,8 @@ class Server:
     """
 
     def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
-        self.log, port = log, free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [VLLM, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)],
-                cwd=ROOT,
-                env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        self.log = log
+        self.process, self.url = start(log, *arguments, **environment)
 
     def __enter__(self) -> Self:
         return self

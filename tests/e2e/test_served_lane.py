@@ -15,11 +15,12 @@ import pytest
 import torch
 import transformers
 
+from examples.demo import free_port
 from lvllm import evaluation
 from tests.e2e import reference
 from tests.e2e.generate import TINY
 from tests.e2e.hang import Hang
-from tests.e2e.server import Server, free_port
+from tests.e2e.server import Server
 
 TOKENS = 8
 # 9 to 17 tokens each: with chunks of up to 32, batches on both sides of the threshold.
