@@ -57,7 +57,7 @@ lint: ## check format, lint, types, and that the generated documentation is curr
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
-	@$(RUN) -m lvllm.envs | cmp - docs/configuration.md \
+	@$(RUN) -m lvllm.settings.variables | cmp - docs/configuration.md \
 		|| { echo 'error: docs/configuration.md is not current: run `make docs`' >&2; exit 1; }
 	@$(RUN) -m tests.e2e.table --check
 
@@ -69,7 +69,7 @@ format: ## format all code in place
 
 docs: install ## regenerate docs/configuration.md
 	@mkdir -p docs
-	$(RUN) -m lvllm.envs > docs/configuration.md
+	$(RUN) -m lvllm.settings.variables > docs/configuration.md
 
 models-table: install ## rerun the tests of whole models and put what they find into the READMEs
 	$(RUN) -m pytest $(SIDE_BY_SIDE) tests/e2e/test_exactness.py tests/e2e/test_formats.py \
@@ -87,7 +87,7 @@ verify-upstream: ## prove that vllm/ is the pinned upstream, byte for byte
 
 clean: ## remove everything built; keep .venv, the fetched wheels and the laid-in tree
 	find build -mindepth 1 -maxdepth 1 ! -name upstream -exec rm -rf {} + 2>/dev/null || true
-	rm -rf dist lvllm/_engine.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist lvllm/engine/_engine.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 clean-upstream: ## remove the laid-in vllm/ tree, with any edits in it
 	find vllm -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

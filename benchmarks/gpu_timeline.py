@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from lvllm.experts import ExpertLayer
+from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
-from lvllm.gpu.host import HostAccelerator, HostStream
+from lvllm.gpu.stand_in import HostAccelerator, HostStream
 from lvllm.gpu.window import PrefetchWindow
 
 __all__ = ["TracedHost", "busy", "draw", "of_host", "of_trace", "timeline"]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from lvllm.loading.checkpoint import INDEX, Checkpoint
+from lvllm.checkpoint.headers import INDEX, Checkpoint
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ CHILD = """
 import json, re, resource, sys, time
 from pathlib import Path
 import torch
-from lvllm import bank
+from lvllm.engine import bank
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -75,7 +75,7 @@ print("found", json.dumps(found))
 TOUCH = """
 import sys, time
 import torch
-from lvllm import bank
+from lvllm.engine import bank
 memory = bank.allocate((1, int(sys.argv[1])), torch.uint8)
 start = time.perf_counter()
 memory.fill_(1)

@@ -43,7 +43,8 @@ from benchmarks.peers.settings import Refused, Settings
 from benchmarks.probes import PROBE_BYTES, Probes, last_level_cache, machine
 from benchmarks.report import Report, plot, table, write_markdown
 from benchmarks.weights import FORMATS, layer_bytes
-from lvllm import bank, engine
+from lvllm import engine
+from lvllm.engine import bank
 
 WORKING_BYTES = (1 << 30) + 2 * PROBE_BYTES  # beside the layers
 PROCESS_BYTES = 400 << 20  # of an engine's interpreter and PyTorch

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lvllm import bank, engine
+from lvllm import engine
+from lvllm.engine import bank
 
 PROBE_BYTES = 256 << 20
 TRIES = 2  # of which the better counts

@@ -79,7 +79,7 @@ class BuildUpstream(_Step):
 
 
 class BuildEngine(_Step):
-    """Build lvllm/_engine.so: in the checkout for an editable install, else in build_lib."""
+    """Build lvllm/engine/_engine.so: in the checkout for an editable install, else in build_lib."""
 
     def run(self) -> None:
         """Raises BuildError if the engine does not build."""

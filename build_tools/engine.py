@@ -1,6 +1,6 @@
 """Builds the C++ engine with CMake and Ninja, both of which come from pip.
 
-`python -m build_tools.engine` builds lvllm/_engine.so in the checkout, incrementally;
+`python -m build_tools.engine` builds lvllm/engine/_engine.so in the checkout, incrementally;
 `python -m build_tools.engine test` builds and runs the C++ tests; `test asan` and `test tsan` do so
 under sanitizers.
 """
@@ -20,7 +20,7 @@ from build_tools.googletest import find_googletest
 from build_tools.target import ROOT
 
 BUILD = ROOT / "build"
-LIBRARY = Path("lvllm", "_engine.so")
+LIBRARY = Path("lvllm", "engine", "_engine.so")
 
 # Each in a build folder of its own: all objects differ.
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
@@ -50,7 +50,7 @@ def _output(*command: str) -> str:
 
 
 def build_engine(destination: Path) -> None:
-    """Build the engine and put it at `destination`/lvllm/_engine.so. Raises BuildError."""
+    """Build the engine and put it at `destination`/lvllm/engine/_engine.so. Raises BuildError."""
     build, stage = BUILD / "engine", BUILD / "engine-install"
     _compile(build)
     _run(_tool("cmake"), "--install", str(build), "--prefix", str(stage))

@@ -6,7 +6,7 @@ vLLM calls `register` in every process it starts, and may call it more than once
 import os
 from typing import Any
 
-from lvllm import envs
+from lvllm.settings import variables
 
 
 def register() -> None:
@@ -16,23 +16,24 @@ def register() -> None:
     prints any other exception as a traceback.
     """
     try:
-        if not envs.enabled(os.environ):
+        if not variables.enabled(os.environ):
             return
-        from lvllm.config import resolve
+        from lvllm.settings.configuration import resolve
 
         resolve(os.environ, None)  # the variables alone, before any configuration is read
-    except envs.SettingError as error:
+    except variables.SettingError as error:
         raise SystemExit(f"lvllm: {error}") from None
     from vllm.platforms import current_platform
 
-    from lvllm import failure
+    from lvllm.faults import process
     from lvllm.loading import model_loader
-    from lvllm.prefill import engine as prefill_engine
-    from lvllm.upstream import lora, quantization_configs, segments
+    from lvllm.patches import lora, segments
+    from lvllm.prefill import client as prefill_engine
+    from lvllm.upstream import quantization_configs
 
     _replace_routed_experts()
     _check_every_configuration()
-    failure.install()
+    process.install()
     lora.register()
     quantization_configs.register()
     model_loader.install()
@@ -47,19 +48,13 @@ def _complete_cpu_platform() -> None:
     linear layers, routers and pictures run. Its worker for GPUs is its own, so no step's output
     tells of faults there.
     """
-    from lvllm import faults
-    from lvllm.upstream import (
-        collectives,
-        fp8_linear,
-        integer_linear,
-        picture_steps,
-        pictures,
-        routing,
-    )
+    from lvllm.faults import request
+    from lvllm.patches import collectives, picture_steps, pictures, routing
+    from lvllm.upstream import fp8_linear, integer_linear
 
     _allow_experts_without_gate()
     collectives.register()
-    faults.register()
+    request.register()
     fp8_linear.register()
     integer_linear.register()
     picture_steps.register()
@@ -71,7 +66,7 @@ def _replace_routed_experts() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from lvllm.routed_experts import REPLACED
+    from lvllm.moe.routed_experts import REPLACED
 
     for upstream, ours in REPLACED.items():
         if upstream.__name__ not in op_registry_oot:
@@ -82,7 +77,7 @@ def _replace_routed_experts() -> None:
 
 
 def _only_if_resident(layer: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
-    from lvllm.routed_experts import is_resident, resident_method
+    from lvllm.moe.routed_experts import is_resident, resident_method
 
     if is_resident(prefix):
         return resident_method(layer, prefix, quant_config, moe_config)
@@ -121,8 +116,8 @@ def _check_every_configuration() -> None:
     """
     from vllm.platforms import current_platform
 
-    from lvllm import startup
-    from lvllm.loading.checkpoint import CheckpointError
+    from lvllm.checkpoint.headers import CheckpointError
+    from lvllm.worker import startup
 
     platform = type(current_platform)
     upstream = platform.check_and_update_config
@@ -133,7 +128,7 @@ def _check_every_configuration() -> None:
         upstream(vllm_config)
         try:
             startup.prepare(vllm_config)
-        except (envs.SettingError, CheckpointError) as error:
+        except (variables.SettingError, CheckpointError) as error:
             raise SystemExit(f"lvllm: {error}") from None
 
     platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]

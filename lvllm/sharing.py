@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from lvllm import bank
+from lvllm.engine import bank
 
 __all__ = ["Follower", "Owner", "apart", "follower", "held", "join", "leave", "name_of", "owner"]
 

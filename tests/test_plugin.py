@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import vllm.platforms
 
-from lvllm import plugin, startup
+from lvllm import plugin
+from lvllm.worker import startup
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_layer_is_replaced_however_often_the_plugin_is_loaded() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
 
-    from lvllm.routed_experts import HybridRoutedExperts
+    from lvllm.moe.routed_experts import HybridRoutedExperts
 
     for _ in range(3):
         plugin.register()
@@ -32,7 +33,7 @@ def test_a_models_own_expert_class_is_refused_and_not_ignored(
     """Unless its layer is resident: then it is left to vLLM, as is any other."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from lvllm import routed_experts
+    from lvllm.moe import routed_experts
 
     class OwnExperts(RoutedExperts):
         pass

@@ -16,19 +16,20 @@ from typing import Any
 import pytest
 import torch
 
-from lvllm import bank, engine, sharing
+from lvllm import engine, sharing
+from lvllm.engine import bank
 from tests.experts import Random
-from tests.owner import LARGE, layers
+from tests.sharing_owner import LARGE, layers
 
 ROOT = Path(__file__).parents[1]
 
 
 class Process:
-    """`tests.owner` at work."""
+    """`tests.sharing_owner` at work."""
 
     def __init__(self, name: str, seed: int) -> None:
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "tests.owner", name, str(seed)],
+            [sys.executable, "-m", "tests.sharing_owner", name, str(seed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -14,7 +14,8 @@ import torch
 from benchmarks.cases import Batch
 from benchmarks.peers.settings import Refused, Settings
 from benchmarks.weights import FORMATS, GROUP_SIZE, RandomWeights
-from lvllm import bank, engine
+from lvllm import engine
+from lvllm.engine import bank
 
 PACKAGE = ""
 __all__ = ["FORMATS", "PACKAGE", "prepare", "run", "version"]

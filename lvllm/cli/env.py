@@ -10,8 +10,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lvllm import config, engine, placement, startup, threads
-from lvllm.envs import SettingError
+from lvllm import engine
+from lvllm.checkpoint.moe_layers import describe_layers
+from lvllm.machine import cpus
+from lvllm.settings import configuration
+from lvllm.settings.variables import SettingError
+from lvllm.worker import startup
 
 
 def env(
@@ -26,7 +30,7 @@ def env(
     """
     try:
         file = read_yaml(config_file) if config_file else {}
-        settings = config.resolve(os.environ, section(file))
+        settings = configuration.resolve(os.environ, section(file))
         machine_defaults = _machine_defaults(settings, file)
     except SettingError as error:
         raise SystemExit(f"lvllm: {error}") from None
@@ -38,16 +42,16 @@ def env(
     Console().print(table)
 
 
-def _text(value: Any, setting: config.Setting) -> str:
+def _text(value: Any, setting: configuration.Setting) -> str:
     if isinstance(value, tuple):
-        return placement.describe(list(value)) or "(none)"
+        return describe_layers(list(value)) or "(none)"
     if isinstance(value, bool):
         return str(int(value))
     return f"({setting.variable.default_text})" if value is None else str(value)
 
 
 def _machine_defaults(
-    settings: Mapping[str, config.Setting], file: Mapping[str, Any]
+    settings: Mapping[str, configuration.Setting], file: Mapping[str, Any]
 ) -> dict[str, int | str]:
     """What unset settings come to on this machine, with the ranks that `file` asks for."""
     ranks = 1
@@ -56,7 +60,7 @@ def _machine_defaults(
         if not isinstance(size, int) or size < 1:
             raise SettingError(f"{name}={size!r} is not allowed: a whole number of at least 1")
         ranks *= size
-    default = threads.default_threads(startup.machine(), ranks)
+    default = cpus.default_threads(startup.machine(), ranks)
     lk_threads = settings["lk_threads"].value or default
     return {
         "lk_threads": lk_threads,

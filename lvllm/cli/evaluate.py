@@ -9,12 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lvllm import engine, envs, evaluation
+from lvllm import engine, evaluation
 from lvllm.evaluation import measure, passages, report, saved
 from lvllm.evaluation.likelihood import check_vocabularies
 from lvllm.evaluation.processes import Work
 from lvllm.evaluation.questions import TINY_MOE
 from lvllm.evaluation.subjects import FORMATS, Checkpoint, Server, Subject
+from lvllm.settings import variables
 
 TOP = 512
 SERVED_TOP = 20  # what a vLLM server allows unless told otherwise
@@ -112,7 +113,7 @@ def evaluate(
         if save and read and rows[-1].likelihoods:
             saved.save(save, saved.Saved(rows[-1].name, read, rows[-1].likelihoods))
         about = report.notes(rows, read.source if read else "", rows[0].name)
-        if not server and (formats or envs.enabled(os.environ)):
+        if not server and (formats or variables.enabled(os.environ)):
             about.append(f"Experts on LvLLM's engine ({engine.info().isa}).")
         if markdown:
             report.write_page(markdown, report.markdown(rows, about))

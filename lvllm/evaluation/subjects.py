@@ -7,11 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+from lvllm.checkpoint.headers import read_header
 from lvllm.evaluation.backends import EvaluationError, ask_server
 from lvllm.evaluation.passages import LocalTokenizer, Tokenizer
 from lvllm.evaluation.processes import Outcome, Work, run_apart, run_vllm
 from lvllm.evaluation.readers import MOST, read_server
-from lvllm.loading.checkpoint import read_header
 
 EXPORTED = ("fp8", "int8", "int4", "mxfp4", "nvfp4")
 DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16"}

@@ -4,7 +4,7 @@
 
 Every file of weights becomes one of the same name. Its header is known before its tensors are, so
 that these are read, quantised and written one by one: memory stays at the largest tensor, what it
-becomes, and the working memory of `lvllm.quantize`.
+becomes, and the working memory of `lvllm.engine.quantize`.
 """
 
 import json
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lvllm import quantize
+from lvllm.checkpoint.headers import INDEX, TensorInfo
+from lvllm.engine import quantize
 from lvllm.export import folder, fused, selection
 from lvllm.export.schemes import FORMATS, GROUP_SIZE, Scheme, scheme
 from lvllm.export.tensorfile import ExportError, Tensor, TensorFile, size_of_file, write
-from lvllm.loading.checkpoint import INDEX, TensorInfo
 
 __all__ = ["FORMATS", "ExportError", "export"]
 

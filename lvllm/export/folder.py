@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lvllm.checkpoint.headers import Checkpoint, CheckpointError
 from lvllm.export.tensorfile import ExportError
-from lvllm.loading.checkpoint import Checkpoint, CheckpointError
 
 __all__ = ["check_apart", "check_space", "others", "read_config", "read_headers", "working_in"]
 

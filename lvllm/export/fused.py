@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from math import prod
 
+from lvllm.checkpoint.headers import TensorInfo
 from lvllm.export.tensorfile import Columns, ExportError
-from lvllm.loading.checkpoint import TensorInfo
 
 __all__ = ["FAMILIES", "split"]
 

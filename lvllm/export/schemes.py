@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lvllm import quantize, weights
+from lvllm.engine import quantize, weight_formats
 from lvllm.export.tensorfile import ExportError, Tensor
 
 __all__ = ["FORMATS", "GROUP_SIZE", "Scheme", "scheme"]
@@ -89,8 +89,8 @@ def scheme(format: str, group_size: int = GROUP_SIZE) -> Scheme:
 
 
 def _int4(group: int) -> Scheme:
-    if group not in weights.GROUP_SIZES:
-        allowed = ", ".join(map(str, weights.GROUP_SIZES))
+    if group not in weight_formats.GROUP_SIZES:
+        allowed = ", ".join(map(str, weight_formats.GROUP_SIZES))
         raise ExportError(f"--group-size {group} is not allowed: {allowed}")
 
     def make(weight: torch.Tensor) -> dict[str, torch.Tensor]:

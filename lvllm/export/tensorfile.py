@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-from lvllm.loading.checkpoint import DTYPES, TensorInfo
+from lvllm.checkpoint.headers import DTYPES, TensorInfo
 
 __all__ = ["Columns", "ExportError", "Tensor", "TensorFile", "header_of", "size_of_file", "write"]
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from lvllm import activations, bank, sharing
-from lvllm.engine import ExpertLayer
+from lvllm import sharing
+from lvllm.engine import ExpertLayer, bank
+from lvllm.moe import activations
 
 __all__ = [
     "ExpertFormat",
@@ -52,7 +53,7 @@ class ExpertFormat:
     """Of a weight."""
     computable = True
     """Whether the engine computes it as it is stored. If not, `tensors` may have more than the
-    arguments of `ExpertLayer`; `lvllm.dequantize` says what.
+    arguments of `ExpertLayer`; `lvllm.engine.dequantize` says what.
     """
     arrives = True
     """Whether the model hands every tensor to a parameter's loader, so that it is counted."""

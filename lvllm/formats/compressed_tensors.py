@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 
-from lvllm import weights
+from lvllm.engine import weight_formats
 from lvllm.formats import integers
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
 from lvllm.formats.fp4 import Mxfp4, Nvfp4
@@ -56,7 +56,10 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
                 QuantizationStrategy.TENSOR: "tensor",
             }
             scales = kinds.get(how.strategy)
-            if scales == "block" and how.block_structure != [weights.BLOCK, weights.BLOCK]:
+            if scales == "block" and how.block_structure != [
+                weight_formats.BLOCK,
+                weight_formats.BLOCK,
+            ]:
                 raise ValueError(f"{prefix}: blocks are {how.block_structure}, must be [128, 128]")
             if scales is not None and how.symmetric:
                 return Fp8(scales, "weight_scale", static_inputs=static)

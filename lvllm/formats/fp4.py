@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module
 from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 
-from lvllm import weights
+from lvllm.engine import weight_formats
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
 
 __all__ = ["Mxfp4", "Nvfp4"]
@@ -27,7 +27,7 @@ def add_codes_and_scales(
     """Register the codes, uint8 [E, rows, columns / 2], and weight_scale [E, rows, columns / g],
     filled with the byte `missing`.
     """
-    stored = weights.FORMATS[format]
+    stored = weight_formats.FORMATS[format]
     group = stored.group_size
     assert group is not None
     for name, _, rows, columns in shape.matrices:

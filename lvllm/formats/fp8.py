@@ -12,14 +12,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightSc
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
-from lvllm import weights
-from lvllm.formats.base import (
-    ExpertFormat,
-    Shape,
-    add_parameter,
-    add_weights,
-    check_scales,
-)
+from lvllm.engine import weight_formats
+from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
 from lvllm.formats.unquantized import Unquantized
 
 __all__ = ["Fp8", "find"]
@@ -41,7 +35,7 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
     if quant_config.store_dtype is not None:
         raise ValueError(f"{prefix}: store_dtype {quant_config.store_dtype!r} is not supported")
     block = quant_config.weight_block_size
-    if block not in (None, [weights.BLOCK, weights.BLOCK]):
+    if block not in (None, [weight_formats.BLOCK, weight_formats.BLOCK]):
         raise ValueError(f"{prefix}: weight_block_size is {block}, must be [128, 128]")
     static = quant_config.activation_scheme == "static"
     if block is None:
@@ -69,17 +63,17 @@ class Fp8(ExpertFormat):
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        if self.scales == "block" and shape.intermediate % weights.BLOCK != 0:
+        if self.scales == "block" and shape.intermediate % weight_formats.BLOCK != 0:
             raise ValueError(
                 f"gate and up have {shape.intermediate} rows in this process, no multiple of the"
-                f" {weights.BLOCK} that share a scale: use another tensor-parallel size, or expert"
-                " parallelism"
+                f" {weight_formats.BLOCK} that share a scale: use another tensor-parallel size, or"
+                " expert parallelism"
             )
         add_weights(layer, shape, "weight", torch.float8_e4m3fn, attributes)
         how = FusedMoeWeightScaleSupported[self.scales.upper()].value
         for name, parts, rows, columns in shape.matrices:
             size = {
-                "block": (-(-rows // weights.BLOCK), -(-columns // weights.BLOCK)),
+                "block": (-(-rows // weight_formats.BLOCK), -(-columns // weight_formats.BLOCK)),
                 "channel": (rows, 1),
                 "tensor": (parts,) if name == "w13" else (),
             }[self.scales]

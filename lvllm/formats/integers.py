@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lvllm import weights
+from lvllm.engine import weight_formats
 from lvllm.formats.base import Shape, add_parameter, narrow
 
 __all__ = ["add_order", "computable", "groups_of", "tensors", "whole"]
@@ -21,7 +21,7 @@ def computable(bits: int, size: int | None, *, symmetric: bool) -> bool:
     """Whether the engine computes groups of `size` columns (None: a row) as they are."""
     if bits == 8:
         return size is None and symmetric
-    return size is None or any(size % group == 0 for group in weights.GROUP_SIZES)
+    return size is None or any(size % group == 0 for group in weight_formats.GROUP_SIZES)
 
 
 def groups_of(layer: Any, name: str, columns: int, size: int | None, ordered: bool) -> int:
@@ -85,7 +85,7 @@ def tensors(
         found["group_size"] = size
         if size is not None and "w13_order" not in found and computable(4, size, symmetric=True):
             # A scale may stand several times: the engine's groups are the largest that divide.
-            group = max(group for group in weights.GROUP_SIZES if size % group == 0)
+            group = max(group for group in weight_formats.GROUP_SIZES if size % group == 0)
             found["group_size"] = group
             scales, zeros = (
                 {name: data.repeat_interleave(size // group, dim=2) for name, data in of.items()}

@@ -119,7 +119,7 @@ def open_accelerator(name: str) -> Accelerator:
 
         return CudaAccelerator()
     if name == "host":
-        from lvllm.gpu.host import HostAccelerator
+        from lvllm.gpu.stand_in import HostAccelerator
 
         return HostAccelerator()
     raise ValueError(f"accelerator is {name!r}, must be one of cuda, host")

@@ -1,7 +1,7 @@
 """Experts in the engine's order and format -> plain matrices of the model's dtype, on a device.
 
 What lies in the staging buffers of a GPU are the engine's bytes: tiles of 64 rows, transposed in
-units of four bytes (`lvllm.tiles`), in 4, 8 or 16 bits. One Triton kernel reads each byte once and
+units of four bytes (`engine.tiles`), in 4, 8 or 16 bits. One Triton kernel reads each byte once and
 writes each value once, 2.6 to 4 bytes a weight: at 4 TB/s that is a small part of the time in which
 a bus of 55 GB/s brings the half byte to two bytes of the weight. In plain PyTorch, where every
 step is a pass over memory, 4-bit weights would take 45 bytes, more time than the bus.
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from lvllm.dequantize import values
-from lvllm.experts import ExpertLayer
-from lvllm.tiles import WEIGHT_UNIT, from_tiles
+from lvllm.engine.dequantize import values
+from lvllm.engine.expert_layer import ExpertLayer
+from lvllm.engine.tiles import WEIGHT_UNIT, from_tiles
 
 __all__ = ["convert"]
 

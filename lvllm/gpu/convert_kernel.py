@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lvllm.tiles import TILE_ROWS, WEIGHT_UNIT
-from lvllm.weights import BLOCK, FORMATS
+from lvllm.engine.tiles import TILE_ROWS, WEIGHT_UNIT
+from lvllm.engine.weight_formats import BLOCK, FORMATS
 
 COLUMNS = 64
 """Of a block: with 64 rows at most 16 values a thread of four warps."""

@@ -12,10 +12,10 @@ from functools import partial
 
 import torch
 
-from lvllm.experts import ExpertLayer
+from lvllm.engine.expert_layer import ExpertLayer
+from lvllm.engine.ops import raw_ops
 from lvllm.gpu.accelerator import Accelerator, Stream
 from lvllm.gpu.watchdog import Steps
-from lvllm.ops import raw_ops
 
 __all__ = ["EXCHANGE_BYTES", "Exchange", "HybridCall"]
 

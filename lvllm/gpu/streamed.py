@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch.nn import functional as F
 
-from lvllm.experts import ExpertLayer
+from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu.convert import convert
 
 __all__ = ["SCRATCH_BYTES", "run"]

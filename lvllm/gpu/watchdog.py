@@ -15,7 +15,7 @@ from threading import Condition, Thread
 
 import torch
 
-from lvllm import failure
+from lvllm.faults import process
 from lvllm.gpu.accelerator import Accelerator, Stream
 
 __all__ = ["Steps", "StreamSteps", "Watchdog"]
@@ -45,7 +45,7 @@ class Watchdog:
         self,
         accelerator: Accelerator,
         seconds: float,
-        end: Callable[[str], object] = failure.end_now,
+        end: Callable[[str], object] = process.end_now,
     ) -> None:
         self.accelerator = accelerator
         self.numbers = torch.arange(NUMBERS, dtype=torch.int32, device=accelerator.device)

@@ -20,12 +20,14 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
-from lvllm import failure, memory_plan, startup
-from lvllm.arrivals import LayerError
-from lvllm.config import HybridConfig
-from lvllm.loading.checkpoint import Checkpoint, TensorInfo, pickle_refused
+from lvllm.checkpoint.headers import Checkpoint, TensorInfo, pickle_refused
+from lvllm.faults import process
 from lvllm.loading.completeness import require_all
 from lvllm.loading.reader import FileTensor, Reader, in_loading_order
+from lvllm.machine import memory_plan
+from lvllm.moe.arrivals import LayerError
+from lvllm.settings.configuration import HybridConfig
+from lvllm.worker import startup
 
 __all__ = ["describe", "install", "weights_iterator"]
 
@@ -68,7 +70,7 @@ def install() -> None:
             if line is None:
                 raise
             logger.debug("Loading failed", exc_info=True)
-            failure.end(line)
+            process.end(line)
 
     def load_all_weights(self: Any, model: Any, model_config: Any) -> None:
         if _load_format() is None or model_config.runner_type == "draft":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from lvllm.loading.checkpoint import TensorInfo
+from lvllm.checkpoint.headers import TensorInfo
 
 __all__ = ["FileTensor", "Reader", "in_loading_order"]
 

@@ -18,10 +18,10 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.logger import init_logger
 
-from lvllm.config import HybridConfig
-from lvllm.prefill import engine
+from lvllm.prefill import client
 from lvllm.prefill.caches import Caches, Copies, Copy, Sizes
 from lvllm.prefill.memory import Held, Memory
+from lvllm.settings.configuration import HybridConfig
 
 __all__ = ["Scheduler", "Worker"]
 
@@ -72,7 +72,7 @@ class Scheduler:
         self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
         self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._min_tokens = vllm_config.kv_transfer_config.kv_connector_extra_config["min_tokens"]
-        self._client: engine.Client | None = None
+        self._client: client.Client | None = None
         self._prompts: dict[str, Prompt] = {}
         self._queue: deque[Prompt] = deque()
         self._sent: dict[str, Prompt] = {}
@@ -87,7 +87,7 @@ class Scheduler:
         """Once the worker has its caches: the second engine."""
         (sizes,) = metadata.values()
         self._block_bytes = sizes.block_bytes
-        self._client = engine.Client(self._vllm_config, self._kv_cache_config)
+        self._client = client.Client(self._vllm_config, self._kv_cache_config)
         self._free = self._client.blocks
         logger.info(
             "LvLLM: prompts of %d tokens or more are prefilled by process %d",
@@ -241,10 +241,10 @@ class Worker:
         self._loading: dict[str, Future[None]] = {}
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        from lvllm import workers
+        from lvllm.machine import thread_pool
 
         self._caches = Caches(kv_caches, self._blocks)
-        self._thread: ThreadPoolExecutor = workers.pool(1, self._cpus)
+        self._thread: ThreadPoolExecutor = thread_pool.pool(1, self._cpus)
 
     def handshake(self) -> Sizes:
         return Sizes(self._caches.block_bytes)

@@ -26,7 +26,7 @@ from vllm.model_executor.parameter import (
 from vllm.platforms.interface import PlatformEnum
 from vllm.scalar_type import scalar_types
 
-from lvllm import dequantize
+from lvllm.engine import dequantize
 from lvllm.formats import packing
 
 __all__ = ["DequantizedIntegerLinear", "GptqLinear", "register"]

@@ -12,9 +12,9 @@ from vllm.lora import model_manager
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
 
-from lvllm.config import _check_features
-from lvllm.envs import SettingError
-from lvllm.upstream import lora
+from lvllm.patches import lora
+from lvllm.settings.configuration import _check_features
+from lvllm.settings.variables import SettingError
 from tests.e2e import reference
 from tests.e2e.generate import ONE_PROCESS, TINY, Answers, Job, generate
 from tests.e2e.test_exactness import BOUND, check_against_reference, prompts

@@ -18,7 +18,7 @@ from compressed_tensors.compressors import pack_to_int32
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lvllm.quantize import int4
+from lvllm.engine.quantize import int4
 
 Tensors = dict[str, torch.Tensor]
 EXPERTS = r"\.experts\.\d+\.(gate_proj|up_proj|down_proj)\.weight$"

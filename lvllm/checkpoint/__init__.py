@@ -1,0 +1,23 @@
+"""What a model's files say about it, read without vLLM: config.json and safetensors headers."""
+
+from lvllm.checkpoint.headers import (
+    INDEX,
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    pickle_refused,
+    read_header,
+)
+from lvllm.checkpoint.moe_layers import describe_layers, layer_number, moe_layers
+
+__all__ = [
+    "INDEX",
+    "Checkpoint",
+    "CheckpointError",
+    "TensorInfo",
+    "describe_layers",
+    "layer_number",
+    "moe_layers",
+    "pickle_refused",
+    "read_header",
+]

@@ -1,0 +1,69 @@
+"""Which decoder layers of a model have routed experts, read from its `config.json`."""
+
+import re
+from typing import Any
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer that a module or tensor of this name belongs to, in the model's own
+    numbering, whatever stands before it (`language_model.model.layers.3.mlp`,
+    `backbone.layers.3.mixer`); None outside of them.
+    """
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def moe_layers(text_config: Any) -> list[int]:
+    """Indices of the decoder layers with routed experts, in the model's own numbering.
+
+    `text_config` is the language model's Hugging Face configuration. Families say in different
+    fields which layers are dense; fields that a configuration lacks exclude nothing.
+    """
+    layers = int(text_config.num_hidden_layers)
+    return [layer for layer in range(layers) if _has_experts(text_config, layer)]
+
+
+def _has_experts(config: Any, layer: int) -> bool:
+    def field(name: str, default: Any) -> Any:
+        value = getattr(config, name, None)
+        return default if value is None else value
+
+    # Lists with one entry a layer: GLM, EXAONE, Laguna; then Nemotron-H; then MiMo.
+    if types := field("mlp_layer_types", None):
+        return types[layer] == "sparse"
+    if pattern := field("hybrid_override_pattern", None):
+        return pattern[layer] == "E"
+    frequency = field("moe_layer_freq", 1)
+    if isinstance(frequency, list):
+        return bool(frequency[layer])
+    # Lists of the layers with experts: Step-3, Llama 4.
+    if (listed := field("moe_layers_enum", None)) is not None:
+        return layer in {int(index) for index in listed.split(",")}
+    if (listed := field("moe_layers", None)) is not None:
+        return layer in listed
+    return (
+        # DeepSeek, GLM-4, Kimi; AFMoE and LFM2 under another name
+        layer >= field("first_k_dense_replace", 0)
+        and layer >= field("num_dense_layers", 0)
+        and layer % frequency == 0
+        # Qwen
+        and layer not in field("mlp_only_layers", ())
+        and (layer + 1) % field("decoder_sparse_step", 1) == 0
+        # ERNIE
+        and layer >= field("moe_layer_start_index", 0)
+        and (layer + 1) % field("moe_layer_interval", 1) == 0
+    )
+
+
+def describe_layers(layers: list[int]) -> str:
+    """Layers in the notation of LVLLM_GPU_RESIDENT_MOE_LAYERS: [1, 2, 3, 7] -> `1-3,7`."""
+    parts: list[str] = []
+    start = 0
+    for end, layer in enumerate(layers):
+        if end + 1 == len(layers) or layers[end + 1] != layer + 1:
+            first = layers[start]
+            parts.append(f"{first}" if first == layer else f"{first}-{layer}")
+            start = end + 1
+    return ",".join(parts)

@@ -1,0 +1,96 @@
+"""Memory for expert weights: huge pages, each expert's rows on the NUMA nodes that compute them.
+
+There is one copy: the loader writes into these tensors, the engine computes on them, and a GPU
+streams from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lvllm.engine.ops import raw_ops
+
+__all__ = [
+    "allocate",
+    "allocated_bytes",
+    "available_bytes",
+    "map_shared",
+    "page_nodes",
+    "shared_place",
+]
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> torch.Tensor:
+    """A zeroed CPU tensor of shape [E, rows, ...] in the engine's memory.
+
+    Pages come into being when they are written, except on a machine with several NUMA nodes: there
+    each node's share of an expert's rows is touched at once, so that it lies on that node, unless
+    `engine.configure` has been told to interleave. The memory goes back to the machine when the
+    tensor's storage dies, and if `engine.configure` has been told to share it, when no other
+    process maps it either.
+
+    Args:
+        shape: E experts, rows an expert, then any further dimensions.
+        dtype: any fixed-size dtype.
+        parts: blocks of rows that are divided among the nodes one by one: 2 for w13, whose gate
+            rows and up rows are needed together, 1 for w2.
+
+    Raises:
+        ValueError: if the rows cannot be cut into that many parts.
+        MemoryError: with the size asked for, what is free, and the settings that need less.
+    """
+    if len(shape) < 2 or any(size < 1 for size in shape):
+        raise ValueError(f"shape is {tuple(shape)}, wanted [experts, rows, ...] of positive sizes")
+    experts, rows = shape[0], shape[1]
+    if parts < 1 or rows % parts != 0:
+        raise ValueError(f"parts is {parts}, must divide the {rows} rows of an expert")
+    row_bytes = math.prod(shape[2:]) * dtype.itemsize
+    try:
+        memory = raw_ops.allocate(experts, parts, rows // parts, row_bytes)
+    except RuntimeError as error:
+        raise MemoryError(
+            f"{error}; LVLLM_MOE_USE_WEIGHT=INT4 or a smaller kv-cache-memory-bytes needs less"
+        ) from None
+    return memory.view(dtype).view(tuple(shape))
+
+
+def allocated_bytes() -> int:
+    """Bytes of this memory in use, in whole huge pages; not what `map_shared` gave."""
+    size: int = raw_ops.allocated_bytes()
+    return size
+
+
+def shared_place(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Where a tensor begins in shared memory: (file descriptor, offset, bytes of the whole). The
+    descriptor is open as long as the memory is allocated.
+
+    Raises ValueError for any other memory.
+    """
+    descriptor, offset, size = raw_ops.shared_place(tensor.data_ptr())
+    return descriptor, offset, size
+
+
+def map_shared(descriptor: int, size: int) -> torch.Tensor:
+    """uint8 [size] of another process's `shared_place`. Writing to it ends the process.
+
+    Raises RuntimeError if the memory is smaller.
+    """
+    memory: torch.Tensor = raw_ops.map_shared(descriptor, size)
+    return memory
+
+
+def available_bytes() -> int:
+    """Bytes that the machine, or the memory cgroup of this process, can still give."""
+    size: int = raw_ops.available_bytes()
+    return size
+
+
+def page_nodes(tensor: torch.Tensor, *, step: int = 4096) -> list[int]:
+    """The NUMA node of every step-th byte of a tensor's memory, -1 where no page is yet."""
+    start = tensor.data_ptr()
+    addresses = list(range(start, start + tensor.numel() * tensor.element_size(), step))
+    nodes: list[int] = raw_ops.page_nodes(addresses)
+    return nodes

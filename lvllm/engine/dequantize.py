@@ -1,0 +1,104 @@
+"""What stored experts mean: their weights in float32.
+
+The arguments of `ExpertLayer` that hold weights, and more than the engine computes:
+
+- int8 with w13_scale [E, rows, groups] and w13_zero [E, rows, groups], w2 alike;
+- int4 and int8 with w13_order int32 [E, 2, columns] (of gate and up) and w2_order [E, 1, columns]:
+  the group of each column, if groups do not follow one another;
+- int4 in groups of any size.
+
+All is elementwise, so that every device gives the same bits.
+"""
+
+from typing import Any
+
+import torch
+
+from lvllm.engine import weight_formats
+
+__all__ = ["computable", "nibbles", "values"]
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def computable(tensors: dict[str, Any]) -> bool:
+    """Whether these are arguments of `ExpertLayer`, and not more than the engine computes."""
+    if "w13_order" in tensors:
+        return False
+    match tensors["format"]:
+        case "int8":
+            return tensors["w13_scale"].dim() == 2 and "w13_zero" not in tensors
+        case "int4":
+            return tensors.get("group_size") in (None, -1, *weight_formats.GROUP_SIZES)
+    return True
+
+
+def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu") -> torch.Tensor:
+    """float32 [rows, columns] of one expert's w13 or w2, on `device`."""
+
+    def of(suffix: str) -> torch.Tensor | None:
+        whole: torch.Tensor | None = tensors.get(name + suffix)
+        return None if whole is None else whole[expert].to(device)
+
+    stored, scale, zero, order = of(""), of("_scale"), of("_zero"), of("_order")
+    assert stored is not None
+    format = tensors["format"]
+    if format in ("bf16", "fp16"):
+        return stored.float()
+    assert scale is not None
+    if format == "fp8":
+        return stored.float() * _of_blocks(scale, *stored.shape)
+    if format == "mxfp4":
+        return _e2m1(stored) * _along(_exponents(scale), 2 * stored.shape[1], 32)
+    if format == "nvfp4":
+        by_part = of("_global_scale")
+        assert by_part is not None
+        by_part = by_part.view(-1, 1, 1)
+        scale = (scale.float().unflatten(0, (len(by_part), -1)) * by_part).flatten(0, 1)
+        return _e2m1(stored) * _along(scale, 2 * stored.shape[1], 16)
+    codes = stored.float() if format == "int8" else nibbles(stored).float()
+    columns = codes.shape[1]
+    scale = scale.view(len(scale), -1)
+    size = tensors.get("group_size")
+    if size in (None, -1):
+        size = columns // scale.shape[1]
+    if zero is None:
+        centred = codes - (0.0 if format == "int8" else 8.0)
+    else:
+        centred = codes - _along(zero.view(scale.shape), columns, size, order)
+    return centred * _along(scale, columns, size, order)
+
+
+def _along(
+    scale: torch.Tensor, columns: int, size: int, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[rows, groups] -> float32 [rows, columns], each once for every column of its group."""
+    scale = scale.float()
+    if order is None:
+        return scale.repeat_interleave(size, dim=1)[:, :columns]
+    parts = scale.unflatten(0, (len(order), -1))
+    return torch.cat([part[:, groups] for part, groups in zip(parts, order, strict=True)])
+
+
+def _of_blocks(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """fp8 scales of blocks, of rows or of all -> what broadcasts to [rows, columns]."""
+    if scale.dim() < 2:
+        return scale.view(-1, 1)
+    scale = scale.repeat_interleave(weight_formats.BLOCK, dim=0)[:rows]
+    return scale.repeat_interleave(weight_formats.BLOCK, dim=1)[:, :columns]
+
+
+def nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, columns / 2] -> codes [rows, columns], the even ones from the low nibbles."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def _e2m1(packed: torch.Tensor) -> torch.Tensor:
+    table = torch.tensor((*E2M1, *(-value for value in E2M1)), device=packed.device)
+    return table.float()[nibbles(packed).int()]
+
+
+def _exponents(scale: torch.Tensor) -> torch.Tensor:
+    """e8m0 -> float32: the code is the exponent's bits, but for 0, which is a subnormal number."""
+    bits = scale.int() << 23
+    return torch.where(scale == 0, torch.full_like(bits, 1 << 22), bits).view(torch.float32)

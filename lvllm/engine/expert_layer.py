@@ -1,0 +1,225 @@
+"""ExpertLayer: the routed experts of one layer, in every format that the engine computes.
+
+E experts, H hidden, I intermediate, g group size along K, M tokens, k experts a token. K is the
+dimension that a projection sums over: H for w13, I for w2.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Literal, get_args
+
+import torch
+
+from lvllm.engine import weight_formats
+from lvllm.engine.ops import raw_ops
+
+__all__ = ["Activation", "ExpertLayer"]
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "relu2"]
+UNGATED = ("relu2",)
+"""Activations of one projection; all others multiply a gate with an up projection."""
+
+
+class ExpertLayer:
+    """The routed experts of one layer.
+
+    Args:
+        format: how the weights are stored, one of `weight_formats.FORMATS`.
+        w13: [E, 2I, H]: for each expert the gate rows, then the up rows; [E, I, H] if the
+            activation has no gate. uint8 [E, 2I, H/2] for the 4-bit formats.
+        w2: [E, H, I], or uint8 [E, H, I/2].
+        w13_scale, w2_scale: for a projection [E, rows, columns] (columns counts weights)
+            fp8: float32 [E, ceil(rows/128), ceil(columns/128)], [E, rows] or [E];
+            int8: float32 [E, rows];
+            int4: bfloat16, float16 or float32 [E, rows, ceil(columns/g)]; without groups [E, rows];
+            mxfp4: uint8, the exponents of e8m0, [E, rows, ceil(columns/32)];
+            nvfp4: float8_e4m3fn [E, rows, ceil(columns/16)].
+        w13_zero, w2_zero: int4 only, uint8 of the scale's shape: subtracted instead of 8.
+        w13_global_scale, w2_global_scale: nvfp4 only, float32, multiplied with the scales: [E, 2]
+            for gate and up ([E, 1] without a gate), and [E].
+        w13_bias, w2_bias: bfloat16, float16 or float32, [E, 2I] and [E, H]; optional.
+        group_size: of int4: 32, 64 or 128; None or -1: one scale a row.
+        activation: "silu", "gelu" (exact), "gelu_tanh": f(gate) * up.
+            "swigluoai": (up + beta) * gate * sigmoid(alpha * gate), after gate was limited to at
+            most `swiglu_limit` and up to plus or minus that (gpt-oss; DeepSeek-V4 has alpha 1 and
+            beta 0). "swiglustep": silu(gate), then limited to at most `swiglu_limit`, times up
+            limited to plus or minus that (Step-3.5). "relu2": relu(up)^2, without a gate.
+        swiglu_alpha, swiglu_beta: of swigluoai.
+        swiglu_limit: of swigluoai and swiglustep.
+        interleaved: the rows of w13, its scales, zero points and bias are gate 0, up 0, gate 1, ...
+        activation_bits: 16 or 8. 8 rounds activations to 8 bits, in blocks along K with a float32
+            scale each (of x the largest of 32, 64, 128 and 256 that divides g, and 256 without
+            groups; 32 of the intermediate); int8 and int4 only, and only where the CPU has VNNI:
+            elsewhere they keep 16. None: the variable LK_ACTIVATION_BITS, else 8 for int8 and 16
+            for the others.
+        apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
+        ordered: the tensors are those of another layer, in the engine's order: they are only read.
+
+    All tensors are contiguous and on the CPU. The layer owns them: it puts weights, scales, zero
+    points and float32 biases in its own order (`tiles`) in place and computes on that memory,
+    without a second copy. `bank.allocate` gives memory that is fast to compute on.
+
+    Sums are in float32. The relative Frobenius error against float32 on dequantised weights is
+    below 3e-3, most of it the rounding of the result (3.5e-3 for float16 x where the CPU multiplies
+    bfloat16); below 1.5e-2 with 8-bit activations. A token's result depends neither on threads and
+    NUMA nodes nor on the other tokens in the batch.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+    """
+
+    def __init__(
+        self,
+        *,
+        format: str,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        w13_scale: torch.Tensor | None = None,
+        w2_scale: torch.Tensor | None = None,
+        w13_zero: torch.Tensor | None = None,
+        w2_zero: torch.Tensor | None = None,
+        w13_global_scale: torch.Tensor | None = None,
+        w2_global_scale: torch.Tensor | None = None,
+        w13_bias: torch.Tensor | None = None,
+        w2_bias: torch.Tensor | None = None,
+        group_size: int | None = None,
+        activation: str = "silu",
+        swiglu_alpha: float = 1.702,
+        swiglu_beta: float = 1.0,
+        swiglu_limit: float = 7.0,
+        interleaved: bool = False,
+        activation_bits: int | None = None,
+        apply_router_weight_on_input: bool = False,
+        ordered: bool = False,
+    ) -> None:
+        weight_formats.check_choice("format", format, tuple(weight_formats.FORMATS))
+        weight_formats.check_choice("activation", activation, get_args(Activation))
+        stored = weight_formats.FORMATS[format]
+        parts = 1 if activation in UNGATED else 2
+        if interleaved and parts == 1:
+            raise ValueError(f"interleaved is True, but activation {activation} has no gate")
+        if not swiglu_limit > 0:
+            raise ValueError(f"swiglu_limit is {swiglu_limit}, must be greater than 0")
+        for name, factor in (("swiglu_alpha", swiglu_alpha), ("swiglu_beta", swiglu_beta)):
+            if not math.isfinite(factor):
+                raise ValueError(f"{name} is {factor}, must be finite")
+        bits = weight_formats.activation_bits(format, activation_bits)
+
+        weight_formats.check_weights("w13", w13, stored.weight)
+        weight_formats.check_weights("w2", w2, stored.weight)
+        experts, rows, hidden = w13.shape[0], w13.shape[1], w13.shape[2] * stored.values
+        if rows % (parts * stored.values) != 0:
+            raise ValueError(
+                f"w13 has {rows} rows an expert, wanted a multiple of {parts * stored.values}:"
+                f" {'gate and up' if parts == 2 else 'no gate'}, {stored.values} weights an element"
+            )
+        intermediate = rows // parts
+        if tuple(w2.shape) != (experts, hidden, intermediate // stored.values):
+            raise ValueError(
+                f"w2 has shape {tuple(w2.shape)}, w13 of {tuple(w13.shape)} wants "
+                f"{(experts, hidden, intermediate // stored.values)}"
+            )
+        group = weight_formats.group_size(format, group_size, max(hidden, intermediate))
+        shapes = {"w13": (experts, rows, hidden), "w2": (experts, hidden, intermediate)}
+        w13_scale = weight_formats.check_scale("w13_scale", w13_scale, format, shapes["w13"], group)
+        w2_scale = weight_formats.check_scale("w2_scale", w2_scale, format, shapes["w2"], group)
+        w13_zero = weight_formats.check_zero("w13_zero", w13_zero, format, w13_scale)
+        w2_zero = weight_formats.check_zero("w2_zero", w2_zero, format, w2_scale)
+        if (w13_zero is None) != (w2_zero is None):
+            given, missing = ("w2", "w13") if w13_zero is None else ("w13", "w2")
+            raise ValueError(f"{given}_zero was given, but {missing}_zero was not")
+        for name, scale, shape in (
+            ("w13_global_scale", w13_global_scale, (experts, parts)),
+            ("w2_global_scale", w2_global_scale, (experts,)),
+        ):
+            weight_formats.check_presence(name, scale, format, wanted=format == "nvfp4")
+            if scale is not None:
+                weight_formats.check_tensor(name, scale, (torch.float32,), (shape,))
+        for name, bias, shape in (
+            ("w13_bias", w13_bias, (experts, rows)),
+            ("w2_bias", w2_bias, (experts, hidden)),
+        ):
+            if bias is not None:
+                weight_formats.check_tensor(name, bias, weight_formats.FLOATS, (shape,))
+
+        self.format = format
+        self.activation = activation
+        self.activation_bits = bits
+        self.num_experts, self.hidden_size, self.intermediate_size = experts, hidden, intermediate
+        self.parts = parts
+        """Projections in w13: 2, gate and up, or 1."""
+        self.group_size = group
+        """Columns that share a scale: all of a row without groups, 0 where no columns do."""
+        self.swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
+        self.apply_router_weight_on_input = apply_router_weight_on_input
+        # The engine keeps pointers only.
+        self._tensors: dict[str, torch.Tensor | None] = {
+            "w13": w13,
+            "w2": w2,
+            "w13_scale": w13_scale,
+            "w2_scale": w2_scale,
+            "w13_zero": w13_zero,
+            "w2_zero": w2_zero,
+            "w13_global_scale": w13_global_scale,
+            "w2_global_scale": w2_global_scale,
+            "w13_bias": None if w13_bias is None else w13_bias.float(),
+            "w2_bias": None if w2_bias is None else w2_bias.float(),
+        }
+        handle: int = raw_ops.layer_create(
+            format,
+            activation,
+            bits,
+            group,
+            interleaved,
+            swiglu_alpha,
+            swiglu_beta,
+            swiglu_limit,
+            apply_router_weight_on_input,
+            *self._tensors.values(),
+            ordered,
+        )
+        self._ordered = ordered
+        self.handle = torch.tensor(handle, dtype=torch.int64, device="cpu")
+        """int64 scalar that names the layer to `torch.ops.lvllm.expert_block`."""
+        # The engine forgets the layer before the tensors go.
+        self._finalizer = weakref.finalize(self, raw_ops.layer_destroy, handle)
+        self._finalizer.atexit = False
+
+    def __call__(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over j of topk_weights[:, j] * expert topk_ids[:, j] of x.
+
+        Args:
+            x: [M, H] bfloat16 or float16; each row contiguous.
+            topk_ids: [M, k] int32 or int64; -1 skips the slot.
+            topk_weights: [M, k] float32.
+
+        Returns:
+            [M, H] in x's dtype.
+
+        Raises:
+            ValueError: for a wrong shape or dtype, an id that is no expert, or a released layer.
+        """
+        out: torch.Tensor = raw_ops.expert_block(x, topk_ids, topk_weights, self.handle)
+        return out
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the layer computes on, by the names of the arguments, in the engine's order."""
+        return {name: tensor for name, tensor in self._tensors.items() if tensor is not None}
+
+    def release(self) -> None:
+        """Puts all tensors back in the order they came in, and ends the layer.
+
+        Raises:
+            ValueError: if the layer was released before.
+        """
+        if self._ordered:
+            raw_ops.layer_destroy(self.handle.item())
+        else:
+            raw_ops.layer_restore(self.handle.item())
+        self._finalizer.detach()
+        self._tensors = {}

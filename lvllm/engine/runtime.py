@@ -1,0 +1,180 @@
+"""The engine of this process, which all layers share: its threads, its machine, its watch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from lvllm.engine.ops import raw_ops
+from lvllm.engine.weight_formats import check_choice
+
+__all__ = [
+    "ISAS",
+    "Binding",
+    "EngineInfo",
+    "Node",
+    "Topology",
+    "configure",
+    "info",
+    "topology",
+    "watch",
+]
+
+Binding = Literal["CPU_CORE", "NUMA_NODE"]
+
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+"""Instruction sets that the engine has kernels for, the plainest first."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A NUMA node as this process may use it."""
+
+    id: int
+    """The kernel's number."""
+    cores: tuple[tuple[int, ...], ...]
+    """The CPUs of each physical core: the first, then its SMT siblings. Empty: memory only."""
+    memory_bytes: int
+
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        return tuple(sorted(cpu for core in self.cores for cpu in core))
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The machine after the cgroup's cpuset and the process's CPU affinity."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def physical_cores(self) -> int:
+        return sum(len(node.cores) for node in self.nodes)
+
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        return tuple(sorted(cpu for node in self.nodes for cpu in node.cpus))
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the engine runs on."""
+
+    isa: str
+    """One of `ISAS`."""
+    threads: int
+    """Workers, the calling thread included."""
+    nodes: tuple[int, ...]
+    """NUMA nodes in use, by the kernel's number."""
+    cpus: tuple[tuple[int, ...], ...]
+    """Where each worker may run. The caller is one of them, but is not pinned: it counts as the
+    worker of the core that it happens to be on."""
+    worker_nodes: tuple[int, ...]
+    """The node of each worker."""
+    huge_pages: bool
+    """Whether the kernel gives transparent huge pages to memory that asks for them."""
+    binding: str
+    power_saving: bool
+
+
+def configure(
+    threads: int | None = None,
+    binding: str = "CPU_CORE",
+    power_saving: bool = False,
+    cpus: Sequence[int] | None = None,
+    topology: str | None = None,
+    isa: str | None = None,
+    interleave: bool = False,
+    shared: bool = False,
+) -> None:
+    """Sets up the engine of this process. Without it, the first use takes the defaults.
+
+    A later call with other values waits for a running call and starts the threads anew. Weights
+    keep the place that they were allocated in, so call it before `bank.allocate`.
+
+    Args:
+        threads: workers, the calling thread included; default one for each physical core.
+        binding: "CPU_CORE" pins each worker to a core, "NUMA_NODE" to the cores of its node.
+        power_saving: workers sleep as soon as a call ends, instead of spinning for 50 us first.
+        cpus: run on these CPUs only; default all that the process may use.
+        topology: a made-up machine for tests, "2 nodes x 3 cores x 2 threads" or, uneven,
+            "2 nodes x 3,1 cores x 2 threads": its threads are not pinned, memory is not placed.
+        isa: one of `ISAS`; default the variable LK_ISA, else the best that the CPU runs.
+        interleave: `bank.allocate` spreads pages over all NUMA nodes round-robin, instead of
+            placing each row's pages on the node that computes the row.
+        shared: `bank.allocate` gives memory that other processes can map, in huge pages from
+            Linux 6.1 on.
+
+    Raises:
+        ValueError: naming the argument, what came and what is allowed.
+    """
+    check_choice("binding", binding, get_args(Binding))
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}, must be at least 1")
+    if cpus is not None and len(cpus) == 0:
+        raise ValueError("cpus is empty, must name at least one CPU")
+    raw_ops.configure(
+        threads or 0,
+        binding,
+        power_saving,
+        list(cpus or ()),
+        topology or "",
+        isa or "",
+        interleave,
+        shared,
+    )
+
+
+def watch(log: torch.Tensor | None) -> None:
+    """From now on the engine notes in `log` which rows of its output hold NaN or infinity.
+
+    Args:
+        log: int64 [rows + 2, 3], zero at first, in any memory; None ends the watch. log[0, 0]
+            counts the rows noted; log[1 + r] is (handle of the first layer that row r went wrong
+            in, why, expert), with the handle 0 for none; log[rows + 1] stands for all rows beyond.
+            Why is 0: the input was not finite, 1: the router's weight for the expert, 2: the
+            expert's output, 3: the sum of all, in x's dtype. The expert is -1 for 0 and 3.
+
+    Raises:
+        ValueError: for another dtype or shape.
+    """
+    raw_ops.watch(log)
+
+
+def info() -> EngineInfo:
+    """What the engine runs on; starts it if it does not run yet."""
+    raw = json.loads(raw_ops.info())
+    workers = raw["workers"]
+    return EngineInfo(
+        isa=raw["isa"],
+        threads=len(workers),
+        nodes=tuple(raw["nodes"]),
+        cpus=tuple(tuple(worker["cpus"]) for worker in workers),
+        worker_nodes=tuple(worker["node"] for worker in workers),
+        huge_pages=_transparent_huge_pages(),
+        binding=raw["binding"],
+        power_saving=raw["power_saving"],
+    )
+
+
+def topology() -> Topology:
+    """The machine that the engine sees: nodes, cores, SMT siblings, memory. Starts no thread."""
+    return Topology(
+        tuple(
+            Node(node["id"], tuple(tuple(core) for core in node["cores"]), node["memory_bytes"])
+            for node in json.loads(raw_ops.topology())
+        )
+    )
+
+
+def _transparent_huge_pages() -> bool:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+    return "[never]" not in text

@@ -1,0 +1,170 @@
+"""How each weight format is stored, and the checks of the tensors that hold it.
+
+A check raises ValueError with one line: the argument, what came and what is wanted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 128
+"""Rows and columns that share one scale in blockwise fp8."""
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the weights of a format are stored."""
+
+    weight: torch.dtype
+    values: int = 1
+    """Weights in one element: 2 for 4-bit formats, the even K in the low nibble."""
+    scale: tuple[torch.dtype, ...] = ()
+    """Allowed dtypes of the scales; empty: it has none."""
+    group_size: int | None = None
+    """Of formats that fix it."""
+    activation_bits: tuple[int, ...] = (16,)
+    """What activations may be rounded to; the default first."""
+
+
+FORMATS = {
+    "bf16": WeightFormat(torch.bfloat16),
+    "fp16": WeightFormat(torch.float16),
+    "fp8": WeightFormat(torch.float8_e4m3fn, scale=(torch.float32,)),
+    "int8": WeightFormat(torch.int8, scale=(torch.float32,), activation_bits=(8, 16)),
+    "int4": WeightFormat(torch.uint8, 2, FLOATS, activation_bits=(16, 8)),
+    "mxfp4": WeightFormat(torch.uint8, 2, (torch.uint8,), group_size=32),
+    "nvfp4": WeightFormat(torch.uint8, 2, (torch.float8_e4m3fn,), group_size=16),
+}
+ACTIVATION_BITS = "LK_ACTIVATION_BITS"
+"""The variable that chooses between activations of 8 and of 16 bits."""
+
+GROUP_SIZES = (32, 64, 128)
+"""Of int4, beside one scale a row."""
+
+DTYPES = {name: stored.weight for name, stored in FORMATS.items()}
+"""Weight dtype of each format that the engine computes."""
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises ValueError unless the argument called `name` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, must be one of {', '.join(map(str, allowed))}")
+
+
+def activation_bits(format: str, given: int | None) -> int:
+    """The bits of a layer's activations.
+
+    Where no bits are given, the variable LK_ACTIVATION_BITS decides, as LK_ISA decides the
+    instruction set: both work for the engine without vLLM too.
+
+    Raises ValueError for bits that the format does not have, or a variable that is not 8 or 16.
+    """
+    if given is not None:
+        allowed = FORMATS[format].activation_bits
+        check_choice(f"activation_bits of format {format}", given, allowed)
+        return given
+    written = os.environ.get(ACTIVATION_BITS, "").strip()
+    if written not in ("", "8", "16"):
+        raise ValueError(f"{ACTIVATION_BITS}={written!r} is not allowed: 16 or 8")
+    return preferred_activation_bits(format, int(written) if written else None)
+
+
+def preferred_activation_bits(format: str, wanted: int | None) -> int:
+    """The bits of a layer's activations where one wish is for layers of all formats: a format that
+    knows only 16 bits keeps them. None wishes for the format's default.
+    """
+    allowed = FORMATS[format].activation_bits
+    return wanted if wanted in allowed else allowed[0]
+
+
+def group_size(format: str, given: int | None, largest: int) -> int:
+    """The group size as the engine wants it: `largest` for one group a row, 0 for no groups."""
+    if format != "int4":
+        fixed = FORMATS[format].group_size
+        if given not in (None, fixed):
+            raise ValueError(
+                f"group_size is {given}, but format {format} has "
+                + (f"groups of {fixed}" if fixed else "no groups")
+            )
+        return fixed or 0
+    if given in (None, -1):
+        return largest
+    check_choice("group_size", given, (*GROUP_SIZES, -1))
+    assert given is not None
+    return given
+
+
+def check_scale(
+    name: str,
+    scale: torch.Tensor | None,
+    format: str,
+    shape: tuple[int, int, int],
+    group: int,
+) -> torch.Tensor | None:
+    """The scale as the engine wants it: that of an int4 row without groups is [E, rows, 1]."""
+    dtypes = FORMATS[format].scale
+    check_presence(name, scale, format, wanted=bool(dtypes))
+    if scale is None:
+        return None
+    experts, rows, columns = shape
+    shapes: tuple[tuple[int, ...], ...]
+    if format == "fp8":
+        blocks = (experts, -(-rows // BLOCK), -(-columns // BLOCK))
+        shapes = (blocks, (experts, rows), (experts,))
+    elif format == "int8":
+        shapes = ((experts, rows),)
+    else:
+        shapes = ((experts, rows, -(-columns // group)),)
+        if format == "int4" and shapes[0][2] == 1:
+            shapes = (*shapes, (experts, rows))
+    check_tensor(name, scale, dtypes, shapes)
+    return scale.unsqueeze(-1) if group and scale.dim() == 2 else scale
+
+
+def check_zero(
+    name: str, zero: torch.Tensor | None, format: str, scale: torch.Tensor | None
+) -> torch.Tensor | None:
+    if zero is None:
+        return None
+    if format != "int4" or scale is None:
+        raise ValueError(f"{name} was given, but format {format} has no zero points")
+    shape = tuple(scale.shape)
+    check_tensor(name, zero, (torch.uint8,), (shape, shape[:2]) if shape[2] == 1 else (shape,))
+    return zero.view(shape)
+
+
+def check_presence(name: str, tensor: torch.Tensor | None, format: str, *, wanted: bool) -> None:
+    if tensor is None and wanted:
+        raise ValueError(f"{name} is missing, format {format} wants it")
+    if tensor is not None and not wanted:
+        raise ValueError(f"{name} was given, but format {format} has none")
+
+
+def check_weights(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dim() != 3 or 0 in tensor.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted [experts, rows, columns]")
+    check_tensor(name, tensor, (dtype,), (tuple(tensor.shape),))
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, ...]],
+) -> None:
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}, wanted {' or '.join(map(str, dtypes))}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}, wanted the CPU")
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, wanted {' or '.join(map(str, shapes))}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, wanted a contiguous tensor")

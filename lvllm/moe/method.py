@@ -1,0 +1,224 @@
+"""HybridMoEMethod: where a layer's batch of tokens is computed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed import ReduceOp
+from torch.nn import Module
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_ep_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from lvllm import sharing
+from lvllm.checkpoint.moe_layers import describe_layers, layer_number
+from lvllm.faults import process
+from lvllm.formats import ExpertFormat
+from lvllm.formats.base import Shape, add_biases, empty, shared_layer
+from lvllm.gpu.accelerator import open_accelerator
+from lvllm.gpu.break_even import Auto
+from lvllm.gpu.offload import Lane
+from lvllm.moe import activations
+from lvllm.moe.arrivals import EXPERTS, Arrivals
+from lvllm.moe.converted import Conversion, choose
+from lvllm.settings.configuration import HybridConfig
+from lvllm.worker import startup
+
+# vLLM shows the loggers below its own name only.
+logger = init_logger("vllm.plugins.lvllm")
+
+
+class HybridMoEMethod(FusedMoEMethodBase):
+    """Creates a layer's weights in engine memory and applies them with lk.
+
+    `weight_format` is how the checkpoint stores them. Raises ValueError for a layer that lk cannot
+    compute: an unknown activation.
+    """
+
+    # vLLM would move the weights to the GPU and back around process_weights_after_loading.
+    requires_device_loading = False
+
+    arrivals: Arrivals | None = None
+    lane: Lane | None = None
+    """That of the model, with an accelerator."""
+
+    def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
+        super().__init__(moe)
+        self._refuse_unsupported(moe, prefix)
+        config, rank = HybridConfig.current(), startup.host_rank()
+        self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        wanted = Conversion(
+            config.use_weight, config.quantize_on, config.engine_cpus[rank], self.dummy
+        )
+        self.weight_format = choose(weight_format, wanted, prefix)
+        info = startup.start_engine(rank)
+        self.follower = sharing.follower()
+        if config.accelerator != "none":
+            self.number = _layer_number(prefix)
+            model = get_current_vllm_config()
+            self.lane = Lane.of(self.number, model, lambda: _make_lane(config))
+        logger.info_once(
+            "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
+            info.isa,
+            info.threads,
+            len(info.nodes),
+            describe_layers(sorted({cpu for worker in info.cpus for cpu in worker})),
+        )
+
+    @staticmethod
+    def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:
+        try:
+            activations.arguments(moe)
+        except ValueError as error:
+            raise ValueError(f"{prefix}: {error}") from None
+        if not 1 <= moe.experts_per_token <= moe.num_experts:
+            raise ValueError(
+                f"{prefix}: config.json says that a token takes {moe.experts_per_token} of"
+                f" {moe.num_experts} experts"
+            )
+
+    def create_weights(  # type: ignore[override]
+        self,
+        layer: Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the layer's parameters, for vLLM's loader to fill."""
+        parts = 2 if self.moe.is_act_and_mul else 1
+        shape = Shape(num_experts, hidden_size, intermediate_size_per_partition, parts)
+        attributes = extra_weight_attrs
+        if self.follower is not None:
+            shape = replace(shape, allocate=sharing.on_meta)
+            attributes = extra_weight_attrs | {"weight_loader": sharing.leave}
+            with sharing.without_memory():
+                self._register(layer, shape, params_dtype, attributes)
+            return
+        if self.weight_format.arrives:
+            self.arrivals = Arrivals(
+                layer,
+                extra_weight_attrs["weight_loader"],
+                complete=lambda: self._hand_over(layer),
+            )
+            attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
+        with torch.device("cpu"):  # vLLM builds models for a GPU on it
+            self._register(layer, shape, params_dtype, attributes)
+        if self.arrivals is not None:
+            self.arrivals.expect(parts)
+
+    def _register(
+        self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        self.weight_format.create_weights(layer, shape, dtype, attributes)
+        if self.moe.has_bias:
+            add_biases(layer, shape, dtype, attributes)
+
+    def _hand_over(self, layer: Any) -> None:
+        """Hand the loaded weights to the engine, and free what they were loaded into if the engine
+        has them elsewhere: float32 scales of all layers would be an eighth of 4-bit weights.
+        """
+        # While a model is built and loaded, tensors are by default of the model's dtype.
+        with set_default_torch_dtype(torch.float32):
+            layer.engine = self.weight_format.finalize(layer)
+        layer.engine_handle = layer.engine.handle
+        parameters = layer.named_parameters(recurse=False)
+        empty(parameter for name, parameter in parameters if name.startswith(EXPERTS))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Raises ValueError if the checkpoint lacks any of the weights, or if another engine that
+        was loading them ended.
+        """
+        if self.follower is not None:
+            layer.engine = shared_layer(layer, self.follower)
+            layer.engine_handle = layer.engine.handle
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    delattr(layer, name)
+        if self.arrivals is not None and not self.dummy:
+            self.arrivals.require_all()
+        if not hasattr(layer, "engine"):  # nobody says of these weights when they are complete
+            self._hand_over(layer)
+        if self.lane is not None:
+            layer.in_lane = self.lane.add(
+                self.number,
+                layer.layer_name,
+                layer.engine,
+                topk=self.moe.experts_per_token,
+                routed=self.moe.num_experts,
+            )
+
+    def get_fused_moe_quant_config(self, layer: Module) -> FusedMoEQuantConfig:  # type: ignore[override]
+        """Activations reach the engine unquantised, whatever the weights are."""
+        return FusedMoEQuantConfig.make()
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype:
+        """lk takes 32-bit expert ids."""
+        return torch.int32
+
+    def apply(  # type: ignore[override]
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the routed experts of `layer` on x [M, H] -> [M, H], same dtype.
+
+        topk_ids [M, k] are global expert ids, or -1 for nothing; under expert parallelism the ones
+        of other ranks become -1, which the engine skips.
+        """
+        if layer.expert_map is not None:
+            # vLLM's routers give -1 to rows that pad a batch, which would be the last expert here.
+            topk_ids = layer.expert_map[topk_ids].where(topk_ids >= 0, -1)
+        if self.lane is None:
+            return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)
+        return torch.ops.lvllm.routed_experts(x, topk_ids, topk_weights, layer.engine_handle)
+
+
+def _layer_number(prefix: str) -> int:
+    number = layer_number(prefix)
+    if number is None:
+        raise ValueError(f"{prefix}: LVLLM_ACCELERATOR wants a layer with a number in its name")
+    return number
+
+
+def _make_lane(config: HybridConfig) -> Lane:
+    vllm_config = get_current_vllm_config()
+    threshold: int | Auto
+    if config.gpu_prefill_min_batch_size == "auto":
+        # What runs from a graph is computed on the CPU.
+        in_graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        threshold = Auto(vllm_config.model_config.dtype, _slowest, least=in_graphs + 1)
+    else:
+        threshold = config.gpu_prefill_min_batch_size
+    return Lane(
+        open_accelerator(config.accelerator),
+        tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        threshold=threshold,
+        ahead=config.gpu_prefetch_window,
+        watchdog_seconds=config.watchdog_seconds,
+    )
+
+
+def _slowest(seconds: Sequence[float]) -> Sequence[float]:
+    """The largest of each number among the ranks that hold parts of the same layers: those that
+    divide the experts or their rows, all replicas', but of one stage of the pipeline. They all call
+    this.
+    """
+    group, largest = get_ep_group(), torch.tensor(seconds, dtype=torch.float64)
+    if group.world_size > 1:
+        try:
+            torch.distributed.all_reduce(largest, ReduceOp.MAX, group=group.cpu_group)
+        except RuntimeError:
+            process.follow()  # a rank that could not load its layers is gone by now
+            raise
+    return largest.tolist()

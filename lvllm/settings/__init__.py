@@ -1,0 +1,1 @@
+"""The settings: what each is called, where its value comes from, and what is allowed."""

@@ -1,0 +1,126 @@
+"""The settings of the GPU lane, checked against vLLM's platform, the model and each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from lvllm.checkpoint.moe_layers import describe_layers, moe_layers
+from lvllm.settings.variables import SettingError
+
+if TYPE_CHECKING:
+    from lvllm.settings.configuration import Setting
+
+__all__ = ["Accelerator", "accelerator", "check"]
+
+Accelerator = Literal["none", "host", "cuda"]
+
+
+def accelerator(setting: Setting) -> Accelerator:
+    """LVLLM_ACCELERATOR on vLLM's platform. Raises SettingError for one that is not of it."""
+    from vllm.platforms import current_platform
+
+    allowed: tuple[Accelerator, ...]
+    if current_platform.is_cpu():
+        platform, allowed = "CPU", ("none", "host")
+    elif current_platform.is_cuda():
+        platform, allowed = "CUDA", ("cuda",)
+    else:
+        raise SettingError(
+            f"LVLLM_MOE_NUMA_ENABLED=1 on {current_platform.device_name}: it is for vLLM's CPU and"
+            " CUDA platforms; unset it for stock vLLM"
+        )
+    if setting.value is None:
+        return allowed[0]
+    if setting.value not in allowed:
+        raise setting.refuse(f"on vLLM's {platform} platform allowed is {' or '.join(allowed)}")
+    chosen: Accelerator = setting.value
+    return chosen
+
+
+def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any) -> None:
+    """Raises SettingError for a setting of the lane that has no use or no meaning here."""
+    model = vllm_config.model_config
+    layers: list[int] = []
+    if model.get_num_experts():
+        layers = moe_layers(model.hf_text_config)
+    resident, window = settings["gpu_resident_moe_layers"], settings["gpu_prefetch_window"]
+    threshold = settings["gpu_prefill_min_batch_size"]
+    known = [*layers, *_draft_layers(vllm_config)]
+    if unknown := [layer for layer in resident.value if layer not in known]:
+        raise resident.refuse(
+            f"layer {unknown[0]} of {model.model} has no routed experts; those that have are"
+            f" {describe_layers(known) or 'none'}"
+        )
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    if threshold.value != "auto" and threshold.value > most:
+        raise threshold.refuse(f"more than max_num_batched_tokens; allowed is 0 to {most}")
+    for setting, allowed in (
+        (resident, "empty"),
+        (window, "0 or empty"),
+        (threshold, "0 or empty"),
+    ):
+        if setting.value and accelerator == "none":
+            raise setting.refuse(
+                f"all experts run on the CPU, as LVLLM_ACCELERATOR is none; allowed is {allowed}"
+            )
+        if setting.value and not layers:
+            raise setting.refuse(f"{model.model} has no routed experts; allowed is {allowed}")
+    if window.value and not threshold.value:
+        raise window.refuse(
+            f"it is for batches of {threshold.variable.name} tokens or more, which is 0; allowed"
+            " is 0 or empty"
+        )
+    if accelerator == "cuda" and layers:
+        _check_omp(settings["omp_num_threads"])
+        _check_cuda(vllm_config)
+
+
+def _draft_layers(vllm_config: Any) -> list[int]:
+    """The numbers of the layers that a checkpoint has behind the model's own, for drafting, if they
+    are used. They are resident whether or not LVLLM_GPU_RESIDENT_MOE_LAYERS names them.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method != "mtp":
+        return []
+    count = getattr(speculative.draft_model_config.hf_config, "n_predict", None) or 0
+    first = vllm_config.model_config.hf_text_config.num_hidden_layers
+    return list(range(first, first + count))
+
+
+def _check_omp(setting: Setting) -> None:
+    if setting.source == "config":
+        raise setting.refuse(
+            "on vLLM's CUDA platform only the variable OMP_NUM_THREADS sets it; leave it out"
+        )
+
+
+def _check_cuda(vllm_config: Any) -> None:
+    """What of vLLM's cannot be had with experts on the CPU and all the rest on a GPU."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    offload = vllm_config.offload_config
+    one_batch = "lk computes one batch at a time"
+    one_front = "the processes in front would each give all CPUs to their own ranks"
+    one_mover = "weights are moved by LvLLM"
+    for name, value, allowed, reason in (
+        ("enable-dbo", parallel.enable_dbo, False, one_batch),
+        ("ubatch-size", parallel.ubatch_size, 0, one_batch),
+        # The others hand tokens straight to kernels of the GPU.
+        (
+            "all2all-backend",
+            parallel.all2all_backend,
+            "allgather_reducescatter",
+            "lk is given all tokens of its experts by that one alone",
+        ),
+        ("data-parallel-backend", parallel.data_parallel_backend, "mp", one_front),
+        ("data-parallel-external-lb", parallel.data_parallel_external_lb, False, one_front),
+        ("data-parallel-hybrid-lb", parallel.data_parallel_hybrid_lb, False, one_front),
+        ("cpu-offload-gb", offload.uva.cpu_offload_gb, 0, one_mover),
+        ("offload-group-size", offload.prefetch.offload_group_size, 0, one_mover),
+        ("enable-sleep-mode", model.enable_sleep_mode, False, "lk's memory stays in use"),
+    ):
+        if value != allowed:
+            raise SettingError(
+                f"{name}={value!r} is not allowed with LVLLM_MOE_NUMA_ENABLED=1 on vLLM's CUDA"
+                f" platform: {reason}; allowed is {allowed}"
+            )

@@ -1,0 +1,1 @@
+"""What a worker process does: it starts the engine once, and vLLM's workers gain a watch."""

@@ -1,0 +1,114 @@
+"""The CPU worker, which says with each step's output which requests met NaN or infinity."""
+
+from copy import copy
+from itertools import accumulate
+from typing import Any
+
+import torch
+from vllm.distributed import get_pp_group, get_world_group
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from lvllm.faults import process
+from lvllm.faults.nonfinite import Watch, layers_of, open_watch
+from lvllm.faults.request import set_faults
+from lvllm.patches import picture_attention
+
+
+class HybridCPUWorker(CPUWorker):
+    """vLLM's worker with a watch around each step's forward pass.
+
+    Raises RuntimeError, which ends the engine, where a fault cannot be traced to requests: rows of
+    several schedulers meet in one batch (data parallelism), ranks are on several hosts, or vLLM's
+    second model runner is in use.
+    """
+
+    _watch: Watch | None = None
+
+    def load_model(self, **arguments: Any) -> None:
+        super().load_model(**arguments)
+        picture_attention.install()
+        self._make_room_for_earlier_stages()
+        config = self.parallel_config
+        self._per_request = (
+            config.data_parallel_size == 1 and config.nnodes == 1 and not self.use_v2_model_runner
+        )
+        self._faults: dict[str, str] = {}
+        try:
+            self._watch = open_watch(
+                layers_of(self.model_runner.get_model(), self.model_config.dtype),
+                rows=self.scheduler_config.max_num_batched_tokens,
+                steps=config.pipeline_parallel_size,
+                group=get_world_group() if self._per_request else None,
+                seen=(get_pp_group().rank_in_group + 1)
+                * (config.world_size // config.pipeline_parallel_size),
+            )
+        except RuntimeError:
+            process.follow()  # a rank whose share of the checkpoint is damaged is gone by now
+            raise
+
+    def _make_room_for_earlier_stages(self) -> None:
+        """What a later stage of a pipeline receives is put into tensors that vLLM's runner makes in
+        its first dummy run. Without compilation there is none on the CPU.
+        """
+        runner: Any = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens,
+                dtype=self.model_config.dtype,
+                device=self.device,
+            )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self._watch is None:
+            return super().execute_model(scheduler_output)
+        self._faults = {}
+        self._watch.start()
+        try:
+            output = super().execute_model(scheduler_output)
+        finally:
+            hit = self._watch.stop()
+        if hit:
+            if not self._per_request:
+                raise RuntimeError(f"LvLLM: {self._watch.any_fault()}")
+            scheduled = scheduler_output.num_scheduled_tokens
+            batch = self.model_runner.input_batch
+            self._rows = [scheduled.get(request, 0) for request in batch.req_ids]
+            self._faults = self._watch.faults(zip(batch.req_ids, self._rows, strict=True))
+        return output if output is None else self._end(output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return self._end(super().sample_tokens(grammar_output))
+
+    def _end(self, output: Any) -> Any:
+        """The output of a step with what happened in it."""
+        if not self._faults:
+            return output
+        self._clear_caches()
+        output = copy(output)  # it may be the one that stands for all empty ones
+        set_faults(output, self._faults)
+        self._faults = {}
+        return output
+
+    @torch.inference_mode()
+    def _clear_caches(self) -> None:
+        """Zero the blocks of keys and values that faulty requests wrote in this step.
+
+        Attention multiplies a block's unwritten rest with zero, and zero times NaN is NaN: the next
+        request that gets such a block would fail, too. No other request that goes on reads them:
+        what is shared was complete before.
+        """
+        runner: Any = self.model_runner
+        requests = runner.input_batch.req_ids
+        ends = list(accumulate(self._rows))
+        layers = self.vllm_config.compilation_config.static_forward_context
+        groups = runner.kv_cache_config.kv_cache_groups
+        for group, table in zip(groups, runner.input_batch.block_table.block_tables, strict=True):
+            blocks = set()
+            for request, rows, end in zip(requests, self._rows, ends, strict=True):
+                if request in self._faults:
+                    blocks.update(table.slot_mapping.np[end - rows : end] // table.block_size)
+            for name in group.layer_names:
+                cache: Any = getattr(layers.get(name), "kv_cache", None)
+                if hasattr(cache, "shape"):  # the state of a linear attention begins as zero
+                    for block in blocks:
+                        cache[int(block)].zero_()

@@ -1,0 +1,224 @@
+"""The lane on a real GPU, without vLLM: plain PyTorch and the engine.
+
+`tests/gpu/on_device/run.sh` runs these. What needs no CUDA in the tests runs on the host stand-in,
+too, so that they are known to be right where there is no GPU.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lvllm import engine
+from lvllm.engine import ExpertLayer, bank
+from lvllm.gpu import streamed
+from lvllm.gpu.accelerator import Accelerator, open_accelerator
+from lvllm.gpu.convert import convert
+from lvllm.gpu.hybrid import Exchange, HybridCall
+from lvllm.gpu.offload import Lane
+from lvllm.gpu.window import PrefetchWindow
+from tests.experts import FORMATS, Layer, Random, random_layer
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 160, 12, 4
+BATCHES = [1, 2, 4, 8, *range(16, 257, 16)]
+"""That vLLM captures graphs for, up to 256 requests."""
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def accelerator(request: pytest.FixtureRequest) -> Iterator[Accelerator]:
+    opened = open_accelerator(request.param)
+    yield opened
+    opened.synchronize(opened.compute())
+
+
+@pytest.fixture
+def cuda() -> Accelerator:
+    return open_accelerator("cuda")
+
+
+def batch(
+    random: Random, tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, ids and weights of `tokens` tokens."""
+    x = random.normal(tokens, HIDDEN).to(device, torch.bfloat16)
+    ids = random.normal(tokens, EXPERTS).topk(TOP_K).indices.int()
+    ids[random.uniform(0, 1, tokens, TOP_K) < 0.1] = -1
+    return x, ids.to(device), random.uniform(0.1, 1, tokens, TOP_K).to(device)
+
+
+def expected(layer: ExpertLayer, *arguments: torch.Tensor) -> torch.Tensor:
+    """The engine's own answer."""
+    return layer(*(argument.cpu() for argument in arguments))
+
+
+def layers(random: Random, count: int) -> list[ExpertLayer]:
+    """Layers in formats that take turns."""
+    made = [
+        random_layer(random, FORMATS[i % len(FORMATS)], EXPERTS, HIDDEN, INTERMEDIATE)
+        for i in range(count)
+    ]
+    return [layer.make() for layer in made]
+
+
+def hybrid(accelerator: Accelerator, made: list[ExpertLayer], tokens: int) -> list[HybridCall]:
+    """The layers as calls in a stream, for batches of up to `tokens`."""
+    exchange = Exchange(accelerator, tokens, [(HIDDEN, TOP_K)] * len(made))
+    return [HybridCall(exchange, layer, TOP_K) for layer in made]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_streamed_against_float32(accelerator: Accelerator, format: str) -> None:
+    random = Random(7)
+    layer = random_layer(random, format, EXPERTS, HIDDEN, INTERMEDIATE, bias=True)
+    engine_layer = layer.make()
+    for tensor in engine_layer.tensors.values():
+        accelerator.pin(tensor)
+    window = PrefetchWindow(accelerator, {3: engine_layer.tensors}, ahead=1)
+    x, ids, weights = batch(random, 301, accelerator.device)
+    got = streamed.run(engine_layer, window.stage(3), x, ids, weights).float().cpu()
+    window.release(3)
+    want = layer.reference(x.cpu(), ids.cpu(), weights.cpu())
+    assert torch.linalg.norm(got - want) <= 6e-3 * torch.linalg.norm(want)
+    accelerator.synchronize(accelerator.compute())
+    for tensor in engine_layer.tensors.values():
+        accelerator.unpin(tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_kernel_converts_to_the_bits_of_plain_pytorch(format: str, cuda: Accelerator) -> None:
+    layer = random_layer(Random(5), format, 5, HIDDEN + 22, INTERMEDIATE + 6).make()
+    copies = {name: tensor.to(cuda.device) for name, tensor in layer.tensors.items()}
+    for name in ("w13", "w2"):
+        got = convert(layer, copies, name, range(1, 5), torch.bfloat16).cpu()
+        assert torch.equal(got, convert(layer, layer.tensors, name, range(1, 5), torch.bfloat16))
+
+
+def test_a_lane_of_many_layers(accelerator: Accelerator) -> None:
+    """Passes of random sizes, some streamed, some on the CPU, none waited for by the host."""
+    random = Random(3)
+    made = layers(random, 9)
+    lane = Lane(accelerator, tokens=200, threshold=100, ahead=2)
+    numbers = [3 + 2 * i for i in range(len(made))]
+    for number in numbers:
+        Lane.of(number, lane, lambda: lane)
+    added = [
+        lane.add(number, f"layer {number}", layer, TOP_K)
+        for number, layer in zip(numbers, made, strict=True)
+    ]
+    for _ in range(6):
+        tokens = int(random.integers(1, 200, 1))
+        x, ids, weights = batch(random, tokens, accelerator.device)
+        results = [layer.run(x, ids, weights) for layer in added]
+        for layer, got in zip(made, results, strict=True):
+            want = expected(layer, x, ids, weights)
+            if tokens < 100:
+                assert torch.equal(got.cpu(), want)
+            else:
+                error = torch.linalg.norm(got.cpu().float() - want.float())
+                # int8 experts round activations to 8 bits on the CPU.
+                assert error <= 2e-2 * torch.linalg.norm(want.float())
+
+
+def in_two_engines(layer: Layer) -> list[ExpertLayer]:
+    """The layer where all its tensors lie together in shared memory, and where that is mapped
+    read-only, as by another engine.
+    """
+    stored = {
+        name: value.float() if "bias" in name else value
+        for name, value in layer.arguments.items()
+        if isinstance(value, torch.Tensor)
+    }
+    sizes = [-(-tensor.nbytes // 64) * 64 for tensor in stored.values()]
+    engine.configure(shared=True)
+    try:
+        memory = bank.allocate((1, sum(sizes)), torch.uint8)[0]
+    finally:
+        engine.configure()
+    descriptor, _, size = bank.shared_place(memory)
+    made: list[ExpertLayer] = []
+    for whole in (memory, bank.map_shared(descriptor, size)[: len(memory)]):
+        places = {
+            name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), part in zip(stored.items(), whole.split(sizes), strict=True)
+        }
+        if not made:
+            for name, place in places.items():
+                place.copy_(stored[name])
+        made.append(ExpertLayer(**layer.arguments | places, ordered=bool(made)))
+    return made
+
+
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_experts_of_another_engine(accelerator: Accelerator, format: str) -> None:
+    """On both ways; pages with several tensors are pinned, read-only ones as well."""
+    random = Random(21)
+    layer = random_layer(random, format, EXPERTS, HIDDEN, INTERMEDIATE, bias=True)
+    made = in_two_engines(layer)
+    lane = Lane(accelerator, tokens=64, threshold=20, ahead=1)
+    numbers = range(len(made))
+    for number in numbers:
+        Lane.of(number, lane, lambda: lane)
+    added = [lane.add(number, f"layer {number}", made[number], TOP_K) for number in numbers]
+    for tokens in (7, 50):
+        x, ids, weights = batch(random, tokens, accelerator.device)
+        mine, theirs = (one.run(x, ids, weights).float().cpu() for one in added)
+        assert torch.equal(mine, theirs)
+        want = layer.reference(x.cpu(), ids.cpu(), weights.cpu())
+        assert torch.linalg.norm(mine - want) <= 6e-3 * torch.linalg.norm(want)
+
+
+@pytest.mark.gpu
+def test_graphs_of_every_batch_size(cuda: Accelerator) -> None:
+    """Capture and replay with new values in the same places, layers of a model in each graph."""
+    random = Random(9)
+    made = layers(random, 3)
+    calls = hybrid(cuda, made, 256)
+    graphs = {}
+    for tokens in reversed(BATCHES):
+        inputs = batch(random, tokens, cuda.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [call(*inputs) for call in calls]
+        graphs[tokens] = graph, inputs, results
+    for _ in range(3):
+        for graph, inputs, results in graphs.values():
+            for place, new in zip(inputs, batch(random, len(inputs[0]), cuda.device), strict=True):
+                place.copy_(new)
+            graph.replay()
+            for layer, got in zip(made, results, strict=True):
+                assert torch.equal(got.cpu(), expected(layer, *inputs))
+
+
+@pytest.mark.gpu
+def test_ten_thousand_steps_are_the_first(cuda: Accelerator) -> None:
+    random = Random(13)
+    calls = hybrid(cuda, layers(random, 2), 4)
+    x, ids, weights = batch(random, 4, cuda.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = calls[0](x, ids, weights)
+        result = calls[1](first, ids, weights)
+    graph.replay()
+    want = result.clone()
+    different = torch.zeros((), dtype=torch.int64, device=cuda.device)
+    for _ in range(10_000):
+        result.fill_(float("nan"))
+        graph.replay()
+        different += (result != want).sum()
+    assert different.item() == 0
+
+
+@pytest.mark.gpu
+def test_capturing_a_streamed_batch_goes_to_the_cpu(cuda: Accelerator) -> None:
+    random = Random(17)
+    (layer,) = layers(random, 1)
+    lane = Lane(cuda, tokens=64, threshold=8)
+    Lane.of(0, lane, lambda: lane)
+    added = lane.add(0, "layer 0", layer, TOP_K)
+    inputs = batch(random, 64, cuda.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = added.run(*inputs)
+    graph.replay()
+    assert torch.equal(got.cpu(), expected(layer, *inputs))

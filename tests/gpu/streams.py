@@ -1,0 +1,48 @@
+"""Stand-ins for tests of what waits for what."""
+
+import random
+import threading
+from collections.abc import Callable
+
+import torch
+
+from lvllm.gpu.stand_in import HostAccelerator, HostStream
+
+
+class Recorded(HostAccelerator):
+    """Notes which host tensors are copied, in the order of the calls, and what is allocated."""
+
+    def __init__(self, delay: Callable[[], float] | None = None) -> None:
+        super().__init__(delay)
+        self.sources: list[torch.Tensor] = []
+        self.allocated = 0
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
+        self.sources.append(source)
+        super().copy(target, source, stream)
+
+    def device_memory(self, size: int, stream: HostStream) -> torch.Tensor:
+        self.allocated += size
+        return super().device_memory(size, stream).fill_(0xEE)
+
+
+class RecordedAhead(Recorded):
+    """As on a GPU, the caller runs ahead: what it computes is done by a thread of its own."""
+
+    def __init__(self, delay: Callable[[], float] | None = None) -> None:
+        super().__init__(delay)
+        self._computing = self.stream()
+
+    def compute(self) -> HostStream:
+        return self._computing
+
+
+def uneven(seed: int, longest: tuple[float, float]) -> Callable[[], float]:
+    """Random delays; `longest` in seconds, for a process's first stream and for all others."""
+    draw = random.Random(seed)
+
+    def delay() -> float:
+        most = longest[not threading.current_thread().name.endswith("-0")]
+        return draw.random() * most if most and draw.random() < 0.5 else 0.0
+
+    return delay

@@ -1,0 +1,267 @@
+"""The break-even of streaming: the rule on made-up numbers, measuring on a made-up clock."""
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvllm.gpu import break_even, streamed
+from lvllm.gpu.break_even import Auto, Point, choose, search, streamed_seconds, threshold
+from lvllm.gpu.stand_in import HostAccelerator, HostStream
+from lvllm.gpu.window import PrefetchWindow
+from tests.experts import Random, random_layer
+
+Costs = Callable[[int], Point]
+times = st.floats(1e-5, 1, allow_nan=False)
+
+
+def straight(cpu: float, each: float, copy: float, products: float) -> Costs:
+    """Each token adds as much; the copy hides products, or the other way round."""
+    return lambda tokens: Point(tokens, cpu + each * tokens, max(copy, products * tokens))
+
+
+def first_gain(costs: Costs, most: int) -> int:
+    """The break-even, by trying: 0 for none."""
+    return next((n for n in range(1, most + 1) if costs(n).gain >= 0), 0)
+
+
+@given(times, times, times, st.floats(0, 0.9), st.integers(1, 3000))
+def test_the_break_even_is_found(
+    cpu: float, each: float, copy: float, share: float, most: int
+) -> None:
+    costs = straight(cpu / 100, each / 100, copy, each / 100 * share)
+    points = search(costs, most)
+    wanted, found = first_gain(costs, most), threshold(points, most)
+    assert (found == 0) == (wanted == 0)
+    assert abs(found - wanted) <= 1 + wanted // break_even.PRECISION
+    assert len({point.tokens for point in points}) == len(points) <= 2 * most.bit_length() + 4
+    largest = max(point.tokens for point in points)
+    assert largest == most or largest <= max(2, 4 * wanted)  # no long measuring
+
+
+@given(st.integers(200, 5000), st.integers(0, 6))
+def test_one_lucky_batch_is_not_believed(wanted: int, doublings: int) -> None:
+    def costs(tokens: int) -> Point:
+        slow = tokens < wanted and tokens != 1 << doublings
+        return Point(tokens, 1.0 if slow else 3.0, 2.0)
+
+    found = threshold(search(costs, 10000), 10000)
+    assert wanted * 7 // 8 - 1 <= found <= wanted * 8 // 7 + 1
+
+
+@given(st.integers(2, 8), st.integers(10, 100000))
+def test_where_time_runs_out_the_line_goes_on(measured: int, wanted: int) -> None:
+    left = iter(range(measured))
+
+    def costs(tokens: int) -> Point | None:
+        if next(left, None) is None:
+            return None
+        return Point(tokens, 0.5 + tokens / 7, 0.5 + wanted / 7)
+
+    found = threshold(search(costs, 50000), 50000)
+    if wanted > 50000:
+        assert found == 0
+    else:
+        assert abs(found - wanted) <= 1
+
+
+@pytest.mark.parametrize(
+    ("points", "most", "wanted"),
+    [
+        ([Point(1, 2, 1)], 9, 1),
+        ([Point(1, 1, 1)], 1, 0),
+        ([Point(1, 1, 2)], 9, 0),  # nothing says where it might be
+        ([Point(1, 1, 2), Point(2, 1, 3)], 9, 0),  # further and further away
+        ([Point(1, 1, 2), Point(2, 1, 2)], 9, 0),
+        ([Point(1, 1, 3), Point(2, 2, 3)], 2, 0),
+        ([Point(1, 1, 4), Point(2, 2, 4)], 9, 4),
+        ([Point(1, 1, 4), Point(2, 2, 4)], 3, 0),
+        ([Point(8, 9, 4), Point(4, 1, 4), Point(16, 20, 4)], 16, 6),  # in any order
+        ([Point(4, 5, 4), Point(8, 3, 4), Point(16, 7, 4)], 16, 10),  # the first was chance
+    ],
+)
+def test_rule(points: list[Point], most: int, wanted: int) -> None:
+    assert threshold(points, most) == wanted
+
+
+def test_without_a_window_nothing_hides_the_copy() -> None:
+    assert streamed_seconds(3, 2, ahead=0) == 5
+    assert streamed_seconds(3, 2, ahead=1) == 3
+    assert streamed_seconds(3, 4, ahead=2) == 4
+
+
+class Machine(HostAccelerator):
+    """One whose clock is what it is asked to do, for a layer among others."""
+
+    def __init__(self, speeds: Any, layer: Any) -> None:
+        super().__init__()
+        self.now, self._speeds = 0.0, speeds
+        self.layer: Any = SimpleNamespace(
+            lane=SimpleNamespace(accelerator=self),
+            number=7,
+            experts=layer,
+            topk=3,
+            routed=8,
+            size=lambda: sum(tensor.nbytes for tensor in layer.tensors.values()),
+            call=self.cpu,
+        )
+        self.batches: list[tuple[torch.Tensor, ...]] = []
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
+        super().copy(target, source, stream)
+        if any(source is tensor for tensor in self.layer.experts.tensors.values()):
+            self.now += source.nbytes / self._speeds.bus
+
+    def cpu(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        self.batches.append((x, ids, weights))
+        self.now += len(x) * self._speeds.cpu
+
+    def products(self, layer: Any, tensors: Any, x: torch.Tensor, *_: torch.Tensor) -> None:
+        for name, tensor in layer.tensors.items():
+            assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8))
+        self.now += len(x) * self._speeds.products
+
+
+def make(monkeypatch: pytest.MonkeyPatch, **speeds: float) -> Machine:
+    """`bus` in bytes a second; seconds a token of `cpu` and `products`."""
+    layer = random_layer(Random(5), "int4", 5, 64, 64).make()
+    one = Machine(SimpleNamespace(**speeds), layer)
+    monkeypatch.setattr(break_even, "time", SimpleNamespace(perf_counter=lambda: one.now))
+    monkeypatch.setattr(streamed, "run", one.products)
+    return one
+
+
+def window_of(one: Machine, ahead: int) -> PrefetchWindow:
+    others = {n: {"w13": torch.zeros(100 * n, dtype=torch.uint8)} for n in (6, 8, 9)}
+    layers = {6: others[6], 7: one.layer.experts.tensors, 8: others[8], 9: others[9]}
+    return PrefetchWindow(one, layers, ahead)
+
+
+def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's loggers hand nothing on to the root, to which caplog listens, if vLLM is there."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.plugins.lvllm")
+
+
+@pytest.mark.parametrize(
+    ("ahead", "wanted", "said"),
+    [(2, 100, "2.00 ms streamed"), (0, 200, "ms streamed, for LVLLM_GPU_PREFETCH_WINDOW=0 hides")],
+)
+def test_a_layer_is_measured(
+    ahead: int,
+    wanted: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A copy of 2 ms, 20 us a token on the CPU, 10 us streamed."""
+    one = make(monkeypatch, bus=0, cpu=20e-6, products=10e-6)
+    one._speeds.bus = one.layer.size() / 2e-3
+    window = window_of(one, ahead)
+    heard(caplog, monkeypatch)
+    found = choose(Auto(torch.float16), window, one.layer, layers=4, most=2000)
+    assert abs(found - wanted) <= wanted // 8
+    (line,) = {record.getMessage() for record in caplog.records}  # two of its handlers may hear
+    assert line.startswith(f"LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is {found}: bus ")
+    assert " MB in 2.00 ms; " in line
+    assert " (12500 tokens/s through 4 layers), " in line
+    assert said in line
+    for x, ids, weights in one.batches:
+        assert (x.dtype, weights.dtype, ids.dtype) == (torch.float16, torch.float32, torch.int32)
+        assert ids.shape == weights.shape == (len(x), 3)
+    # Each token has three experts of eight, of which three are other ranks'.
+    ids = max((ids for _, ids, _ in one.batches), key=len)
+    assert set(ids.unique().tolist()) == {-1, 0, 1, 2, 3, 4}
+    assert all(
+        len(set(row)) == len(row) for row in ([i for i in r if i >= 0] for r in ids.tolist())
+    )
+    # The window is as new.
+    for number in (6, 7):
+        views = window.stage(number)
+        one.synchronize(one.compute())
+        for name, tensor in window._layers[number - 6].weights.items():
+            assert torch.equal(views[name].view(torch.uint8), tensor.view(torch.uint8))
+        window.release(number)
+    one.close()
+
+
+def test_a_cpu_that_is_always_faster(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = make(monkeypatch, bus=1e6, cpu=1e-6, products=1e-7)
+    heard(caplog, monkeypatch)
+    assert choose(Auto(torch.bfloat16), window_of(one, 1), one.layer, 4, most=100) == 0
+    assert re.search(r"=auto is 0 \(off\): .*; 100 tokens take it 0.10 ms", caplog.text)
+    one.close()
+
+
+@pytest.mark.parametrize(("least", "chosen"), [(1, 100), (300, 300), (5000, 0)])
+def test_what_runs_from_graphs_is_not_streamed(
+    least: int, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make(monkeypatch, bus=0, cpu=9e-5, products=1e-6)
+    one._speeds.bus = one.layer.size() / 9e-3
+    auto = Auto(torch.bfloat16, least=least)
+    found = choose(auto, window_of(one, 1), one.layer, 4, most=4000)
+    assert found == pytest.approx(chosen, rel=1 / break_even.PRECISION)
+    one.close()
+
+
+@pytest.mark.parametrize("copy", [0.3, 0.9, 1.7, 3.0])
+def test_measuring_is_bounded(copy: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The break-even is known to be at so many seconds of the CPU, by 0.1 ms a token."""
+    one = make(monkeypatch, bus=0, cpu=1e-4, products=1e-5)
+    one._speeds.bus = one.layer.size() / copy
+    warm_up = 2 * copy + 3 * break_even.WARM_UP * (1e-4 + 1e-5)
+    found = choose(Auto(torch.bfloat16), window_of(one, 1), one.layer, 4, most=1 << 15)
+    assert one.now <= warm_up + break_even.SECONDS
+    assert len(one.batches) > 6
+    assert found == pytest.approx(copy / 1e-4, rel=0.01)  # all is straight here
+    one.close()
+
+
+def test_ranks_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of different speeds, in threads: what is slowest decides for all."""
+    ranks, local = [], threading.local()
+    for cpu, copy, products in ((1e-5, 9e-3, 1e-6), (9e-5, 1e-3, 2e-6), (2e-5, 2e-3, 3e-6)):
+        one = make(monkeypatch, bus=0, cpu=cpu, products=products)
+        one._speeds.bus = one.layer.size() / copy
+        ranks.append(one)
+    clock = SimpleNamespace(perf_counter=lambda: local.machine.now)
+    monkeypatch.setattr(break_even, "time", clock)
+    monkeypatch.setattr(streamed, "run", lambda *x: local.machine.products(*x))
+    table: dict[int, Sequence[float]] = {}
+    barrier = threading.Barrier(len(ranks), timeout=60)
+    chosen: dict[int, int] = {}
+
+    def run(rank: int) -> None:
+        local.machine = ranks[rank]
+
+        def slowest(mine: Sequence[float]) -> Sequence[float]:
+            table[rank] = mine
+            barrier.wait()
+            largest = [max(all) for all in zip(*table.values(), strict=True)]
+            barrier.wait()
+            return largest
+
+        auto = Auto(torch.bfloat16, slowest)
+        one = ranks[rank]
+        chosen[rank] = choose(auto, window_of(one, 1), one.layer, 4, most=4000)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(chosen) == 3
+    assert len(set(chosen.values())) == 1
+    assert abs(chosen[0] - 100) <= 100 // 8  # a copy of 9 ms against 90 us a token
+    for one in ranks:
+        one.close()

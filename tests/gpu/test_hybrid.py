@@ -1,0 +1,265 @@
+"""The CPU's part of a layer, on the host stand-in: the bits of a direct call, in stream order."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from random import Random as Draw
+from random import randrange
+from typing import Any
+
+import pytest
+import torch
+
+from lvllm import engine
+from lvllm.engine.expert_layer import ExpertLayer
+from lvllm.engine.ops import raw_ops
+from lvllm.gpu import hybrid
+from lvllm.gpu.accelerator import Event, Stream
+from lvllm.gpu.hybrid import Exchange, HybridCall
+from lvllm.gpu.stand_in import HostAccelerator
+from tests.experts import FORMATS, Random, random_layer
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 37
+
+
+@contextmanager
+def on_host(kind: Any = HostAccelerator, seconds: float = 3e-4) -> Iterator[Any]:
+    """A stand-in whose streams dawdle."""
+    draw = Draw(randrange(1 << 30))
+    accelerator = kind(delay=lambda: draw.random() * seconds)
+    yield accelerator
+    accelerator.close()
+
+
+def make_layer(random: Random, format: str = "bf16", **more: Any) -> ExpertLayer:
+    return random_layer(random, format, EXPERTS, HIDDEN, 64, **more).make()
+
+
+def make_batch(random: Random, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Batch:
+    """Some slots are skipped."""
+    ids = random.integers(-1, EXPERTS, tokens, TOPK).to(torch.int32)
+    return random.normal(tokens, HIDDEN).to(dtype), ids, random.uniform(0, 1, tokens, TOPK)
+
+
+def calls(accelerator: HostAccelerator, layers: list[ExpertLayer], **more: Any) -> list[HybridCall]:
+    """Of layers that share an exchange, whose copies run in a stream of their own."""
+    sizes = [(HIDDEN, TOPK)]
+    exchange = Exchange(accelerator, MOST, sizes, stream=accelerator.stream(), **more)
+    return [HybridCall(exchange, layer, TOPK) for layer in layers]
+
+
+def test_any_format_and_batch_and_layers_in_turns() -> None:
+    random = Random(randrange(1 << 30))
+    layers = [make_layer(random, format, bias=True) for format in FORMATS]
+    with on_host() as accelerator:
+        pairs = list(zip(layers, calls(accelerator, layers), strict=True))
+        for tokens in (1, MOST, 2, 0, 8, 1, 36, 5):
+            for layer, call in pairs:
+                batch = make_batch(random, tokens, (torch.bfloat16, torch.float16)[randrange(2)])
+                out = call(*batch)
+                assert out.dtype == batch[0].dtype
+                assert torch.equal(out, layer(*batch))
+
+
+def test_tensors_of_other_types_and_strides() -> None:
+    random = Random(randrange(1 << 30))
+    layer = make_layer(random)
+    with on_host() as accelerator:
+        (call,) = calls(accelerator, [layer])
+        x, ids, weights = make_batch(random, 20)
+        want = layer(x, ids, weights.bfloat16().float())
+        wide = torch.cat([x, x], dim=1)[:, :HIDDEN]
+        out = call(wide, ids.T.contiguous().T.long(), weights.bfloat16())
+    assert torch.equal(out, want)
+
+
+def test_batches_larger_than_the_memory_go_in_parts() -> None:
+    random = Random(randrange(1 << 30))
+    layer = make_layer(random)
+    log = torch.zeros(50 + 2, 3, dtype=torch.int64)
+    with on_host() as accelerator:
+        (call,) = calls(accelerator, [layer], limit=7 * (4 * HIDDEN + 8 * TOPK))
+        x, ids, weights = make_batch(random, 50)
+        ids[:, 0] = 0
+        assert torch.equal(call(x, ids, weights), layer(x, ids, weights))
+        # Each part says which of the batch's rows are its own.
+        x[[3, 33]] = torch.nan
+        engine.watch(log)
+        try:
+            call(x, ids, weights)
+        finally:
+            engine.watch(None)
+    assert log[1:, 0].nonzero().flatten().tolist() == [3, 33]
+
+
+class Deferred(HostAccelerator):
+    """As on CUDA: the caller's stream is a thread, too, so that nothing is done when it is asked.
+
+    `missing`: the wait that is left out, counted from 0.
+    """
+
+    missing: int | None = None
+    waits = 0
+
+    def compute(self) -> Stream:
+        if not hasattr(self, "_own"):
+            self._own = self.stream()
+        return self._own
+
+    def wait(self, event: Event, stream: Stream) -> None:
+        self.waits += 1
+        if self.waits - 1 != self.missing:
+            super().wait(event, stream)
+
+
+def beside_shared_experts(accelerator: Deferred) -> bool:
+    """A layer between what makes x and what reads the result, and other experts meanwhile; whether
+    all was right.
+    """
+    random = Random(randrange(1 << 30))
+    layer, shared = make_layer(random), make_layer(random, "int8")
+    (call,) = calls(accelerator, [layer])
+    compute, other = accelerator.compute(), accelerator.stream()
+    batch, x_of_shared = make_batch(random, 30), make_batch(random, 4)
+    x, seen = torch.zeros_like(batch[0]), torch.zeros_like(batch[0])
+    beside: list[torch.Tensor] = []
+
+    def produce() -> None:
+        time.sleep(0.05)
+        x.copy_(batch[0])
+
+    accelerator.launch(produce, compute)
+    for _ in range(8):
+        accelerator.launch(lambda: beside.append(shared(*x_of_shared)), other)
+    out = call(x, *batch[1:])
+    accelerator.launch(lambda: seen.copy_(out), compute)
+    # Not by events, which may be the ones that are missing. A call of lk that came after its layer
+    # is gone would leave an error, which a later test would take for its own.
+    done: list[None] = []
+    streams: tuple[Any, ...] = (compute, other, call._exchange.stream)
+    for stream in streams:
+        accelerator.launch(lambda: done.append(None), stream)
+    while len(done) < len(streams):
+        time.sleep(0.001)
+    assert all(torch.equal(one, shared(*x_of_shared)) for one in beside)
+    return torch.equal(seen, layer(*batch))
+
+
+def test_waits_for_its_input_and_is_waited_for() -> None:
+    with on_host(Deferred) as accelerator:
+        assert beside_shared_experts(accelerator)
+        waits = accelerator.waits
+    assert waits == 2
+    for missing in range(waits):
+        with on_host(Deferred) as accelerator:
+            accelerator.missing = missing
+            assert not beside_shared_experts(accelerator)
+            accelerator.synchronize(accelerator.compute())
+
+
+def test_arguments_of_ended_calls_are_used_again() -> None:
+    random = Random(randrange(1 << 30))
+    layer = make_layer(random)
+    with on_host(Deferred) as accelerator:
+        exchange = Exchange(accelerator, MOST, [(HIDDEN, TOPK)])
+        call = HybridCall(exchange, layer, TOPK)
+        for _ in range(2):
+            results = []
+            for _ in range(12):  # none of which has to have ended when the next is queued
+                batch = make_batch(random, randrange(1, MOST))
+                results.append((batch, call(*batch)))
+            accelerator.synchronize(accelerator.compute())
+            assert all(torch.equal(out, layer(*batch)) for batch, out in results)
+        assert len(exchange._arguments) <= 12
+
+
+class Recorder(HostAccelerator):
+    """Keeps what is put in streams between `begin` and `end`, as the capture of a graph does."""
+
+    recorded: list[Callable[[], None]] | None = None
+
+    def capturing(self) -> bool:
+        return self.recorded is not None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        self._keep(partial(super().copy, target, source, stream))
+
+    def call(self, function: int, argument: int, stream: Stream) -> None:
+        self._keep(partial(super().call, function, argument, stream))
+
+    def record(self, event: Event, stream: Stream) -> None:
+        self._keep(partial(super().record, event, stream))
+
+    def wait(self, event: Event, stream: Stream) -> None:
+        self._keep(partial(super().wait, event, stream))
+
+    def _keep(self, work: Callable[[], None]) -> None:
+        if self.recorded is None:
+            work()
+        else:
+            self.recorded.append(work)
+
+
+def test_graphs_keep_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured once, replayed among calls of other sizes, with new tokens each time."""
+    random = Random(randrange(1 << 30))
+    layers = [make_layer(random), make_layer(random, "int4")]
+    with on_host(Recorder) as accelerator:
+        both = calls(accelerator, layers, limit=20 * (4 * HIDDEN + 8 * TOPK))
+
+        def capture(tokens: int) -> tuple[Batch, list[torch.Tensor], list[Callable[[], None]]]:
+            batch = make_batch(random, tokens)
+            accelerator.recorded = []
+            outs = [call(*batch) for call in both]
+            steps, accelerator.recorded = accelerator.recorded, None
+            return batch, outs, steps
+
+        graphs = [capture(tokens) for tokens in (1, 2, 8, 30)]
+        made: list[hybrid._Argument] = []
+
+        class Counted(hybrid._Argument):
+            def __init__(self) -> None:
+                super().__init__()
+                made.append(self)
+
+        monkeypatch.setattr(hybrid, "_Argument", Counted)
+        # Another graph of a size has the same arguments.
+        graphs.append(capture(8))
+        assert not made
+        for _ in range(6):
+            for batch, outs, steps in graphs:
+                for kept, new in zip(batch, make_batch(random, len(batch[0])), strict=True):
+                    kept.copy_(new)
+                other = make_batch(random, randrange(1, MOST))
+                assert torch.equal(both[0](*other), layers[0](*other))
+                for step in steps:
+                    step()
+                for layer, out in zip(layers, outs, strict=True):
+                    assert torch.equal(out, layer(*batch))
+        assert 0 < len(made) <= 2  # the parts of one batch at most
+
+
+def test_errors_leave_nan_and_their_text() -> None:
+    random = Random(randrange(1 << 30))
+    layer = make_layer(random)
+    handle = int(layer.handle)
+    with on_host() as accelerator:
+        (call,) = calls(accelerator, [layer])
+        x, ids, weights = make_batch(random, 9)
+        wrong = ids.clone()
+        wrong[4, 1] = EXPERTS
+        assert call(x, wrong, weights).isnan().all()
+        found, text = raw_ops.host_call_error()
+        assert (found, text) == (handle, "topk_ids[4, 1] is 5, must be -1 (skip) to 4")
+        assert raw_ops.host_call_error() == (0, "")
+        assert torch.equal(call(x, ids, weights), layer(x, ids, weights))
+        layer.release()
+        assert call(x, ids, weights).isnan().all()
+        found, text = raw_ops.host_call_error()
+        assert found == handle
+        assert "names no expert layer" in text
+        begun, ended, last = raw_ops.host_call_progress()
+        assert begun == ended
+        assert last == handle

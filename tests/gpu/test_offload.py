@@ -1,0 +1,266 @@
+"""The lane of a model: its layers, the way of each batch, the operator."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from random import Random as Draw
+from random import randrange
+from typing import Any
+
+import pytest
+import torch
+
+from lvllm.engine.expert_layer import ExpertLayer
+from lvllm.gpu import break_even, streamed
+from lvllm.gpu import offload as lanes
+from lvllm.gpu.break_even import Auto
+from lvllm.gpu.offload import Lane, LaneLayer, Path, choose_path
+from lvllm.gpu.stand_in import HostAccelerator
+from tests.experts import Random, random_layer
+
+EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 24
+
+
+class Pinning(HostAccelerator):
+    """Knows what is pinned."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.pins: list[int] = []
+
+    def pin(self, tensor: torch.Tensor) -> None:
+        super().pin(tensor)
+        self.pins.append(tensor.data_ptr())
+
+    def unpin(self, tensor: torch.Tensor) -> None:
+        self.pins.remove(tensor.data_ptr())
+        super().unpin(tensor)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Pinning]:
+    draw = Draw(randrange(1 << 30))
+    accelerator = Pinning(delay=lambda: draw.random() * 3e-4)
+    yield accelerator
+    accelerator.close()
+
+
+class Model:
+    """What the layers of one have in common."""
+
+
+def model(
+    accelerator: HostAccelerator, numbers: tuple[int, ...], **settings: Any
+) -> tuple[list[ExpertLayer], list[LaneLayer]]:
+    """Layers that were announced while the model was built, and then loaded."""
+    random = Random(randrange(1 << 30))
+    formats = ("bf16", "int4", "fp8")
+    made = [
+        random_layer(random, formats[n % 3], EXPERTS, HIDDEN, 64, bias=n % 2 == 1).make()
+        for n in numbers
+    ]
+    one = Model()
+    announced = [Lane.of(n, one, lambda: Lane(accelerator, MOST, **settings)) for n in numbers]
+    return made, [
+        lane.add(n, f"layers.{n}", layer, TOPK)
+        for lane, n, layer in zip(announced, numbers, made, strict=True)
+    ]
+
+
+def batch(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = Random(randrange(1 << 30))
+    ids = random.integers(-1, EXPERTS, tokens, TOPK).to(torch.int32)
+    return random.normal(tokens, HIDDEN).bfloat16(), ids, random.uniform(0, 1, tokens, TOPK)
+
+
+def test_path() -> None:
+    for tokens, capturing, threshold, way in (
+        (1, False, 0, Path.CPU),
+        (9000, False, 0, Path.CPU),
+        (99, False, 100, Path.CPU),
+        (100, False, 100, Path.STREAMED),
+        (100, True, 100, Path.CPU),
+    ):
+        assert choose_path(tokens, capturing, threshold) is way
+
+
+def test_the_operator_computes_any_layer_of_a_model(accelerator: Pinning) -> None:
+    made, kept = model(accelerator, (0, 2, 3))
+    assert len({layer.lane for layer in kept}) == 1
+    for tokens in (1, MOST, 5, MOST + 9):  # ranks that share their experts send more than a batch
+        for layer in made:
+            x = batch(tokens)
+            assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
+    operator, arguments = torch.ops.lvllm.routed_experts.default, (*batch(3), made[1].handle)
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert not accelerator.pins  # nothing is streamed
+
+
+def test_the_operator_in_a_compiled_function(accelerator: Pinning) -> None:
+    made, kept = model(accelerator, (0, 1))
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    def run(x: Any, ids: Any, weights: Any, first: Any, second: Any) -> Any:
+        h = torch.ops.lvllm.routed_experts(x * 2, ids, weights, first)
+        return torch.ops.lvllm.routed_experts(h, ids, weights, second) + x
+
+    for tokens in (4, 7, 20):
+        x, ids, weights = batch(tokens)
+        out = run(x, ids, weights, *(layer.handle for layer in made))
+        assert torch.equal(out, made[1](made[0](x * 2, ids, weights), ids, weights) + x)
+    assert kept
+
+
+def test_long_batches_are_streamed(accelerator: Pinning, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, kept = model(accelerator, (1, 2, 5), threshold=10, ahead=1)
+    assert len(accelerator.pins) == sum(len(layer.tensors) for layer in made)
+    streamed_tokens = []
+
+    def run(layer: ExpertLayer, tensors: Any, *x: torch.Tensor) -> torch.Tensor:
+        assert tensors.keys() == layer.tensors.keys()
+        for name, tensor in layer.tensors.items():
+            assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8))
+        streamed_tokens.append(len(x[0]))
+        return layer(*x)
+
+    monkeypatch.setattr(streamed, "run", run)
+    for tokens in (12, 3, 10, 9, MOST):
+        for layer in made:
+            x = batch(tokens)
+            assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
+    assert streamed_tokens == [12] * 3 + [10] * 3 + [MOST] * 3
+
+    # One that fails does not keep the next from running.
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(streamed, "run", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        torch.ops.lvllm.routed_experts(*batch(11), made[0].handle)
+    monkeypatch.setattr(streamed, "run", run)
+    x = batch(11)
+    assert torch.equal(torch.ops.lvllm.routed_experts(*x, made[0].handle), made[0](*x))
+    del kept
+    gc.collect()
+    assert not accelerator.pins
+
+
+@pytest.mark.parametrize("found", [10, 0])
+def test_a_threshold_that_is_measured(
+    found: int, accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def choose(*arguments: Any) -> int:
+        measured.append(arguments)
+        return found
+
+    def run(layer: ExpertLayer, tensors: Any, *x: torch.Tensor) -> torch.Tensor:
+        ways.append(len(x[0]))
+        return layer(*x)
+
+    ways = list[int]()
+    monkeypatch.setattr(break_even, "choose", choose)
+    monkeypatch.setattr(streamed, "run", run)
+    auto = Auto(torch.bfloat16)
+    made, kept = model(accelerator, (1, 2, 5), threshold=auto, ahead=1)
+    assert len(accelerator.pins) == sum(len(layer.tensors) for layer in made)
+    ((*given, layers, most),) = measured
+    sizes = sorted((layer.size(), layer) for layer in kept)
+    assert (given[0], given[2], layers, most) == (auto, sizes[1][1], 3, MOST)
+    window = weakref.ref(given.pop(1))
+    measured.clear()
+    for tokens in (9, 10, MOST):
+        for layer in made:
+            x = batch(tokens)
+            assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
+    assert ways == ([10] * 3 + [MOST] * 3 if found else [])
+    assert (window() is not None) == bool(found)  # nor is the memory of its buffers kept
+
+
+def test_measuring_comes_to_an_end_and_streaming_with_it(
+    accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the products are made up: they take no time, so that large batches may be streamed."""
+    monkeypatch.setattr(break_even, "SECONDS", 0.2)
+    run = streamed.run
+    monkeypatch.setattr(streamed, "run", lambda layer, tensors, x, *_: x)
+    made, kept = model(accelerator, (0, 1), threshold=Auto(torch.bfloat16), ahead=1)
+    monkeypatch.setattr(streamed, "run", run)
+    assert 0 <= kept[0].lane.threshold <= MOST
+    for tokens in (1, MOST, 7):
+        for layer in made:
+            x = batch(tokens)
+            got = torch.ops.lvllm.routed_experts(*x, layer.handle)
+            assert torch.linalg.norm(got - layer(*x)) <= 0.02 * torch.linalg.norm(layer(*x))
+
+
+def test_crowded_batches(accelerator: Pinning, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While memory is measured, as many rows as there can be meet in the first matrices."""
+    made, kept = model(accelerator, (1,), threshold=10)
+    plain, seen = streamed.run, []
+
+    def run(layer: ExpertLayer, tensors: Any, x: Any, ids: Any, weights: Any) -> torch.Tensor:
+        seen.append(ids.clone())
+        return plain(layer, tensors, x, ids, weights)
+
+    monkeypatch.setattr(streamed, "run", run)
+    x = batch(11)
+    with lanes.crowded():
+        torch.ops.lvllm.routed_experts(*x, made[0].handle)
+        wide = (x[0], *(torch.cat([part] * 2, dim=1) for part in x[1:]))
+        torch.ops.lvllm.routed_experts(*wide, made[0].handle)
+    torch.ops.lvllm.routed_experts(*x, made[0].handle)
+    assert seen[0].tolist() == [[0, 1, 2]] * 11
+    assert seen[1].tolist() == [[0, 1, 2, 3, 4, -1]] * 11
+    assert torch.equal(seen[2], x[1])
+    assert kept
+
+
+def test_a_lane_ends_with_its_layers(accelerator: Pinning) -> None:
+    made, kept = model(accelerator, (0, 1), threshold=10, ahead=1, watchdog_seconds=100)
+    for tokens in (12, 2):
+        x = batch(tokens)
+        assert torch.ops.lvllm.routed_experts(*x, made[0].handle).shape == x[0].shape
+    lane = weakref.ref(kept[0].lane)
+    memory = [weakref.ref(tensor) for layer in made for tensor in layer.tensors.values()]
+    # Another model has a lane of its own, and so has one that is built after another was given up.
+    _, other = model(accelerator, (2, 3))
+    given_up = Lane.of(0, Model(), lambda: Lane(accelerator, MOST))
+    _, last = model(accelerator, (0, 1))
+    owners = [{id(layer.lane) for layer in layers} for layers in (kept, other, last)]
+    assert all(len(owner) == 1 for owner in owners)
+    assert len(set.union({id(given_up)}, *owners)) == 4
+    # The same where no number of one is the other's.
+    given_up = Lane.of(9, Model(), lambda: Lane(accelerator, MOST))
+    _, beside = model(accelerator, (2, 3))
+    assert {id(layer.lane) for layer in beside}.isdisjoint({id(given_up)})
+    del beside
+    window = kept[0].lane._window
+    assert window is not None
+    accelerator.synchronize(window._copies)  # the next layer's is on its way
+    del made, kept, window
+    gc.collect()
+    assert lane() is None
+    assert all(tensor() is None for tensor in memory)
+
+
+def test_an_error_in_a_callback_names_its_layer(accelerator: Pinning) -> None:
+    made, kept = model(accelerator, (4,))
+    x, ids, weights = batch(2)
+    ids[1, 2] = EXPERTS
+    with pytest.raises(RuntimeError, match=r"^layers.4: topk_ids\[1, 2\] is 5, must be"):
+        torch.ops.lvllm.routed_experts(x, ids, weights, made[0].handle)
+    lanes.check()
+    assert kept
+
+
+def test_memory_that_cannot_be_pinned(
+    accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("cannot pin 3 GiB")
+
+    monkeypatch.setattr(accelerator, "pin", refuse)
+    with pytest.raises(MemoryError, match=r"^layers.3: w13: cannot pin 3 GiB$"):
+        model(accelerator, (3, 4), threshold=1)

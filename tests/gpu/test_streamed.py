@@ -1,0 +1,109 @@
+"""The expert block on copied weights, against float32 on dequantised ones."""
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lvllm.gpu import streamed
+from lvllm.gpu.convert import convert
+from tests.experts import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
+
+LAYERS = {
+    "experts": st.integers(1, 5),
+    "sizes": st.tuples(*[st.sampled_from((8, 16, 24, 33, 64, 65, 97, 130))] * 2),
+    "group_size": st.sampled_from((32, 64, 128, -1)),
+    "zero": st.booleans(),
+    "fp8_scale": st.sampled_from(("block", "channel", "tensor")),
+    "scale_dtype": st.sampled_from((torch.bfloat16, torch.float16, torch.float32)),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def made(
+    format: str, activation: str, sizes: tuple[int, int], experts: int, seed: int, **more: Any
+) -> tuple[Random, Any]:
+    random = Random(seed)
+    hidden, intermediate = (2 * size if format in FOUR_BIT else size for size in sizes)
+    if activation == "interleaved":
+        activation, more = "swigluoai", more | {"interleaved": True, "fp8_scale": "channel"}
+    return random, random_layer(
+        random, format, experts, hidden, intermediate, activation=activation, **more
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    format=st.sampled_from(FORMATS),
+    activation=st.sampled_from((*ACTIVATIONS, "interleaved")),
+    bias=st.booleans(),
+    on_input=st.booleans(),
+    tokens=st.sampled_from((0, 1, 2, 7, 33)),
+    scratch=st.sampled_from((1, 40_000, 1 << 30)),
+    **LAYERS,
+)
+def test_it_computes_the_expert_block(
+    format: str, on_input: bool, tokens: int, scratch: int, seed: int, experts: int, **how: Any
+) -> None:
+    random, layer = made(
+        format, experts=experts, seed=seed, apply_router_weight_on_input=on_input, **how
+    )
+    engine_layer = layer.make()
+    dtype = torch.float16 if format == "fp16" else torch.bfloat16
+    x = random.normal(tokens, engine_layer.hidden_size).to(dtype)
+    ids = random.integers(-1, experts, tokens, 3)
+    weights = random.uniform(0.1, 1, tokens, 3)
+    copies = {name: tensor.clone() for name, tensor in engine_layer.tensors.items()}
+    got = streamed.run(engine_layer, copies, x, ids.int(), weights, scratch_bytes=scratch)
+    assert got.shape == x.shape
+    assert got.dtype == dtype
+    want = layer.reference(x, ids, weights)
+    # Rounded to 8 bits of mantissa are weights, x times weight, products, activation and result,
+    # each at 2^-9 / sqrt(3) of its size; where few numbers are summed up, they may conspire.
+    bound = 8e-3 if want.numel() > 500 else 2e-2
+    assert torch.linalg.norm(got.float() - want) <= bound * torch.linalg.norm(want) + 1e-6
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_it_agrees_with_the_engine(format: str) -> None:
+    random, layer = made(format, "silu", (96, 160), experts=7, seed=11)
+    engine_layer = layer.make(activation_bits=16)
+    x = random.normal(50, engine_layer.hidden_size).to(torch.bfloat16)
+    ids, weights = random.integers(0, 7, 50, 4), random.uniform(0, 1, 50, 4)
+    got = streamed.run(engine_layer, engine_layer.tensors, x, ids, weights).float()
+    want = engine_layer(x, ids, weights).float()
+    assert torch.linalg.norm(got - want) <= 6e-3 * torch.linalg.norm(want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(format=st.sampled_from(FORMATS), parts=st.sampled_from(("silu", "relu2")), **LAYERS)
+def test_conversion_gives_the_products_of_weights_and_scales(
+    format: str, parts: str, experts: int, seed: int, **how: Any
+) -> None:
+    _, layer = made(format, parts, experts=experts, seed=seed, **how)
+    engine_layer = layer.make()
+    some = range(experts // 2, experts)
+    for name in ("w13", "w2"):
+        got = convert(engine_layer, engine_layer.tensors, name, some, torch.bfloat16)
+        want = layer.dequantised(name)[some.start :].to(torch.bfloat16)
+        assert torch.equal(got, want)
+
+
+def test_the_gpu_kernel_converts_to_the_same_bits() -> None:
+    """In Triton's interpreter, which has to be asked for before the kernel is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.kernel", str(secrets.randbelow(2**31))],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.args}: {done.stderr}"
+    assert done.stdout == "11 variants\n"

@@ -1,0 +1,183 @@
+"""The watchdog: what hangs is named, and what does not is left alone."""
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvllm.faults import process
+from lvllm.gpu import watchdog as watchdogs
+from lvllm.gpu.stand_in import HostStream
+from lvllm.gpu.watchdog import Watchdog
+from lvllm.gpu.window import PrefetchWindow
+from tests.gpu.streams import RecordedAhead
+
+SHORT = 1.0
+"""Seconds until the watchdog bites here."""
+LONG = 30.0
+
+LAYERS = {n: {"w13": torch.zeros(1000, dtype=torch.uint8)} for n in (3, 4, 7, 8)}
+
+
+class Lines(list[str]):
+    """What a watchdog said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = threading.Event()
+
+    def add(self, line: str) -> None:
+        self.append(line)
+        self.said.set()
+
+
+@pytest.fixture
+def lines() -> Lines:
+    return Lines()
+
+
+@pytest.fixture
+def accelerator() -> Iterator[RecordedAhead]:
+    one = RecordedAhead()
+    yield one
+    one.close()
+
+
+def line(step: str) -> str:
+    return f"{step} has not happened for 1 s (LVLLM_WATCHDOG_SECONDS): the process ends"
+
+
+@pytest.mark.parametrize(
+    ("hangs", "step"),
+    [("copy", "layer 7: copy to the GPU"), ("compute", "layer 4: experts on the GPU")],
+)
+def test_a_hanging_stream_is_named(
+    accelerator: RecordedAhead,
+    lines: Lines,
+    hangs: str,
+    step: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All later layers are late as well; the first in the chain is named."""
+    watchdog, gate = Watchdog(accelerator, SHORT, lines.add), threading.Event()
+    window = PrefetchWindow(accelerator, LAYERS, 1, watchdog)
+    copy = accelerator.copy
+
+    def hang(target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
+        if hangs == "copy" and source is LAYERS[7]["w13"]:
+            accelerator.launch(lambda: gate.wait(LONG), stream)
+        copy(target, source, stream)
+
+    monkeypatch.setattr(accelerator, "copy", hang)
+    for _ in range(2):
+        for number in LAYERS:
+            window.stage(number)
+            if hangs == "compute" and number == 4:
+                accelerator.launch(lambda: gate.wait(LONG), accelerator.compute())
+            window.release(number)
+    assert lines.said.wait(LONG)
+    assert lines == [line(step)]
+    gate.set()
+    watchdog.close()
+
+
+def test_a_hanging_host_callback_is_named(accelerator: RecordedAhead, lines: Lines) -> None:
+    watchdog, done = Watchdog(accelerator, SHORT, lines.add), [0]
+    calls = watchdog.steps()
+    for layer in range(5):
+        calls.due(f"layer {layer}: experts on the CPU", lambda layer=layer: done[0] > layer)  # type: ignore[misc]
+    calls.due(lambda: "never asked for", lambda: done[0] > 5)
+    done[0] = 3
+    assert lines.said.wait(LONG)
+    assert lines == [line("layer 3: experts on the CPU")]
+    watchdog.close()
+
+
+def test_a_name_is_asked_for_when_it_is_late(accelerator: RecordedAhead, lines: Lines) -> None:
+    watchdog = Watchdog(accelerator, SHORT, lines.add)
+    watchdog.steps().due(lambda: "layer 5: experts on the CPU", lambda: False)
+    assert lines.said.wait(LONG)
+    assert lines == [line("layer 5: experts on the CPU")]
+    watchdog.close()
+
+
+def test_what_happens_is_left_alone_and_the_thread_sleeps(
+    accelerator: RecordedAhead, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdogs, "NUMBERS", 64)  # so that they are used again
+    watchdog = Watchdog(accelerator, LONG, lines.add)
+    window = PrefetchWindow(accelerator, LAYERS, 2, watchdog)
+    looks = list[float]()
+    steps = watchdog.steps()
+    steps.due("layer 0: experts on the CPU", lambda: looks.append(time.monotonic()) or True)  # type: ignore[func-returns-value]
+    for _ in range(40):
+        for number in LAYERS:
+            if random.random() < 0.9:
+                window.stage(number)
+        accelerator.synchronize(accelerator.compute())
+        accelerator.synchronize(window._copies)
+    with watchdog._changed:
+        assert window._steps is not None
+        window._steps.clear()
+        assert not window._steps.waiting
+    # While something was due it slept; it did not look again and again.
+    assert len(looks) <= 1
+    assert not lines
+    watchdog.close()
+    assert not watchdog._thread.is_alive()
+
+
+def test_it_sleeps_for_good_when_nothing_is_due(accelerator: RecordedAhead, lines: Lines) -> None:
+    watchdog, stream = Watchdog(accelerator, LONG, lines.add), accelerator.stream()
+    steps = watchdog.follow(stream)
+    for _ in range(2):
+        steps.mark("layer 1: copy to the GPU")
+        accelerator.synchronize(stream)
+        with watchdog._changed:
+            watchdog._changed.notify()  # as if the time had come
+        until = time.monotonic() + LONG
+        while not (watchdog._sleeps_for_good and not steps.waiting):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+    watchdog.close()
+    assert not lines
+
+
+CHILD = """
+import threading, torch
+from lvllm.gpu.stand_in import HostAccelerator
+from lvllm.gpu.watchdog import Watchdog
+from lvllm.gpu.window import PrefetchWindow
+accelerator = HostAccelerator()
+window = PrefetchWindow(accelerator, {12: {"w2": torch.zeros(9)}}, 1, Watchdog(accelerator, 0.1))
+accelerator.launch(threading.Event().wait, window._copies)
+window.stage(12)
+"""
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_the_process_ends_in_one_line(front: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(process._VARIABLE, raising=False)
+    if front:
+        process.prepare()
+        monkeypatch.setenv(process._VARIABLE, process.os.environ[process._VARIABLE])
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+    )
+    said = (
+        "layer 12: copy to the GPU has not happened for 0.1 s (LVLLM_WATCHDOG_SECONDS): the process"
+        " ends"
+    )
+    assert (done.returncode, done.stdout) == (1, f"lvllm: {said}\n")
+    assert process._reported() == (said if front else None)

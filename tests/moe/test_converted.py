@@ -1,0 +1,255 @@
+"""Experts converted while loading: what they mean, and what is made of that."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lvllm.engine import quantize
+from lvllm.engine.dequantize import computable, values
+from lvllm.formats import integers
+from lvllm.formats.base import ExpertFormat, Shape, add_parameter
+from lvllm.formats.unquantized import Unquantized
+from lvllm.moe.converted import Conversion, Converted, choose
+from lvllm.settings.variables import UseWeight
+from tests.experts import FORMATS, Random, dequantise, random_layer
+
+EXPERTS, HIDDEN, INTERMEDIATE = 3, 80, 48
+NAME = "model.layers.3.mlp.experts"
+
+
+class Stored(ExpertFormat):
+    """Experts as `tensors` has them; one parameter for each, that is loaded as it is."""
+
+    def __init__(self, tensors: dict[str, Any], bits: int = 8) -> None:
+        self.held = tensors
+        self.bits = bits
+        self.computable = computable(tensors)
+
+    def create_weights(
+        self, layer: Any, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        for name, tensor in self.held.items():
+            if isinstance(tensor, torch.Tensor):
+                data = shape.allocate(tensor.shape, tensor.dtype, parts=1)
+                add_parameter(layer, name, data.copy_(tensor), attributes)
+        add_parameter(layer, "w13_input_scale", torch.ones(3), attributes, optional=True)
+
+    def tensors(self, layer: Any) -> dict[str, Any]:
+        return {name: getattr(layer, name, given) for name, given in self.held.items()}
+
+
+def wanted(target: UseWeight, dummy: bool = False) -> Conversion:
+    return Conversion(target, "cpu", tuple(os.sched_getaffinity(0)), dummy)
+
+
+def convert(source: ExpertFormat, target: UseWeight, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The arguments of `ExpertLayer` that are made of a source, and its layer."""
+    layer = torch.nn.Module()
+    made = Converted(source, wanted(target), NAME)
+    made.create_weights(layer, Shape(EXPERTS, HIDDEN, INTERMEDIATE, 2), dtype, {})
+    # As while vLLM loads a model.
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return made.tensors(layer), layer
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def arguments(format: str, seed: int, **more: Any) -> dict[str, Any]:
+    layer = random_layer(Random(seed), format, EXPERTS, HIDDEN, INTERMEDIATE, **more)
+    return {name: value for name, value in layer.arguments.items() if name != "activation"}
+
+
+def meant(tensors: dict[str, Any], name: str) -> torch.Tensor:
+    return torch.stack([values(tensors, name, expert) for expert in range(EXPERTS)])
+
+
+@pytest.mark.parametrize(
+    ("format", "more"),
+    [
+        *((format, {}) for format in FORMATS),
+        ("fp8", {"fp8_scale": "channel"}),
+        ("fp8", {"fp8_scale": "tensor"}),
+        ("int4", {"group_size": 64, "zero": True}),
+        ("int4", {"group_size": -1, "scale_dtype": torch.float32}),
+    ],
+)
+def test_values_are_what_the_engine_computes_with(format: str, more: dict[str, Any]) -> None:
+    layer = random_layer(Random(), format, EXPERTS, HIDDEN, INTERMEDIATE, **more)
+    assert computable(layer.arguments)
+    for name in ("w13", "w2"):
+        wanted = layer.dequantised(name)
+        # nvfp4 has two scales, and the order of multiplication decides the last bit.
+        torch.testing.assert_close(meant(layer.arguments, name), wanted, rtol=2e-7, atol=0)
+
+
+def random_integers(bits: int, size: int, zero: bool, order: bool) -> dict[str, Any]:
+    """What the engine does not compute: `integers.tensors` of random weights; and their meaning."""
+    random = Random()
+    codes, scales, zeros, orders, wanted = {}, {}, {}, {}, {}
+    for name, parts, rows, columns in Shape(EXPERTS, HIDDEN, INTERMEDIATE, 2).matrices:
+        groups = columns // size
+        code = random.integers(0, 1 << bits, EXPERTS, rows, columns)
+        middle = 1 << (bits - 1)
+        scales[name] = random.uniform(0.5, 1.5, EXPERTS, rows, groups).bfloat16().float()
+        of_zero = random.integers(0, 1 << bits, EXPERTS, rows, groups)
+        order_of = (torch.arange(columns) // size).expand(EXPERTS, parts, -1)
+        if order:
+            shuffled = [torch.randperm(columns, generator=random.generator) for _ in range(6)]
+            order_of = torch.stack(shuffled).view(EXPERTS, -1, columns)[:, :parts] // size
+            orders[name] = order_of.int()
+        along = order_of.repeat_interleave(rows // parts, 1)
+        centre = of_zero.gather(2, along) if zero else middle
+        wanted[name] = (code - centre).float() * scales[name].gather(2, along)
+        if bits == 4:
+            codes[name] = (code[..., 0::2] | code[..., 1::2] << 4).to(torch.uint8)
+        else:
+            codes[name] = (code - 128).to(torch.int8)
+        if zero:
+            zeros[name] = (of_zero - (0 if bits == 4 else 128)).to(
+                torch.uint8 if bits == 4 else torch.int8
+            )
+    return integers.tensors(bits, size, codes, scales, zeros, orders) | {"wanted": wanted}
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("bits", "size"), [(4, 8), (4, 16), (8, 16)])
+def test_integers_that_the_engine_has_no_format_for(
+    bits: int, size: int, zero: bool, order: bool
+) -> None:
+    tensors = random_integers(bits, size, zero, order)
+    wanted = tensors.pop("wanted")
+    assert not computable(tensors)
+    for name in ("w13", "w2"):
+        assert torch.equal(meant(tensors, name), wanted[name])
+    made, _ = convert(Stored(tensors, bits), UseWeight.KEEP)
+    for name in ("w13", "w2"):
+        assert torch.equal(made[name], wanted[name].bfloat16())
+    assert made["format"] == "bf16"
+
+
+@pytest.mark.parametrize(("size", "group"), [(96, 32), (192, 64), (512, 128), (64, 64)])
+def test_groups_that_the_engines_divide(size: int, group: int) -> None:
+    """Their scales stand several times."""
+    random, columns = Random(), 2 * size
+    codes = random.integers(0, 256, 2, 5, columns // 2).to(torch.uint8)
+    scale = random.uniform(0.5, 1.5, 2, 5, 2).bfloat16()
+    zero = random.integers(0, 16, 2, 5, 2).to(torch.uint8)
+    of = {"w13": codes}, {"w13": scale.float()}, {"w13": zero}
+    found = integers.tensors(4, size, *of, {})
+    assert found["group_size"] == group
+    assert found["w13_scale"].dtype == torch.bfloat16
+    got = dequantise("int4", codes, found["w13_scale"], found["w13_zero"], group_size=group)
+    assert torch.equal(got, dequantise("int4", codes, scale, zero, group_size=size))
+
+
+def test_an_order_that_is_none() -> None:
+    """Of the second of two processes: the groups from the middle on, one after another."""
+    random = Random()
+    codes = random.integers(0, 256, 2, 6, 32).to(torch.uint8)
+    scale = random.uniform(0.5, 1.5, 2, 6, 4)
+    index = (torch.arange(64) // 32 + 2).int().expand(2, 1, -1)
+    found = integers.tensors(4, 32, {"w2": codes}, {"w2": scale}, {}, {"w2": index})
+    assert computable(found | {"w13_scale": scale})
+    assert torch.equal(found["w2_scale"], scale[..., 2:])
+    with pytest.raises(ValueError, match="w2: columns are in groups 2 to 4, of 0 to 3"):
+        integers.tensors(4, 32, {"w2": codes}, {"w2": scale}, {}, {"w2": index + index % 2})
+
+
+def test_what_turns_out_to_be_the_engines_is_kept() -> None:
+    """As act-order whose groups follow one another."""
+    tensors = arguments("int4", 5, zero=True)
+    made, _ = convert(Stored(tensors, 4), UseWeight.KEEP)
+    assert made.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(made[name], value) if isinstance(value, torch.Tensor) else True
+    assert made["format"] == "int4"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_to_dtype(format: str, dtype: torch.dtype) -> None:
+    tensors = arguments(format, 1, bias=True)
+    made, _ = convert(Stored(tensors), UseWeight.TO_DTYPE, dtype)
+    assert made["format"] == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    for name in ("w13", "w2"):
+        assert torch.equal(made[name], meant(tensors, name).to(dtype))
+        assert torch.equal(made[f"{name}_bias"], tensors[f"{name}_bias"])
+        assert f"{name}_scale" not in made
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp16", "fp8", "int8", "nvfp4"])
+def test_int4_is_the_values_quantised(format: str) -> None:
+    """And a last group of 16 columns, of 80 and of 48, is one that is filled with zeros."""
+    tensors = arguments(format, 2)
+    made, _ = convert(Stored(tensors), UseWeight.INT4)
+    assert made["format"] == "int4"
+    assert made["group_size"] == 32
+    for name, columns in (("w13", HIDDEN), ("w2", INTERMEDIATE)):
+        whole = F.pad(meant(tensors, name), (0, -columns % 32))
+        codes, scale = quantize.int4(whole, 32)
+        assert torch.equal(made[name], codes[..., : columns // 2])
+        assert torch.equal(made[f"{name}_scale"], scale)
+
+
+def test_int4_of_a_share_is_a_share_of_int4() -> None:
+    """Of w2's columns, as tensor parallelism cuts them in whole groups."""
+    weight = Random().normal(5, 128)
+    codes, scale = quantize.int4(weight, 32)
+    for part in (0, 1):
+        of_part = weight[:, 64 * part : 64 * part + 64]
+        got, its_scale = quantize.int4(of_part, 32)
+        assert torch.equal(got, codes[:, 32 * part : 32 * part + 32])
+        assert torch.equal(its_scale, scale[:, 2 * part : 2 * part + 2])
+
+
+def test_what_was_loaded_is_freed() -> None:
+    _, layer = convert(Stored(arguments("fp8", 3)), UseWeight.INT4)
+    assert {name for name, p in layer.named_parameters() if p.numel()} == {"w13_input_scale"}
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    tensors = arguments("bf16", 4)
+    tensors["w2"][1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=rf"^{NAME}: w2 of expert 1: .*NaN"):
+        convert(Stored(tensors), UseWeight.INT4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "computed", "setting", "target"),
+    [
+        (16, True, "KEEP", None),
+        (16, True, "TO_DTYPE", None),
+        (16, True, "INT4", "INT4"),
+        (8, True, "KEEP", None),
+        (8, True, "TO_DTYPE", "TO_DTYPE"),
+        (8, True, "INT4", "INT4"),
+        (8, False, "KEEP", "KEEP"),
+        (4, True, "INT4", None),
+        (4, False, "INT4", "INT4"),
+        (4, True, "TO_DTYPE", "TO_DTYPE"),
+    ],
+)
+def test_choice(bits: int, computed: bool, setting: str, target: str | None) -> None:
+    source: Any = SimpleNamespace(bits=bits, computable=computed, arrives=True)
+    chosen = choose(source, wanted(UseWeight(setting)), NAME)
+    if target is None:
+        assert chosen is source
+    else:
+        assert isinstance(chosen, Converted)
+        assert chosen.wanted.target == UseWeight(target)
+
+
+@pytest.mark.parametrize("target", [UseWeight.INT4, UseWeight.TO_DTYPE])
+def test_made_up_weights_are_made_a_layer_at_a_time(target: UseWeight) -> None:
+    """No parameter before `tensors`: vLLM fills those of all layers at once."""
+    layer = torch.nn.Module()
+    made = Converted(Unquantized(), wanted(target, dummy=True), NAME)
+    made.create_weights(layer, Shape(EXPERTS, HIDDEN, INTERMEDIATE, 2), torch.bfloat16, {})
+    assert not list(layer.parameters())
+    assert made.tensors(layer)["w13"].float().abs().max() > 0

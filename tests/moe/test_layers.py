@@ -1,0 +1,312 @@
+"""vLLM's own expert layer with LvLLM in it, by itself: what the models that run here do not reach.
+
+A layer is built by vLLM's factory, filled through vLLM's loader from a checkpoint's tensors, and
+called through vLLM's runner and router.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import randrange
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+
+from lvllm import engine, plugin
+from lvllm.engine import bank
+from lvllm.moe import activations
+from lvllm.moe.method import HybridMoEMethod
+from lvllm.moe.routed_experts import resident_method
+from lvllm.settings.configuration import RESOLVED
+from lvllm.upstream.quantization_configs import CompressedConfig, GptqConfig
+from tests.experts import Layer, Random
+
+EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19
+# vLLM's arguments of a layer, and what they are to mean.
+LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "silu": ({}, {}),
+    "silu_with_limit": (
+        {"swiglu_limit": 0.7},
+        {"activation": "swigluoai", "swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": 0.7},
+    ),
+    "gelu": ({}, {"activation": "gelu"}),
+    "gelu_pytorch_tanh": ({}, {"activation": "gelu_tanh"}),
+    "swigluoai": ({}, {"activation": "swigluoai", "interleaved": True}),
+    "swigluoai_uninterleave": (
+        {"swiglu_alpha": 1.3, "swiglu_beta": 0.5, "swiglu_limit": 0.7},
+        {"activation": "swigluoai", "swiglu_alpha": 1.3, "swiglu_beta": 0.5, "swiglu_limit": 0.7},
+    ),
+    "swiglustep": (
+        {"swiglu_limit": 0.7},
+        {"activation": "swiglustep", "swiglu_limit": 0.7},
+    ),
+    "relu2_no_mul": ({"ckpt_names": ("up_proj", "down_proj", None)}, {"activation": "relu2"}),
+}
+
+
+@pytest.fixture(scope="module")
+def vllm_config(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
+    """A process of one rank with the plugin loaded, configured for a model in bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
+        # Restored afterwards: preparing a configuration sets it for the worker processes.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+        plugin.register()
+        arguments = {"model": str(qwen3_moe), "skip_tokenizer_init": True, "enforce_eager": True}
+        config = EngineArgs(**arguments, max_model_len=128).create_engine_config()
+        meeting = tmp_path_factory.mktemp("distributed") / "store"
+        with set_current_vllm_config(config):
+            init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+            initialize_model_parallel(1)
+        yield config
+        cleanup_dist_env_and_memory()
+        engine.configure()
+
+
+def tensors(random: Random, gate: str, up: str | None, bias: bool) -> dict[str, torch.Tensor]:
+    """An experts module's part of a checkpoint, under the names that it has there."""
+    stored = {}
+    for expert in range(EXPERTS):
+        for name, rows, columns in (
+            (gate, INTERMEDIATE, HIDDEN),
+            (up, INTERMEDIATE, HIDDEN),
+            ("down_proj", HIDDEN, INTERMEDIATE),
+        ):
+            if name is None:
+                continue
+            weight = 1.5 * random.normal(rows, columns) * columns**-0.5
+            stored[f"{expert}.{name}.weight"] = weight.bfloat16()
+            if bias:
+                stored[f"{expert}.{name}.bias"] = random.normal(rows).bfloat16()
+    return stored
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) -> None:
+    arguments, meaning = LAYERS[name]
+    random = Random(randrange(1 << 30))
+    gate, _, up = arguments.get("ckpt_names", ("gate_proj", "down_proj", "up_proj"))
+    stored = tensors(random, gate, up, bias)
+    with set_current_vllm_config(vllm_config):
+        runner = FusedMoEFactory(
+            num_experts=EXPERTS,
+            top_k=TOPK,
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            params_dtype=torch.bfloat16,
+            activation=name.removesuffix("_with_limit"),
+            has_bias=bias,
+            prefix=f"{request.node.name}.mlp.experts",
+            **arguments,
+        )
+        layer = runner.routed_experts
+        loaded = set(layer.load_weights(stored.items()))
+        assert loaded == set(dict(layer.named_parameters()))
+        layer.quant_method.process_weights_after_loading(layer)
+        x = random.normal(TOKENS, HIDDEN).bfloat16()
+        logits = random.normal(TOKENS, EXPERTS).bfloat16()
+        with set_forward_context(None, vllm_config):
+            out = runner(hidden_states=x, router_logits=logits)
+
+    def stacked(names: tuple[str | None, ...], suffix: str) -> torch.Tensor:
+        return torch.stack(
+            [torch.cat([stored[f"{e}.{n}.{suffix}"] for n in names if n]) for e in range(EXPERTS)]
+        )
+
+    of_layer = {
+        "format": "bf16",
+        "w13": stacked((gate, up), "weight"),
+        "w2": stacked(("down_proj",), "weight"),
+    }
+    if bias:
+        of_layer["w13_bias"] = stacked((gate, up), "bias")
+        of_layer["w2_bias"] = stacked(("down_proj",), "bias")
+    weights, ids = logits.float().softmax(-1).topk(TOPK)
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = Layer(of_layer | meaning).reference(x, ids, weights)
+    # Of the result's own rounding to bfloat16, 1.7e-3, and of what avx512_bf16 rounds before.
+    assert (out.float() - expected).norm() <= 5e-3 * expected.norm()
+
+
+def factory(prefix: str, **arguments: Any) -> Any:
+    return FusedMoEFactory(
+        num_experts=EXPERTS,
+        top_k=TOPK,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        params_dtype=torch.bfloat16,
+        prefix=prefix,
+        **arguments,
+    ).routed_experts
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_of_a_model_that_is_built_on_a_gpu(bias: bool, vllm_config: VllmConfig) -> None:
+    """They lie in host memory wherever the rest does; the meta device is in a GPU's place."""
+    with set_current_vllm_config(vllm_config), torch.device("meta"):
+        layer = factory(f"built.{bias}.mlp.experts", has_bias=bias)
+        assert torch.empty(1).is_meta
+    devices = {name: tensor.device.type for name, tensor in layer.named_parameters()}
+    assert len(devices) == 2 + 2 * bias
+    assert set(devices.values()) == {"cpu"}
+
+
+@pytest.fixture
+def resident(vllm_config: VllmConfig) -> Iterator[None]:
+    """The layers 2 and 4 are, of the host in a GPU's place."""
+    found = vllm_config.additional_config[RESOLVED]
+    lane = {"accelerator": "host", "gpu_resident_moe_layers": [2, 4]}
+    vllm_config.additional_config[RESOLVED] = found | lane
+    with set_current_vllm_config(vllm_config):
+        yield
+    vllm_config.additional_config[RESOLVED] = found
+
+
+@pytest.mark.usefixtures("resident")
+def test_resident_layers_are_left_to_vllm() -> None:
+    """And take none of the engine's memory. What drafts is resident whatever its number is."""
+    before = bank.allocated_bytes()
+    for prefix in ("language_model.model.layers.2.mlp.experts", "backbone.layers.4.mixer.experts"):
+        layer = factory(prefix)
+        assert type(layer.quant_method) is UnquantizedFusedMoEMethod
+        too_large = layer.w13_weight.data[0, :7]
+        kept = layer._narrow_expert_data_for_padding(too_large, too_large[:5], 0)
+        assert len(kept) == 5, "vLLM's kernels may pad"
+    with set_model_tag("eagle_head"):
+        draft = factory("model.layers.3.mlp.experts")
+    assert type(draft.quant_method) is UnquantizedFusedMoEMethod
+    assert bank.allocated_bytes() == before
+    layer = factory("again.layers.3.mlp.experts")
+    assert isinstance(layer.quant_method, HybridMoEMethod)
+    assert bank.allocated_bytes() > before
+
+
+# Experts that lk computes, and vLLM's kernels on its CPU platform, or any, do not.
+ORDERED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "actorder": "group"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
+NOT_VLLMS: dict[str, Callable[[], dict[str, Any]]] = {
+    "without_gate": lambda: {"activation": "relu2_no_mul", "ckpt_names": ("up", "down", None)},
+    "nvfp4": lambda: {"quant_config": ModelOptNvFp4Config("NVFP4", True)},
+    "gptq": lambda: {"quant_config": GptqConfig.from_config(GPTQ)},
+    "gptq_zeros": lambda: {
+        "quant_config": GptqConfig.from_config(GPTQ | {"desc_act": False, "sym": False})
+    },
+    "compressed": lambda: {
+        "quant_config": CompressedConfig.from_config(
+            {
+                "format": "pack-quantized",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": ORDERED}},
+            }
+        )
+    },
+}
+
+
+@pytest.mark.usefixtures("resident")
+@pytest.mark.parametrize("why", NOT_VLLMS)
+def test_resident_layers_that_vllm_cannot_compute(why: str) -> None:
+    prefix = f"{why}.layers.4.mlp.experts"
+    with pytest.raises(ValueError, match=r"where they are to be resident: ") as caught:
+        factory(prefix, **NOT_VLLMS[why]())
+    said = str(caught.value)
+    assert said.startswith(f"{prefix}: vLLM cannot compute these experts on cpu")
+    assert said.endswith("; leave 4 out of LVLLM_GPU_RESIDENT_MOE_LAYERS")
+    print(said)
+
+
+def test_resident_layers_divided_by_experts() -> None:
+    """vLLM's kernels for CPUs would read behind the weights of the experts that a rank holds."""
+    parallel = SimpleNamespace(use_ep=True)
+    moe: Any = SimpleNamespace(is_act_and_mul=True, moe_parallel_config=parallel)
+    with pytest.raises(ValueError, match=r"know no expert parallelism; leave 4 out of LVLLM_GPU"):
+        resident_method(None, "model.layers.4.mlp.experts", None, moe)
+
+
+def test_resident_layers_of_a_model_with_lora() -> None:
+    """vLLM would start, and find no Triton at the first request."""
+    parallel = SimpleNamespace(use_ep=False)
+    moe: Any = SimpleNamespace(
+        is_act_and_mul=True, moe_parallel_config=parallel, is_lora_enabled=True
+    )
+    with pytest.raises(ValueError, match=r"models with LoRA need a GPU; leave 4 out of LVLLM_GPU"):
+        resident_method(None, "model.layers.4.mlp.experts", None, moe)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "message"),
+    [
+        ("situ", None, "activation 'situ' is not supported; supported are silu"),
+        ("silu_no_mul", None, "activation 'silu_no_mul' is not supported"),
+        ("relu2", None, "activation 'relu2' is not supported"),
+        ("gelu", 7.0, "activation 'gelu' with swiglu_limit 7.0 is not supported"),
+        ("swigluoai_uninterleave", None, "'swigluoai_uninterleave' is not supported"),
+    ],
+)
+def test_what_the_engine_has_not_is_refused(name: str, limit: float | None, message: str) -> None:
+    moe = SimpleNamespace(
+        activation=MoEActivation.from_str(name),
+        swiglu_alpha=None,
+        swiglu_beta=None,
+        swiglu_limit=limit,
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        activations.arguments(moe)
+    assert "\n" not in str(caught.value)
+
+
+def test_loaded_layers_keep_what_the_engine_computes_on_alone(vllm_config: VllmConfig) -> None:
+    """Codes and 16-bit scales, whatever they were loaded into, as soon as a layer is complete."""
+    how = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": how}}
+    random, sizes = Random(randrange(1 << 30)), {"gate_proj": 64, "up_proj": 64, "down_proj": 96}
+    stored = {}
+    for expert in range(EXPERTS):
+        for name, rows in sizes.items():
+            columns = 64 if name == "down_proj" else 96
+            of = f"{expert}.{name}.weight"
+            stored[f"{of}_packed"] = random.integers(-(1 << 31), 1 << 31, rows, columns // 8).int()
+            stored[f"{of}_scale"] = random.uniform(0.1, 1, rows, columns // 32).bfloat16()
+            stored[f"{of}_shape"] = torch.tensor([rows, columns])
+    with set_current_vllm_config(vllm_config):
+        layer = FusedMoEFactory(
+            num_experts=EXPERTS,
+            top_k=TOPK,
+            hidden_size=96,
+            intermediate_size=64,
+            params_dtype=torch.bfloat16,
+            prefix="model.layers.1.mlp.experts",
+            quant_config=CompressedConfig.from_config(
+                {"format": "pack-quantized", "config_groups": groups}
+            ),
+        ).routed_experts
+        list(layer.load_weights(stored.items()))
+        # Optional parameters, the weights' shapes, may come after all others.
+        loaded_into = {name for name, data in layer.named_parameters() if data.numel()}
+        assert loaded_into == {"w13_weight_shape", "w2_weight_shape"}
+        kept = layer.engine.tensors
+        assert set(kept) == {"w13", "w2", "w13_scale", "w2_scale"}
+        for scale in (kept["w13_scale"], kept["w2_scale"]):
+            assert scale.dtype == torch.bfloat16
+            assert scale.untyped_storage().nbytes() == scale.nbytes
+        # What comes again is left: the engine has its own order by now.
+        codes = kept["w13"].clone()
+        list(layer.load_weights(stored.items()))
+        assert torch.equal(layer.engine.tensors["w13"], codes)
+        layer.quant_method.process_weights_after_loading(layer)

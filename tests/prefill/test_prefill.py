@@ -1,0 +1,383 @@
+"""The parts of the hand-over between a prefill engine and a decoding one."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lvllm.prefill import client, decoding, prefilling
+from lvllm.prefill.caches import Caches, Copies, Copy, Sizes
+from lvllm.prefill.memory import Held, Place
+from lvllm.settings.configuration import RESOLVED, HybridConfig
+from lvllm.settings.variables import ThreadBinding, UseWeight
+
+BLOCK = 16
+
+
+def cache_config(blocks: int = 50) -> Any:
+    spec = SimpleNamespace(block_size=BLOCK)
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)], num_blocks=blocks)
+
+
+def held_by(process: str = "self") -> int:
+    links = []
+    for descriptor in os.listdir(f"/proc/{process}/fd"):
+        if os.path.exists(path := f"/proc/{process}/fd/{descriptor}"):
+            links.append(os.readlink(path))
+    return sum("lvllm-prefill" in link for link in links)
+
+
+def grouped(blocks: int) -> dict[str, torch.Tensor]:
+    """Layers of grouped attention: [blocks, heads, tokens, 2 * size], tokens outside in memory."""
+    return {
+        f"{n}": torch.randn(blocks, BLOCK, 3, 64).to(torch.bfloat16).transpose(1, 2)
+        for n in range(3)
+    }
+
+
+def latent(blocks: int) -> dict[str, torch.Tensor]:
+    """Layers of latent attention, each block of all layers in one piece; one of the layers has an
+    index beside it, in bytes; two have one cache.
+    """
+    pages = torch.randn(blocks, 2, 1, BLOCK, 96).to(torch.bfloat16)
+    index = torch.randint(0, 256, (blocks, 1, BLOCK, 33), dtype=torch.uint8)
+    return {"0": pages[:, 0], "1": pages[:, 1], "1.index": index, "2": pages[:, 1]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "block_bytes"),
+    [(grouped, 3 * BLOCK * 3 * 64 * 2), (latent, 2 * BLOCK * 96 * 2 + BLOCK * 33)],
+)
+def test_blocks_arrive_where_they_belong(layout: Any, block_bytes: int) -> None:
+    theirs, ours = layout(40), layout(23)
+    before = {name: cache.clone() for name, cache in ours.items()}
+    prefill, decode = Caches(theirs, 40), Caches(ours, 23)
+    assert prefill.block_bytes == decode.block_bytes == block_bytes
+    held = Held(7, prefill.block_bytes)
+    source, target = random.sample(range(40), 7), random.sample(range(23), 5)
+    memory = prefill.open(held.place)
+    for first, last in ((0, 3), (3, 7)):
+        assert memory.count == first
+        prefill.save(memory, Copy("r", held.place, first, tuple(source[first:last])))
+    held.close()
+    arrived = Copy("r", held.place, 2, tuple(target))
+    decode.load(memory, arrived)
+    for name, cache in ours.items():
+        assert torch.equal(cache[target], theirs[name][source[2:]]), name
+        rest = [block for block in range(23) if block not in target]
+        assert torch.equal(cache[rest], before[name][rest]), name
+
+
+def test_memory_that_cannot_be_used() -> None:
+    caches = Caches(latent(9), 9)
+    held = Held(3, caches.block_bytes)
+    memory = caches.open(held.place)
+    caches.save(memory, Copy("r", held.place, 0, (4, 5)))
+    with pytest.raises(ValueError, match="only 2 of 3 blocks are there"):
+        caches.load(memory, Copy("r", held.place, 1, (6, 7)))
+    with pytest.raises(ValueError, match="the engines' caches are not alike"):
+        Caches(grouped(9), 9).open(held.place)
+    with pytest.raises(FileNotFoundError, match="is another file by now"):
+        caches.open(Place(held.place.path, held.place.inode + 1, 3))
+    del memory
+    held.close()
+    with pytest.raises(FileNotFoundError):
+        caches.open(held.place)
+    with pytest.raises(ValueError, match=r"the cache of odd has the shape \(4, 2\), not 9 blocks"):
+        Caches({"odd": torch.zeros(4, 2)}, 9)
+    assert held_by() == 0
+
+
+def step(scheduled: dict[str, tuple[int, int]], new: bool, blocks: Any) -> Any:
+    """A scheduler's output: of each request how many tokens it had, and how many come."""
+    fields = [SimpleNamespace(req_id=r, num_computed_tokens=n) for r, (n, _) in scheduled.items()]
+    cached = SimpleNamespace(
+        req_ids=[] if new else list(scheduled),
+        num_computed_tokens=[] if new else [n for n, _ in scheduled.values()],
+    )
+    return SimpleNamespace(
+        scheduled_new_reqs=fields if new else [],
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens={request: n for request, (_, n) in scheduled.items()},
+        total_num_scheduled_tokens=sum(n for _, n in scheduled.values()),
+        kv_connector_block_state=SimpleNamespace(resolve_block_ids=blocks),
+    )
+
+
+def test_a_prompt_is_saved_as_it_is_computed() -> None:
+    """Whole blocks after each step, those of the prefix cache too, and at last the rest; preempted,
+    nothing twice.
+    """
+    place = Place("/none", 1, 6)
+    scheduler = prefilling.Scheduler(None, cache_config())
+    request = SimpleNamespace(
+        request_id="r", kv_transfer_params=place.params(), num_prompt_tokens=5 * BLOCK + 3
+    )
+    scheduler.add(request)
+    steps = [(2 * BLOCK, 20, True, (0, 3)), (2 * BLOCK + 20, 4, False, None)]
+    # Preempted here, it begins anew, in other blocks.
+    steps += [(0, 2 * BLOCK, False, None), (2 * BLOCK, 3 * BLOCK, False, (3, 5))]
+    steps += [(5 * BLOCK, 3, False, (5, 6)), (5 * BLOCK + 3, 1, False, None)]
+    for computed, more, new, saved in steps:
+        ids = random.sample(range(50), 7)
+        planned = scheduler.plan(step({"r": (computed, more)}, new, lambda _, ids=ids: (ids,)))
+        expected = [] if saved is None else [Copy("r", place, saved[0], tuple(ids[slice(*saved)]))]
+        assert planned.copies == expected, (computed, more)
+    scheduler.finished(request)
+    assert scheduler.plan(step({"r": (90, 1)}, False, None)).copies == []
+
+
+def test_who_saves_for_a_prompt_that_is_gone() -> None:
+    worker = prefilling.Worker(None, cache_config(9))
+    worker.register(grouped(9))
+    held = Held(2, Caches(grouped(9), 9).block_bytes)
+    kept = Held(2, Caches(grouped(9), 9).block_bytes)
+    held.close()
+    copies = [Copy("gone", held.place, 0, (1,)), Copy("kept", kept.place, 0, (1, 2))]
+    worker.save(Copies(copies))
+    assert Caches(grouped(9), 9).open(kept.place).count == 2
+    worker.results({"gone", "kept"})
+    assert worker._open == {}
+    kept.close()
+
+
+@dataclass
+class Client:
+    """In the place of the prefill engine."""
+
+    blocks: int = 10
+    process: int = 4711
+    ended: bool = False
+    sent: dict[str, Place] = field(default_factory=dict)
+    aborted: list[str] = field(default_factory=list)
+    results: list[tuple[str, bool]] = field(default_factory=list)
+
+    def send(self, name: str, request: Any, place: Place) -> None:
+        self.sent[name] = place
+
+    def abort(self, name: str) -> None:
+        self.aborted.append(name)
+
+    def done(self, seconds: float = 0) -> list[tuple[str, bool]]:
+        found, self.results = self.results, []
+        return found
+
+    def shutdown(self) -> None:
+        pass
+
+
+def request(name: str, tokens: int, **fields: Any) -> Any:
+    nothing = {"pooling_params": None, "prompt_embeds": None, "lora_request": None}
+    others = {"mm_features": [], "resumable": False, "skip_reading_prefix_cache": False}
+    return SimpleNamespace(request_id=name, num_tokens=tokens, **nothing | others | fields)
+
+
+def blocks(ids: list[int]) -> Any:
+    return SimpleNamespace(get_block_ids=lambda: (ids,))
+
+
+IDLE = SimpleNamespace(total_num_scheduled_tokens=0)
+
+
+def loaded(*requests: str, failed: bool = False) -> Any:
+    return SimpleNamespace(
+        finished_recving=set(requests), failed_recving=set(requests if failed else ())
+    )
+
+
+@pytest.fixture
+def router(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The decoding engine's scheduler: prompts of 40 tokens are long."""
+    monkeypatch.setattr(client, "Client", lambda *given: Client())
+    transfer = SimpleNamespace(kv_connector_extra_config={"min_tokens": 40})
+    scheduler = decoding.Scheduler(SimpleNamespace(kv_transfer_config=transfer), cache_config())
+    scheduler.start({0: Sizes(64)})
+    yield scheduler
+    assert held_by() == 0
+
+
+def test_the_way_of_a_long_prompt(router: Any) -> None:
+    client = router._client
+    asked = request("a", 3 * BLOCK + 2)
+    assert router.match(request("short", 39), 0) == (0, False)
+    assert router.match(request("cached", 50), BLOCK) == (0, False)
+    assert router.match(asked, 0) == (None, False)
+    ((name, place),) = client.sent.items()
+    assert place.blocks == 4
+    assert router.match(asked, 0) == (None, False)
+    assert router.plan(IDLE).copies == []
+    client.results = [(name, True)]
+    # One block has come into this engine's own cache meanwhile.
+    assert router.match(asked, BLOCK) == (2 * BLOCK + 2, True)
+    assert router.match(asked, BLOCK) == (2 * BLOCK + 2, True)
+    router.allocated(asked, blocks([7, 8, 9, 10]), 2 * BLOCK + 2)
+    assert router.plan(IDLE).copies == [Copy("a", place, 1, (8, 9, 10))]
+    assert router.plan(IDLE).copies == []
+    assert held_by() == 1
+    router.arrived(loaded("a"))
+    assert held_by() == 0
+    router.allocated(asked, blocks([7, 8, 9, 10]), 0)
+    # Preempted after some tokens, it goes the same way.
+    asked.num_tokens += 9
+    assert router.match(asked, 0) == (None, False)
+    assert len(client.sent) == 2
+    router.finished(asked)
+    assert client.aborted == [list(client.sent)[1]]
+    assert router._free == client.blocks
+
+
+def test_a_prompt_that_has_come_into_this_engines_cache_meanwhile(router: Any) -> None:
+    asked = request("a", 3 * BLOCK)
+    assert router.match(asked, 0) == (None, False)
+    router._client.results = [(next(iter(router._client.sent)), True)]
+    assert router.match(asked, 3 * BLOCK) == (0, False)
+    assert held_by() == 1
+    router.allocated(asked, blocks([1, 2, 3]), 0)
+    assert held_by() == 0
+    router.finished(asked)
+    assert router._free == router._client.blocks
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"pooling_params": 1},
+        {"prompt_embeds": 1},
+        {"lora_request": 1},
+        {"mm_features": [1]},
+        {"resumable": True},
+        {"skip_reading_prefix_cache": True},
+    ],
+)
+def test_what_the_decoding_engine_keeps(router: Any, given: Any) -> None:
+    assert router.match(request("a", 400, **given), 0) == (0, False)
+    assert router._client.sent == {}
+
+
+def test_prompts_wait_for_room_in_their_order(router: Any) -> None:
+    """Of 10 blocks."""
+    asked = [
+        request(name, tokens * BLOCK) for name, tokens in zip("abcd", (6, 5, 4, 3), strict=True)
+    ]
+    for waiting in asked:
+        assert router.match(waiting, 0) == (None, False)
+    sent = router._client.sent
+    assert [name[0] for name in sent] == ["a"]
+    router.finished(asked[2])  # aborted in the queue
+    router._client.results = [(next(iter(sent)), True)]
+    assert router.match(asked[0], 0) == (6 * BLOCK, True)
+    assert len(sent) == 1
+    router.allocated(asked[0], blocks(list(range(6))), 6 * BLOCK)
+    router.finished(asked[0])  # aborted while it is loaded: the worker still reads
+    assert held_by() == 1
+    router.arrived(loaded("a"))
+    assert [name[0] for name in sent] == ["a", "b", "d"]
+    router.finished(asked[1])
+    router.finished(asked[3])
+    assert router._free == 10
+    assert router._prompts == {}
+
+
+def test_a_prompt_that_fails_is_prefilled_here(router: Any) -> None:
+    for name, stage in (("prefilling", 0), ("loading", 1)):
+        asked = request(name, 50)
+        assert router.match(asked, 0) == (None, False)
+        sent = list(router._client.sent)[-1]
+        router._client.results = [(sent, bool(stage))]
+        if stage:
+            assert router.match(asked, 0) == (50, True)
+            router.allocated(asked, blocks([1, 2, 3, 4]), 50)
+            router.arrived(loaded(name, failed=True))
+        assert router.match(asked, 0) == (0, False)
+        assert router.match(asked, 0) == (0, False)
+        router.finished(asked)
+    assert router._free == 10
+    assert router._prompts == {}
+
+
+def test_the_prefill_engine_ends(router: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts in all stages: loaded is what it left, all else is prefilled here."""
+    client = router._client
+    asked = {name: request(name, n * BLOCK) for name, n in (("l", 3), ("r", 3), ("p", 4), ("q", 3))}
+    for waiting in asked.values():
+        assert router.match(waiting, 0) == (None, False)
+    client.results = [(name, True) for name in list(client.sent)[:2]]
+    assert router.match(asked["l"], 0) == (3 * BLOCK, True)
+    router.allocated(asked["l"], blocks([1, 2, 3]), 3 * BLOCK)
+    client.ended = True
+    assert router.match(asked["p"], 0) == (0, False)
+    assert router.match(asked["q"], 0) == (0, False)
+    assert router.match(asked["r"], 0) == (3 * BLOCK, True)
+    assert router.match(request("new", 400), 0) == (0, False)
+    router.arrived(loaded("l"))
+    for ended in asked.values():
+        router.finished(ended)
+    assert router._prompts == {}
+
+
+def test_loading_beside_steps() -> None:
+    ours, theirs = grouped(9), grouped(9)
+    own = ((min(os.sched_getaffinity(0)),),)
+    resolved = HybridConfig(
+        thread_binding=ThreadBinding.CPU_CORE,
+        power_saving=False,
+        use_weight=UseWeight.KEEP,
+        quantize_on="cpu",
+        engine_cpus=own,
+        omp_cpus=own,
+        numa_interleave=False,
+        accelerator="none",
+        gpu_resident_moe_layers=(),
+        gpu_prefetch_window=0,
+        gpu_prefill_min_batch_size=0,
+        watchdog_seconds=0,
+        shared_experts=None,
+        prefill_engine=None,
+    )
+    carrier = SimpleNamespace(additional_config={RESOLVED: resolved.model_dump(mode="json")})
+    worker = decoding.Worker(carrier, cache_config(9))
+    worker.register(ours)
+    held = Held(2, worker.handshake().block_bytes)
+    saver = Caches(theirs, 9)
+    saver.save(saver.open(held.place), Copy("whole", held.place, 0, (3, 4)))
+    part = Held(2, worker.handshake().block_bytes)
+    worker.load(Copies([Copy("whole", held.place, 0, (5, 6)), Copy("part", part.place, 0, (7, 8))]))
+    done: set[str] = set()
+    failed: set[str] = set()
+    end = time.monotonic() + 60
+    while done != {"whole", "part"}:
+        found = worker.results(set())
+        done |= found.finished_recving
+        failed |= found.failed_recving
+        assert time.monotonic() < end
+    assert failed == {"part"}
+    assert all(torch.equal(ours[name][[5, 6]], theirs[name][[3, 4]]) for name in ours)
+    worker.shutdown()
+    held.close()
+    part.close()
+
+
+def test_an_engine_ends_with_its_parent() -> None:
+    """However that ends; and at once if it has ended before."""
+    child = "import os; from lvllm.prefill.client import subordinate; subordinate()\n"
+    child += "print(os.getpriority(os.PRIO_PROCESS, 0), flush=True); input()"
+    with subprocess.Popen(["sleep", "100"]) as parent:
+        environment = os.environ | {client._PARENT: str(parent.pid)}
+        command = [sys.executable, "-c", child]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+        with subprocess.Popen(command, **pipes) as process:
+            assert process.stdout is not None
+            priority = os.getpriority(os.PRIO_PROCESS, parent.pid) + client.NICE
+            assert int(process.stdout.readline()) == priority
+            assert process.poll() is None
+            parent.kill()
+            assert process.wait(60) == 1
+    with subprocess.Popen(command, **pipes) as late:
+        assert late.wait(60) == 1

@@ -1,0 +1,452 @@
+"""Settings resolved from environment and YAML, and checked against a model by vLLM itself."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from lvllm import engine, sharing
+from lvllm.machine import memory_plan
+from lvllm.prefill import setting
+from lvllm.settings import configuration, variables
+from lvllm.settings.configuration import RESOLVED, HybridConfig
+
+vllm = pytest.importorskip("vllm")
+
+
+def test_environment_wins_over_yaml_over_default() -> None:
+    environ = {"LK_THREADS": "3", "LK_POWER_SAVING": ""}
+    settings = configuration.resolve(environ, {"lk_threads": 5, "lk_power_saving": True})
+    assert (settings["lk_threads"].value, settings["lk_threads"].source) == (3, "environment")
+    assert (settings["lk_power_saving"].value, settings["lk_power_saving"].source) == (
+        True,
+        "config",
+    )
+    assert settings["gpu_prefetch_window"].source == "default"
+
+
+def test_yaml_layers_may_be_a_number_a_text_or_a_list() -> None:
+    for written in (0, "0", [0]):
+        settings = configuration.resolve({}, {"gpu_resident_moe_layers": written})
+        assert settings["gpu_resident_moe_layers"].value == (0,)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"gpu_prefetch_windo": 1}, "did you mean gpu_prefetch_window?"),
+        ({"moe_numa_enabled": 1}, "only the variable LVLLM_MOE_NUMA_ENABLED sets it"),
+        ({"lk_threads": "many"}, "additional_config.lvllm.lk_threads='many' is not allowed"),
+        ({"gpu_prefetch_window": -1}, "gpu_prefetch_window='-1' is not allowed: a whole number"),
+        ([1], "additional_config.lvllm=[1] is not allowed: a mapping"),
+    ],
+)
+def test_bad_sections(section: object, message: str) -> None:
+    with pytest.raises(variables.SettingError) as caught:
+        configuration.resolve({}, section)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_yaml_value_is_refused_even_when_the_variable_wins() -> None:
+    with pytest.raises(variables.SettingError, match="lk_threads='x'"):
+        configuration.resolve({"LK_THREADS": "1"}, {"lk_threads": "x"})
+
+
+@pytest.fixture
+def configure(qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that builds vLLM's configuration as `vllm serve` does, LvLLM enabled."""
+    from lvllm import plugin
+
+    monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
+    # Restored afterwards: preparing a configuration sets it for the worker processes.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+
+    def build(environment: dict[str, str] | None = None, **arguments: Any) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+
+        for name, value in (environment or {}).items():
+            monkeypatch.setenv(name, value)
+        plugin.register()
+        defaults: dict[str, Any] = {
+            "model": str(qwen3_moe),
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "max_model_len": 128,
+            "max_num_batched_tokens": 256,
+        }
+        return EngineArgs(**{**defaults, **arguments}).create_engine_config()
+
+    return build
+
+
+CPUS = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("LVLLM_MOE_NUMA_ENABLED", "2", "0 or 1"),
+        ("LK_THREAD_BINDING", "CORE", "CPU_CORE or NUMA_NODE"),
+        ("LK_THREADS", "100000", f"allowed is 1 to {CPUS}"),
+        ("OMP_NUM_THREADS", "100000", f"allowed is 1 to {CPUS}"),
+        ("OMP_NUM_THREADS", "0", "a whole number from 1"),
+        ("LVLLM_MOE_USE_WEIGHT", "int8", "TO_DTYPE, KEEP or INT4"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0-", "layer indices"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "1", "those that have are 0,2"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0,7", "those that have are 0,2"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0,2", "allowed is empty"),
+        ("LVLLM_GPU_PREFETCH_WINDOW", "-1", "a whole number of at least 0"),
+        ("LVLLM_GPU_PREFETCH_WINDOW", "1", "allowed is 0 or empty"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "257", "allowed is 0 to 256"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "256", "allowed is 0 or empty"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "auto", "is none; allowed is 0 or empty"),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "Auto", "max_num_batched_tokens, or auto"),
+        ("LVLLM_ACCELERATOR", "gpu", "cuda, host or none"),
+        ("LVLLM_ACCELERATOR", "cuda", "on vLLM's CPU platform allowed is none or host"),
+        ("LVLLM_WATCHDOG_SECONDS", "-1", "a whole number of at least 0"),
+        ("LK_POWER_SAVING", "yes", "0 or 1"),
+        ("LVLLM_ENABLE_NUMA_INTERLEAVE", "2", "0 or 1"),
+        (
+            "LVLLM_MOE_QUANT_ON_GPU",
+            "1",
+            "LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is 0",
+        ),
+        ("LVLLM_PREFILL_ENGINE", "1", "0, auto or a whole number of at least 2"),
+        ("LVLLM_PREFILL_ENGINE", "129", "no prompt has 129 tokens, as max-model-len is 128"),
+        ("LVLLM_PREFILL_ENGINE", "auto", "no prompt has 512 tokens, as max-model-len is 128"),
+        ("LVLLM_PREFILL_ENGINE_GPU", "1", "LVLLM_PREFILL_ENGINE is 0; allowed is empty"),
+        ("LK_ISA", "avx9", "portable, avx2, avx512, avx512_vnni or avx512_bf16"),
+        ("LK_ACTIVATION_BITS", "4", "16 or 8"),
+    ],
+)
+def test_refusals_are_one_line_and_exit_code_1(
+    configure: Any, name: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        configure({name: value})
+    message = caught.value.code
+    assert isinstance(message, str), "a text makes Python print it and exit with code 1"
+    assert message.startswith(f"lvllm: {name}={value!r}")
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_int4_of_4_bit_experts(configure: Any, qwen3_moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3_moe, tmp_path / "awq")
+    path = tmp_path / "awq" / "config.json"
+    how = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": how}))
+    with pytest.raises(SystemExit) as caught:
+        configure({"LVLLM_MOE_USE_WEIGHT": "INT4"}, model=str(tmp_path / "awq"))
+    assert str(caught.value.code).startswith("lvllm: LVLLM_MOE_USE_WEIGHT='INT4': the experts of ")
+    assert str(caught.value.code).endswith("in 4 bits already; allowed is KEEP or TO_DTYPE")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_arithmetic_on_a_gpu_that_is_not_there(configure: Any) -> None:
+    with pytest.raises(SystemExit, match=r"LVLLM_MOE_QUANT_ON_GPU='1': there is no GPU; allowed"):
+        configure({"LVLLM_MOE_USE_WEIGHT": "INT4", "LVLLM_MOE_QUANT_ON_GPU": "1"})
+
+
+def test_the_same_refusals_for_yaml(configure: Any) -> None:
+    section = {"lvllm": {"gpu_resident_moe_layers": "5"}}
+    with pytest.raises(SystemExit, match=r"gpu_resident_moe_layers='5': layer 5 .* are 0,2"):
+        configure(additional_config=section)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float32"}, "dtype='float32' is not allowed"),
+        ({"quantization": "experts_int8"}, "quantization='experts_int8' of .* is not supported"),
+        ({"worker_cls": "some.Worker"}, "worker-cls='some.Worker' is not allowed"),
+        ({"scheduler_cls": "some.Scheduler"}, "scheduler-cls='some.Scheduler' is not allowed"),
+    ],
+)
+def test_models_that_lk_cannot_run(configure: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        configure(**arguments)
+
+
+def test_workers_get_final_values(configure: Any) -> None:
+    built = configure({"LK_THREADS": "1", "LVLLM_MOE_USE_WEIGHT": "KEEP", "LK_POWER_SAVING": "1"})
+    resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    assert resolved.power_saving
+    assert (resolved.use_weight, resolved.quantize_on) == ("KEEP", "cpu")
+    assert [len(cpus) for cpus in resolved.engine_cpus] == [1]
+    assert resolved.omp_cpus == resolved.engine_cpus
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == str(resolved.omp_cpus[0][0])
+    assert built.parallel_config.worker_cls == "lvllm.worker.cpu.HybridCPUWorker"
+    assert not resolved.numa_interleave
+
+
+def test_workers_get_the_lanes_settings(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = HybridConfig.model_validate(configure().additional_config[RESOLVED])
+    assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("none", ())
+    assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (0, 0)
+    assert resolved.watchdog_seconds == 120
+    lane = {
+        "LVLLM_ACCELERATOR": "host",
+        "LVLLM_GPU_RESIDENT_MOE_LAYERS": "2",
+        "LVLLM_GPU_PREFETCH_WINDOW": "1",
+        "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "256",
+        "LVLLM_WATCHDOG_SECONDS": "0",
+    }
+    resolved = HybridConfig.model_validate(configure(lane).additional_config[RESOLVED])
+    assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("host", (2,))
+    assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (1, 256)
+    assert resolved.watchdog_seconds == 0
+    lane["LVLLM_GPU_PREFILL_MIN_BATCH_SIZE"] = "auto"
+    resolved = HybridConfig.model_validate(configure(lane).additional_config[RESOLVED])
+    assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (1, "auto")
+
+
+def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker becomes ours, and nothing is bound that only its CPU platform binds."""
+    from lvllm.machine import gpu_distance
+    from lvllm.worker import startup
+
+    built = configure({"LVLLM_GPU_RESIDENT_MOE_LAYERS": ""})
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    platform = SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        device_name="cuda",
+        get_device_numa_node=lambda rank: None,
+    )
+    monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    assert gpu_distance.of_gpus() is not None
+    built.parallel_config.worker_cls = configuration.GPU_WORKER
+
+    def prepare(resident: str, worker: str = configuration.GPU_WORKER) -> HybridConfig:
+        built.additional_config.pop(RESOLVED, None)
+        built.parallel_config.worker_cls = worker
+        monkeypatch.setenv("LVLLM_GPU_RESIDENT_MOE_LAYERS", resident)
+        startup.prepare(built)
+        return HybridConfig.model_validate(built.additional_config[RESOLVED])
+
+    with pytest.raises(
+        variables.SettingError, match=r"worker-cls='vllm.*CPUWorker' is not allowed"
+    ):
+        prepare("0,2", configuration.CPU_WORKER)
+    # What a GPU holds, a host without memory for it need not have.
+    monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
+    resolved = prepare("0,2")
+    assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("cuda", (0, 2))
+    assert built.parallel_config.worker_cls == "lvllm.worker.gpu.HybridGPUWorker"
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
+    with pytest.raises(variables.SettingError, match=r"the model takes 0\.00 GiB of memory"):
+        prepare("0")
+    # Batches that are to be streamed are not run from graphs, which are computed on the CPU.
+    compilation = built.compilation_config
+    for threshold, left in (
+        ("", [1, 8, 16, 24]),
+        ("17", [1, 8, 16]),
+        ("16", [1, 8]),
+        ("1", [1]),
+        ("auto", [1, 8, 16, 24]),
+    ):
+        compilation.cudagraph_capture_sizes = [1, 8, 16, 24]
+        compilation.max_cudagraph_capture_size = 24
+        monkeypatch.setenv("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", threshold)
+        monkeypatch.setenv("LVLLM_SHARE_EXPERTS", threshold and "1")
+        assert (prepare("0,2").shared_experts is not None) == bool(threshold)
+        assert compilation.cudagraph_capture_sizes == left
+        assert compilation.max_cudagraph_capture_size == left[-1]
+
+
+def test_weights_that_leave_no_kv_cache(configure: Any) -> None:
+    with pytest.raises(SystemExit, match=r"weights take 0\.00 GiB: kv-cache-memory-bytes sets"):
+        configure(gpu_memory_utilization=1e-6)
+    configure(gpu_memory_utilization=1e-6, kv_cache_memory_bytes=1 << 20)
+
+
+def test_only_the_process_that_starts_the_engines_asks_for_room(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several API servers read the configuration each, while the engines fill the memory."""
+    monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
+    servers = {"_api_process_count": 2, "data_parallel_size": 2}
+    with pytest.raises(SystemExit, match=r"the model takes 0\.00 GiB of memory"):
+        configure(**servers, _api_process_rank=-1)
+    for rank in range(2):
+        built = configure(**servers, _api_process_rank=rank)
+        assert RESOLVED not in built.additional_config
+
+
+@pytest.mark.parametrize(("free", "interleaved"), [(1 << 30, False), (1 << 10, True)])
+def test_pages_are_interleaved_where_a_node_is_too_small(
+    configure: Any, monkeypatch: pytest.MonkeyPatch, free: int, interleaved: bool
+) -> None:
+    """The workers' node has `free` bytes for experts, another node has plenty."""
+    home = engine.topology().nodes[0].id
+    nodes = {home: free, home + 1: 1 << 40}
+    monkeypatch.setattr(memory_plan, "free_on_nodes", lambda: nodes)
+    plain = memory_plan._need_of
+    monkeypatch.setattr(
+        memory_plan, "_need_of", lambda *given: replace(cast(Any, plain(*given)), others=0)
+    )
+    built = configure({"LVLLM_ENABLE_NUMA_INTERLEAVE": "1"})
+    resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    assert resolved.numa_interleave == interleaved
+    if interleaved:
+        with pytest.raises(SystemExit, match="LVLLM_ENABLE_NUMA_INTERLEAVE=1 makes it fit"):
+            configure({"LVLLM_ENABLE_NUMA_INTERLEAVE": "0"})
+
+
+def test_shared_experts(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that share have a name in common; what is in memory already needs no room."""
+
+    def name(built: Any) -> str | None:
+        return HybridConfig.model_validate(built.additional_config[RESOLVED]).shared_experts
+
+    assert name(configure()) is None
+    with monkeypatch.context() as patch:
+        shared = name(configure({"LVLLM_SHARE_EXPERTS": "1"}))
+        assert shared is not None
+        assert name(configure(max_model_len=64)) == shared
+        assert name(configure(tensor_parallel_size=2)) != shared
+        with pytest.raises(SystemExit, match=r"LVLLM_SHARE_EXPERTS='1': it needs load-format .*my"):
+            configure(load_format="dummy")
+        plain = memory_plan._need_of
+        patch.setattr(
+            memory_plan,
+            "_need_of",
+            lambda *given: replace(cast(Any, plain(*given)), experts=1 << 50),
+        )
+        with pytest.raises(SystemExit, match=r"experts 1048576\.00 GiB"):
+            configure()
+        owner = sharing.join(f"{shared}/0")
+        assert name(configure()) == shared
+        owner.close()
+
+
+def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoding engine has the connector and no use for the lane's buffers; the other one's
+    settings travel with it. Both find each other's experts, and no other server does.
+    """
+    lane = {
+        "LVLLM_ACCELERATOR": "host",
+        "LVLLM_GPU_PREFETCH_WINDOW": "1",
+        "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "96",
+    }
+    built = configure({"LVLLM_PREFILL_ENGINE": "auto", **lane})
+    decoding = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    given = built.kv_transfer_config.kv_connector_extra_config
+    prefilling = HybridConfig.model_validate(given["prefill"])
+    assert (given["min_tokens"], given["gpu"]) == (96, None)
+    assert (decoding.gpu_prefetch_window, decoding.gpu_prefill_min_batch_size) == (0, 0)
+    assert (prefilling.gpu_prefetch_window, prefilling.gpu_prefill_min_batch_size) == (1, 96)
+    assert decoding.shared_experts == prefilling.shared_experts
+    assert str(decoding.shared_experts).endswith(f"/{os.getpid()}")
+    shared = configure({"LVLLM_SHARE_EXPERTS": "1"}).additional_config[RESOLVED]["shared_experts"]
+    assert decoding.shared_experts == f"{shared}/{os.getpid()}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"tensor_parallel_size": 2},
+            "an engine of 2 workers hands nothing over yet",
+        ),
+        ({"load_format": "dummy"}, "it needs load-format .*; allowed is 0"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv-transfer-config names a connector already",
+        ),
+    ],
+)
+def test_what_a_prefill_engine_cannot_serve(configure: Any, arguments: Any, message: str) -> None:
+    if "kv_transfer_config" in arguments:
+        from vllm.config import KVTransferConfig
+
+        given = arguments["kv_transfer_config"]
+        arguments = {"kv_transfer_config": KVTransferConfig(**given)}
+    with pytest.raises(SystemExit, match=f"LVLLM_PREFILL_ENGINE='64': .*{message}"):
+        configure({"LVLLM_PREFILL_ENGINE": "64"}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"experts": 0}, "M has no routed experts to share"),
+        ({"runner_type": "pooling"}, "M does not generate"),
+        ({"is_hybrid": True}, "M has layers whose state is not keys and values by token"),
+        ({"is_encoder_decoder": True}, "M has layers whose state is not keys and values by token"),
+        ({"enable_sleep_mode": True}, "enable-sleep-mode=True would end one engine's sleep alone"),
+        ({"draft": "mtp"}, "the draft of method 'mtp' has keys and values of its own"),
+        ({"draft": "ngram"}, None),
+    ],
+)
+def test_models_that_a_prefill_engine_cannot_serve(fields: Any, message: str | None) -> None:
+    nothing = ("is_hybrid", "has_inner_state", "is_attention_free", "is_encoder_decoder")
+    experts, draft = fields.pop("experts", 8), fields.pop("draft", None)
+    model: dict[str, Any] = dict.fromkeys((*nothing, "enable_sleep_mode"), False)
+    model |= {"model": "M", "runner_type": "generate", "max_model_len": 4096}
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(**model | fields, get_num_experts=lambda: experts),
+        parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1),
+        speculative_config=draft and SimpleNamespace(method=draft),
+        kv_transfer_config=None,
+    )
+    settings = configuration.resolve({"LVLLM_PREFILL_ENGINE": "auto"}, None)
+    if message is None:
+        assert setting.check(settings, "none", vllm_config) == setting.PrefillEngine(512, None)
+        measured = {"LVLLM_PREFILL_ENGINE": "auto", "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "auto"}
+        settings = configuration.resolve(measured, None)
+        assert setting.check(settings, "host", vllm_config) == setting.PrefillEngine(512, None)
+        return
+    with pytest.raises(variables.SettingError, match=f"'auto': {message}; allowed is 0"):
+        setting.check(settings, "none", vllm_config)
+
+
+def test_the_prefill_engines_gpu(configure: Any) -> None:
+    built = configure()
+    given = {"LVLLM_PREFILL_ENGINE": "64", "LVLLM_PREFILL_ENGINE_GPU": "3"}
+    settings = configuration.resolve(given, None)
+    with pytest.raises(
+        variables.SettingError, match="GPU='3': no engine runs on a GPU; allowed is em"
+    ):
+        setting.check(settings, "none", built)
+    assert setting.check(settings, "cuda", built) == setting.PrefillEngine(64, 3)
+    resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    beside = resolved.model_copy(update={"accelerator": "cuda"})
+    built.cache_config.gpu_memory_utilization = 0.9
+    setting.prepare(built, setting.PrefillEngine(64, 3), beside)
+    assert built.cache_config.gpu_memory_utilization == 0.9
+    setting.prepare(built, setting.PrefillEngine(64, None), beside)
+    assert built.cache_config.gpu_memory_utilization == 0.45
+
+
+def test_memory_of_both_engines(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The KV cache of the largest prompt twice: layers x keys and values x heads x size x bytes."""
+    kv_cache = 2 * 3 * 2 * 2 * 32 * 2 * 128
+    others = 1 << 30
+    plain = memory_plan._need_of
+    monkeypatch.setattr(
+        memory_plan, "_need_of", lambda *given: replace(cast(Any, plain(*given)), others=others)
+    )
+    monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 2 * others - 1)
+    with pytest.raises(SystemExit) as caught:
+        configure({"LVLLM_PREFILL_ENGINE": "64"}, kv_cache_memory_bytes=1 << 20)
+    expected = memory_plan.gib(others + kv_cache)
+    assert f"KV cache 0.00 GiB, prefill engine {expected})" in str(caught.value.code)
+    assert str(caught.value.code).endswith(": LVLLM_PREFILL_ENGINE=0 makes it fit")
+    configure({"LVLLM_PREFILL_ENGINE": "0"}, kv_cache_memory_bytes=1 << 20)
+
+
+@pytest.mark.skipif(CPUS < 2, reason="needs two CPUs")
+def test_ranks_divide_the_cpus(configure: Any) -> None:
+    built = configure(tensor_parallel_size=2)
+    resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
+    first, second = resolved.engine_cpus
+    assert not set(first) & set(second)

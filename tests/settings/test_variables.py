@@ -1,0 +1,84 @@
+"""Parsing of single settings and the documentation made from them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvllm.checkpoint.moe_layers import describe_layers
+from lvllm.settings import variables
+
+LAYERS = variables.BY_KEY["gpu_resident_moe_layers"]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("0", (0,)), ("0-1", (0, 1)), ("0,9", (0, 9)), ("0,1,8-9", (0, 1, 8, 9)), ("", ()), (" ", ())],
+)
+def test_layer_lists(text: str, layers: tuple[int, ...]) -> None:
+    assert variables.parse(LAYERS, text, LAYERS.name) == layers
+
+
+@pytest.mark.parametrize("text", ["0-", "9-3", "-1", "abc", "1,,2", "1;2", "0x1", "1.5", "-", ","])
+def test_bad_layer_lists_name_variable_and_value(text: str) -> None:
+    with pytest.raises(variables.SettingError) as caught:
+        variables.parse(LAYERS, text, LAYERS.name)
+    message = str(caught.value)
+    assert message.startswith(f"LVLLM_GPU_RESIDENT_MOE_LAYERS={text!r} is not allowed: ")
+    assert "0,1,8-9" in message
+    assert "\n" not in message
+
+
+@given(st.sets(st.integers(0, 200), min_size=1))
+def test_describe_is_the_inverse_of_parse(layers: set[int]) -> None:
+    ordered = tuple(sorted(layers))
+    assert variables.parse_layers(describe_layers(list(ordered))) == ordered
+
+
+@pytest.mark.parametrize("variable", variables.VARIABLES, ids=lambda v: v.name)
+def test_unset_and_empty_mean_the_default(variable: variables.Variable) -> None:
+    assert variables.parse(variable, None, variable.name) == variable.default
+    assert variables.parse(variable, "  ", variable.name) == variable.default
+
+
+@pytest.mark.parametrize("variable", variables.VARIABLES, ids=lambda v: v.name)
+@pytest.mark.parametrize("text", ["abc", "-1", "0-", "1e3", "٣"])
+def test_every_variable_refuses_nonsense(variable: variables.Variable, text: str) -> None:
+    with pytest.raises(variables.SettingError, match=variable.name):
+        variables.parse(variable, text, variable.name)
+
+
+def test_zero_switches_prefill_off_but_is_no_thread_count() -> None:
+    assert variables.parse(variables.BY_KEY["gpu_prefill_min_batch_size"], "0", "x") == 0
+    assert variables.parse(variables.BY_KEY["gpu_prefill_min_batch_size"], " auto ", "x") == "auto"
+    with pytest.raises(
+        variables.SettingError, match="LK_THREADS='0' is not allowed: a whole number"
+    ):
+        variables.parse(variables.BY_KEY["lk_threads"], "0", "LK_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("lk_isa", ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")),
+        ("lk_activation_bits", ("16", "8")),
+    ],
+)
+def test_choices_are_the_ones_allowed(key: str, values: tuple[str, ...]) -> None:
+    variable = variables.BY_KEY[key]
+    assert [variables.parse(variable, value, key) for value in values] == list(values)
+    assert variable.allowed.replace(" or ", ", ").split(", ") == list(values)
+    assert key in variables.ENVIRONMENT_ONLY
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("LVLLM_GPU_PREFTCH_WINDOW", "LVLLM_GPU_PREFETCH_WINDOW"), ("LK_THREDS", "LK_THREADS")],
+)
+def test_a_misspelt_variable_is_not_ignored(name: str, suggestion: str) -> None:
+    with pytest.raises(variables.SettingError, match=f"{name} is not a setting.*mean {suggestion}"):
+        variables.check_names({"PATH": "", name: "1"})
+
+
+def test_document_has_every_variable() -> None:
+    document = variables.markdown()
+    assert all(f"| `{variable.name}` |" in document for variable in variables.VARIABLES)

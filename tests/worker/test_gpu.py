@@ -1,0 +1,65 @@
+"""The GPU worker, without a GPU: when it looks for errors of callbacks, and how it measures."""
+
+from random import randrange
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu_worker import Worker
+
+from lvllm.gpu import offload
+from lvllm.gpu.offload import Lane
+from lvllm.gpu.stand_in import HostAccelerator
+from lvllm.worker.gpu import HybridGPUWorker
+from tests.experts import Random, random_layer
+
+
+class Later(AsyncModelRunnerOutput):
+    """An output that the host waits for; the callback runs by then, and not before."""
+
+    def __init__(self, callback: Any) -> None:
+        self._callback = callback
+
+    def get_output(self) -> ModelRunnerOutput:
+        self._callback()
+        return ModelRunnerOutput(req_ids=[], req_id_to_index={})
+
+
+@pytest.mark.parametrize("method", ["execute_model", "sample_tokens"])
+def test_an_error_in_a_callback_ends_its_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = Random(randrange(1 << 30))
+    accelerator = HostAccelerator()
+    experts = random_layer(random, "bf16", 4, 64, 64).make()
+    one = Lane.of(7, experts, lambda: Lane(accelerator, tokens=8))
+    layer = one.add(7, "layers.7", experts, topk=2)
+    wrong: list[bool] = []
+
+    def callback() -> None:
+        ids = random.integers(4, 5, 3, 2) if wrong else random.integers(0, 4, 3, 2)
+        layer.call(random.normal(3, 64).bfloat16(), ids, torch.ones(3, 2))
+
+    worker: Any = object.__new__(HybridGPUWorker)
+    monkeypatch.setattr(Worker, method, lambda *_: Later(callback))
+    getattr(worker, method)(None).get_output()
+    wrong.append(True)
+    output = getattr(worker, method)(None)
+    with pytest.raises(RuntimeError, match=r"^layers.7: topk_ids\[0, 0\] is 4, must be"):
+        output.get_output()
+
+    def at_once(*_: Any) -> ModelRunnerOutput:
+        callback()
+        return ModelRunnerOutput(req_ids=[], req_id_to_index={})
+
+    monkeypatch.setattr(Worker, method, at_once)
+    with pytest.raises(RuntimeError, match=r"^layers.7: "):
+        getattr(worker, method)(None)
+    offload.check()
+    accelerator.close()
+
+
+def test_memory_is_measured_with_crowded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker: Any = object.__new__(HybridGPUWorker)
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: int(offload._crowded))
+    assert worker.determine_available_memory() == 1
+    assert not offload._crowded
