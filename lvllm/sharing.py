@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 
 from lvllm.engine import bank
+from lvllm.log import logger
 
 __all__ = ["Follower", "Owner", "apart", "follower", "held", "join", "leave", "name_of", "owner"]
 
-# vLLM shows the loggers below its own name only.
-logger = init_logger("vllm.plugins.lvllm")
 
 ALIGNMENT = 64
 """Of small tensors that lie together: a cache line, and the engine's vector."""

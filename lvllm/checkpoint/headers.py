@@ -15,6 +15,8 @@ from typing import Any, TypeGuard
 
 import torch
 
+from lvllm.errors import LvllmError
+
 __all__ = [
     "INDEX",
     "Checkpoint",
@@ -53,7 +55,7 @@ LFS_POINTER = b"version https://git-lfs"
 PICKLES = {".bin": "npcache", ".pt": "pt", ".pth": None}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(LvllmError):
     """A checkpoint that cannot be read: one line that names the file, the tensor and the fault."""
 
 

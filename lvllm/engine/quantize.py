@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lvllm.units import ceil_div
+
 __all__ = [
     "fp8_blocks",
     "fp8_channels",
@@ -106,7 +108,7 @@ def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if weight.dim() < 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted [..., N, K]")
     rows, columns = weight.shape[-2:]
-    down, across = -(-rows // BLOCK), -(-columns // BLOCK)
+    down, across = ceil_div(rows, BLOCK), ceil_div(columns, BLOCK)
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     scale = weight.new_empty((*weight.shape[:-2], down, across), dtype=torch.float32)
     step = max(1, _elements(weight) // (BLOCK * BLOCK * across)) * BLOCK

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lvllm.units import ceil_div
+
 BLOCK = 128
 """Rows and columns that share one scale in blockwise fp8."""
 
@@ -115,12 +117,12 @@ def check_scale(
     experts, rows, columns = shape
     shapes: tuple[tuple[int, ...], ...]
     if format == "fp8":
-        blocks = (experts, -(-rows // BLOCK), -(-columns // BLOCK))
+        blocks = (experts, ceil_div(rows, BLOCK), ceil_div(columns, BLOCK))
         shapes = (blocks, (experts, rows), (experts,))
     elif format == "int8":
         shapes = ((experts, rows),)
     else:
-        shapes = ((experts, rows, -(-columns // group)),)
+        shapes = ((experts, rows, ceil_div(columns, group)),)
         if format == "int4" and shapes[0][2] == 1:
             shapes = (*shapes, (experts, rows))
     check_tensor(name, scale, dtypes, shapes)

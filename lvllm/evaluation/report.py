@@ -8,6 +8,7 @@ from rich.table import Table
 
 from lvllm.evaluation.likelihood import Comparison, Likelihoods
 from lvllm.evaluation.scoring import Result
+from lvllm.units import gib
 
 BEGIN = "<!-- lvllm eval: begin -->"
 END = "<!-- lvllm eval: end -->"
@@ -46,7 +47,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def _size(count: int | None) -> str:
     if not count:
         return ""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+    return gib(count) if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def notes(rows: Sequence[Row], read: str, reference: str) -> list[str]:

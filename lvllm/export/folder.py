@@ -11,6 +11,7 @@ from typing import Any
 
 from lvllm.checkpoint.headers import Checkpoint, CheckpointError
 from lvllm.export.tensorfile import ExportError
+from lvllm.units import gib
 
 __all__ = ["check_apart", "check_space", "others", "read_config", "read_headers", "working_in"]
 
@@ -151,6 +152,6 @@ def check_space(out: Path, wanted: int) -> None:
     free = shutil.disk_usage(out).free
     if free < wanted:
         raise ExportError(
-            f"{out} has {free / 2**30:.2f} GiB free, {wanted / 2**30:.2f} GiB are to be written:"
+            f"{out} has {gib(free)} free, {gib(wanted)} are to be written:"
             " make room, or choose another disk"
         )

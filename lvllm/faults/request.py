@@ -11,10 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm.exceptions import GenerationError, GracefulHTTPError
-from vllm.logger import init_logger
 
-# vLLM shows the loggers below its own name only.
-logger = init_logger("vllm.plugins.lvllm")
+from lvllm.log import logger
 
 _FAULTS = "lvllm_faults"
 

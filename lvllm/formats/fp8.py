@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from lvllm.engine import weight_formats
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
 from lvllm.formats.unquantized import Unquantized
+from lvllm.units import ceil_div
 
 __all__ = ["Fp8", "find"]
 
@@ -73,7 +74,10 @@ class Fp8(ExpertFormat):
         how = FusedMoeWeightScaleSupported[self.scales.upper()].value
         for name, parts, rows, columns in shape.matrices:
             size = {
-                "block": (-(-rows // weight_formats.BLOCK), -(-columns // weight_formats.BLOCK)),
+                "block": (
+                    ceil_div(rows, weight_formats.BLOCK),
+                    ceil_div(columns, weight_formats.BLOCK),
+                ),
                 "channel": (rows, 1),
                 "tensor": (parts,) if name == "w13" else (),
             }[self.scales]

@@ -17,6 +17,8 @@ not what its docstring says. All return memory of their own.
 
 import torch
 
+from lvllm.units import ceil_div
+
 __all__ = [
     "awq_int4",
     "awq_zero",
@@ -111,16 +113,20 @@ def compressed_zero(weight_zero_point: torch.Tensor, rows: int) -> torch.Tensor:
     A word holds eight outputs of one group, in order, as their values plus 8.
     """
     _check_words("weight_zero_point", weight_zero_point, "[N/8, G]")
-    if len(weight_zero_point) != -(-rows // 8):
-        raise _refused("weight_zero_point", weight_zero_point, f"[{-(-rows // 8)}, G] of N={rows}")
+    if len(weight_zero_point) != ceil_div(rows, 8):
+        raise _refused(
+            "weight_zero_point", weight_zero_point, f"[{ceil_div(rows, 8)}, G] of N={rows}"
+        )
     return _nibbles(weight_zero_point).transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
 def compressed_zero8(weight_zero_point: torch.Tensor, rows: int) -> torch.Tensor:
     """8-bit `weight_zero_point`, int32 [N/4, G], rounded up, as zero int8 [N, G]; N is `rows`."""
     _check_words("weight_zero_point", weight_zero_point, "[N/4, G]")
-    if len(weight_zero_point) != -(-rows // 4):
-        raise _refused("weight_zero_point", weight_zero_point, f"[{-(-rows // 4)}, G] of N={rows}")
+    if len(weight_zero_point) != ceil_div(rows, 4):
+        raise _refused(
+            "weight_zero_point", weight_zero_point, f"[{ceil_div(rows, 4)}, G] of N={rows}"
+        )
     whole = weight_zero_point.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     codes = whole.bitwise_xor_(0x80).view(torch.int8).unflatten(1, (-1, 4))
     return codes.transpose(1, 2).flatten(0, 1)[:rows].contiguous()

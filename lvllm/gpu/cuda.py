@@ -17,10 +17,9 @@ import torch
 
 from lvllm.gpu.accelerator import Accelerator, check_copy, check_pinnable
 from lvllm.gpu.pinning import PinnedTensors
+from lvllm.units import gib
 
 __all__ = ["CudaAccelerator", "runtime"]
-
-GIB = 1 << 30
 
 
 class CudaAccelerator(Accelerator):
@@ -74,8 +73,7 @@ class CudaAccelerator(Accelerator):
         except torch.OutOfMemoryError:
             free, total = torch.cuda.mem_get_info(self.device)
             raise MemoryError(
-                f"of the GPU's {total / GIB:.2f} GiB, {free / GIB:.2f} GiB are free, and"
-                f" {size / GIB:.2f} GiB were asked for"
+                f"of the GPU's {gib(total)}, {gib(free)} are free, and {gib(size)} were asked for"
             ) from None
         # PyTorch hands dropped memory on in the order of the stream that it was allocated in. This
         # makes it wait for the other one, too.
@@ -99,7 +97,7 @@ class CudaAccelerator(Accelerator):
                 self._check("cudaHostRegister", address, size, 0)
         except (RuntimeError, OSError) as error:
             raise RuntimeError(
-                f"cannot pin {size} bytes ({size / GIB:.2f} GiB) of host memory for the GPU:"
+                f"cannot pin {size} bytes ({gib(size)}) of host memory for the GPU:"
                 f" {error}; `ulimit -l` is {_locked_limit()}; set it to unlimited (in Docker:"
                 " --ulimit memlock=-1), or let the machine have more free memory"
             ) from None

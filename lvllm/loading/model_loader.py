@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader import default_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -24,6 +23,7 @@ from lvllm.checkpoint.headers import Checkpoint, TensorInfo, pickle_refused
 from lvllm.faults import process
 from lvllm.loading.completeness import require_all
 from lvllm.loading.reader import FileTensor, Reader, in_loading_order
+from lvllm.log import logger
 from lvllm.machine import memory_plan
 from lvllm.moe.arrivals import LayerError
 from lvllm.settings.configuration import HybridConfig
@@ -31,7 +31,6 @@ from lvllm.worker import startup
 
 __all__ = ["describe", "install", "weights_iterator"]
 
-logger = init_logger("vllm.plugins.lvllm")
 
 _current: TensorInfo | None = None
 """The tensor that the model's own loading code has in hand."""

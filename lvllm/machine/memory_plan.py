@@ -24,6 +24,7 @@ from lvllm.checkpoint.headers import Checkpoint, CheckpointError, TensorInfo
 from lvllm.checkpoint.moe_layers import layer_number
 from lvllm.engine import bank
 from lvllm.settings.variables import SettingError, UseWeight
+from lvllm.units import gib
 
 INTERLEAVE = "LVLLM_ENABLE_NUMA_INTERLEAVE=1"
 INT4 = "LVLLM_MOE_USE_WEIGHT=INT4"
@@ -32,7 +33,6 @@ ONE_ENGINE = "LVLLM_PREFILL_ENGINE=0"
 INT4_BITS = 4.5
 """Of a weight: groups of 32 share a scale of 16 bits."""
 
-GIB = 1 << 30
 _EXPERTS = re.compile(r"\.experts\.")
 _DRAFTS = re.compile(r"^(?:model\.)?mtp\.")
 # What of an expert's tensors are its weights; the others are scales and the like.
@@ -80,10 +80,6 @@ class Rank:
     """Engine threads on each node: the experts' rows are divided among nodes in proportion."""
     home: int
     """The node that vLLM binds all other memory of the rank to."""
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
 
 
 def node_shares(

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lvllm.errors import LvllmError
+
 __all__ = ["EXPERTS", "Arrivals", "LayerError"]
 
 EXPERTS = ("w13_", "w2_")
@@ -21,7 +23,7 @@ Missing = tuple[str, int, str]
 """Parameter, expert of this process, projection."""
 
 
-class LayerError(ValueError):
+class LayerError(LvllmError):
     """What is wrong with a layer's tensors together, whichever of them came last."""
 
 

@@ -12,19 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn import Module
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
 from lvllm.engine import quantize
 from lvllm.engine.dequantize import computable, values
 from lvllm.formats.base import ExpertFormat, Shape, empty
+from lvllm.log import logger
 from lvllm.machine import thread_pool
 from lvllm.settings.variables import UseWeight
 
 __all__ = ["Conversion", "Converted", "choose"]
 
-# vLLM shows the loggers below its own name only.
-logger = init_logger("vllm.plugins.lvllm")
 
 GROUP = 32
 """Of the 4-bit groups that `INT4` makes."""

@@ -9,7 +9,6 @@ from torch.distributed import ReduceOp
 from torch.nn import Module
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_ep_group
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -22,14 +21,12 @@ from lvllm.formats.base import Shape, add_biases, empty, shared_layer
 from lvllm.gpu.accelerator import open_accelerator
 from lvllm.gpu.break_even import Auto
 from lvllm.gpu.offload import Lane
+from lvllm.log import logger
 from lvllm.moe import activations
 from lvllm.moe.arrivals import EXPERTS, Arrivals
 from lvllm.moe.converted import Conversion, choose
 from lvllm.settings.configuration import HybridConfig
 from lvllm.worker import startup
-
-# vLLM shows the loggers below its own name only.
-logger = init_logger("vllm.plugins.lvllm")
 
 
 class HybridMoEMethod(FusedMoEMethodBase):

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lvllm.prefill.memory import Place
+from lvllm.units import ceil_div
 
 __all__ = ["Client", "subordinate"]
 
@@ -166,7 +167,7 @@ def _configured(vllm_config: Any, kv_cache_config: Any) -> Any:
     config.speculative_config = config.lora_config = config.kv_events_config = None
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE  # those are for decoding
     group = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    blocks = -(-config.model_config.max_model_len // group.block_size) + _RESERVE
+    blocks = ceil_div(config.model_config.max_model_len, group.block_size) + _RESERVE
     size = kv_cache_config.kv_cache_tensors[0].size // kv_cache_config.num_blocks
     config.cache_config.kv_cache_memory_bytes = blocks * size
     config.cache_config.num_gpu_blocks = None

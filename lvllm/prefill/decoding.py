@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-from vllm.logger import init_logger
 
+from lvllm.log import logger
 from lvllm.prefill import client
 from lvllm.prefill.caches import Caches, Copies, Copy, Sizes
 from lvllm.prefill.memory import Held, Memory
 from lvllm.settings.configuration import HybridConfig
+from lvllm.units import ceil_div
 
 __all__ = ["Scheduler", "Worker"]
 
-# vLLM shows the loggers below its own name only.
-logger = init_logger("vllm.plugins.lvllm")
 
 PAUSE = 0.005
 """Seconds to wait for the prefill engine where there is nothing else to do. vLLM would ask again
@@ -184,7 +183,7 @@ class Scheduler:
         )
 
     def _blocks(self, prompt: Prompt) -> int:
-        return -(-prompt.tokens // self._block_size)
+        return ceil_div(prompt.tokens, self._block_size)
 
     def _send(self) -> None:
         """As many of the queue as have room, in their order."""

@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from lvllm.prefill.caches import Caches, Copies, Copy
 from lvllm.prefill.memory import Memory, Place
+from lvllm.units import ceil_div
 
 __all__ = ["PARAMS", "Scheduler", "Worker"]
 
@@ -75,7 +76,7 @@ class _Saved:
         prompt's last. Preempted, it computes some anew: they are there already.
         """
         whole = computed >= self._tokens
-        last = -(-self._tokens // block_size) if whole else computed // block_size
+        last = ceil_div(self._tokens, block_size) if whole else computed // block_size
         first, self._blocks = self._blocks, max(self._blocks, last)
         return first, self._blocks
 

@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
+from lvllm.errors import LvllmError
+
 
 class ThreadBinding(StrEnum):
     """Where the operating system may move an engine thread."""
@@ -28,8 +30,8 @@ class UseWeight(StrEnum):
     INT4 = "INT4"
 
 
-class SettingError(ValueError):
-    """A setting that cannot be used; `str()` is one line fit for the user."""
+class SettingError(LvllmError):
+    """A setting that cannot be used."""
 
 
 def parse_switch(text: str) -> bool:
