@@ -12,7 +12,6 @@ from lvllm.checkpoint.headers import Checkpoint
 from lvllm.engine import bank
 from lvllm.machine import memory_plan
 from lvllm.machine.memory_plan import (
-    GIB,
     Need,
     Rank,
     Room,
@@ -22,6 +21,7 @@ from lvllm.machine.memory_plan import (
     place,
 )
 from lvllm.settings.variables import SettingError, UseWeight
+from lvllm.units import GIB
 
 ONE_NODE = [Rank({0: 4}, 0)]
 TWO_NODES = [Rank({0: 4, 1: 4}, 0)]
