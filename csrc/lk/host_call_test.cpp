@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "lk/engine.h"
-#include "lk/test_allocations.h"
-#include "lk/test_layer.h"
+#include "lk/testing/allocation_counter.h"
+#include "lk/testing/random_layers.h"
 
 namespace lk {
 namespace {

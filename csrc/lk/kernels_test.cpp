@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "lk/test_values.h"
+#include "lk/testing/reference_values.h"
 #include "lk/tiles.h"
 
 namespace lk {

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "lk/test_layer.h"
+#include "lk/testing/random_layers.h"
 
 namespace lk {
 namespace {

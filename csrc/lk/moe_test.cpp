@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "lk/test_allocations.h"
-#include "lk/test_layer.h"
+#include "lk/testing/allocation_counter.h"
+#include "lk/testing/random_layers.h"
 
 namespace lk {
 namespace {

@@ -1,18 +1,23 @@
-// How weights in lanes meet activations: as floats, as pairs of bf16, or as bytes. Each says what
-// one step multiplies (kWidth consecutive weights of 16 rows, in one 64-byte vector, with as many
-// activations that all rows share) and how activations are packed for it. about(k, block) is where
-// in a packed row stands what sums over a block begin with and are scaled by. multiply_add takes
-// activations from a register (where several rows share it) or from memory: left to choose, GCC
-// keeps more of them in registers than there are.
+// The ways to multiply weights with activations: as floats, as pairs of bf16, or as four bytes.
+//
+// Each arithmetic says what one step multiplies and how activations are packed for it. A step
+// multiplies kStepWeights consecutive weights of 16 rows, in one 64-byte vector, with as many
+// activations, which all rows share. multiply_add takes activations from a register, where several
+// vectors of rows share them, or from memory: if GCC may choose, it keeps more of them in registers
+// than there are.
+//
+// Where activations are quantised, a packed row holds for each block its scale and the number that
+// sums over the block begin with, at block_info_offset(k, block).
 #pragma once
 
 #include "lk/kernels.h"
-#include "lk/simd.h"
+#include "lk/kernels/simd.h"
 
 namespace lk::LK_ISA {
 
-// Where each of a block's activations comes from, kOrder saying it for each eight; kWithin is the
-// number of lanes that a permutation reaches.
+// The permutation that packs a block: element i of the packed block is element index[i] of the
+// values. kOrder is the order of each eight values, and kWithin is how many lanes the permutation
+// instruction can reach.
 template <class Index, const uint8_t (&kOrder)[8], int kWithin>
 struct PackOrder {
   alignas(64) Index index[kActBlock];
@@ -25,8 +30,8 @@ struct PackOrder {
 
 constexpr int64_t act_blocks(int64_t k) { return (k + kActBlock - 1) / kActBlock; }
 
-// What arithmetics with float sums share: a sum begins at zero and is its own value, and a packed
-// row has nothing behind its activations.
+// What arithmetics with float sums have in common: sums begin at zero and need no scale, so a
+// packed row holds nothing but activations.
 template <int kBytes>
 struct FloatSums {
   using Sum = F32x16;
@@ -37,15 +42,15 @@ struct FloatSums {
   static float scale(const char*) { return 1.0f; }
   static F32x16 value(Sum sum, float) { return sum; }
   static F32x16 add(Sum sum, float, F32x16 to) { return sum + to; }
-  static int64_t about(int64_t, int64_t) { return 0; }
+  static int64_t block_info_offset(int64_t, int64_t) { return 0; }
   static int64_t row_bytes(int64_t k) { return act_blocks(k) * kActBlock * kActBytes; }
 };
 
-// Every CPU: float weights and activations.
+// Float weights and activations, for every CPU.
 struct Floats : FloatSums<4> {
   using Weights = F32x16;
   using Act = F32x16;
-  static constexpr int kWidth = 1;
+  static constexpr int kStepWeights = 1;
 
   static Act act(const char* p) { return broadcast(*reinterpret_cast<const float*>(p)); }
   static Sum multiply_add(Sum sum, Weights w, Act a) { return fma(w, a, sum); }
@@ -59,8 +64,8 @@ struct Floats : FloatSums<4> {
     return fma(w, act(p), sum);
 #endif
   }
-  // A block of activations in the order that unpacked weights have, kOrder in each eight. Returns
-  // the sum of what they have become.
+  // Packs a block of activations in the order of unpacked weights, which is kOrder in each eight.
+  // Returns the sum of the packed activations, as they were rounded.
   template <const uint8_t (&kOrder)[8]>
   static float pack(const float* values, char* row, int64_t block, int, int64_t) {
     std::memcpy(row + block * kActBlock * kActBytes, values, kActBlock * kActBytes);
@@ -72,13 +77,15 @@ struct Floats : FloatSums<4> {
 
 #if defined(__AVX512BF16__)
 
-// vdpbf16ps multiplies pairs of bf16, exact in float, and adds both products to a float.
-struct Pairs : FloatSums<2> {
+// Pairs of bf16: vdpbf16ps multiplies them, which is exact in float, and adds both products to a
+// float.
+struct Bf16Pairs : FloatSums<2> {
   using Weights = __m512bh;
   using Act = __m512bh;
-  static constexpr int kWidth = 2;
+  static constexpr int kStepWeights = 2;
 
-  // Volatile, or GCC 12 would load what several rows need once and have no registers for it.
+  // Without `volatile`, GCC 12 loads activations early and once for all rows, and has no registers
+  // to keep them in.
   static Act act(const char* p) {
     __m512i pair;
     asm volatile("vpbroadcastd %1, %0" : "=v"(pair) : "m"(*reinterpret_cast<const int32_t*>(p)));
@@ -108,30 +115,32 @@ struct Pairs : FloatSums<2> {
 
 #if defined(__AVX512VNNI__)
 
-// vpdpbusd multiplies four unsigned bytes (weights) with four signed ones (activations). Each block
-// of activations has a scale of its own. kOffset is what the weights' bytes are too large by.
+// Four bytes: vpdpbusd multiplies four unsigned bytes (weights) with four signed bytes
+// (activations) and adds the products to an int32. Each block of activations has its own scale.
+// Weights are made unsigned by adding kOffset.
 template <int kOffset>
-struct Bytes {
+struct Int8Quads {
   using Weights = __m512i;
   using Sum = __m512i;
   using Act = __m512i;
-  static constexpr int kWidth = 4;
+  static constexpr int kStepWeights = 4;
   static constexpr int kActBytes = 1;
 
-  // Behind the activations of a row: for each block its scale, and -kOffset times its sum.
-  struct Block {
+  // A packed row holds this for each block, behind all activations. `correction` is -kOffset times
+  // the sum of the block, so that sums which begin with it are those of the signed weights.
+  struct BlockInfo {
     float scale;
     int32_t correction;
   };
-  static int64_t about(int64_t k, int64_t block) {
-    return act_blocks(k) * kActBlock + block * static_cast<int64_t>(sizeof(Block));
+  static int64_t block_info_offset(int64_t k, int64_t block) {
+    return act_blocks(k) * kActBlock + block * static_cast<int64_t>(sizeof(BlockInfo));
   }
 
-  static Sum begin(const char* block) {
-    return _mm512_set1_epi32(reinterpret_cast<const Block*>(block)->correction);
+  static Sum begin(const char* info) {
+    return _mm512_set1_epi32(reinterpret_cast<const BlockInfo*>(info)->correction);
   }
-  // Hides from the compiler that sums begin equal: GCC 12 would keep them in one register and move
-  // them about in the inner loop.
+  // Hides from the compiler that all sums begin with the same number. Otherwise GCC 12 keeps it in
+  // one register and copies registers in the inner loop.
   static Sum copy(Sum start) {
     asm("" : "+v"(start));
     return start;
@@ -141,8 +150,8 @@ struct Bytes {
     asm volatile("vpbroadcastd %1, %0" : "=v"(four) : "m"(*reinterpret_cast<const int32_t*>(p)));
     return four;
   }
-  // Not the intrinsic: its vector type is another one than Sum's, and for each product GCC 12 moves
-  // the sum from a register to another and back.
+  // The intrinsic is not used: its vector type is not Sum's, and for each product GCC 12 would move
+  // the sum to another register and back.
   static Sum multiply_add(Sum sum, Weights w, Act a) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(a));
     return sum;
@@ -153,7 +162,7 @@ struct Bytes {
         : "v"(w), "m"(*reinterpret_cast<const int32_t*>(p)));
     return sum;
   }
-  static float scale(const char* block) { return reinterpret_cast<const Block*>(block)->scale; }
+  static float scale(const char* info) { return reinterpret_cast<const BlockInfo*>(info)->scale; }
   static F32x16 value(Sum sum, float scale) {
     return F32x16{_mm512_cvtepi32_ps(sum)} * broadcast(scale);
   }
@@ -168,8 +177,9 @@ struct Bytes {
     const int64_t begin = block << block_log2;
     const int64_t left = act_blocks(k) * kActBlock - begin;
     const int64_t size = left < int64_t{1} << block_log2 ? left : int64_t{1} << block_log2;
-    // As integers magnitudes have the same order, with infinity and NaN above all numbers: the
-    // scale becomes one of them, and no sum that it scales passes for a number.
+    // Compared as integers, magnitudes have the same order as floats, and infinity and NaN are
+    // larger than all numbers. So a block with one of them gets it as its scale, and none of its
+    // sums looks finite.
     __m512i largest = _mm512_setzero_si512();
     for (int64_t i = 0; i < size; i += kLanes) {
       largest = _mm512_max_epu32(largest,
@@ -188,12 +198,12 @@ struct Bytes {
                           _mm256_shuffle_epi8(bytes, order));
     }
     const int32_t sum = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(total));
-    auto& mine = *reinterpret_cast<Block*>(row + about(k, block));
-    mine.scale = top / 127.0f;
-    mine.correction = -kOffset * sum;
-    return mine.scale * static_cast<float>(sum);
+    auto& info = *reinterpret_cast<BlockInfo*>(row + block_info_offset(k, block));
+    info.scale = top / 127.0f;
+    info.correction = -kOffset * sum;
+    return info.scale * static_cast<float>(sum);
   }
-  static int64_t row_bytes(int64_t k) { return about(k, act_blocks(k)); }
+  static int64_t row_bytes(int64_t k) { return block_info_offset(k, act_blocks(k)); }
 };
 
 #endif

@@ -1,17 +1,17 @@
 // bf16 weights: two along K in a unit.
 #pragma once
 
-#include "lk/arithmetic.h"
+#include "lk/kernels/arithmetic.h"
 
 namespace lk::LK_ISA {
 
 struct Bf16 {
   static constexpr bool kNoGroupScales = true;
-  static constexpr int kUnit = 2;
+  static constexpr int kUnitWeights = 2;
 #if defined(__AVX512BF16__)
-  using Math = Pairs;
+  using Math = Bf16Pairs;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-  static void unpack(U32x16 bits, Pairs::Weights* w) { w[0] = (__m512bh)bits.v[0]; }
+  static void unpack(U32x16 bits, Bf16Pairs::Weights* w) { w[0] = (__m512bh)bits.v[0]; }
 #else
   using Math = Floats;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};

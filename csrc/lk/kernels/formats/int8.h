@@ -1,18 +1,18 @@
 // int8 weights: four along K in a unit.
 #pragma once
 
-#include "lk/arithmetic.h"
+#include "lk/kernels/arithmetic.h"
 
 namespace lk::LK_ISA {
 
 struct Int8 {
   static constexpr bool kNoGroupScales = true;
-  static constexpr int kUnit = 4;
+  static constexpr int kUnitWeights = 4;
 #if defined(__AVX512BF16__)
-  using Math = Pairs;
+  using Math = Bf16Pairs;
   static constexpr uint8_t kOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
-  static void unpack(U32x16 bits, Pairs::Weights* w) {
-    // Through float, whose upper half is the bf16: eight bits are exact in it.
+  static void unpack(U32x16 bits, Bf16Pairs::Weights* w) {
+    // Bytes become floats, whose upper halves are the bf16: eight bits are exact in bf16.
     for (int i = 0; i < 2; ++i) {
       const auto low = (__m512i)signed_byte(bits, i).v[0];
       const auto high = (__m512i)signed_byte(bits, i + 2).v[0];
@@ -24,7 +24,7 @@ struct Int8 {
   using Math = Floats;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   static void unpack(U32x16 bits, F32x16* w) {
-    for (int i = 0; i < kUnit; ++i) w[i] = signed_byte(bits, i);
+    for (int i = 0; i < kUnitWeights; ++i) w[i] = signed_byte(bits, i);
   }
 #endif
 };
@@ -33,8 +33,8 @@ struct Int8 {
 
 struct Int8Act8 {
   static constexpr bool kNoGroupScales = true;
-  using Math = Bytes<128>;  // flipping the sign bit adds 128
-  static constexpr int kUnit = 4;
+  using Math = Int8Quads<128>;  // unpack adds 128 by flipping the sign bit
+  static constexpr int kUnitWeights = 4;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   static void unpack(U32x16 bits, __m512i* w) {
     w[0] = _mm512_xor_si512((__m512i)bits.v[0], _mm512_set1_epi8(-128));

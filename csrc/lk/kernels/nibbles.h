@@ -1,21 +1,21 @@
 // 4-bit weights: eight along K in a unit, each a code for one of 16 values. Values is a type with
-// the table kFloat of them (and kBf16, where the CPU multiplies bf16).
+// those values in two tables, kFloat and, for CPUs that multiply bf16, kBf16.
 #pragma once
 
-#include "lk/arithmetic.h"
+#include "lk/kernels/arithmetic.h"
 
 namespace lk::LK_ISA {
 
 template <class Values>
 struct Nibbles {
-  static constexpr int kUnit = 8;
+  static constexpr int kUnitWeights = 8;
 #if defined(__AVX512BF16__)
-  using Math = Pairs;
-  // vpermw looks only at the low five bits of each 16-bit word, so a shift brings a nibble into
-  // place and a table that stands there twice makes the fifth bit harmless: seven instructions for
+  using Math = Bf16Pairs;
+  // vpermw reads only the low five bits of each 16-bit word, so a shift is enough to bring a nibble
+  // into place, and a table that is repeated makes the fifth bit harmless: seven instructions for
   // 128 weights. Pair i is nibble i of both words of the unit.
   static constexpr uint8_t kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-  static void unpack(U32x16 bits, Pairs::Weights* w) {
+  static void unpack(U32x16 bits, Bf16Pairs::Weights* w) {
     const __m512i table =
         _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(Values::kBf16)));
     const auto codes = (__m512i)bits.v[0];
@@ -28,7 +28,7 @@ struct Nibbles {
   using Math = Floats;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   static void unpack(U32x16 bits, F32x16* w) {
-    for (int i = 0; i < kUnit; ++i) w[i] = lookup(Values::kFloat, bits >> 4 * i);
+    for (int i = 0; i < kUnitWeights; ++i) w[i] = lookup(Values::kFloat, bits >> 4 * i);
   }
 #endif
 };

@@ -1,7 +1,7 @@
-// e2m1 weights (OCP Microscaling Formats 1.0): mxfp4 and nvfp4 differ in their scales alone.
+// e2m1 weights (OCP Microscaling Formats 1.0): mxfp4 and nvfp4 differ only in their scales.
 #pragma once
 
-#include "lk/formats/nibbles.h"
+#include "lk/kernels/nibbles.h"
 
 namespace lk::LK_ISA {
 

@@ -1,12 +1,13 @@
-// What is done to whole rows around the products: x widened, sums scaled and biased, experts
-// combined.
+// Operations on whole rows before and after the matmuls: x becomes float, sums are scaled and
+// biased, and the outputs of experts are combined.
 #pragma once
 
 #include "lk/kernels.h"
-#include "lk/simd.h"
+#include "lk/kernels/simd.h"
 
 namespace lk::LK_ISA {
 
+// Kernels::widen.
 inline void widen(const void* x, Scalar type, int64_t n, float* values) {
   const auto* in = static_cast<const uint16_t*>(x);
   if (type == Scalar::kBf16) {
@@ -16,7 +17,7 @@ inline void widen(const void* x, Scalar type, int64_t n, float* values) {
   }
 }
 
-// Sums from element i on, scaled and biased.
+// `lanes` sums from element i on, scaled and biased.
 inline F32x16 finished(const Epilogue& epilogue, const float* sums, int64_t i, int64_t lanes) {
   F32x16 value = load_some(sums + i, lanes);
   if (epilogue.row_scale) value = value * load_some(epilogue.row_scale + i, lanes);
@@ -25,6 +26,7 @@ inline F32x16 finished(const Epilogue& epilogue, const float* sums, int64_t i, i
   return value;
 }
 
+// Kernels::finish.
 inline void finish(const Sums& sums, int64_t n, bool stream, float* out) {
   if (stream && n % kLanes == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -38,7 +40,8 @@ inline void finish(const Sums& sums, int64_t n, bool stream, float* out) {
   }
 }
 
-// Whether no value is NaN or infinity. As integers, the magnitudes of both are above all numbers'.
+// Whether no value is NaN or infinity. Compared as integers, the magnitudes of both are larger than
+// those of all numbers.
 inline bool all_finite(const uint16_t* values, int64_t n, Scalar type) {
   int16_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -48,6 +51,7 @@ inline bool all_finite(const uint16_t* values, int64_t n, Scalar type) {
   return largest < (type == Scalar::kBf16 ? 0x7f80 : 0x7c00);
 }
 
+// Kernels::combine.
 inline bool combine(const float* rows, int64_t stride, const float* weights, const int32_t* ids,
                     int topk, int64_t n, Scalar type, void* out) {
   auto* y = static_cast<uint16_t*>(out);
@@ -66,8 +70,8 @@ inline bool combine(const float* rows, int64_t stride, const float* weights, con
       for (int64_t i = 0; i < size; ++i) y[begin + i] = float_to_fp16(total[i]);
     }
   }
-  // Of what has been rounded: a sum may become infinite only then. In a pass of its own, 32 at a
-  // time: the rows above took many times as long.
+  // The rounded values are checked, because a sum may become infinite only when it is rounded. The
+  // check is a pass of its own, 32 values at a time; the rows above take many times as long.
   return all_finite(y, n, type);
 }
 

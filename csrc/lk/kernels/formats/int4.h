@@ -1,8 +1,9 @@
-// int4 weights: codes 0 to 15 for -8 to 7. A zero point other than 8 shifts them for a whole group:
-// the sum over the group of the activations, times that shift, is taken off its dot product.
+// int4 weights: codes 0 to 15 stand for -8 to 7. A zero point other than 8 shifts the values of a
+// whole group: the sum of the group's activations, times the shift, is subtracted from its dot
+// product.
 #pragma once
 
-#include "lk/formats/nibbles.h"
+#include "lk/kernels/nibbles.h"
 
 namespace lk::LK_ISA {
 
@@ -13,7 +14,7 @@ struct Int4Values {
                                                      0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040,
                                                      0x4080, 0x40a0, 0x40c0, 0x40e0};
 };
-constexpr float kInt4Middle = 8;
+constexpr float kInt4ZeroPoint = 8;  // of the tables above
 
 struct Int4 : Nibbles<Int4Values> {};
 struct Int4Zero : Nibbles<Int4Values> {
@@ -23,8 +24,8 @@ struct Int4Zero : Nibbles<Int4Values> {
 #if defined(__AVX512VNNI__)
 
 struct Int4Act8 {
-  using Math = Bytes<8>;
-  static constexpr int kUnit = 8;
+  using Math = Int8Quads<8>;
+  static constexpr int kUnitWeights = 8;
   static constexpr uint8_t kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
   static void unpack(U32x16 bits, __m512i* w) {
     const __m512i nibble = _mm512_set1_epi8(15);

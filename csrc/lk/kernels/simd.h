@@ -1,6 +1,8 @@
-// 16 floats in the vectors of the instruction set that this file is compiled for. Included only by
-// the kernels_*.cpp, each of which sets LK_ISA: the namespace keeps the linker from taking one
-// instruction set's copy of an inline function for another's.
+// 16 floats, in the vectors of the instruction set that this header is compiled for.
+//
+// All headers in this folder are included only by its units (avx2.cpp and its like), each of which
+// sets LK_ISA. The namespace keeps the linker from using one instruction set's copy of an inline
+// function for another's; for the same reason nothing here calls std::min and its like.
 #pragma once
 
 #include <cstdint>
@@ -9,42 +11,14 @@
 #include <immintrin.h>
 #endif
 
+#include "lk/kernels/float16.h"
+
 namespace lk::LK_ISA {
 
-inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
+inline __attribute__((always_inline)) int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
+inline __attribute__((always_inline)) int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 
-inline float bf16_to_float(uint16_t value) { return float_of(uint32_t{value} << 16); }
-
-// Round to nearest even; a NaN stays one.
-inline uint16_t float_to_bf16(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
-
-// Shifted into place a half is a float too small by 2^112; that also makes denormals right. All
-// ones in the exponent (infinity, NaN) are put back by hand. Branch-free, so that it vectorises.
-inline float fp16_to_float(uint16_t value) {
-  const uint32_t magnitude = (value & 0x7fffu) << 13;
-  const uint32_t special = (value & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
-  const uint32_t sign = (value & 0x8000u) << 16;
-  return float_of(bits_of(float_of(magnitude) * 0x1p112f) | special | sign);
-}
-
-// Round to nearest even, overflow to infinity.
-inline uint16_t float_to_fp16(float value) {
-  const uint32_t sign = bits_of(value) & 0x80000000u;
-  const uint32_t bits = bits_of(value) ^ sign;
-  // Adding 0.5 aligns a denormal's last bit with the float's, and the addition does the rounding.
-  const uint32_t denormal = bits_of(float_of(bits) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (bits - 0x38000000u + 0xfff + ((bits >> 13) & 1)) >> 13;
-  const uint32_t finite = bits < 0x38800000u ? denormal : normal;
-  const uint32_t special = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return static_cast<uint16_t>((bits >= 0x477ff000u ? special : finite) | (sign >> 16));
-}
-
-// The widest vectors that the compiler may use here; 64 bytes are 4, 2 or 1 of them.
+// The width of the widest vectors that the compiler may use; 16 floats take 4, 2 or 1 of them.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
@@ -84,7 +58,7 @@ inline F32x16 load(const float* p) {
 inline void store(float* p, F32x16 a) {
   for (int i = 0; i < kVectors; ++i) *reinterpret_cast<FloatMemory*>(p + i * kVectorLanes) = a.v[i];
 }
-// The first `lanes` of them, and zeros.
+// Loads the first `lanes` floats; the other lanes become zero.
 inline F32x16 load_some(const float* p, int64_t lanes) {
   if (lanes == 16) return load(p);
   F32x16 a = {};
@@ -95,8 +69,8 @@ inline void store_some(float* p, F32x16 a, int64_t lanes) {
   if (lanes == 16) return store(p, a);
   std::memcpy(p, &a, lanes * sizeof(float));
 }
-// To p, on a cache line, without reading the line before: for what is read after more than the
-// caches hold.
+// Stores to p, which is aligned to a cache line, without first reading the line into the caches.
+// This is for data that will have left the caches before it is read.
 inline void store_past_caches(float* p, F32x16 a) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, a.v[0]);
@@ -138,7 +112,7 @@ inline F32x16 operator/(F32x16 a, F32x16 b) {
 inline F32x16 operator+(F32x16 a, float b) { return a + broadcast(b); }
 inline F32x16 operator-(F32x16 a, float b) { return a - broadcast(b); }
 inline F32x16 operator*(F32x16 a, float b) { return a * broadcast(b); }
-// The smaller and the larger one; a where it is not a number.
+// The smaller and the larger number; where a is NaN, the result is NaN.
 inline F32x16 min(F32x16 a, float b) {
   for (auto& v : a.v) v = v > b - FloatVector{} ? b - FloatVector{} : v;
   return a;
@@ -154,7 +128,7 @@ inline F32x16 select_negative(F32x16 sign, F32x16 if_negative, F32x16 otherwise)
   }
   return otherwise;
 }
-// a * 2^n, n being the low bits of `shifted`, a number in [2^23, 2^24).
+// a * 2^n, where n is in the low bits of `shifted`, a number in [2^23, 2^24).
 inline F32x16 scale_exponent(F32x16 a, F32x16 shifted) {
   for (int i = 0; i < kVectors; ++i) {
     a.v[i] = (FloatVector)((UintVector)a.v[i] + ((UintVector)shifted.v[i] << 23));
@@ -162,7 +136,7 @@ inline F32x16 scale_exponent(F32x16 a, F32x16 shifted) {
   return a;
 }
 
-// Some of the 16 lanes, from the first: the rows of a tile's last vector.
+// The first n of the 16 lanes: the rows in the last vector of a tile.
 #if defined(__AVX512F__)
 using LaneMask = __mmask16;
 inline LaneMask first_lanes(int64_t n) { return static_cast<LaneMask>((1u << n) - 1); }
@@ -171,7 +145,8 @@ using LaneMask = int64_t;
 inline LaneMask first_lanes(int64_t n) { return n; }
 #endif
 
-// Four bytes of each of the masked lanes; zeros in the others, whose memory is not touched.
+// Loads four bytes for each of the masked lanes. The others become zero, and their memory is not
+// touched.
 inline U32x16 load_units(const char* p, LaneMask lanes) {
 #if defined(__AVX512F__)
   return {(UintVector)_mm512_maskz_loadu_epi32(lanes, p)};
@@ -205,7 +180,7 @@ inline F32x16 as_float(U32x16 a) {
   for (int i = 0; i < kVectors; ++i) result.v[i] = (FloatVector)a.v[i];
   return result;
 }
-// Byte `n` of each lane as a signed integer, as float.
+// Byte `n` of each lane, a signed integer, as float.
 inline F32x16 signed_byte(U32x16 a, int n) {
   F32x16 result;
   for (int i = 0; i < kVectors; ++i) {
@@ -215,7 +190,7 @@ inline F32x16 signed_byte(U32x16 a, int n) {
   return result;
 }
 
-// Half `n` (0 the low one) of each lane from fp16 to float.
+// Half `n` of each lane (0 is the low one), converted from fp16.
 inline F32x16 half_to_float(U32x16 a, int n) {
   F32x16 result;
   const U32x16 halves = (a >> 16 * n) & 0xffff;
@@ -235,22 +210,7 @@ inline F32x16 half_to_float(U32x16 a, int n) {
   return result;
 }
 
-// Byte `n` of each lane from e4m3fn (OCP 8-bit floating point: bias 7, no infinity, all ones NaN).
-inline F32x16 e4m3_to_float(U32x16 a, int n) {
-  F32x16 result;
-  const U32x16 bytes = a >> 8 * n;
-  for (int i = 0; i < kVectors; ++i) {
-    const UintVector magnitude = bytes.v[i] & 0x7f;
-    const FloatVector subnormal =
-        __builtin_convertvector((IntVector)magnitude, FloatVector) * 0x1p-9f;
-    UintVector bits = magnitude < 8 ? (UintVector)subnormal : (magnitude << 20) + (120u << 23);
-    bits = magnitude == 0x7f ? UintVector{} + 0x7fc00000u : bits;
-    result.v[i] = (FloatVector)(bits | (bytes.v[i] & 0x80) << 24);
-  }
-  return result;
-}
-
-// table[low four bits of each lane].
+// table[i], where i is the low four bits of each lane.
 inline F32x16 lookup(const float* table, U32x16 index) {
   F32x16 result;
 #if defined(__AVX512F__)

@@ -9,7 +9,7 @@
 
 #include "lk/layer.h"
 #include "lk/moe.h"
-#include "lk/test_values.h"
+#include "lk/testing/reference_values.h"
 
 namespace lk::test_values {
 

@@ -1,16 +1,16 @@
-// The table of functions of one instruction set. Included only by the kernels_*.cpp, which say what
-// its registers hold.
+// The table of functions of one instruction set, which the unit that includes this (avx2.cpp and
+// its like) makes with the sums that fit into its registers.
 #pragma once
 
-#include "lk/activation.h"
-#include "lk/formats/bf16.h"
-#include "lk/formats/fp16.h"
-#include "lk/formats/fp4.h"
-#include "lk/formats/fp8.h"
-#include "lk/formats/int4.h"
-#include "lk/formats/int8.h"
-#include "lk/matmul.h"
-#include "lk/vectors.h"
+#include "lk/kernels/activation_functions.h"
+#include "lk/kernels/formats/bf16.h"
+#include "lk/kernels/formats/fp16.h"
+#include "lk/kernels/formats/fp4.h"
+#include "lk/kernels/formats/fp8.h"
+#include "lk/kernels/formats/int4.h"
+#include "lk/kernels/formats/int8.h"
+#include "lk/kernels/matmul.h"
+#include "lk/kernels/row_operations.h"
 
 namespace lk::LK_ISA {
 
@@ -19,7 +19,7 @@ constexpr FormatKernels format_kernels() {
   return {act_row_bytes<F>, pack<F>, matmul<F, R>};
 }
 
-// In the order of enum Format.
+// The formats are in the order of enum Format.
 template <Registers R>
 constexpr Kernels kernels_table(const char* isa) {
   return {isa,

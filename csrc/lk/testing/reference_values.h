@@ -15,7 +15,7 @@
 #include "lk/layer.h"
 
 #define LK_ISA test_values
-#include "lk/simd.h"
+#include "lk/kernels/float16.h"
 
 namespace lk::test_values {
 

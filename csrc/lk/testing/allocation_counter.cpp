@@ -1,4 +1,4 @@
-#include "lk/test_allocations.h"
+#include "lk/testing/allocation_counter.h"
 
 #include <atomic>
 #include <cstdlib>

@@ -1,0 +1,164 @@
+// Multiplies a tile with few tokens: weights are unpacked on their way from memory, which is what
+// limits the speed.
+#pragma once
+
+#include "lk/kernels/arithmetic.h"
+#include "lk/kernels/segments.h"
+
+namespace lk::LK_ISA {
+
+// How many bytes before their use weights are prefetched; the hardware's own prefetcher alone stops
+// at every page. On Zen 5, 8 KiB takes 1 to 15% less time than 4 or 16 KiB where memory is the
+// limit.
+constexpr int64_t kPrefetchBytes = 8192;
+
+// What is prefetched while a unit is multiplied: the weights that few_tokens reads kPrefetchBytes
+// later, one line for each line that is loaded. Four prefetches at once, before the loads, fill the
+// queue of misses and stop the loads, which took 2 to 4% more time at 1 token. Longer bursts are
+// worse.
+struct Prefetch {
+  const char* line = nullptr;
+  const char* end = nullptr;  // of the tile; `jump` is added to what lies behind it
+  int64_t jump = 0;
+  // A part of the next tile, prefetched into L2 only, because all passes over this tile come before
+  // it is read. Null: none.
+  const char* next_tile = nullptr;
+  int64_t next_tile_stride = 0;  // bytes for each unit, at most two lines
+};
+
+// The part of the next tile that one pass prefetches, so that memory is read while several passes
+// of tokens go over a tile that is in L2.
+struct NextTilePart {
+  const char* begin = nullptr;
+  int64_t stride = 0;  // bytes for each unit of this tile
+};
+
+// sum[r][t] += `units` units of R vectors of rows times T tokens' activations. Units of weights are
+// `stride` bytes apart. Only a single vector (R is 1) may have fewer than 16 rows.
+template <class F, int R, int T>
+inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)[R][T],
+                                                    const char* weights, int64_t stride,
+                                                    int64_t units, LaneMask rows,
+                                                    const char* const* acts, int64_t act_offset,
+                                                    Prefetch prefetch) {
+  using Math = typename F::Math;
+  constexpr int kStepBytes = Math::kStepWeights * Math::kActBytes;
+  const char* act[T];
+#pragma GCC unroll 32
+  for (int t = 0; t < T; ++t) act[t] = acts[t] + act_offset;
+  const LaneMask lanes = R == 1 ? rows : first_lanes(kLanes);
+  for (int64_t u = 0; u < units; ++u, weights += stride) {
+    const char* const later =
+        prefetch.line < prefetch.end ? prefetch.line : prefetch.line + prefetch.jump;
+    prefetch.line += stride;
+    if (prefetch.next_tile != nullptr) {
+      __builtin_prefetch(prefetch.next_tile, 0, 2);
+      if (prefetch.next_tile_stride > 64) __builtin_prefetch(prefetch.next_tile + 64, 0, 2);
+      prefetch.next_tile += prefetch.next_tile_stride;
+    }
+    const int64_t offset = u * kSteps<F> * kStepBytes;
+    if constexpr (kSteps<F> == 1) {
+      typename Math::Weights w[R];
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(later + r * 64);
+        F::unpack(load_units(weights + r * 64, lanes), &w[r]);
+      }
+#pragma GCC unroll 32
+      for (int t = 0; t < T; ++t) {
+        const auto a = Math::act(act[t] + offset);
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) sum[r][t] = Math::multiply_add(sum[r][t], w[r], a);
+      }
+    } else {
+      // Two vectors of rows share a load of activations, if their weights leave enough registers.
+      constexpr int kShare = R % 2 == 0 && kSteps<F> <= 4 && kVectors == 1 ? 2 : 1;
+#pragma GCC unroll 32
+      for (int first = 0; first < R; first += kShare) {
+        typename Math::Weights w[kShare][kSteps<F>];
+#pragma GCC unroll 32
+        for (int r = 0; r < kShare; ++r) {
+          __builtin_prefetch(later + (first + r) * 64);
+          F::unpack(load_units(weights + (first + r) * 64, lanes), w[r]);
+        }
+#pragma GCC unroll 32
+        for (int step = 0; step < kSteps<F>; ++step) {
+#pragma GCC unroll 32
+          for (int t = 0; t < T; ++t) {
+            const char* from = act[t] + offset + step * kStepBytes;
+            if constexpr (kShare == 1) {
+              sum[first][t] = Math::multiply_add(sum[first][t], w[0][step], from);
+            } else {
+              const auto a = Math::act(from);
+#pragma GCC unroll 32
+              for (int r = 0; r < kShare; ++r) {
+                sum[first + r][t] = Math::multiply_add(sum[first + r][t], w[r][step], a);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// One pass: R vectors of rows from `row` on, times T tokens. `last_unit` is the padded last unit of
+// rows that do not end with a whole one, else null.
+template <class F, int R, int T>
+void few_tokens(const MatmulArgs& a, int64_t row, const char* last_unit,
+                const NextTilePart& next_tile) {
+  using Math = typename F::Math;
+  const auto* acts = reinterpret_cast<const char* const*>(a.acts);
+  float* const out = a.out + row;
+  const int64_t k = a.k;
+  const int block_log2 = a.act_block_log2;
+  const int64_t stride = a.rows * kUnitBytes;
+  const int64_t whole = a.row_bytes / kUnitBytes;
+  const int64_t units = whole + (last_unit != nullptr);
+  const char* const weights = a.tile + row * kUnitBytes;
+  const LaneMask lanes = first_lanes(min(a.rows - row, kLanes));
+  Prefetch prefetch{weights, weights + whole * stride, -kPrefetchBytes};
+  if (a.next) prefetch.jump = a.next + row * kUnitBytes - prefetch.end;
+  prefetch.next_tile_stride = next_tile.stride;
+  alignas(64) float scale[kTileRows];
+  alignas(64) float zero[kZeroPoints<F> ? kTileRows : 1];
+  // Totals stay in registers where there are enough; with bf16, unpacked weights need them.
+  constexpr bool kInRegisters = kQuantisedActs<F> && R * T <= 12;
+  Totals<R, T, kInRegisters> totals;
+  load_totals(totals, out);
+  int64_t group = -1;
+  int64_t group_end = 0;  // the unit where the loaded scales end
+  int64_t end;
+  for (int64_t begin = 0; begin < units; begin = end) {
+    end = kOneSum<F> ? units : segment_end<F>(a, begin, units);
+    if (kGroupScales<F> && begin >= group_end) {
+      load_scales(a, ++group, scale);
+      if constexpr (kZeroPoints<F>) load_zero_points(a, group, zero);
+      group_end = a.group == 0 ? units : group_end + a.group / F::kUnitWeights;
+    }
+    typename Math::Sum sum[R][T];
+#pragma GCC unroll 32
+    for (int t = 0; t < T; ++t) {
+      const auto start = Math::begin(acts[t] + block_info_offset<F>(begin, k, block_log2));
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) sum[r][t] = Math::copy(start);
+    }
+    const int64_t whole_end = end < whole ? end : whole;
+    prefetch.line = weights + begin * stride + kPrefetchBytes;
+    if (next_tile.begin && row == 0) {
+      prefetch.next_tile = next_tile.begin + begin * next_tile.stride;
+    }
+    multiply<F, R, T>(sum, weights + begin * stride, stride, whole_end - begin, lanes, acts,
+                      begin * F::kUnitWeights * Math::kActBytes, prefetch);
+    if (end > whole) {
+      const char* const unit = last_unit + row * kUnitBytes;
+      multiply<F, R, T>(sum, unit, 0, 1, first_lanes(kLanes), acts,
+                        whole * F::kUnitWeights * Math::kActBytes, {unit, unit + 1});
+    }
+    add_segment<F, kInRegisters>({.begin = begin, .end = end, .scale = scale, .zero = zero}, k,
+                                 block_log2, sum, row, acts, totals, out);
+  }
+  store_totals(totals, out);
+}
+
+}  // namespace lk::LK_ISA

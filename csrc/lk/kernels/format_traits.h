@@ -1,0 +1,27 @@
+// What the matmul asks of a weight format, a type F in formats/.
+//
+// F::Math is the arithmetic that multiplies it (arithmetic.h), F::kUnitWeights is how many weights
+// along K the four bytes of a unit hold, and F::kOrder is the order in which they are unpacked.
+// F::unpack turns one unit each of 16 rows into kSteps<F> vectors. Which scales the weights have,
+// and over which groups, is no property of the format: MatmulArgs says it.
+#pragma once
+
+#include "lk/kernels.h"
+
+namespace lk::LK_ISA {
+
+// A step multiplies one vector of weights: F::Math::kStepWeights along K for each of 16 rows.
+template <class F>
+constexpr int kSteps = F::kUnitWeights / F::Math::kStepWeights;
+template <class F>
+constexpr bool kZeroPoints = requires { F::kZeroPoints; };
+template <class F>
+constexpr bool kGroupScales = !requires { F::kNoGroupScales; };
+// Only arithmetic on bytes quantises activations; its blocks of activations have scales.
+template <class F>
+constexpr bool kQuantisedActs = F::Math::kStepWeights == 4;
+// One sum runs over all of K where neither weights nor activations have scales along K.
+template <class F>
+constexpr bool kOneSum = !kGroupScales<F> && !kQuantisedActs<F>;
+
+}  // namespace lk::LK_ISA

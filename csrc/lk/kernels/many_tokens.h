@@ -1,0 +1,219 @@
+// Multiplies a tile with many tokens: a block of weights is unpacked into L1, and all tokens pass
+// over it before the next block is unpacked.
+#pragma once
+
+#include "lk/kernels/arithmetic.h"
+#include "lk/kernels/segments.h"
+
+namespace lk::LK_ISA {
+
+// The most segments in a block: no group of weights and no block of activations is shorter than 8
+// steps.
+constexpr int kMostSegments = 8;
+
+// Unpacked weights of some whole segments.
+struct Block {
+  const char* weights = nullptr;
+  const Segment* segments = nullptr;
+  int count = 0;  // of segments
+  int64_t k = 0;
+  int act_block_log2 = kActBlockLog2;
+  // What a call prefetches meanwhile: `lines` cache lines for each run of kRun steps.
+  const char* next = nullptr;
+  int64_t lines = 0;
+};
+constexpr int64_t kRun = 8;
+
+// One step of R vectors of rows times T tokens.
+template <class F, int R, int T>
+inline __attribute__((always_inline)) void multiply_step(typename F::Math::Sum (&sum)[R][T],
+                                                         const char* weights,
+                                                         const char* const (&act)[T],
+                                                         int64_t offset) {
+  using Math = typename F::Math;
+  typename Math::Weights w[R];
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) {
+    // The block of a format with one step a unit holds weights as the tile does, so that no copy is
+    // needed (see many_tokens); unpacking them is cheap.
+    if constexpr (kSteps<F> == 1) {
+      F::unpack(load_units(weights + r * 64, first_lanes(kLanes)), &w[r]);
+    } else {
+      w[r] = *reinterpret_cast<const typename Math::Weights*>(weights + r * 64);
+    }
+  }
+#pragma GCC unroll 32
+  for (int t = 0; t < T; ++t) {
+    const auto a = Math::act(act[t] + offset);
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) sum[r][t] = Math::multiply_add(sum[r][t], w[r], a);
+  }
+}
+
+// R vectors of a block's rows from `row` on, times T tokens.
+template <class F, bool kInRegisters, int R, int T>
+__attribute__((noinline)) void block_times_tokens(const Block& block, int64_t row,
+                                                  const char* const* acts, float* out) {
+  using Math = typename F::Math;
+  using Sum = typename Math::Sum;
+  constexpr int64_t kStepBytes = Math::kStepWeights * Math::kActBytes;
+  constexpr int64_t kStride = kTileRows * kUnitBytes;  // of a step
+  const int64_t k = block.k;
+  const int block_log2 = block.act_block_log2;
+  const char* weights = block.weights + row * kUnitBytes;
+  const char* next = block.next;
+  int64_t offset = block.segments[0].begin * F::kUnitWeights * Math::kActBytes;
+  const char* act[T];
+#pragma GCC unroll 32
+  for (int t = 0; t < T; ++t) act[t] = acts[t];
+  Totals<R, T, kInRegisters> totals;
+  load_totals(totals, out);
+  for (int i = 0; i < block.count; ++i) {
+    const Segment& s = block.segments[i];
+    Sum sum[R][T];
+#pragma GCC unroll 32
+    for (int t = 0; t < T; ++t) {
+      if constexpr (kOneSum<F>) {
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) sum[r][t] = load(out + t * kTileRows + r * kLanes);
+      } else {
+        const Sum start = Math::begin(act[t] + block_info_offset<F>(s.begin, k, block_log2));
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) sum[r][t] = Math::copy(start);
+      }
+    }
+    int64_t steps = (s.end - s.begin) * kSteps<F>;
+    for (; steps >= kRun; steps -= kRun) {
+      for (int64_t line = 0; line < block.lines; ++line) __builtin_prefetch(next + line * 64);
+      next += block.lines * 64;
+      const char* from[T];
+#pragma GCC unroll 32
+      for (int t = 0; t < T; ++t) from[t] = act[t] + offset;
+#pragma GCC unroll 32
+      for (int64_t step = 0; step < kRun; ++step) {
+        multiply_step<F, R, T>(sum, weights + step * kStride, from, step * kStepBytes);
+      }
+      weights += kRun * kStride;
+      offset += kRun * kStepBytes;
+    }
+#pragma GCC unroll 1
+    for (; steps > 0; --steps) {
+      multiply_step<F, R, T>(sum, weights, act, offset);
+      weights += kStride;
+      offset += kStepBytes;
+    }
+    if constexpr (kOneSum<F>) {
+#pragma GCC unroll 32
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) store(out + t * kTileRows + r * kLanes, sum[r][t]);
+      }
+    } else {
+      add_segment<F, kInRegisters>(s, k, block_log2, sum, row, act, totals, out);
+    }
+  }
+  store_totals(totals, out);
+}
+
+// Puts units [u0, u1) into `out` in the form that block_times_tokens reads: unpacked, and with all
+// kTileRows rows. `last_unit` is the padded last unit, or null.
+template <class F>
+__attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int64_t u1,
+                                            const char* last_unit, char* out) {
+  const int64_t whole = a.row_bytes / kUnitBytes;
+  LaneMask lanes[kTileRows / kLanes];
+  for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
+    lanes[v] = first_lanes(min(max(a.rows - v * kLanes, 0), kLanes));
+  }
+  for (int64_t u = u0; u < u1; ++u, out += kSteps<F> * kTileRows * kUnitBytes) {
+    const char* from = u < whole ? a.tile + u * a.rows * kUnitBytes : last_unit;
+    for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
+      const U32x16 units = load_units(from + v * 64, u < whole ? lanes[v] : first_lanes(kLanes));
+      if constexpr (kSteps<F> == 1) {
+        std::memcpy(out + v * 64, &units, sizeof(units));
+      } else {
+        typename F::Math::Weights w[kSteps<F>];
+        F::unpack(units, w);
+#pragma GCC unroll 32
+        for (int step = 0; step < kSteps<F>; ++step) {
+          std::memcpy(out + step * kTileRows * kUnitBytes + v * 64, &w[step], 64);
+        }
+      }
+    }
+  }
+}
+
+// Lists as many segments from unit u0 on as fit into a block. Their scales and zero points are
+// turned into floats in `rows`. Returns the end of the last segment.
+template <class F>
+__attribute__((noinline)) int64_t list_segments(const MatmulArgs& a, int64_t u0, int64_t units,
+                                                float* rows, Segment* segments, int* count) {
+  *count = 0;
+  for (int64_t begin = u0; begin < units;) {
+    const int64_t end = segment_end<F>(a, begin, units);
+    if (end - u0 > kBlockUnits<F>) return begin;
+    Segment& s = segments[(*count)++];
+    s = {begin, end};
+    if constexpr (kGroupScales<F>) {
+      const int64_t group = scale_group<F>(a, begin);
+      const bool same = begin != u0 && group == scale_group<F>(a, begin - 1);
+      s.scale = same ? (&s)[-1].scale : rows;
+      s.zero = s.scale + kTileRows;
+      if (!same) {
+        load_scales(a, group, rows);
+        if constexpr (kZeroPoints<F>) load_zero_points(a, group, rows + kTileRows);
+        rows += (1 + kZeroPoints<F>)*kTileRows;
+      }
+    }
+    begin = end;
+  }
+  return units;
+}
+
+// All tokens, R vectors of rows and at most T tokens at a time.
+template <class F, bool kInRegisters, int R, int T>
+void many_tokens(const MatmulArgs& a, const char* last_unit) {
+  const auto* acts = reinterpret_cast<const char* const*>(a.acts);
+  const int64_t whole = a.row_bytes / kUnitBytes;
+  const int64_t units = whole + (last_unit != nullptr);
+  const bool in_place = kSteps<F> == 1 && a.rows == kTileRows;
+  const int64_t unit_bytes = a.rows * kUnitBytes;
+  auto* const rows = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
+  const int64_t passes = (a.tokens + T - 1) / T;
+  // While the first tokens pass over a block, the next block is prefetched from memory, at a pace
+  // that does not fill the queue of misses; while the last tokens do, from L2 into L1.
+  const int64_t shares = passes > 4 ? 4 : passes > 2 ? 2 : 1;
+  constexpr int64_t kRuns = kBlockSteps / kRun;
+  constexpr int64_t kLines = kRun / kSteps<F> * R;  // in memory, for each run of a call
+  Segment segments[kMostSegments];
+  int64_t u1;
+  for (int64_t u0 = 0; u0 < units; u0 = u1) {
+    Block block{
+        .weights = a.scratch, .segments = segments, .k = a.k, .act_block_log2 = a.act_block_log2};
+    u1 = list_segments<F>(a, u0, units, rows, segments, &block.count);
+    if (in_place && u1 <= whole) {
+      block.weights = a.tile + u0 * unit_bytes;
+    } else {
+      unpack_block<F>(a, u0, u1, last_unit, a.scratch);
+    }
+    const char* const next = u1 < whole ? a.tile + u1 * unit_bytes : a.next;
+    block.next = next;
+    int64_t done = 0;
+    for (int64_t i = 0; i < passes; ++i) {
+      const int64_t tokens = (a.tokens - done + passes - i - 1) / (passes - i);  // of equal size
+      const bool last = i == passes - 1;
+      if (last) block.next = next;
+      block.lines = next && (i < shares || last) ? kLines / (last ? 1 : shares) : 0;
+      with_constant_tokens<(T + 1) / 2, T>(tokens, [&]<int kTokens>() {
+        for (int64_t row = 0; row < kTileRows; row += R * kLanes) {
+          const int64_t at = done * kTileRows + row;
+          block_times_tokens<F, kInRegisters, R, kTokens>(block, row, acts + done, a.out + at);
+          block.next += block.lines * kRuns * 64;
+        }
+      });
+      done += tokens;
+    }
+  }
+}
+
+}  // namespace lk::LK_ISA

@@ -1,0 +1,82 @@
+// The rows of a tile times any number of tokens, for any format: chooses between few_tokens.h and
+// many_tokens.h.
+#pragma once
+
+#include "lk/kernels/few_tokens.h"
+#include "lk/kernels/many_tokens.h"
+
+namespace lk::LK_ISA {
+
+// The sums that an instruction set holds in registers, as vectors of rows times tokens.
+struct Registers {
+  // Where weights are unpacked on their way from memory. Rows are as wide as a tile where possible,
+  // so that the tile is one linear stream.
+  int few_rows, few_tokens;
+  // Where weights lie unpacked in L1.
+  int many_rows, many_tokens;
+  // The same where segments are short, whose totals stay in registers, too. 0: they do not.
+  int short_rows = 0, short_tokens = 0;
+};
+// Segments of at most so many steps are short. For longer ones, more sums at a time are worth more
+// than totals in registers. The latency of vdpbf16ps is so long that few sums would wait for each
+// other, so the limit is lower for bf16.
+template <class F>
+constexpr int64_t kShortSteps = kQuantisedActs<F> ? 16 : 8;
+
+// How many passes of few_tokens, over weights that are in L2 after the first, cost no more than to
+// unpack blocks of them for many_tokens. Measured on Zen 5. Weights with one step a unit gain by
+// staying in L1. Nibbles as bytes cost two instructions a vector, less than to store and load them
+// again, unless many_tokens keeps the totals in registers.
+template <class F>
+constexpr int64_t few_passes(bool short_segments) {
+  if (kSteps<F> == 1) return 3;
+  if (!kQuantisedActs<F>) return 6;
+  return short_segments ? 4 : kTileRows;
+}
+
+// FormatKernels::matmul.
+template <class F, Registers kRegisters>
+void matmul(const MatmulArgs& a) {
+  std::memset(a.out, 0, a.tokens * kTileRows * sizeof(float));
+  alignas(64) char padded[kTileRows * kUnitBytes];
+  const char* last_unit = nullptr;
+  if (a.row_bytes % kUnitBytes != 0) {
+    pad_last_unit(a, padded);
+    last_unit = padded;
+  }
+  constexpr int kFew = kRegisters.few_tokens;
+  const int64_t passes = (a.tokens + kFew - 1) / kFew;
+  const bool short_segments = segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>;
+  if (passes > few_passes<F>(short_segments)) {
+    if constexpr (!kOneSum<F> && kRegisters.short_rows != 0) {
+      if (short_segments) {
+        return many_tokens<F, true, kRegisters.short_rows, kRegisters.short_tokens>(a, last_unit);
+      }
+    }
+    return many_tokens<F, false, kRegisters.many_rows, kRegisters.many_tokens>(a, last_unit);
+  }
+  MatmulArgs pass = a;
+  for (int64_t i = 0, done = 0; i < passes; ++i, done += pass.tokens) {
+    pass.acts = a.acts + done;
+    pass.out = a.out + done * kTileRows;
+    pass.tokens = (a.tokens - done + passes - i - 1) / (passes - i);
+    pass.next = i == passes - 1 ? a.next : a.tile;
+    NextTilePart next_tile;
+    if (a.next && passes > 1) {
+      const int64_t units = a.row_bytes / kUnitBytes;
+      next_tile.stride = max(a.rows * kUnitBytes / passes, 64);
+      if (i * next_tile.stride < a.rows * kUnitBytes) {
+        next_tile.begin = a.next + i * units * next_tile.stride;
+      }
+    }
+    with_constant_tokens<1, kFew>(pass.tokens, [&]<int T>() {
+      int64_t row = 0;
+      for (; row + kRegisters.few_rows * kLanes <= a.rows; row += kRegisters.few_rows * kLanes) {
+        few_tokens<F, kRegisters.few_rows, T>(pass, row, last_unit, next_tile);
+      }
+      for (; row < a.rows; row += kLanes) few_tokens<F, 1, T>(pass, row, last_unit, next_tile);
+    });
+  }
+}
+
+}  // namespace lk::LK_ISA

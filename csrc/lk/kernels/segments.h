@@ -1,0 +1,147 @@
+// What both ways to multiply a tile, few_tokens.h and many_tokens.h, have in common.
+//
+// K is cut into segments: runs with one set of scales. The products of a segment are summed, and at
+// its end the sums are scaled and added to the totals, which run over all of K.
+#pragma once
+
+#include "lk/kernels/format_traits.h"
+#include "lk/kernels/packed_activations.h"
+#include "lk/kernels/scales.h"
+
+namespace lk::LK_ISA {
+
+// A block is a run of K whose unpacked weights fit into MatmulArgs::scratch, and so into L1. Its
+// length is given in steps and in units.
+constexpr int64_t kBlockSteps = kUnpackedBytes / (kTileRows * 4);
+template <class F>
+constexpr int64_t kBlockUnits = kBlockSteps / kSteps<F>;
+
+// A run of K, in units, with one set of scales, of weights and of activations. No segment is longer
+// than a block.
+struct Segment {
+  int64_t begin = 0;
+  int64_t end = 0;
+  const float* scale = nullptr;  // [kTileRows]
+  const float* zero = nullptr;   // [kTileRows], for formats with zero points
+};
+
+// Where the segment ends that begins at the unit `begin`; `units` is the end of K.
+template <class F>
+int64_t segment_end(const MatmulArgs& a, int64_t begin, int64_t units) {
+  int64_t end = begin + kBlockUnits<F>;
+  if constexpr (kQuantisedActs<F>) {
+    end = begin + (int64_t{1} << a.act_block_log2) / F::kUnitWeights;
+  } else if (a.group != 0) {
+    const int64_t length = a.group / F::kUnitWeights;
+    const int64_t group_end = (begin / length + 1) * length;
+    end = end < group_end ? end : group_end;
+  }
+  return end < units ? end : units;
+}
+
+// The group of weights that a unit belongs to.
+template <class F>
+int64_t scale_group(const MatmulArgs& a, int64_t unit) {
+  return a.group == 0 ? 0 : unit * F::kUnitWeights / a.group;
+}
+
+// Where a packed row keeps what belongs to the block of activations of a unit, in bytes.
+template <class F>
+int64_t block_info_offset(int64_t unit, int64_t k, int block_log2) {
+  return F::Math::block_info_offset(k, unit * F::kUnitWeights >> block_log2);
+}
+
+// The sums over all of K so far of R vectors of rows times T tokens. They are in MatmulArgs::out,
+// or, with kInRegisters, in registers beside the sums of a segment. That saves most of what the end
+// of a segment costs, a load and a store of each total.
+template <int R, int T, bool kInRegisters>
+struct Totals {
+  F32x16 kept[kInRegisters ? R : 1][kInRegisters ? T : 1];
+};
+template <int R, int T, bool kInRegisters>
+inline __attribute__((always_inline)) void load_totals(Totals<R, T, kInRegisters>& totals,
+                                                       const float* out) {
+  if constexpr (kInRegisters) {
+#pragma GCC unroll 32
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) totals.kept[r][t] = load(out + t * kTileRows + r * kLanes);
+    }
+  }
+}
+template <int R, int T, bool kInRegisters>
+inline __attribute__((always_inline)) void store_totals(const Totals<R, T, kInRegisters>& totals,
+                                                        float* out) {
+  if constexpr (kInRegisters) {
+#pragma GCC unroll 32
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) store(out + t * kTileRows + r * kLanes, totals.kept[r][t]);
+    }
+  }
+}
+
+// Ends a segment: totals += scale * (sum - zero * sum of the segment's activations), for the rows
+// from `row` on.
+template <class F, bool kInRegisters, int R, int T>
+inline __attribute__((always_inline)) void add_segment(const Segment& s, int64_t k, int block_log2,
+                                                       typename F::Math::Sum (&sum)[R][T],
+                                                       int64_t row, const char* const* acts,
+                                                       Totals<R, T, kInRegisters>& totals,
+                                                       float* out) {
+  using Math = typename F::Math;
+  const int64_t block_info = block_info_offset<F>(s.begin, k, block_log2);
+  const float* scale = s.scale + row;
+  const float* zero = s.zero + row;
+#pragma GCC unroll 32
+  for (int t = 0; t < T; ++t) {
+    const float act_scale = Math::scale(acts[t] + block_info);
+    F32x16 minus_act_sum = zeros();
+    if constexpr (kZeroPoints<F>) {
+      minus_act_sum = broadcast(
+          -act_sum<F>(acts[t], s.begin * F::kUnitWeights, s.end * F::kUnitWeights, k, block_log2));
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      float* at = out + t * kTileRows + r * kLanes;
+      F32x16 total;
+      if constexpr (kInRegisters) {
+        total = totals.kept[r][t];
+      } else {
+        total = load(at);
+      }
+      if constexpr (!kGroupScales<F>) {
+        total = Math::add(sum[r][t], act_scale, total);
+      } else {
+        F32x16 value = Math::value(sum[r][t], act_scale);
+        if constexpr (kZeroPoints<F>) value = fma(load(zero + r * kLanes), minus_act_sum, value);
+        total = fma(value, load(scale + r * kLanes), total);
+      }
+      if constexpr (kInRegisters) {
+        totals.kept[r][t] = total;
+      } else {
+        store(at, total);
+      }
+    }
+  }
+}
+
+// Where the bytes of a row are no multiple of a unit, the rest of all rows lies at the end of the
+// tile, row after row. This puts it into `unit`, padded with zeros, in the order of other units.
+inline void pad_last_unit(const MatmulArgs& a, char* unit) {
+  const int64_t rest = a.row_bytes % kUnitBytes;
+  const char* from = a.tile + a.rows * (a.row_bytes - rest);
+  std::memset(unit, 0, kTileRows * kUnitBytes);
+  for (int64_t r = 0; r < a.rows; ++r) std::memcpy(unit + r * kUnitBytes, from + r * rest, rest);
+}
+
+// Calls f.template operator()<T>() with T = tokens, which is kLeast to kMost.
+template <int kLeast, int kMost, class Function>
+inline __attribute__((always_inline)) void with_constant_tokens(int64_t tokens, Function&& f) {
+  if constexpr (kMost > kLeast) {
+    if (tokens < kMost) return with_constant_tokens<kLeast, kMost - 1>(tokens, f);
+  }
+  f.template operator()<kMost>();
+}
+
+}  // namespace lk::LK_ISA
