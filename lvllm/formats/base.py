@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from lvllm import sharing
-from lvllm.engine import ExpertLayer, bank
-from lvllm.moe import activations
+from lvllm.engine import bank
 
 __all__ = [
     "ExpertFormat",
@@ -19,9 +17,7 @@ __all__ = [
     "add_weights",
     "check_scales",
     "empty",
-    "engine_layer",
     "narrow",
-    "shared_layer",
 ]
 
 
@@ -73,10 +69,6 @@ class ExpertFormat:
         without a second copy.
         """
         raise NotImplementedError
-
-    def finalize(self, layer: Any) -> ExpertLayer:
-        """After loading: the engine's view of the parameters."""
-        return engine_layer(layer, **self.tensors(layer))
 
 
 def add_parameter(
@@ -146,38 +138,3 @@ def narrow(scale: torch.Tensor) -> torch.Tensor:
         if torch.equal(narrowed.float(), scale):
             return narrowed
     return scale
-
-
-def engine_layer(
-    layer: Any, format: str, w13: torch.Tensor, w2: torch.Tensor, **more: Any
-) -> ExpertLayer:
-    """The engine's view of a layer's weights and biases, and of what else the format has."""
-    if layer.moe_config.has_bias:
-        w13_bias, w2_bias = check_scales(layer, "bias")
-        if layer.moe_config.tp_rank != 0:
-            w2_bias.zero_()  # the ranks' outputs are summed
-        more |= {"w13_bias": w13_bias, "w2_bias": w2_bias}
-    stored = {"format": format, "w13": w13, "w2": w2, **more}
-    owner = sharing.owner()
-    if owner is None:
-        return _expert_layer(layer, stored)
-    stored = owner.moved(stored)
-    made = _expert_layer(layer, stored)
-    owner.publish(layer.layer_name, stored, made)
-    return made
-
-
-def shared_layer(layer: Any, follower: sharing.Follower) -> ExpertLayer:
-    """The engine's view of what another process has loaded for this layer."""
-    made = _expert_layer(layer, follower.stored(layer.layer_name), ordered=True)
-    follower.until(made)
-    return made
-
-
-def _expert_layer(layer: Any, stored: dict[str, Any], **how: Any) -> ExpertLayer:
-    return ExpertLayer(
-        **stored,
-        **activations.arguments(layer.moe_config),
-        apply_router_weight_on_input=layer.apply_router_weight_on_input,
-        **how,
-    )

@@ -17,12 +17,12 @@ from lvllm import sharing
 from lvllm.checkpoint.moe_layers import describe_layers, layer_number
 from lvllm.faults import process
 from lvllm.formats import ExpertFormat
-from lvllm.formats.base import Shape, add_biases, empty, shared_layer
+from lvllm.formats.base import Shape, add_biases, empty
 from lvllm.gpu.accelerator import open_accelerator
 from lvllm.gpu.break_even import Auto
 from lvllm.gpu.offload import Lane
 from lvllm.log import logger
-from lvllm.moe import activations
+from lvllm.moe import activations, engine_layer
 from lvllm.moe.arrivals import EXPERTS, Arrivals
 from lvllm.moe.converted import Conversion, choose
 from lvllm.settings.configuration import HybridConfig
@@ -47,6 +47,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self._refuse_unsupported(moe, prefix)
         config, rank = HybridConfig.current(), startup.host_rank()
+        self.activation_bits = config.activation_bits
         self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
         wanted = Conversion(
             config.use_weight, config.quantize_on, config.engine_cpus[rank], self.dummy
@@ -122,7 +123,9 @@ class HybridMoEMethod(FusedMoEMethodBase):
         """
         # While a model is built and loaded, tensors are by default of the model's dtype.
         with set_default_torch_dtype(torch.float32):
-            layer.engine = self.weight_format.finalize(layer)
+            layer.engine = engine_layer.make(
+                layer, self.weight_format.tensors(layer), self.activation_bits
+            )
         layer.engine_handle = layer.engine.handle
         parameters = layer.named_parameters(recurse=False)
         empty(parameter for name, parameter in parameters if name.startswith(EXPERTS))
@@ -132,7 +135,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
         was loading them ended.
         """
         if self.follower is not None:
-            layer.engine = shared_layer(layer, self.follower)
+            layer.engine = engine_layer.make_of_shared(layer, self.follower)
             layer.engine_handle = layer.engine.handle
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 if parameter.is_meta:

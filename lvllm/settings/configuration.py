@@ -100,6 +100,8 @@ class HybridConfig(BaseModel):
     # What the experts are computed in, and on which device a conversion to it is done.
     use_weight: UseWeight
     quantize_on: str
+    # What the setting LK_ACTIVATION_BITS says; None: each format's default.
+    activation_bits: int | None
     # Logical CPUs of each rank of this host, for the engine and for PyTorch.
     engine_cpus: tuple[tuple[int, ...], ...]
     omp_cpus: tuple[tuple[int, ...], ...]
@@ -170,6 +172,7 @@ class HybridConfig(BaseModel):
             power_saving=settings["lk_power_saving"].value,
             use_weight=settings["moe_use_weight"].value or UseWeight.KEEP,
             quantize_on="cuda" if settings["moe_quant_on_gpu"].value else "cpu",
+            activation_bits=settings["lk_activation_bits"].value,
             engine_cpus=engine_cpus,
             omp_cpus=omp_cpus,
             numa_interleave=memory_plan.check(

@@ -84,6 +84,13 @@ def parse_long_prompt(text: str) -> int | str:
     return text if text == "auto" else 0 if text == "0" else parse_whole(2)(text)
 
 
+def parse_bits(text: str) -> int:
+    """`16` or `8`."""
+    if text not in ("16", "8"):
+        raise ValueError
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Variable:
     """One setting.
@@ -263,7 +270,7 @@ VARIABLES: tuple[Variable, ...] = (
         "16 or 8",
         "8: int8 and int4 experts multiply activations rounded to 8 bits, in blocks with a"
         " scale each, where the CPU has VNNI. 16: they never do. Environment only.",
-        parse_choice("16", "8"),
+        parse_bits,
     ),
 )
 

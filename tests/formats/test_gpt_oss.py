@@ -47,4 +47,4 @@ def test_weights_that_never_came_are_named(missing: str, packed: bool) -> None:
                 parameter.weight_loader(parameter, parameter.data, weight_name=f"layers.1.{name}")
     stored = format.STORED[missing]
     with pytest.raises(ValueError, match=rf"^model\.layers\.1\.mlp\.experts\.{stored} is not in"):
-        format.finalize(layer)
+        format.tensors(layer)

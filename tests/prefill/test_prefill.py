@@ -330,6 +330,7 @@ def test_loading_beside_steps() -> None:
         power_saving=False,
         use_weight=UseWeight.KEEP,
         quantize_on="cpu",
+        activation_bits=None,
         engine_cpus=own,
         omp_cpus=own,
         numa_interleave=False,

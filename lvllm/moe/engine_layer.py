@@ -1,0 +1,50 @@
+"""A layer's loaded weights become an `ExpertLayer`: made here, or shared by another engine."""
+
+from typing import Any
+
+from lvllm import sharing
+from lvllm.engine import ExpertLayer
+from lvllm.engine.weight_formats import preferred_activation_bits
+from lvllm.formats.base import check_scales
+from lvllm.moe import activations
+
+__all__ = ["make", "make_of_shared"]
+
+
+def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> ExpertLayer:
+    """The engine's view of the weights and biases of vLLM's `layer`.
+
+    `tensors` are the arguments of `ExpertLayer` that hold the weights (`ExpertFormat.tensors`);
+    `activation_bits` is the setting LK_ACTIVATION_BITS. Engines that share experts are offered the
+    layer. Raises ValueError if a bias is missing or not finite.
+    """
+    stored = dict(tensors)
+    if layer.moe_config.has_bias:
+        w13_bias, w2_bias = check_scales(layer, "bias")
+        if layer.moe_config.tp_rank != 0:
+            w2_bias.zero_()  # The outputs of all ranks are summed, so one rank alone adds the bias.
+        stored |= {"w13_bias": w13_bias, "w2_bias": w2_bias}
+    stored["activation_bits"] = preferred_activation_bits(stored["format"], activation_bits)
+    owner = sharing.owner()
+    if owner is None:
+        return _expert_layer(layer, stored)
+    stored = owner.moved(stored)
+    made = _expert_layer(layer, stored)
+    owner.publish(layer.layer_name, stored, made)
+    return made
+
+
+def make_of_shared(layer: Any, follower: sharing.Follower) -> ExpertLayer:
+    """The engine's view of what another process has loaded for `layer`."""
+    made = _expert_layer(layer, follower.stored(layer.layer_name), ordered=True)
+    follower.until(made)
+    return made
+
+
+def _expert_layer(layer: Any, stored: dict[str, Any], **options: Any) -> ExpertLayer:
+    return ExpertLayer(
+        **stored,
+        **activations.arguments(layer.moe_config),
+        apply_router_weight_on_input=layer.apply_router_weight_on_input,
+        **options,
+    )
