@@ -1,8 +1,9 @@
 """Every setting of LvLLM: its name, type, default, range and meaning, in one place.
 
 A setting is an environment variable (`LK_THREADS=8`) or a key of the vLLM configuration
-(`additional_config.lvllm.lk_threads: 8`); the variable wins. This module only describes the
-settings and parses single values; `lvllm.settings.configuration` resolves them together.
+(`additional_config.lvllm.lk_threads: 8`). If both are given, the variable wins. This module
+describes the settings and parses single values; `lvllm.settings.configuration` resolves them
+together and checks them against the model and the machine.
 """
 
 import re
@@ -31,7 +32,7 @@ class UseWeight(StrEnum):
 
 
 class SettingError(LvllmError):
-    """A setting that cannot be used."""
+    """A setting has a value that is not allowed, or that the model or the machine cannot honour."""
 
 
 def parse_switch(text: str) -> bool:
@@ -118,8 +119,8 @@ VARIABLES: tuple[Variable, ...] = (
         False,
         "0",
         "0 or 1",
-        "The main switch. 0: the program is stock vLLM. Only the environment sets it: it is"
-        " read before any configuration file is.",
+        "The main switch. With 0 the program is stock vLLM. It can only be set in the environment,"
+        " because it is read before any configuration file.",
         parse_switch,
     ),
     Variable(
@@ -127,7 +128,8 @@ VARIABLES: tuple[Variable, ...] = (
         ThreadBinding.CPU_CORE,
         "CPU_CORE",
         "CPU_CORE or NUMA_NODE",
-        "CPU_CORE pins each engine thread to one core; NUMA_NODE lets it move inside its node.",
+        "CPU_CORE pins each engine thread to one core. NUMA_NODE lets the operating system move a"
+        " thread within its NUMA node, which suits machines that run other programs too.",
         ThreadBinding,
     ),
     Variable(
@@ -135,7 +137,7 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "physical cores - 4 (all, on 4 cores or fewer), divided by the ranks on this host",
         "a whole number from 1 to the logical CPUs of one rank",
-        "Engine threads of each rank.",
+        "The number of engine threads in each rank.",
         parse_whole(1),
     ),
     Variable(
@@ -143,7 +145,8 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "LK_THREADS",
         "a whole number from 1 to the logical CPUs of one rank",
-        "PyTorch threads of each rank (attention, norms, sampling on the CPU).",
+        "The number of PyTorch threads in each rank. They compute attention, norms and sampling"
+        " when these run on the CPU.",
         parse_whole(1),
     ),
     Variable(
@@ -151,8 +154,9 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "the checkpoint's format",
         "TO_DTYPE, KEEP or INT4",
-        "Number format of the experts in memory: the model's dtype, the checkpoint's own, or"
-        " 4-bit groups made while loading.",
+        "The number format of the experts in memory. KEEP computes them in the checkpoint's own"
+        " format. TO_DTYPE converts them to the model's dtype while loading. INT4 quantises bf16,"
+        " fp16, FP8 and int8 experts to 4-bit integers in groups of 32 while loading.",
         UseWeight,
     ),
     Variable(
@@ -160,9 +164,10 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "cuda or none, as vLLM's platform",
         "cuda, host or none",
-        "Where everything runs but the experts on the CPU. cuda: on an NVIDIA GPU. host: on the CPU"
-        " as if it were one, for tests; on vLLM's CPU platform only. none: all experts run on the"
-        " CPU.",
+        "The device that runs attention and everything else outside the CPU's experts. cuda is an"
+        " NVIDIA GPU. none means that there is no GPU and that the CPU computes all experts. host"
+        " is for tests: it runs the code for GPUs on the CPU, and works on vLLM's CPU platform"
+        " only.",
         parse_choice("cuda", "host", "none"),
     ),
     Variable(
@@ -170,8 +175,9 @@ VARIABLES: tuple[Variable, ...] = (
         (),
         "empty: none",
         "layer indices and ascending ranges, such as 0 or 0-1 or 0,9 or 0,1,8-9",
-        "MoE layers whose experts stay on the GPU, as the checkpoint has them, by the model's own"
-        " numbering. Layers of a draft or for multi-token prediction always do.",
+        "The MoE layers whose experts stay on the GPU, in the checkpoint's format. The numbers are"
+        " the model's own layer numbers. The layers of a draft model and of multi-token prediction"
+        " always stay on the GPU.",
         parse_layers,
     ),
     Variable(
@@ -179,7 +185,8 @@ VARIABLES: tuple[Variable, ...] = (
         0,
         "0",
         "a whole number of at least 0",
-        "MoE layers copied to the GPU ahead of the one being computed, during GPU prefill.",
+        "During GPU prefill, the number of MoE layers that are copied to the GPU ahead of the layer"
+        " being computed.",
         parse_whole(0),
     ),
     Variable(
@@ -187,19 +194,20 @@ VARIABLES: tuple[Variable, ...] = (
         0,
         "0: off",
         "a whole number from 0 to max_num_batched_tokens, or auto",
-        "Batches of at least this many tokens run their experts on the GPU. auto: as many as make"
-        " that faster, by what the bus and the CPUs do when they are measured at start.",
+        "The GPU computes the experts of batches with at least this many tokens, on copies of the"
+        " weights that are streamed to it. auto measures the bus and the CPU at start and takes"
+        " the smallest batch for which streaming is faster.",
         parse_whole(0, "auto"),
     ),
     Variable(
         "LVLLM_WATCHDOG_SECONDS",
-        # vLLM ends an engine whose step takes 300 s, and does not say where it stood. A layer's
-        # copy takes a second, its experts' largest batch some ten on a slow CPU.
+        # vLLM ends an engine whose step takes 300 s without naming the layer that hangs. Copying a
+        # layer takes about a second, and the largest batch some ten seconds on a slow CPU.
         120,
         "120",
         "a whole number of at least 0",
-        "A copy to the GPU or a layer's experts on the CPU that take longer end the engine with the"
-        " name of the layer. 0: never.",
+        "If a copy to the GPU or one layer's experts on the CPU take longer than this, the engine"
+        " ends with an error that names the layer. 0 disables the check.",
         parse_whole(0),
     ),
     Variable(
@@ -207,7 +215,8 @@ VARIABLES: tuple[Variable, ...] = (
         False,
         "0",
         "0 or 1",
-        "1: idle engine threads sleep at once instead of spinning briefly for the next layer.",
+        "With 1, idle engine threads sleep at once. With 0, they first spin for 50 microseconds to"
+        " be ready for the next layer.",
         parse_switch,
     ),
     Variable(
@@ -215,8 +224,9 @@ VARIABLES: tuple[Variable, ...] = (
         False,
         "0",
         "0 or 1",
-        "0: each weight row lies on the node that computes it. 1: where one node's memory would not"
-        " hold its rows, pages are spread over all nodes in turns.",
+        "With 0, each weight row lies on the NUMA node whose threads compute it, and a model that"
+        " does not fit this way is refused. With 1, such a model is loaded with the experts' pages"
+        " spread round-robin over all nodes.",
         parse_switch,
     ),
     Variable(
@@ -224,7 +234,7 @@ VARIABLES: tuple[Variable, ...] = (
         False,
         "0",
         "0 or 1",
-        "1: LVLLM_MOE_USE_WEIGHT=INT4 does its arithmetic on the GPU.",
+        "With 1, the GPU does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4.",
         parse_switch,
     ),
     Variable(
@@ -232,8 +242,10 @@ VARIABLES: tuple[Variable, ...] = (
         False,
         "0",
         "0 or 1",
-        "1: engines of one user on this host that load the same checkpoint alike keep one copy of"
-        " the experts in memory; the first loads it.",
+        "With 1, servers of the same user on this host that load the same checkpoint with the same"
+        " settings share one copy of the experts in memory. The first server loads it, and the"
+        " others map it. Containers must share a network namespace, and full speed needs Linux 6.1"
+        " or newer.",
         parse_switch,
     ),
     Variable(
@@ -241,9 +253,9 @@ VARIABLES: tuple[Variable, ...] = (
         0,
         "0: off",
         "0, auto or a whole number of at least 2",
-        "Prompts of at least this many tokens are prefilled by a second engine over the same"
-        " experts, while the first one decodes. auto: as LVLLM_GPU_PREFILL_MIN_BATCH_SIZE, or 512"
-        " where that is 0 or auto.",
+        "A second engine over the same experts prefills prompts of at least this many tokens, so"
+        " that running answers continue meanwhile. auto takes LVLLM_GPU_PREFILL_MIN_BATCH_SIZE, or"
+        " 512 where that is 0 or auto. The engine must have a single worker.",
         parse_long_prompt,
     ),
     Variable(
@@ -251,8 +263,8 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "the first engine's",
         "a whole number of at least 0",
-        "The GPU of the prefill engine, by its number for CUDA. Where both are on one, each takes"
-        " half of gpu-memory-utilization.",
+        "The GPU of the prefill engine, as CUDA numbers them. If both engines use the same GPU,"
+        " each takes half of gpu-memory-utilization.",
         parse_whole(0),
     ),
     Variable(
@@ -260,7 +272,8 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "the best the CPU has",
         "portable, avx2, avx512, avx512_vnni or avx512_bf16",
-        "Forces the engine's instruction set, for tests and bug reports. Environment only.",
+        "Forces the engine's instruction set, for tests and bug reports. It can only be set in the"
+        " environment.",
         parse_choice("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
     ),
     Variable(
@@ -268,15 +281,17 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "8 for int8 experts, 16 for all others",
         "16 or 8",
-        "8: int8 and int4 experts multiply activations rounded to 8 bits, in blocks with a"
-        " scale each, where the CPU has VNNI. 16: they never do. Environment only.",
+        "With 8, int8 and int4 experts are multiplied by activations that are rounded to 8 bits,"
+        " in blocks with one scale each, if the CPU has VNNI. With 16, activations are never"
+        " rounded to 8 bits. It can only be set in the environment.",
         parse_bits,
     ),
 )
 
 BY_KEY: Mapping[str, Variable] = {variable.key: variable for variable in VARIABLES}
 
-# Read before the configuration is (the switch) or by the engine itself, with or without vLLM.
+# The main switch is read before any configuration file. The others also apply to the engine when it
+# is used without vLLM.
 ENVIRONMENT_ONLY = frozenset({"moe_numa_enabled", "lk_isa", "lk_activation_bits"})
 
 
@@ -324,23 +339,30 @@ def enabled(environ: Mapping[str, str]) -> bool:
 
 
 def markdown() -> str:
-    """The settings as the Markdown document `docs/configuration.md`."""
+    """Return the Markdown text of `docs/configuration.md`."""
     lines = [
         "# Settings",
         "",
-        "Made by `make docs` from `lvllm/settings/variables.py`; do not edit by hand.",
+        "`make docs` generates this page from `lvllm/settings/variables.py`; do not edit it by",
+        "hand.",
         "",
         "Each setting is an environment variable, or a key below `additional_config.lvllm` in the",
-        "YAML file of `vllm serve --config`. Where both are given, the variable wins. An empty",
-        "value counts as unset. `lvllm env --config config.yaml` prints what is in force and",
-        "where each value came from.",
+        "YAML file that you give to `vllm serve --config`. If both are given, the variable wins.",
+        "An empty value counts as unset. A wrong value or a misspelt name stops the start with one",
+        "line that says what is allowed.",
         "",
-        "| variable | YAML key | default | allowed | meaning |",
-        "|---|---|---|---|---|",
+        "`lvllm env --config config.yaml` prints each setting, its value and where the value came",
+        "from.",
+        "",
+        "| variable | YAML key | default | allowed |",
+        "|---|---|---|---|",
     ]
     for v in VARIABLES:
-        key = "-" if v.key in ENVIRONMENT_ONLY else f"`{v.key}`"
-        lines.append(f"| `{v.name}` | {key} | {v.default_text} | {v.allowed} | {v.meaning} |")
+        key = "environment only" if v.key in ENVIRONMENT_ONLY else f"`{v.key}`"
+        lines.append(f"| `{v.name}` | {key} | {v.default_text} | {v.allowed} |")
+    lines += ["", "## What each setting does"]
+    for v in VARIABLES:
+        lines += ["", f"**`{v.name}`**: {v.meaning}"]
     return "\n".join(lines) + "\n"
 
 
