@@ -18,7 +18,7 @@ def register() -> None:
     try:
         if not variables.enabled(os.environ):
             return
-        from lvllm.settings.configuration import resolve
+        from lvllm.settings.resolving import resolve
 
         resolve(os.environ, None)  # the variables alone, before any configuration is read
     except variables.SettingError as error:
@@ -116,8 +116,8 @@ def _check_every_configuration() -> None:
     """
     from vllm.platforms import current_platform
 
+    from lvllm import prepare
     from lvllm.checkpoint.headers import CheckpointError
-    from lvllm.worker import startup
 
     platform = type(current_platform)
     upstream = platform.check_and_update_config
@@ -127,7 +127,7 @@ def _check_every_configuration() -> None:
     def check_and_update_config(cls, vllm_config):  # type: ignore[no-untyped-def]
         upstream(vllm_config)
         try:
-            startup.prepare(vllm_config)
+            prepare.prepare(vllm_config)
         except (variables.SettingError, CheckpointError) as error:
             raise SystemExit(f"lvllm: {error}") from None
 

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import vllm.platforms
 
-from lvllm import plugin
-from lvllm.worker import startup
+from lvllm import plugin, prepare
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def test_what_only_the_cpu_platform_lacks(cpu: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plugin, "_complete_cpu_platform", lambda: completed.append(True))
     plugin.register()
     assert bool(completed) == cpu
-    monkeypatch.setattr(startup, "prepare", lambda config: checked.append("prepared"))
+    monkeypatch.setattr(prepare, "prepare", lambda config: checked.append("prepared"))
     Platform.check_and_update_config("config")
     assert checked == ["config", "prepared"]
 

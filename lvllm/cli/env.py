@@ -13,9 +13,8 @@ from rich.table import Table
 from lvllm import engine
 from lvllm.checkpoint.moe_layers import describe_layers
 from lvllm.machine import cpus
-from lvllm.settings import configuration
+from lvllm.settings.resolving import Setting, resolve
 from lvllm.settings.variables import SettingError
-from lvllm.worker import startup
 
 
 def env(
@@ -30,7 +29,7 @@ def env(
     """
     try:
         file = read_yaml(config_file) if config_file else {}
-        settings = configuration.resolve(os.environ, section(file))
+        settings = resolve(os.environ, section(file))
         machine_defaults = _machine_defaults(settings, file)
     except SettingError as error:
         raise SystemExit(f"lvllm: {error}") from None
@@ -42,7 +41,7 @@ def env(
     Console().print(table)
 
 
-def _text(value: Any, setting: configuration.Setting) -> str:
+def _text(value: Any, setting: Setting) -> str:
     if isinstance(value, tuple):
         return describe_layers(list(value)) or "(none)"
     if isinstance(value, bool):
@@ -51,7 +50,7 @@ def _text(value: Any, setting: configuration.Setting) -> str:
 
 
 def _machine_defaults(
-    settings: Mapping[str, configuration.Setting], file: Mapping[str, Any]
+    settings: Mapping[str, Setting], file: Mapping[str, Any]
 ) -> dict[str, int | str]:
     """What unset settings come to on this machine, with the ranks that `file` asks for."""
     ranks = 1
@@ -60,7 +59,7 @@ def _machine_defaults(
         if not isinstance(size, int) or size < 1:
             raise SettingError(f"{name}={size!r} is not allowed: a whole number of at least 1")
         ranks *= size
-    default = cpus.default_threads(startup.machine(), ranks)
+    default = cpus.default_threads(cpus.this_machine(), ranks)
     lk_threads = settings["lk_threads"].value or default
     return {
         "lk_threads": lk_threads,

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from lvllm import engine
+
 # A machine as its NUMA nodes; a node as its physical cores; a core as its logical CPUs.
 Core = Sequence[int]
 Machine = Sequence[Sequence[Core]]
@@ -10,6 +12,11 @@ Machine = Sequence[Sequence[Core]]
 # The API server, the scheduler and the operating system need somewhere to run; on a machine of
 # four cores or fewer, giving them a core of their own costs more than sharing does.
 SPARE_CORES = 4
+
+
+def this_machine() -> Machine:
+    """The CPUs that this process may use."""
+    return [node.cores for node in engine.topology().nodes]
 
 
 def default_threads(machine: Machine, ranks: int) -> int:

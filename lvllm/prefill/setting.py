@@ -1,15 +1,12 @@
 """In the front process: whether there is to be a prefill engine, and what both engines are told."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lvllm.settings.configuration import HybridConfig, Setting
+from lvllm.settings.configuration import HybridConfig, PrefillEngine
+from lvllm.settings.resolving import Setting
 
-__all__ = ["PrefillEngine", "check", "kv_bytes_of_a_prompt", "prepare"]
+__all__ = ["check", "kv_bytes_of_a_prompt", "prepare"]
 
 MIN_TOKENS = 512
 """Of a long prompt, where nothing else says what is long. Handing one over costs a step of the
@@ -17,16 +14,6 @@ decoding engine, in which it computes the prompt's last token, and some millisec
 """
 WITHOUT_CACHE = ("ngram", "suffix")
 """Ways of drafting that have no keys and values of their own."""
-
-
-@dataclass(frozen=True)
-class PrefillEngine:
-    """The setting in its final form."""
-
-    min_tokens: int
-    """Prompts of at least so many tokens, those in the prefix cache not counted, go there."""
-    gpu: int | None
-    """Its GPU, as CUDA numbers them; None: the decoding engine's."""
 
 
 def check(

@@ -1,19 +1,14 @@
-"""The settings of the GPU lane, checked against vLLM's platform, the model and each other."""
-
-from __future__ import annotations
+"""The settings of GPU offload, checked against vLLM's platform, the model and each other."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from lvllm.checkpoint.moe_layers import describe_layers, moe_layers
+from lvllm.settings.configuration import Accelerator
+from lvllm.settings.resolving import Setting
 from lvllm.settings.variables import SettingError
 
-if TYPE_CHECKING:
-    from lvllm.settings.configuration import Setting
-
-__all__ = ["Accelerator", "accelerator", "check"]
-
-Accelerator = Literal["none", "host", "cuda"]
+__all__ = ["accelerator", "check"]
 
 
 def accelerator(setting: Setting) -> Accelerator:
@@ -39,7 +34,7 @@ def accelerator(setting: Setting) -> Accelerator:
 
 
 def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any) -> None:
-    """Raises SettingError for a setting of the lane that has no use or no meaning here."""
+    """Raises SettingError for a setting of GPU offload that has no use or no meaning here."""
     model = vllm_config.model_config
     layers: list[int] = []
     if model.get_num_experts():

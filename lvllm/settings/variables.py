@@ -85,13 +85,6 @@ def parse_long_prompt(text: str) -> int | str:
     return text if text == "auto" else 0 if text == "0" else parse_whole(2)(text)
 
 
-def parse_bits(text: str) -> int:
-    """`16` or `8`."""
-    if text not in ("16", "8"):
-        raise ValueError
-    return int(text)
-
-
 @dataclass(frozen=True)
 class Variable:
     """One setting.
@@ -284,7 +277,7 @@ VARIABLES: tuple[Variable, ...] = (
         "With 8, int8 and int4 experts are multiplied by activations that are rounded to 8 bits,"
         " in blocks with one scale each, if the CPU has VNNI. With 16, activations are never"
         " rounded to 8 bits. It can only be set in the environment.",
-        parse_bits,
+        parse_choice("16", "8"),
     ),
 )
 

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
 
 from lvllm.patches import lora
-from lvllm.settings.configuration import _check_features
+from lvllm.settings.model_checks import check_features
 from lvllm.settings.variables import SettingError
 from tests.e2e import reference
 from tests.e2e.generate import ONE_PROCESS, TINY, Answers, Job, generate
@@ -44,9 +44,9 @@ FEATURES: dict[str, Job] = {
 }
 DRAFTS = ("draft_model", "eagle", "eagle3")
 # Once more beside an accelerator, by its stand-in on the host: chunks of prompts and drafts make
-# batches on both sides of the threshold. n-grams are in tests/e2e/test_served_lane.py.
+# batches on both sides of the threshold. n-grams are in tests/e2e/test_served_offload.py.
 TWICE = ("lora", "mtp", "chunked_prefill", "prefix_caching", "draft_model", "eagle")
-IN_LANE: Job = {
+OFFLOADED: Job = {
     "additional_config": {
         "lvllm": {
             "accelerator": "host",
@@ -57,8 +57,8 @@ IN_LANE: Job = {
 }
 
 
-def in_lane(name: str) -> str:
-    return f"{name} in a lane"
+def offloaded(name: str) -> str:
+    return f"{name} offloaded"
 
 
 Run = tuple[dict[str, Answers], dict[str, Path], list[Any]]
@@ -97,7 +97,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         with_model = jobs[name]["speculative_config"] | {"model": str(folders[name])}
         jobs[name]["speculative_config"] = with_model
     last = jobs.pop("ngram")
-    jobs |= {in_lane(name): jobs[name] | IN_LANE for name in TWICE}
+    jobs |= {offloaded(name): jobs[name] | OFFLOADED for name in TWICE}
     jobs["ngram"] = last
     answered = generate(
         [job | {"max_tokens": TOKENS} for job in jobs.values()], environment=ONE_PROCESS
@@ -108,7 +108,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize(
     "name",
     [name for name in FEATURES if name != "plain"]
-    + [in_lane(name) for name in TWICE if name in FEATURES],
+    + [offloaded(name) for name in TWICE if name in FEATURES],
 )
 def test_tokens_are_the_same(name: str, run: Run) -> None:
     plain = run[0]["plain"]
@@ -122,17 +122,17 @@ def test_tokens_are_the_same(name: str, run: Run) -> None:
 def test_features_were_in_use(run: Run) -> None:
     answers = run[0]
     # Of the 41 tokens of the longest prompt one whole block.
-    for name in ("prefix_caching", in_lane("prefix_caching")):
+    for name in ("prefix_caching", offloaded("prefix_caching")):
         assert [answer["cached"] for answer in answers[name]] == [0, 0, 0, 0, 0, 32]
-    known = ("ngram", "draft_model", in_lane("draft_model"))
-    for name in (*known, "eagle", in_lane("eagle"), "eagle3", "mtp", in_lane("mtp")):
+    known = ("ngram", "draft_model", offloaded("draft_model"))
+    for name in (*known, "eagle", offloaded("eagle"), "eagle3", "mtp", offloaded("mtp")):
         proposed, accepted = answers[name][0]["drafted"]
         assert proposed > 0, name
         if name in known:
             assert accepted > 0, name
 
 
-@pytest.mark.parametrize("name", ["mtp", in_lane("mtp")])
+@pytest.mark.parametrize("name", ["mtp", offloaded("mtp")])
 def test_multi_token_prediction(name: str, run: Run) -> None:
     """A random model has near-ties, so tokens may differ from there on."""
     answers, folders, asked = run
@@ -147,7 +147,7 @@ def test_multi_token_prediction(name: str, run: Run) -> None:
         assert abs(row[ours[step]] - row[other[step]]) <= 2 * BOUND
 
 
-@pytest.mark.parametrize("name", ["lora", in_lane("lora")])
+@pytest.mark.parametrize("name", ["lora", offloaded("lora")])
 def test_lora_on_attention(name: str, run: Run) -> None:
     answers, folders, _ = run
     lora, plain = answers[name], answers["plain"]
@@ -186,7 +186,7 @@ def test_refused_by_lvllm(setting: dict[str, Any], says: str) -> None:
         speculative_config=SimpleNamespace(method=setting.get("method")),
     )
     with pytest.raises(SettingError, match=says) as error:
-        _check_features(config, "none")
+        check_features(config, "none")
     assert "\n" not in str(error.value)
 
 

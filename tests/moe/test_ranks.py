@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-import vllm.config
-import vllm.distributed
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
+from lvllm import prepare
 from lvllm.engine import ExpertLayer
 from lvllm.moe.method import HybridMoEMethod
 from lvllm.patches import collectives
-from lvllm.settings import configuration
 from lvllm.worker import startup
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 7, 3, 96, 72, 19
@@ -64,8 +62,8 @@ def test_replicas_of_a_host_have_cores_of_their_own(
     parallel = SimpleNamespace(data_parallel_rank_local=replica, local_world_size=2)
     current = SimpleNamespace(parallel_config=parallel)
     group = SimpleNamespace(local_rank=local_rank)
-    monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: current)
-    monkeypatch.setattr(vllm.distributed, "get_world_group", lambda: group)
+    monkeypatch.setattr(startup, "get_current_vllm_config", lambda: current)
+    monkeypatch.setattr(startup, "get_world_group", lambda: group)
     assert startup.host_rank() == expected
 
 
@@ -88,7 +86,7 @@ def test_replicas_of_a_host_are_counted(
         data_parallel_rank=rank,
         data_parallel_rank_local=local_rank,
     )
-    assert configuration._replicas_here(parallel) == expected
+    assert prepare.replicas_here(parallel) == expected
 
 
 def in_processes(count: int, work: Callable[[int], None]) -> None:

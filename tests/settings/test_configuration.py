@@ -11,18 +11,20 @@ from typing import Any, cast
 import pytest
 import torch
 
-from lvllm import engine, sharing
+from lvllm import engine, prepare, sharing
 from lvllm.machine import memory_plan
 from lvllm.prefill import setting
-from lvllm.settings import configuration, variables
+from lvllm.settings import variables
 from lvllm.settings.configuration import RESOLVED, HybridConfig
+from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER
+from lvllm.settings.resolving import resolve
 
 vllm = pytest.importorskip("vllm")
 
 
 def test_environment_wins_over_yaml_over_default() -> None:
     environ = {"LK_THREADS": "3", "LK_POWER_SAVING": ""}
-    settings = configuration.resolve(environ, {"lk_threads": 5, "lk_power_saving": True})
+    settings = resolve(environ, {"lk_threads": 5, "lk_power_saving": True})
     assert (settings["lk_threads"].value, settings["lk_threads"].source) == (3, "environment")
     assert (settings["lk_power_saving"].value, settings["lk_power_saving"].source) == (
         True,
@@ -33,7 +35,7 @@ def test_environment_wins_over_yaml_over_default() -> None:
 
 def test_yaml_layers_may_be_a_number_a_text_or_a_list() -> None:
     for written in (0, "0", [0]):
-        settings = configuration.resolve({}, {"gpu_resident_moe_layers": written})
+        settings = resolve({}, {"gpu_resident_moe_layers": written})
         assert settings["gpu_resident_moe_layers"].value == (0,)
 
 
@@ -49,14 +51,14 @@ def test_yaml_layers_may_be_a_number_a_text_or_a_list() -> None:
 )
 def test_bad_sections(section: object, message: str) -> None:
     with pytest.raises(variables.SettingError) as caught:
-        configuration.resolve({}, section)
+        resolve({}, section)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_bad_yaml_value_is_refused_even_when_the_variable_wins() -> None:
     with pytest.raises(variables.SettingError, match="lk_threads='x'"):
-        configuration.resolve({"LK_THREADS": "1"}, {"lk_threads": "x"})
+        resolve({"LK_THREADS": "1"}, {"lk_threads": "x"})
 
 
 @pytest.fixture
@@ -188,31 +190,30 @@ def test_workers_get_final_values(configure: Any) -> None:
     assert not resolved.numa_interleave
 
 
-def test_workers_get_the_lanes_settings(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_get_the_settings_of_gpu_offload(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = HybridConfig.model_validate(configure().additional_config[RESOLVED])
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("none", ())
     assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (0, 0)
     assert resolved.watchdog_seconds == 120
-    lane = {
+    offload = {
         "LVLLM_ACCELERATOR": "host",
         "LVLLM_GPU_RESIDENT_MOE_LAYERS": "2",
         "LVLLM_GPU_PREFETCH_WINDOW": "1",
         "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "256",
         "LVLLM_WATCHDOG_SECONDS": "0",
     }
-    resolved = HybridConfig.model_validate(configure(lane).additional_config[RESOLVED])
+    resolved = HybridConfig.model_validate(configure(offload).additional_config[RESOLVED])
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("host", (2,))
     assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (1, 256)
     assert resolved.watchdog_seconds == 0
-    lane["LVLLM_GPU_PREFILL_MIN_BATCH_SIZE"] = "auto"
-    resolved = HybridConfig.model_validate(configure(lane).additional_config[RESOLVED])
+    offload["LVLLM_GPU_PREFILL_MIN_BATCH_SIZE"] = "auto"
+    resolved = HybridConfig.model_validate(configure(offload).additional_config[RESOLVED])
     assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (1, "auto")
 
 
 def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its worker becomes ours, and nothing is bound that only its CPU platform binds."""
     from lvllm.machine import gpu_distance
-    from lvllm.worker import startup
 
     built = configure({"LVLLM_GPU_RESIDENT_MOE_LAYERS": ""})
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
@@ -224,27 +225,27 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setattr(vllm.platforms, "current_platform", platform)
     assert gpu_distance.of_gpus() is not None
-    built.parallel_config.worker_cls = configuration.GPU_WORKER
+    built.parallel_config.worker_cls = GPU_WORKER
 
-    def prepare(resident: str, worker: str = configuration.GPU_WORKER) -> HybridConfig:
+    def prepared(resident: str, worker: str = GPU_WORKER) -> HybridConfig:
         built.additional_config.pop(RESOLVED, None)
         built.parallel_config.worker_cls = worker
         monkeypatch.setenv("LVLLM_GPU_RESIDENT_MOE_LAYERS", resident)
-        startup.prepare(built)
+        prepare.prepare(built)
         return HybridConfig.model_validate(built.additional_config[RESOLVED])
 
     with pytest.raises(
         variables.SettingError, match=r"worker-cls='vllm.*CPUWorker' is not allowed"
     ):
-        prepare("0,2", configuration.CPU_WORKER)
+        prepared("0,2", CPU_WORKER)
     # What a GPU holds, a host without memory for it need not have.
     monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
-    resolved = prepare("0,2")
+    resolved = prepared("0,2")
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("cuda", (0, 2))
     assert built.parallel_config.worker_cls == "lvllm.worker.gpu.HybridGPUWorker"
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
     with pytest.raises(variables.SettingError, match=r"the model takes 0\.00 GiB of memory"):
-        prepare("0")
+        prepared("0")
     # Batches that are to be streamed are not run from graphs, which are computed on the CPU.
     compilation = built.compilation_config
     for threshold, left in (
@@ -258,7 +259,7 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
         compilation.max_cudagraph_capture_size = 24
         monkeypatch.setenv("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", threshold)
         monkeypatch.setenv("LVLLM_SHARE_EXPERTS", threshold and "1")
-        assert (prepare("0,2").shared_experts is not None) == bool(threshold)
+        assert (prepared("0,2").shared_experts is not None) == bool(threshold)
         assert compilation.cudagraph_capture_sizes == left
         assert compilation.max_cudagraph_capture_size == left[-1]
 
@@ -330,15 +331,15 @@ def test_shared_experts(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoding engine has the connector and no use for the lane's buffers; the other one's
+    """The decoding engine has the connector and no use for GPU offload's buffers; the other one's
     settings travel with it. Both find each other's experts, and no other server does.
     """
-    lane = {
+    offload = {
         "LVLLM_ACCELERATOR": "host",
         "LVLLM_GPU_PREFETCH_WINDOW": "1",
         "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "96",
     }
-    built = configure({"LVLLM_PREFILL_ENGINE": "auto", **lane})
+    built = configure({"LVLLM_PREFILL_ENGINE": "auto", **offload})
     decoding = HybridConfig.model_validate(built.additional_config[RESOLVED])
     given = built.kv_transfer_config.kv_connector_extra_config
     prefilling = HybridConfig.model_validate(given["prefill"])
@@ -398,11 +399,11 @@ def test_models_that_a_prefill_engine_cannot_serve(fields: Any, message: str | N
         speculative_config=draft and SimpleNamespace(method=draft),
         kv_transfer_config=None,
     )
-    settings = configuration.resolve({"LVLLM_PREFILL_ENGINE": "auto"}, None)
+    settings = resolve({"LVLLM_PREFILL_ENGINE": "auto"}, None)
     if message is None:
         assert setting.check(settings, "none", vllm_config) == setting.PrefillEngine(512, None)
         measured = {"LVLLM_PREFILL_ENGINE": "auto", "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "auto"}
-        settings = configuration.resolve(measured, None)
+        settings = resolve(measured, None)
         assert setting.check(settings, "host", vllm_config) == setting.PrefillEngine(512, None)
         return
     with pytest.raises(variables.SettingError, match=f"'auto': {message}; allowed is 0"):
@@ -412,7 +413,7 @@ def test_models_that_a_prefill_engine_cannot_serve(fields: Any, message: str | N
 def test_the_prefill_engines_gpu(configure: Any) -> None:
     built = configure()
     given = {"LVLLM_PREFILL_ENGINE": "64", "LVLLM_PREFILL_ENGINE_GPU": "3"}
-    settings = configuration.resolve(given, None)
+    settings = resolve(given, None)
     with pytest.raises(
         variables.SettingError, match="GPU='3': no engine runs on a GPU; allowed is em"
     ):

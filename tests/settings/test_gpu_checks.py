@@ -1,4 +1,4 @@
-"""The settings of the GPU lane against made-up models on made-up platforms."""
+"""The settings of GPU offload against made-up models on made-up platforms."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 import vllm.platforms
 
 from lvllm.settings import gpu_checks
-from lvllm.settings.configuration import resolve
+from lvllm.settings.resolving import resolve
 from lvllm.settings.variables import SettingError
 
 Fields = dict[str, Any]

@@ -1,0 +1,225 @@
+"""The front process, before any weight is read: check everything, and tell the workers.
+
+All that may stop a start is checked here: the settings, the model, the checkpoint's headers, the
+memory. The result is a `HybridConfig` in vLLM's configuration. This module and the plugin are the
+only ones that know all the others.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lvllm import sharing
+from lvllm.checkpoint import Checkpoint
+from lvllm.faults import process
+from lvllm.machine import cpus, gpu_distance, memory_plan
+from lvllm.prefill import setting as prefill_setting
+from lvllm.settings import gpu_checks, model_checks
+from lvllm.settings.configuration import RESOLVED, HybridConfig
+from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, is_moe
+from lvllm.settings.resolving import SECTION, Setting, resolve
+from lvllm.settings.variables import UseWeight
+
+__all__ = ["final_settings", "prepare", "replicas_here"]
+
+SHAREABLE = ("auto", "hf", "safetensors", "mistral")
+"""Load formats whose experts engines can share: those that pass through a parameter's loader."""
+
+
+def prepare(vllm_config: Any) -> None:
+    """Check the settings and the checkpoint, and leave what the workers need in `vllm_config`.
+
+    Raises SettingError or CheckpointError.
+    """
+    if vllm_config.model_config is None or RESOLVED in vllm_config.additional_config:
+        return
+    if _is_one_of_several_api_servers(vllm_config.parallel_config):
+        return  # Its parent process has checked already, and the engines take memory by now.
+    config = final_settings(vllm_config, cpus.this_machine(), gpu_distance.of_gpus())
+    _check_checkpoint(vllm_config)
+    process.prepare()
+    if config.prefill_engine is not None:
+        config = prefill_setting.prepare(vllm_config, config.prefill_engine, config)
+    vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
+    if config.accelerator != "cuda":
+        _prepare_cpu_platform(vllm_config, config)
+    elif vllm_config.parallel_config.worker_cls == GPU_WORKER:
+        # LvLLM's worker is vLLM's, but it ends a step with an error that a callback of lk has met.
+        vllm_config.parallel_config.worker_cls = "lvllm.worker.gpu.HybridGPUWorker"
+        _keep_streamed_batches_out_of_graphs(
+            vllm_config.compilation_config, config.gpu_prefill_min_batch_size
+        )
+
+
+def final_settings(
+    vllm_config: Any,
+    machine: cpus.Machine,
+    distance: Callable[[int, cpus.Machine], int] | None = None,
+) -> HybridConfig:
+    """Resolve and check the settings for this model on this `machine`.
+
+    `distance` gives how far a local rank's GPU is from a part of the machine.
+
+    Raises SettingError for a setting that the model, the machine or this version of LvLLM
+    cannot honour.
+    """
+    settings = resolve(os.environ, vllm_config.additional_config.get(SECTION.rpartition(".")[2]))
+    accelerator = gpu_checks.accelerator(settings["accelerator"])
+    model_checks.check_model(vllm_config, accelerator)
+    model_checks.check_features(vllm_config, accelerator)
+    gpu_checks.check(settings, accelerator, vllm_config)
+    model_checks.check_weights(settings, accelerator, vllm_config)
+    prefill = prefill_setting.check(settings, accelerator, vllm_config)
+    shared = _shared_name(settings, vllm_config)
+    bits = settings["lk_activation_bits"].value
+    engine_cpus, omp_cpus = _divide_cpus(settings, vllm_config.parallel_config, machine, distance)
+    return HybridConfig(
+        thread_binding=settings["lk_thread_binding"].value,
+        power_saving=settings["lk_power_saving"].value,
+        use_weight=settings["moe_use_weight"].value or UseWeight.KEEP,
+        quantize_on="cuda" if settings["moe_quant_on_gpu"].value else "cpu",
+        activation_bits=None if bits is None else int(bits),
+        engine_cpus=engine_cpus,
+        omp_cpus=omp_cpus,
+        numa_interleave=memory_plan.check(
+            vllm_config,
+            settings["moe_use_weight"].value,
+            settings["enable_numa_interleave"].value,
+            engine_cpus,
+            omp_cpus,
+            accelerator,
+            settings["gpu_resident_moe_layers"].value,
+            held=shared is not None and sharing.held(shared),
+            prefill_kv_cache=prefill_setting.kv_bytes_of_a_prompt(vllm_config) if prefill else None,
+        ),
+        accelerator=accelerator,
+        gpu_resident_moe_layers=settings["gpu_resident_moe_layers"].value,
+        gpu_prefetch_window=settings["gpu_prefetch_window"].value,
+        gpu_prefill_min_batch_size=settings["gpu_prefill_min_batch_size"].value,
+        watchdog_seconds=settings["watchdog_seconds"].value,
+        shared_experts=shared,
+        prefill_engine=prefill,
+    )
+
+
+CpusOfRanks = tuple[tuple[int, ...], ...]
+
+
+def _divide_cpus(
+    settings: Mapping[str, Setting],
+    parallel: Any,
+    machine: cpus.Machine,
+    distance: Callable[[int, cpus.Machine], int] | None,
+) -> tuple[CpusOfRanks, CpusOfRanks]:
+    """The logical CPUs of each rank of this host, for the engine and for PyTorch."""
+    ranks = parallel.local_world_size * replicas_here(parallel)
+    shares = cpus.divide(machine, ranks)
+    if distance is not None:
+        shares = cpus.assign(shares, distance)
+    limit = min(cpus.logical_cpus(share) for share in shares)
+
+    def count(key: str, default: int) -> int:
+        setting = settings[key]
+        if setting.value is not None and setting.value > limit:
+            raise setting.refuse(
+                f"each of the {ranks} ranks of this host has {limit} logical CPUs;"
+                f" allowed is 1 to {limit}"
+            )
+        return setting.value or default
+
+    lk_threads = count("lk_threads", min(limit, cpus.default_threads(machine, ranks)))
+    omp_threads = count("omp_num_threads", lk_threads)
+    return (
+        tuple(tuple(cpus.choose(share, lk_threads)) for share in shares),
+        tuple(tuple(cpus.choose(share, omp_threads)) for share in shares),
+    )
+
+
+def replicas_here(parallel: Any) -> int:
+    """How many data-parallel replicas run on this host."""
+    if parallel.data_parallel_rank_local is None:
+        return max(1, int(parallel.data_parallel_size_local))
+    # The replicas are started one by one, with VLLM_DP_RANK. How many will run here nobody knows:
+    # at most all from this host's first one on.
+    first = parallel.data_parallel_rank - parallel.data_parallel_rank_local
+    return int(parallel.data_parallel_size - first)
+
+
+def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | None:
+    """The name under which engines share the experts of this model; None: they do not."""
+    model, share = vllm_config.model_config, settings["share_experts"]
+    with_own_prefill_engine_only = not share.value
+    if with_own_prefill_engine_only:
+        share = settings["prefill_engine"]
+    if not share.value or not is_moe(model):
+        return None
+    if (load_format := vllm_config.load_config.load_format) not in SHAREABLE:
+        raise share.refuse(
+            f"it needs load-format {', '.join(SHAREABLE)}, not {load_format!r}; allowed is 0"
+        )
+    folder = memory_plan.folder_of(model.model, model.revision)
+    use = settings["moe_use_weight"].value or UseWeight.KEEP
+    resident = settings["gpu_resident_moe_layers"].value
+    name = sharing.name_of(vllm_config, folder, use.value, resident)
+    return f"{name}/{os.getpid()}" if with_own_prefill_engine_only else name
+
+
+def _check_checkpoint(vllm_config: Any) -> None:
+    """Read the headers in a local folder; what must be downloaded is checked when it is read."""
+    folder, load_format = Path(vllm_config.model_config.model), vllm_config.load_config.load_format
+    if not is_moe(vllm_config.model_config) or not folder.is_dir():
+        return
+    if any(folder.glob("*/*.safetensors")) and not any(folder.glob("*.safetensors")):
+        return  # Some models keep their weights in folders below, which vLLM knows.
+    if load_format == "auto" and any(folder.glob("consolidated*.safetensors")):
+        # vLLM prefers Mistral's own format where a folder has both.
+        index = "consolidated.safetensors.index.json"
+        Checkpoint.open(folder, "consolidated*.safetensors", index)
+    elif load_format in ("auto", "hf", "safetensors"):
+        Checkpoint.open(folder)
+
+
+def _is_one_of_several_api_servers(parallel: Any) -> bool:
+    """With data parallelism there are as many API servers as replicas, and each builds the
+    configuration anew. The process that starts them has the rank -1.
+    """
+    return parallel._api_process_count > 1 and parallel._api_process_rank >= 0
+
+
+def _keep_streamed_batches_out_of_graphs(compilation: Any, threshold: int | str) -> None:
+    """Cut vLLM's captured graph sizes to those below the threshold.
+
+    A batch that runs from a captured graph is computed on the CPU, so a larger size would keep
+    batches from being streamed. One size is always left, since vLLM's graphs cannot do with none. A
+    measured threshold comes too late for this cut; it is never below the captured sizes.
+    """
+    if isinstance(threshold, str):
+        return
+    sizes = sorted(compilation.cudagraph_capture_sizes or ())
+    shorter = [size for size in sizes if size < threshold] or sizes[:1]
+    if threshold and shorter:
+        compilation.cudagraph_capture_sizes = shorter
+        compilation.max_cudagraph_capture_size = shorter[-1]
+
+
+def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:
+    """What vLLM's CPU platform is told, with and without a stand-in for the GPU."""
+    if vllm_config.parallel_config.worker_cls == CPU_WORKER:
+        # LvLLM's worker is vLLM's with a watch over the experts' output.
+        vllm_config.parallel_config.worker_cls = "lvllm.worker.cpu.HybridCPUWorker"
+    # Attention between the tokens of a picture needs all of them in one step, as vLLM has it on
+    # GPUs.
+    if vllm_config.model_config.is_mm_prefix_lm:
+        vllm_config.scheduler_config.disable_chunked_mm_input = True
+    # vLLM binds the OpenMP threads of rank n to the n-th list. Its own division ("auto") wants a
+    # NUMA node a rank and keeps a core free. Ours gives PyTorch the cores that lk computes on,
+    # since the two take turns.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+        ",".join(map(str, own)) for own in config.omp_cpus
+    )
+    # Since lk and OpenMP take turns on the same cores, OpenMP's threads must not spin for
+    # milliseconds after their part. With this value they spin for about 10 us: decoding a model of
+    # 2 GiB on 2 cores went from 88 to 120 tokens per second. Sleeping at once
+    # (OMP_WAIT_POLICY=passive) gave 102, since wake-ups inside attention cost as much.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -1,0 +1,116 @@
+"""What of vLLM's configuration experts on the CPU cannot serve: refused before weights are read.
+
+Each function raises SettingError in one line that names the setting, its value and what is allowed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lvllm.checkpoint.moe_layers import moe_layers
+from lvllm.engine import weight_formats
+from lvllm.formats import declared
+from lvllm.settings.configuration import Accelerator
+from lvllm.settings.resolving import Setting
+from lvllm.settings.variables import SettingError, UseWeight
+
+__all__ = ["CPU_WORKER", "GPU_WORKER", "check_features", "check_model", "check_weights", "is_moe"]
+
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+QUANTIZATIONS = (
+    "fp8",
+    "compressed-tensors",
+    "modelopt",
+    "modelopt_fp4",
+    "awq",
+    "auto_awq",
+    "gptq",
+    "auto_gptq",
+    "inc",
+    "gpt_oss_mxfp4",
+)
+"""vLLM's names of the checkpoints that `lvllm.formats` reads."""
+
+ENABLED = "LVLLM_MOE_NUMA_ENABLED=1"
+
+
+def is_moe(model: Any) -> bool:
+    """Whether vLLM's configuration of a model says that it has routed experts."""
+    return bool(model.get_num_experts())
+
+
+def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
+    """The model and how vLLM is to run it."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if not is_moe(model):
+        return
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16"):
+        raise SettingError(f"dtype={dtype!r} is not allowed with {ENABLED}: bfloat16 or float16")
+    if model.quantization not in (None, *QUANTIZATIONS):
+        raise SettingError(
+            f"quantization={model.quantization!r} of {model.model} is not supported by"
+            f" {ENABLED} yet: allowed are unquantised bfloat16 and float16"
+            f" checkpoints, and {', '.join(QUANTIZATIONS)}"
+        )
+    if parallel.worker_cls != (GPU_WORKER if accelerator == "cuda" else CPU_WORKER):
+        raise SettingError(
+            f"worker-cls={parallel.worker_cls!r} is not allowed with {ENABLED}:"
+            " LvLLM has its own; leave it out"
+        )
+    if (scheduler := vllm_config.scheduler_config.scheduler_cls) is not None:
+        raise SettingError(
+            f"scheduler-cls={scheduler!r} is not allowed with {ENABLED}: it would"
+            " not end requests whose experts fail; leave it out"
+        )
+    if parallel.enable_eplb:
+        raise SettingError(
+            f"enable-eplb=True is not allowed with {ENABLED}: experts on the CPU"
+            " are placed once; set it to false"
+        )
+
+
+def check_features(vllm_config: Any, accelerator: Accelerator) -> None:
+    """vLLM's features that need experts on a GPU, or a GPU at all."""
+    lora = vllm_config.lora_config
+    targets = (lora and lora.target_modules) or ()
+    experts = [name for name in targets if "experts" in name.split(".")]
+    if experts and is_moe(vllm_config.model_config):
+        raise SettingError(
+            f"lora-target-modules={experts[0]!r} is not allowed with {ENABLED}: LoRA"
+            " is supported on all modules but the routed experts; leave it out"
+        )
+    speculative = vllm_config.speculative_config
+    if accelerator != "cuda" and speculative and speculative.method == "ngram_gpu":
+        raise SettingError(
+            "speculative-config method='ngram_gpu' is not allowed on vLLM's CPU platform, which has"
+            " no pinned memory: take ngram"
+        )
+
+
+def check_weights(
+    settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any
+) -> None:
+    """LVLLM_MOE_USE_WEIGHT and LVLLM_MOE_QUANT_ON_GPU for this model on this machine."""
+    model = vllm_config.model_config
+    wanted, on_gpu = settings["moe_use_weight"], settings["moe_quant_on_gpu"]
+    quantization = model.model_arch_config.quantization_config
+    if wanted.value == UseWeight.INT4 and is_moe(model) and quantization is not None:
+        layers = moe_layers(model.hf_text_config)
+        if declared.only_4_bit(quantization, layers, weight_formats.GROUP_SIZES):
+            raise wanted.refuse(
+                f"the experts of {model.model} are stored in 4 bits already; allowed is KEEP or"
+                " TO_DTYPE"
+            )
+    if on_gpu.value:
+        if wanted.value != UseWeight.INT4:
+            raise on_gpu.refuse(
+                "it does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is"
+                " 0"
+            )
+        # A process that has asked CUDA cannot fork workers that use it, so it is asked only where
+        # the workers use no CUDA.
+        if accelerator != "cuda" and not torch.cuda.is_available():
+            raise on_gpu.refuse("there is no GPU; allowed is 0")
