@@ -71,7 +71,7 @@ docs: install ## regenerate docs/configuration.md
 	@mkdir -p docs
 	$(RUN) -m lvllm.settings.variables > docs/configuration.md
 
-models-table: install ## rerun the tests of whole models and put what they find into the READMEs
+models-table: install ## rerun the tests of whole models and write the tables of docs/models.md
 	$(RUN) -m pytest $(SIDE_BY_SIDE) tests/e2e/test_exactness.py tests/e2e/test_formats.py \
 		tests/e2e/test_expert_classes.py --record docs/tested.json
 	$(RUN) -m tests.e2e.table

@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--record",
         type=Path,
         metavar="FILE",
-        help="put what tests of whole models find into FILE; README's tables are made of"
+        help="put what tests of whole models find into FILE; docs/models.md is made of"
         " docs/tested.json",
     )
 

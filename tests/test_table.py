@@ -1,4 +1,4 @@
-"""README's tables are what docs/tested.json says."""
+"""The tables of docs/models.md are what docs/tested.json says."""
 
 import json
 from pathlib import Path
@@ -18,28 +18,28 @@ def empty() -> str:
     )
 
 
-@pytest.mark.parametrize(("name", "language"), table.READMES.items())
-def test_the_readmes_are_current(name: str, language: int) -> None:
-    text = (record.ROOT / name).read_text()
-    assert table.current(text, record.read(), language) == text
+def test_the_page_is_current() -> None:
+    text = table.PAGE.read_text()
+    assert table.current(text, record.read()) == text
 
 
 def test_rows() -> None:
-    text = table.current(f"before\n{empty()}after", FOUND, 0)
+    text = table.current(f"before\n{empty()}after", FOUND)
     assert text.startswith("before\n")
     assert text.endswith("after")
-    cells = "bf16 | text | transformers | 0.0051 | 98% | 100%"
+    config = "[olmoe.yaml](../examples/configs/olmoe.yaml)"
+    cells = f"{config} | bf16 | text | transformers | 0.0051 | 98% | 100%"
     assert f"| OLMoE-1B-7B | {cells} | |\n" in text
     assert "| `awq` | 0.0051 | 98% | 100% |\n" in text
-    assert table.current(text, FOUND, 0) == text
+    assert table.current(text, FOUND) == text
 
 
 def test_what_has_no_place_is_refused() -> None:
     with pytest.raises(SystemExit, match="no <!-- from docs"):
-        table.current("nothing", FOUND, 0)
+        table.current("nothing", FOUND)
     unknown = {"models": {"x": MODEL | {"family": "unheard"}}}
     with pytest.raises(SystemExit, match="FAMILIES has no unheard"):
-        table.current(empty(), unknown, 0)
+        table.current(empty(), unknown)
 
 
 def test_a_record_keeps_the_other_rows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of whole models found, kept in docs/tested.json for README's tables."""
+"""Keeps the results of the tests of whole models in docs/tested.json, for docs/models.md."""
 
 import json
 from pathlib import Path

@@ -120,7 +120,7 @@ def share(values: list[float], most: float) -> float:
 def check_against_reference(
     folder: Path, asked: Prompts, answers: Answers, picture: dict[str, Any] | None = None
 ) -> dict[str, float]:
-    """Compare and assert; returns what README's tables tell of it."""
+    """Compare and assert; returns the results that docs/models.md lists."""
     model = reference.load(folder)
     errors, gaps = differences(model, asked, answers, picture)
     print(f"{folder}: {median(errors)=:.4f} {max(errors)=:.4f} {share(gaps, 0)=:.3f}")
