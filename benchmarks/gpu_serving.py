@@ -77,14 +77,17 @@ def configurations(
 
     `expert_gib` is the size of all experts.
     """
-    lane: dict[str, Any] = {"gpu_prefill_min_batch_size": threshold, "gpu_prefetch_window": window}
+    offload: dict[str, Any] = {
+        "gpu_prefill_min_batch_size": threshold,
+        "gpu_prefetch_window": window,
+    }
     if not on_gpu:
-        lane["accelerator"] = "host"
+        offload["accelerator"] = "host"
     resident = {"no": "", "half": f"0-{layers // 2 - 1}", "all": f"0-{layers - 1}"}
     found: dict[str, dict[str, Any]] = {
         f"LvLLM, {name} layers resident": {
             "enabled": True,
-            "settings": lane | {"gpu_resident_moe_layers": which},
+            "settings": offload | {"gpu_resident_moe_layers": which},
         }
         for name, which in resident.items()
     }

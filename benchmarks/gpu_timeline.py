@@ -15,10 +15,10 @@ import torch
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
-from lvllm.gpu.stand_in import HostAccelerator, HostStream
+from lvllm.gpu.stand_in import StandInAccelerator, StandInStream
 from lvllm.gpu.window import PrefetchWindow
 
-__all__ = ["TracedHost", "busy", "draw", "of_host", "of_trace", "timeline"]
+__all__ = ["TracedStandIn", "busy", "draw", "of_host", "of_trace", "timeline"]
 
 WIDTH = 96
 COPY, COMPUTE = "copy", "compute"
@@ -27,14 +27,14 @@ Spans = list[tuple[float, float]]
 """Begin and end, in seconds, of what runs after each other or not."""
 
 
-class TracedHost(HostAccelerator):
+class TracedStandIn(StandInAccelerator):
     """Notes when each piece of a copy runs."""
 
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
         super().__init__(delay)
         self.copies: Spans = []
 
-    def launch(self, work: Callable[[], object], stream: HostStream) -> None:
+    def launch(self, work: Callable[[], object], stream: StandInStream) -> None:
         super().launch(partial(self._timed, work), stream)
 
     def _sleep(self) -> None:
@@ -79,7 +79,7 @@ def of_host(
     # A copy comes in pieces, four a tensor, and each event is one more.
     pieces = 4 * len(layers[0].tensors) + 2
     products = time.perf_counter() - start
-    accelerator = TracedHost(delay=lambda: products / pieces)
+    accelerator = TracedStandIn(delay=lambda: products / pieces)
     computed = _pass(accelerator, _window(accelerator, layers, ahead), layers, inputs)
     copied = sorted(accelerator.copies)
     accelerator.close()

@@ -1,4 +1,4 @@
-"""What the lane needs of a GPU: streams, events, copies, callbacks on the host, pinned memory.
+"""What GPU offload needs of a GPU: streams, events, copies, callbacks on the host, pinned memory.
 
 There are two: CUDA, and a stand-in on the host whose streams are threads, for tests. The rules are
 CUDA's. What is put in a stream is done later, in the stream's order; streams go on side by side
@@ -119,9 +119,9 @@ def open_accelerator(name: str) -> Accelerator:
 
         return CudaAccelerator()
     if name == "host":
-        from lvllm.gpu.stand_in import HostAccelerator
+        from lvllm.gpu.stand_in import StandInAccelerator
 
-        return HostAccelerator()
+        return StandInAccelerator()
     raise ValueError(f"accelerator is {name!r}, must be one of cuda, host")
 
 

@@ -21,9 +21,9 @@ from lvllm.gpu import streamed
 from lvllm.gpu.window import PrefetchWindow
 
 if TYPE_CHECKING:
-    from lvllm.gpu.offload import LaneLayer
+    from lvllm.gpu.offload import OffloadedLayer
 
-__all__ = ["Auto", "Point", "choose", "search", "streamed_seconds", "threshold"]
+__all__ = ["MeasuredThreshold", "Point", "choose", "search", "streamed_seconds", "threshold"]
 
 # As vLLM names the loggers that it shows, but this package works without it.
 logger = logging.getLogger("vllm.plugins.lvllm")
@@ -40,7 +40,7 @@ differs by more between one batch's choice of experts and another's."""
 
 
 @dataclass(frozen=True)
-class Auto:
+class MeasuredThreshold:
     """That the threshold is to be measured.
 
     `dtype` is that of activations. `agree` returns the largest of each number among the ranks that
@@ -125,7 +125,9 @@ def _around(points: Sequence[Point]) -> tuple[Point | None, list[Point]]:
     return ordered[slower[-1]], ordered[slower[-1] + 1 :]
 
 
-def choose(auto: Auto, window: PrefetchWindow, layer: LaneLayer, layers: int, most: int) -> int:
+def choose(
+    auto: MeasuredThreshold, window: PrefetchWindow, layer: OffloadedLayer, layers: int, most: int
+) -> int:
     """Measure a `layer` of `layers` in batches of up to `most` tokens -> the threshold; 0: none.
 
     Logs one line. All ranks measure at the same time, as they compute: they share the host's
@@ -186,9 +188,9 @@ def describe(
 class _Bench:
     """One layer, staged, and timed on random batches."""
 
-    def __init__(self, dtype: torch.dtype, window: PrefetchWindow, layer: LaneLayer) -> None:
+    def __init__(self, dtype: torch.dtype, window: PrefetchWindow, layer: OffloadedLayer) -> None:
         self._dtype, self._window, self._layer = dtype, window, layer
-        self._accelerator = layer.lane.accelerator
+        self._accelerator = layer.offload.accelerator
         # Not the process's own generator: what vLLM samples does not depend on this.
         self._random = torch.Generator(self._accelerator.device).manual_seed(0)
         self._stage()

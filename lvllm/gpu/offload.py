@@ -1,4 +1,4 @@
-"""The lane of a model: its layers, and on which way each batch of theirs goes."""
+"""The layers of one model whose experts lie on the host, and where each batch is computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from lvllm.gpu.hybrid import Exchange, HybridCall
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
 from lvllm.gpu.window import PrefetchWindow
 
-__all__ = ["Lane", "LaneLayer", "Path", "check", "choose_path", "crowded", "watch_step"]
+__all__ = [
+    "Offload",
+    "OffloadedLayer",
+    "Path",
+    "check",
+    "choose_path",
+    "concentrated_routing",
+    "watch_step",
+]
 
 
 class Path(Enum):
@@ -36,15 +44,15 @@ def choose_path(tokens: int, capturing: bool, threshold: int) -> Path:
     return Path.STREAMED if threshold and tokens >= threshold and not capturing else Path.CPU
 
 
-class LaneLayer:
-    """One layer in a lane. Lives as long as the model's layer, and the lane as long as one does."""
+class OffloadedLayer:
+    """One layer of an Offload. It lives as long as the model's layer, and the Offload with it."""
 
     call: HybridCall
 
     def __init__(
-        self, lane: Lane, number: int, name: str, experts: ExpertLayer, topk: int, routed: int
+        self, offload: Offload, number: int, name: str, experts: ExpertLayer, topk: int, routed: int
     ) -> None:
-        self.lane, self.number, self.name = lane, number, name
+        self.offload, self.number, self.name = offload, number, name
         self.experts, self.topk, self.routed = experts, topk, routed
         _layers[int(experts.handle)] = self
 
@@ -56,22 +64,22 @@ class LaneLayer:
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
         """x [M, H], topk_ids and topk_weights [M, k], on the device -> [M, H] in x's dtype."""
-        lane = self.lane
-        capturing = lane.accelerator.capturing()
-        if choose_path(len(x), capturing, lane.threshold) is Path.STREAMED:
-            return lane.run_streamed(self, x, topk_ids, topk_weights)
+        offload = self.offload
+        capturing = offload.accelerator.capturing()
+        if choose_path(len(x), capturing, offload.threshold) is Path.STREAMED:
+            return offload.run_streamed(self, x, topk_ids, topk_weights)
         out = self.call(x, topk_ids, topk_weights)
         if not capturing:
             check()
         return out
 
 
-_layers: weakref.WeakValueDictionary[int, LaneLayer] = weakref.WeakValueDictionary()
-"""Those of all lanes, by the engine's handle."""
-_latest: weakref.ref[Lane] | None = None
+_layers: weakref.WeakValueDictionary[int, OffloadedLayer] = weakref.WeakValueDictionary()
+"""The layers of all models, by the engine's handle."""
+_latest: weakref.ref[Offload] | None = None
 
 
-class Lane:
+class Offload:
     """The layers of a model, in the order in which they are computed.
 
     Layers are announced while the model is built and added when their weights are there. With the
@@ -80,8 +88,8 @@ class Lane:
     Args:
         accelerator: where activations are.
         tokens: of the largest batch.
-        threshold: batches of at least so many tokens are computed on the device; 0: none is. Auto:
-            what is found when the last layer is there.
+        threshold: batches of at least so many tokens are computed on the device; 0: none is. A
+            MeasuredThreshold is replaced by a number when the last layer has been added.
         ahead: layers whose weights are copied to it before they are needed.
         watchdog_seconds: a copy or a call of lk may take; 0: any time.
     """
@@ -90,7 +98,7 @@ class Lane:
         self,
         accelerator: Accelerator,
         tokens: int,
-        threshold: int | break_even.Auto = 0,
+        threshold: int | break_even.MeasuredThreshold = 0,
         ahead: int = 0,
         watchdog_seconds: float = 0,
     ) -> None:
@@ -101,42 +109,44 @@ class Lane:
         self._tokens, self._ahead, self._watchdog_seconds = tokens, ahead, watchdog_seconds
         self._model: weakref.ref[object] | None = None
         self._announced: list[int] = []
-        self._added: weakref.WeakValueDictionary[int, LaneLayer] = weakref.WeakValueDictionary()
+        self._added: weakref.WeakValueDictionary[int, OffloadedLayer] = (
+            weakref.WeakValueDictionary()
+        )
         self._window: PrefetchWindow | None = None
         self._watchdog: Watchdog | None = None
         self._steps: StreamSteps | None = None
         self._complete = False
 
     @staticmethod
-    def of(number: int, model: object, make: Callable[[], Lane]) -> Lane:
-        """The lane that a layer with this number joins while its model is built: the latest, or a
-        new one if that is of another `model`, or is complete, gone or was given up.
+    def of(number: int, model: object, make: Callable[[], Offload]) -> Offload:
+        """The Offload that a layer with this number joins while its model is built: the latest, or
+        a new one if that is of another `model`, or is complete, gone or was given up.
         """
         global _latest
-        lane = _latest() if _latest else None
+        offload = _latest() if _latest else None
         if (
-            lane is None
-            or lane._model is None
-            or lane._model() is not model
-            or lane._complete
-            or number in lane._announced
+            offload is None
+            or offload._model is None
+            or offload._model() is not model
+            or offload._complete
+            or number in offload._announced
         ):
-            lane = make()
-            lane._model = weakref.ref(model)
-            _latest = weakref.ref(lane)
-        lane._announced.append(number)
-        return lane
+            offload = make()
+            offload._model = weakref.ref(model)
+            _latest = weakref.ref(offload)
+        offload._announced.append(number)
+        return offload
 
     def add(
         self, number: int, name: str, experts: ExpertLayer, topk: int, routed: int | None = None
-    ) -> LaneLayer:
+    ) -> OffloadedLayer:
         """An announced layer whose weights are loaded, `topk` experts a token, of `routed` where
         other ranks have some of them.
 
         The caller keeps what it gets. Raises MemoryError, in one line, if the host's memory cannot
         be pinned or the device has too little for the window.
         """
-        layer = LaneLayer(self, number, name, experts, topk, routed or experts.num_experts)
+        layer = OffloadedLayer(self, number, name, experts, topk, routed or experts.num_experts)
         if self._streams:
             for what, tensor in experts.tensors.items():
                 try:
@@ -174,12 +184,15 @@ class Lane:
                 self.threshold = self._break_even(self._auto, self._window, layers)
 
     def _break_even(
-        self, auto: break_even.Auto, window: PrefetchWindow, layers: list[LaneLayer]
+        self,
+        auto: break_even.MeasuredThreshold,
+        window: PrefetchWindow,
+        layers: list[OffloadedLayer],
     ) -> int:
         """The threshold that is measured. If streaming never pays, the window's memory goes back,
         before vLLM measures what is left; what is pinned stays so, as lk has it in use anyway.
         """
-        by_size = sorted(layers, key=LaneLayer.size)
+        by_size = sorted(layers, key=OffloadedLayer.size)
         middle = by_size[len(layers) // 2]
         found = break_even.choose(auto, window, middle, len(layers), self._tokens)
         check()
@@ -189,7 +202,7 @@ class Lane:
 
     def run_streamed(
         self,
-        layer: LaneLayer,
+        layer: OffloadedLayer,
         x: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
@@ -197,7 +210,7 @@ class Lane:
         """On the device, with the window's copy of the layer's weights."""
         window = self._window
         assert window is not None, "a layer runs before the last one is loaded"
-        if _crowded:
+        if _concentrated:
             ids = torch.arange(topk_ids.shape[1], device=x.device, dtype=topk_ids.dtype)
             topk_ids = ids.where(ids < layer.experts.num_experts, -1).expand_as(topk_ids)
         try:
@@ -210,34 +223,34 @@ class Lane:
         return out
 
 
-_crowded = False
+_concentrated = False
 
 
 @contextmanager
-def crowded() -> Iterator[None]:
+def concentrated_routing() -> Iterator[None]:
     """Meanwhile the tokens of a streamed batch all go to the same experts, next to each other.
 
     That takes the most memory of the device, two or three times as much as when they are spread:
     for whoever measures it.
     """
-    global _crowded
-    _crowded = True
+    global _concentrated
+    _concentrated = True
     try:
         yield
     finally:
-        _crowded = False
+        _concentrated = False
 
 
 def watch_step() -> None:
     """What the model has in the compute stream by now is due, be it the replay of a graph, of which
     no single call is known here. To be called after each step.
     """
-    lane = _latest() if _latest else None
-    if lane is None or lane._watchdog is None:
+    offload = _latest() if _latest else None
+    if offload is None or offload._watchdog is None:
         return
-    if lane._steps is None:
-        lane._steps = lane._watchdog.follow(lane.accelerator.compute())
-    lane._steps.mark(_running)
+    if offload._steps is None:
+        offload._steps = offload._watchdog.follow(offload.accelerator.compute())
+    offload._steps.mark(_running)
 
 
 def _running() -> str:
@@ -265,7 +278,7 @@ def _name_of(handle: int) -> str:
 def routed_experts(
     x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: torch.Tensor
 ) -> torch.Tensor:
-    """The expert block of a lane's layer on its device; `layer` is `ExpertLayer.handle`.
+    """The expert block of an offloaded layer on its device; `layer` is `ExpertLayer.handle`.
 
     An operator, since torch.compile would trace into the choice of a way.
     """

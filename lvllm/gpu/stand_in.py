@@ -12,7 +12,7 @@ import torch
 from lvllm.gpu.accelerator import Accelerator, check_copy, check_pinnable
 from lvllm.gpu.pinning import PinnedTensors
 
-__all__ = ["HostAccelerator", "HostEvent", "HostStream"]
+__all__ = ["StandInAccelerator", "StandInEvent", "StandInStream"]
 
 PIECES = 4
 """A copy's parts: what reads its target too early, or writes its source, mixes old and new."""
@@ -28,13 +28,13 @@ class _Point:
     passed = False
 
 
-class HostEvent:
+class StandInEvent:
     """The point of its last record, if there is one."""
 
     point: _Point | None = None
 
 
-class HostStream:
+class StandInStream:
     """What is to be done, in order. The caller's own is always empty."""
 
     def __init__(self, name: str) -> None:
@@ -42,7 +42,7 @@ class HostStream:
         self.work: deque[Callable[[], None]] = deque()
 
 
-class HostAccelerator(Accelerator):
+class StandInAccelerator(Accelerator):
     """Streams that are threads, except for the caller's: what is put there is done at once, and
     waiting blocks.
 
@@ -59,7 +59,7 @@ class HostAccelerator(Accelerator):
 
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
         self._delay = delay
-        self._caller = HostStream("caller")
+        self._caller = StandInStream("caller")
         # There is nothing to do for it, but to find what CUDA would refuse.
         self._registered: dict[int, int] = {}
         self._pinned = PinnedTensors(self._register, self._registered.pop, lambda: None)
@@ -69,25 +69,25 @@ class HostAccelerator(Accelerator):
         self._error: BaseException | None = None
         self._closed = False
 
-    def compute(self) -> HostStream:
+    def compute(self) -> StandInStream:
         return self._caller
 
-    def stream(self) -> HostStream:
-        stream = HostStream(f"lvllm-stream-{len(self._threads)}")
+    def stream(self) -> StandInStream:
+        stream = StandInStream(f"lvllm-stream-{len(self._threads)}")
         thread = Thread(target=self._serve, args=(stream,), name=stream.name, daemon=True)
         self._threads.append(thread)
         thread.start()
         return stream
 
-    def event(self) -> HostEvent:
-        return HostEvent()
+    def event(self) -> StandInEvent:
+        return StandInEvent()
 
-    def record(self, event: HostEvent, stream: HostStream) -> None:
+    def record(self, event: StandInEvent, stream: StandInStream) -> None:
         self._raise()
         event.point = _Point()
         self._put(partial(self._pass, event.point), stream)
 
-    def wait(self, event: HostEvent, stream: HostStream) -> None:
+    def wait(self, event: StandInEvent, stream: StandInStream) -> None:
         self._raise()
         if event.point is not None:
             # The point of now: later records of the event are not waited for.
@@ -96,33 +96,33 @@ class HostAccelerator(Accelerator):
             if self._closed:
                 raise RuntimeError("the host stand-in is closed")
 
-    def reached(self, event: HostEvent) -> bool:
+    def reached(self, event: StandInEvent) -> bool:
         with self._changed:
             return event.point is None or event.point.passed
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: StandInStream) -> None:
         check_copy(target, source)
         step = max(WORD, -(-source.nbytes // PIECES))
         for begin in range(0, source.nbytes, step):
             size = min(step, source.nbytes - begin)
             self.launch(partial(_copy_bytes, target, source, begin, size), stream)
 
-    def call(self, function: int, argument: int, stream: HostStream) -> None:
+    def call(self, function: int, argument: int, stream: StandInStream) -> None:
         self.launch(partial(_FUNCTION(function), argument), stream)
 
-    def launch(self, work: Callable[[], object], stream: HostStream) -> None:
+    def launch(self, work: Callable[[], object], stream: StandInStream) -> None:
         """Call a Python function in stream order: what stands for a kernel."""
         if stream is self._caller:
             work()
         else:
             self._put(partial(self._attempt, work), stream)
 
-    def synchronize(self, stream: HostStream) -> None:
+    def synchronize(self, stream: StandInStream) -> None:
         event = self.event()
         self.record(event, stream)
         self.wait(event, self._caller)
 
-    def device_memory(self, size: int, stream: HostStream) -> torch.Tensor:
+    def device_memory(self, size: int, stream: StandInStream) -> torch.Tensor:
         try:
             return torch.empty(size, dtype=torch.uint8)
         except RuntimeError:
@@ -160,7 +160,7 @@ class HostAccelerator(Accelerator):
                 raise RuntimeError(f"pages at {address:#x} are registered already")
         self._registered[address] = size
 
-    def _put(self, work: Callable[[], None], stream: HostStream) -> None:
+    def _put(self, work: Callable[[], None], stream: StandInStream) -> None:
         if stream is self._caller:
             work()
             return
@@ -170,7 +170,7 @@ class HostAccelerator(Accelerator):
             stream.work.append(work)
             self._changed.notify_all()
 
-    def _serve(self, stream: HostStream) -> None:
+    def _serve(self, stream: StandInStream) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: stream.work or self._closed)

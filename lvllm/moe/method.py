@@ -13,20 +13,19 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from lvllm import sharing
+from lvllm import sharing, startup
 from lvllm.checkpoint.moe_layers import describe_layers, layer_number
 from lvllm.faults import process
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape, add_biases, empty
 from lvllm.gpu.accelerator import open_accelerator
-from lvllm.gpu.break_even import Auto
-from lvllm.gpu.offload import Lane
+from lvllm.gpu.break_even import MeasuredThreshold
+from lvllm.gpu.offload import Offload
 from lvllm.log import logger
 from lvllm.moe import activations, engine_layer
 from lvllm.moe.arrivals import EXPERTS, Arrivals
 from lvllm.moe.converted import Conversion, choose
 from lvllm.settings.configuration import HybridConfig
-from lvllm.worker import startup
 
 
 class HybridMoEMethod(FusedMoEMethodBase):
@@ -40,7 +39,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
     requires_device_loading = False
 
     arrivals: Arrivals | None = None
-    lane: Lane | None = None
+    offload: Offload | None = None
     """That of the model, with an accelerator."""
 
     def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
@@ -58,7 +57,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
         if config.accelerator != "none":
             self.number = _layer_number(prefix)
             model = get_current_vllm_config()
-            self.lane = Lane.of(self.number, model, lambda: _make_lane(config))
+            self.offload = Offload.of(self.number, model, lambda: _make_offload(config))
         logger.info_once(
             "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
             info.isa,
@@ -144,8 +143,8 @@ class HybridMoEMethod(FusedMoEMethodBase):
             self.arrivals.require_all()
         if not hasattr(layer, "engine"):  # nobody says of these weights when they are complete
             self._hand_over(layer)
-        if self.lane is not None:
-            layer.in_lane = self.lane.add(
+        if self.offload is not None:
+            layer.offloaded = self.offload.add(
                 self.number,
                 layer.layer_name,
                 layer.engine,
@@ -179,7 +178,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
         if layer.expert_map is not None:
             # vLLM's routers give -1 to rows that pad a batch, which would be the last expert here.
             topk_ids = layer.expert_map[topk_ids].where(topk_ids >= 0, -1)
-        if self.lane is None:
+        if self.offload is None:
             return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)
         return torch.ops.lvllm.routed_experts(x, topk_ids, topk_weights, layer.engine_handle)
 
@@ -191,16 +190,16 @@ def _layer_number(prefix: str) -> int:
     return number
 
 
-def _make_lane(config: HybridConfig) -> Lane:
+def _make_offload(config: HybridConfig) -> Offload:
     vllm_config = get_current_vllm_config()
-    threshold: int | Auto
+    threshold: int | MeasuredThreshold
     if config.gpu_prefill_min_batch_size == "auto":
         # What runs from a graph is computed on the CPU.
         in_graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        threshold = Auto(vllm_config.model_config.dtype, _slowest, least=in_graphs + 1)
+        threshold = MeasuredThreshold(vllm_config.model_config.dtype, _slowest, least=in_graphs + 1)
     else:
         threshold = config.gpu_prefill_min_batch_size
-    return Lane(
+    return Offload(
         open_accelerator(config.accelerator),
         tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         threshold=threshold,

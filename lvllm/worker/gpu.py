@@ -18,7 +18,7 @@ class HybridGPUWorker(Worker):
     """
 
     def determine_available_memory(self) -> int:
-        with offload.crowded():
+        with offload.concentrated_routing():
             return int(super().determine_available_memory())
 
     def execute_model(self, scheduler_output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The lane's benchmarks, as far as they run without a GPU."""
+"""The benchmarks of GPU offload, as far as they run without a GPU."""
 
 import ctypes
 import json

@@ -47,9 +47,9 @@ class Hang:
 
 def register() -> None:
     """In each of vLLM's processes."""
-    from lvllm.gpu.stand_in import HostAccelerator
+    from lvllm.gpu.stand_in import StandInAccelerator
 
-    copy = HostAccelerator.copy
+    copy = StandInAccelerator.copy
     if copy.__module__ == __name__:
         return
     folder = Path(os.environ[_VARIABLE])
@@ -64,4 +64,4 @@ def register() -> None:
             self.launch(hang, stream)
         copy(self, target, source, stream)
 
-    HostAccelerator.copy = copy_or_hang  # type: ignore[method-assign]
+    StandInAccelerator.copy = copy_or_hang  # type: ignore[method-assign]

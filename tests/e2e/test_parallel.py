@@ -36,7 +36,7 @@ MODES: dict[str, tuple[Job, list[list[list[int]]]]] = {
 }
 # The ways of a batch beside an accelerator: chunks of the longest prompts and several together are
 # streamed, single tokens are not.
-IN_LANE: Job = {
+OFFLOADED: Job = {
     "max_num_batched_tokens": 32,
     "enable_chunked_prefill": True,
     "additional_config": {
@@ -47,7 +47,7 @@ IN_LANE: Job = {
         }
     },
 }
-LANES: dict[str, Job] = {
+OFFLOADED_MODES: dict[str, Job] = {
     "tensor": {"tensor_parallel_size": 2},
     "pipeline": MODES["pipeline"][0],
     "experts": MODES["experts"][0],
@@ -92,7 +92,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "tiny": tiny,
         "faults": {"model": str(broken), "prompts": words, "max_tokens": 1} | pipeline,
     }
-    jobs |= {f"tiny {name}": tiny | IN_LANE | mode for name, mode in LANES.items()}
+    jobs |= {f"tiny {name}": tiny | OFFLOADED | mode for name, mode in OFFLOADED_MODES.items()}
     jobs |= {name: random_model | mode for name, (mode, _) in MODES.items()}
     answers = generate(list(jobs.values()), environment=ENVIRONMENT)
     return Run(model, asked, expected(plain, words), dict(zip(jobs, answers, strict=True)))
@@ -105,8 +105,8 @@ def test_a_divided_model_is_the_references(name: str, run: Run) -> None:
     assert [answer["held"] for answer in run.answers[name]][: len(held)] == held
 
 
-@pytest.mark.parametrize("name", LANES)
-def test_tokens_are_those_of_one_process_without_a_lane(name: str, run: Run) -> None:
+@pytest.mark.parametrize("name", OFFLOADED_MODES)
+def test_tokens_are_those_of_one_process_without_offload(name: str, run: Run) -> None:
     for one, several in zip(run.answers["tiny"], run.answers[f"tiny {name}"], strict=True):
         assert several["tokens"] == one["tokens"]
         for a, b in zip(several["logprobs"], one["logprobs"], strict=True):

@@ -43,10 +43,10 @@ for options in jobs:
     del llm
     cleanup_dist_env_and_memory()
 """
-LANE = {"accelerator": "host"}
-STREAMED = LANE | {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
+OFFLOADED = {"accelerator": "host"}
+STREAMED = OFFLOADED | {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
 SETTINGS: dict[str, dict[str, Any]] = {"KEEP": {}, "INT4": {"moe_use_weight": "INT4"}}
-OF_TINY: dict[str, dict[str, Any]] = {"HYBRID": LANE, "STREAMED": STREAMED}
+OF_TINY: dict[str, dict[str, Any]] = {"HYBRID": OFFLOADED, "STREAMED": STREAMED}
 """Of a small model beside an accelerator, with experts in callbacks or copied."""
 
 

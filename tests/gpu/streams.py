@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from lvllm.gpu.stand_in import HostAccelerator, HostStream
+from lvllm.gpu.stand_in import StandInAccelerator, StandInStream
 
 
-class Recorded(HostAccelerator):
+class Recorded(StandInAccelerator):
     """Notes which host tensors are copied, in the order of the calls, and what is allocated."""
 
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
@@ -17,11 +17,11 @@ class Recorded(HostAccelerator):
         self.sources: list[torch.Tensor] = []
         self.allocated = 0
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: StandInStream) -> None:
         self.sources.append(source)
         super().copy(target, source, stream)
 
-    def device_memory(self, size: int, stream: HostStream) -> torch.Tensor:
+    def device_memory(self, size: int, stream: StandInStream) -> torch.Tensor:
         self.allocated += size
         return super().device_memory(size, stream).fill_(0xEE)
 
@@ -33,7 +33,7 @@ class RecordedAhead(Recorded):
         super().__init__(delay)
         self._computing = self.stream()
 
-    def compute(self) -> HostStream:
+    def compute(self) -> StandInStream:
         return self._computing
 
 

@@ -13,8 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvllm.gpu import break_even, streamed
-from lvllm.gpu.break_even import Auto, Point, choose, search, streamed_seconds, threshold
-from lvllm.gpu.stand_in import HostAccelerator, HostStream
+from lvllm.gpu.break_even import (
+    MeasuredThreshold,
+    Point,
+    choose,
+    search,
+    streamed_seconds,
+    threshold,
+)
+from lvllm.gpu.stand_in import StandInAccelerator, StandInStream
 from lvllm.gpu.window import PrefetchWindow
 from tests.experts import Random, random_layer
 
@@ -97,14 +104,14 @@ def test_without_a_window_nothing_hides_the_copy() -> None:
     assert streamed_seconds(3, 4, ahead=2) == 4
 
 
-class Machine(HostAccelerator):
+class Machine(StandInAccelerator):
     """One whose clock is what it is asked to do, for a layer among others."""
 
     def __init__(self, speeds: Any, layer: Any) -> None:
         super().__init__()
         self.now, self._speeds = 0.0, speeds
         self.layer: Any = SimpleNamespace(
-            lane=SimpleNamespace(accelerator=self),
+            offload=SimpleNamespace(accelerator=self),
             number=7,
             experts=layer,
             topk=3,
@@ -114,7 +121,7 @@ class Machine(HostAccelerator):
         )
         self.batches: list[tuple[torch.Tensor, ...]] = []
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: StandInStream) -> None:
         super().copy(target, source, stream)
         if any(source is tensor for tensor in self.layer.experts.tensors.values()):
             self.now += source.nbytes / self._speeds.bus
@@ -166,7 +173,7 @@ def test_a_layer_is_measured(
     one._speeds.bus = one.layer.size() / 2e-3
     window = window_of(one, ahead)
     heard(caplog, monkeypatch)
-    found = choose(Auto(torch.float16), window, one.layer, layers=4, most=2000)
+    found = choose(MeasuredThreshold(torch.float16), window, one.layer, layers=4, most=2000)
     assert abs(found - wanted) <= wanted // 8
     (line,) = {record.getMessage() for record in caplog.records}  # two of its handlers may hear
     assert line.startswith(f"LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is {found}: bus ")
@@ -197,7 +204,7 @@ def test_a_cpu_that_is_always_faster(
 ) -> None:
     one = make(monkeypatch, bus=1e6, cpu=1e-6, products=1e-7)
     heard(caplog, monkeypatch)
-    assert choose(Auto(torch.bfloat16), window_of(one, 1), one.layer, 4, most=100) == 0
+    assert choose(MeasuredThreshold(torch.bfloat16), window_of(one, 1), one.layer, 4, most=100) == 0
     assert re.search(r"=auto is 0 \(off\): .*; 100 tokens take it 0.10 ms", caplog.text)
     one.close()
 
@@ -208,7 +215,7 @@ def test_what_runs_from_graphs_is_not_streamed(
 ) -> None:
     one = make(monkeypatch, bus=0, cpu=9e-5, products=1e-6)
     one._speeds.bus = one.layer.size() / 9e-3
-    auto = Auto(torch.bfloat16, least=least)
+    auto = MeasuredThreshold(torch.bfloat16, least=least)
     found = choose(auto, window_of(one, 1), one.layer, 4, most=4000)
     assert found == pytest.approx(chosen, rel=1 / break_even.PRECISION)
     one.close()
@@ -220,7 +227,7 @@ def test_measuring_is_bounded(copy: float, monkeypatch: pytest.MonkeyPatch) -> N
     one = make(monkeypatch, bus=0, cpu=1e-4, products=1e-5)
     one._speeds.bus = one.layer.size() / copy
     warm_up = 2 * copy + 3 * break_even.WARM_UP * (1e-4 + 1e-5)
-    found = choose(Auto(torch.bfloat16), window_of(one, 1), one.layer, 4, most=1 << 15)
+    found = choose(MeasuredThreshold(torch.bfloat16), window_of(one, 1), one.layer, 4, most=1 << 15)
     assert one.now <= warm_up + break_even.SECONDS
     assert len(one.batches) > 6
     assert found == pytest.approx(copy / 1e-4, rel=0.01)  # all is straight here
@@ -251,7 +258,7 @@ def test_ranks_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
             barrier.wait()
             return largest
 
-        auto = Auto(torch.bfloat16, slowest)
+        auto = MeasuredThreshold(torch.bfloat16, slowest)
         one = ranks[rank]
         chosen[rank] = choose(auto, window_of(one, 1), one.layer, 4, most=4000)
 

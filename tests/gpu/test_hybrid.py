@@ -17,7 +17,7 @@ from lvllm.engine.ops import raw_ops
 from lvllm.gpu import hybrid
 from lvllm.gpu.accelerator import Event, Stream
 from lvllm.gpu.hybrid import Exchange, HybridCall
-from lvllm.gpu.stand_in import HostAccelerator
+from lvllm.gpu.stand_in import StandInAccelerator
 from tests.experts import FORMATS, Random, random_layer
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -25,7 +25,7 @@ EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 37
 
 
 @contextmanager
-def on_host(kind: Any = HostAccelerator, seconds: float = 3e-4) -> Iterator[Any]:
+def on_host(kind: Any = StandInAccelerator, seconds: float = 3e-4) -> Iterator[Any]:
     """A stand-in whose streams dawdle."""
     draw = Draw(randrange(1 << 30))
     accelerator = kind(delay=lambda: draw.random() * seconds)
@@ -43,7 +43,9 @@ def make_batch(random: Random, tokens: int, dtype: torch.dtype = torch.bfloat16)
     return random.normal(tokens, HIDDEN).to(dtype), ids, random.uniform(0, 1, tokens, TOPK)
 
 
-def calls(accelerator: HostAccelerator, layers: list[ExpertLayer], **more: Any) -> list[HybridCall]:
+def calls(
+    accelerator: StandInAccelerator, layers: list[ExpertLayer], **more: Any
+) -> list[HybridCall]:
     """Of layers that share an exchange, whose copies run in a stream of their own."""
     sizes = [(HIDDEN, TOPK)]
     exchange = Exchange(accelerator, MOST, sizes, stream=accelerator.stream(), **more)
@@ -94,7 +96,7 @@ def test_batches_larger_than_the_memory_go_in_parts() -> None:
     assert log[1:, 0].nonzero().flatten().tolist() == [3, 33]
 
 
-class Deferred(HostAccelerator):
+class Deferred(StandInAccelerator):
     """As on CUDA: the caller's stream is a thread, too, so that nothing is done when it is asked.
 
     `missing`: the wait that is left out, counted from 0.
@@ -175,7 +177,7 @@ def test_arguments_of_ended_calls_are_used_again() -> None:
         assert len(exchange._arguments) <= 12
 
 
-class Recorder(HostAccelerator):
+class Recorder(StandInAccelerator):
     """Keeps what is put in streams between `begin` and `end`, as the capture of a graph does."""
 
     recorded: list[Callable[[], None]] | None = None

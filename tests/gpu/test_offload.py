@@ -1,4 +1,4 @@
-"""The lane of a model: its layers, the way of each batch, the operator."""
+"""The offloaded layers of a model: the path of each batch, and the operator."""
 
 import gc
 import weakref
@@ -12,16 +12,16 @@ import torch
 
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu import break_even, streamed
-from lvllm.gpu import offload as lanes
-from lvllm.gpu.break_even import Auto
-from lvllm.gpu.offload import Lane, LaneLayer, Path, choose_path
-from lvllm.gpu.stand_in import HostAccelerator
+from lvllm.gpu import offload as offload_module
+from lvllm.gpu.break_even import MeasuredThreshold
+from lvllm.gpu.offload import Offload, OffloadedLayer, Path, choose_path
+from lvllm.gpu.stand_in import StandInAccelerator
 from tests.experts import Random, random_layer
 
 EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 24
 
 
-class Pinning(HostAccelerator):
+class Pinning(StandInAccelerator):
     """Knows what is pinned."""
 
     def __init__(self, **arguments: Any) -> None:
@@ -50,8 +50,8 @@ class Model:
 
 
 def model(
-    accelerator: HostAccelerator, numbers: tuple[int, ...], **settings: Any
-) -> tuple[list[ExpertLayer], list[LaneLayer]]:
+    accelerator: StandInAccelerator, numbers: tuple[int, ...], **settings: Any
+) -> tuple[list[ExpertLayer], list[OffloadedLayer]]:
     """Layers that were announced while the model was built, and then loaded."""
     random = Random(randrange(1 << 30))
     formats = ("bf16", "int4", "fp8")
@@ -60,10 +60,12 @@ def model(
         for n in numbers
     ]
     one = Model()
-    announced = [Lane.of(n, one, lambda: Lane(accelerator, MOST, **settings)) for n in numbers]
+    announced = [
+        Offload.of(n, one, lambda: Offload(accelerator, MOST, **settings)) for n in numbers
+    ]
     return made, [
-        lane.add(n, f"layers.{n}", layer, TOPK)
-        for lane, n, layer in zip(announced, numbers, made, strict=True)
+        offload.add(n, f"layers.{n}", layer, TOPK)
+        for offload, n, layer in zip(announced, numbers, made, strict=True)
     ]
 
 
@@ -86,7 +88,7 @@ def test_path() -> None:
 
 def test_the_operator_computes_any_layer_of_a_model(accelerator: Pinning) -> None:
     made, kept = model(accelerator, (0, 2, 3))
-    assert len({layer.lane for layer in kept}) == 1
+    assert len({layer.offload for layer in kept}) == 1
     for tokens in (1, MOST, 5, MOST + 9):  # ranks that share their experts send more than a batch
         for layer in made:
             x = batch(tokens)
@@ -162,7 +164,7 @@ def test_a_threshold_that_is_measured(
     ways = list[int]()
     monkeypatch.setattr(break_even, "choose", choose)
     monkeypatch.setattr(streamed, "run", run)
-    auto = Auto(torch.bfloat16)
+    auto = MeasuredThreshold(torch.bfloat16)
     made, kept = model(accelerator, (1, 2, 5), threshold=auto, ahead=1)
     assert len(accelerator.pins) == sum(len(layer.tensors) for layer in made)
     ((*given, layers, most),) = measured
@@ -185,9 +187,9 @@ def test_measuring_comes_to_an_end_and_streaming_with_it(
     monkeypatch.setattr(break_even, "SECONDS", 0.2)
     run = streamed.run
     monkeypatch.setattr(streamed, "run", lambda layer, tensors, x, *_: x)
-    made, kept = model(accelerator, (0, 1), threshold=Auto(torch.bfloat16), ahead=1)
+    made, kept = model(accelerator, (0, 1), threshold=MeasuredThreshold(torch.bfloat16), ahead=1)
     monkeypatch.setattr(streamed, "run", run)
-    assert 0 <= kept[0].lane.threshold <= MOST
+    assert 0 <= kept[0].offload.threshold <= MOST
     for tokens in (1, MOST, 7):
         for layer in made:
             x = batch(tokens)
@@ -195,7 +197,9 @@ def test_measuring_comes_to_an_end_and_streaming_with_it(
             assert torch.linalg.norm(got - layer(*x)) <= 0.02 * torch.linalg.norm(layer(*x))
 
 
-def test_crowded_batches(accelerator: Pinning, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_concentrated_routing(
+    accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While memory is measured, as many rows as there can be meet in the first matrices."""
     made, kept = model(accelerator, (1,), threshold=10)
     plain, seen = streamed.run, []
@@ -206,7 +210,7 @@ def test_crowded_batches(accelerator: Pinning, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(streamed, "run", run)
     x = batch(11)
-    with lanes.crowded():
+    with offload_module.concentrated_routing():
         torch.ops.lvllm.routed_experts(*x, made[0].handle)
         wide = (x[0], *(torch.cat([part] * 2, dim=1) for part in x[1:]))
         torch.ops.lvllm.routed_experts(*wide, made[0].handle)
@@ -217,31 +221,32 @@ def test_crowded_batches(accelerator: Pinning, monkeypatch: pytest.MonkeyPatch) 
     assert kept
 
 
-def test_a_lane_ends_with_its_layers(accelerator: Pinning) -> None:
+def test_an_offload_ends_with_its_layers(accelerator: Pinning) -> None:
     made, kept = model(accelerator, (0, 1), threshold=10, ahead=1, watchdog_seconds=100)
     for tokens in (12, 2):
         x = batch(tokens)
         assert torch.ops.lvllm.routed_experts(*x, made[0].handle).shape == x[0].shape
-    lane = weakref.ref(kept[0].lane)
+    offload = weakref.ref(kept[0].offload)
     memory = [weakref.ref(tensor) for layer in made for tensor in layer.tensors.values()]
-    # Another model has a lane of its own, and so has one that is built after another was given up.
+    # Another model has an Offload of its own, and so has one that is built after another was
+    # given up.
     _, other = model(accelerator, (2, 3))
-    given_up = Lane.of(0, Model(), lambda: Lane(accelerator, MOST))
+    given_up = Offload.of(0, Model(), lambda: Offload(accelerator, MOST))
     _, last = model(accelerator, (0, 1))
-    owners = [{id(layer.lane) for layer in layers} for layers in (kept, other, last)]
+    owners = [{id(layer.offload) for layer in layers} for layers in (kept, other, last)]
     assert all(len(owner) == 1 for owner in owners)
     assert len(set.union({id(given_up)}, *owners)) == 4
     # The same where no number of one is the other's.
-    given_up = Lane.of(9, Model(), lambda: Lane(accelerator, MOST))
+    given_up = Offload.of(9, Model(), lambda: Offload(accelerator, MOST))
     _, beside = model(accelerator, (2, 3))
-    assert {id(layer.lane) for layer in beside}.isdisjoint({id(given_up)})
+    assert {id(layer.offload) for layer in beside}.isdisjoint({id(given_up)})
     del beside
-    window = kept[0].lane._window
+    window = kept[0].offload._window
     assert window is not None
     accelerator.synchronize(window._copies)  # the next layer's is on its way
     del made, kept, window
     gc.collect()
-    assert lane() is None
+    assert offload() is None
     assert all(tensor() is None for tensor in memory)
 
 
@@ -251,7 +256,7 @@ def test_an_error_in_a_callback_names_its_layer(accelerator: Pinning) -> None:
     ids[1, 2] = EXPERTS
     with pytest.raises(RuntimeError, match=r"^layers.4: topk_ids\[1, 2\] is 5, must be"):
         torch.ops.lvllm.routed_experts(x, ids, weights, made[0].handle)
-    lanes.check()
+    offload_module.check()
     assert kept
 
 

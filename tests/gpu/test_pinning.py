@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvllm.gpu.pinning import PageRanges, PinnedTensors
-from lvllm.gpu.stand_in import HostAccelerator
+from lvllm.gpu.stand_in import StandInAccelerator
 
 PAGE = 16
 
@@ -127,7 +127,7 @@ def test_tensors_are_kept_and_may_leave_in_the_middle_of_another() -> None:
 def test_a_model_of_small_tensors() -> None:
     """On the stand-in, which refuses what CUDA would: biases and scales that share pages."""
     draw = Draw(randrange(1 << 30))
-    accelerator = HostAccelerator()
+    accelerator = StandInAccelerator()
     tensors = [torch.zeros(draw.choice((1, 30, 500, 3000, 100_000))) for _ in range(200)]
     for tensor in tensors:
         accelerator.pin(tensor)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from lvllm.gpu.accelerator import open_accelerator
-from lvllm.gpu.stand_in import PIECES, WORD, HostAccelerator
+from lvllm.gpu.stand_in import PIECES, WORD, StandInAccelerator
 
 LONG = 30.0
 """Seconds that nothing here takes; waiting for that long is a failure."""
 
 
 @pytest.fixture
-def host() -> Iterator[HostAccelerator]:
-    accelerator = HostAccelerator(delay=lambda: random.choice((0.0, 0.0, 0.001)))
+def host() -> Iterator[StandInAccelerator]:
+    accelerator = StandInAccelerator(delay=lambda: random.choice((0.0, 0.0, 0.001)))
     yield accelerator
     accelerator.close()
 
@@ -31,7 +31,7 @@ def until(gate: threading.Event) -> Callable[[], None]:
     return wait
 
 
-def test_a_stream_keeps_its_order_and_streams_go_on_side_by_side(host: HostAccelerator) -> None:
+def test_a_stream_keeps_its_order_and_streams_go_on_side_by_side(host: StandInAccelerator) -> None:
     one, other, gate = host.stream(), host.stream(), threading.Event()
     seen: list[int] = []
     host.launch(until(gate), one)
@@ -44,7 +44,7 @@ def test_a_stream_keeps_its_order_and_streams_go_on_side_by_side(host: HostAccel
     assert seen[-1] == 99
 
 
-def test_a_wait_is_for_the_last_record_before_it(host: HostAccelerator) -> None:
+def test_a_wait_is_for_the_last_record_before_it(host: StandInAccelerator) -> None:
     first, second, waiting = host.stream(), host.stream(), host.stream()
     event, gates = host.event(), [threading.Event(), threading.Event()]
     seen: list[str] = []
@@ -75,7 +75,7 @@ def test_a_wait_is_for_the_last_record_before_it(host: HostAccelerator) -> None:
     assert host.reached(event)
 
 
-def test_the_caller_waits_for_an_event(host: HostAccelerator) -> None:
+def test_the_caller_waits_for_an_event(host: StandInAccelerator) -> None:
     stream, event, seen = host.stream(), host.event(), list[int]()
     for n in range(5):
         host.launch(lambda n=n: seen.append(n), stream)  # type: ignore[misc]
@@ -87,7 +87,7 @@ def test_the_caller_waits_for_an_event(host: HostAccelerator) -> None:
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (PIECES * WORD + 1,), (3, 5, 7)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float8_e4m3fn])
 def test_a_copy_has_the_bytes(
-    host: HostAccelerator, shape: tuple[int, ...], dtype: torch.dtype
+    host: StandInAccelerator, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     source = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8)
     source = source.view(dtype).view(shape)
@@ -99,7 +99,7 @@ def test_a_copy_has_the_bytes(
         assert torch.equal(target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8))
 
 
-def test_a_copy_is_done_in_pieces(host: HostAccelerator) -> None:
+def test_a_copy_is_done_in_pieces(host: StandInAccelerator) -> None:
     """Who reads without waiting may see old bytes beside new ones."""
     stream, gate = host.stream(), threading.Event()
     source = torch.ones(PIECES * WORD, dtype=torch.uint8)
@@ -128,13 +128,13 @@ def test_a_copy_is_done_in_pieces(host: HostAccelerator) -> None:
     ],
 )
 def test_what_is_no_plain_copy_is_refused(
-    host: HostAccelerator, target: torch.Tensor, source: torch.Tensor, says: str
+    host: StandInAccelerator, target: torch.Tensor, source: torch.Tensor, says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):
         host.copy(target, source, host.stream())
 
 
-def test_a_c_function_is_called_in_order(host: HostAccelerator) -> None:
+def test_a_c_function_is_called_in_order(host: StandInAccelerator) -> None:
     seen: list[object] = []
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(seen.append)
     address = ctypes.cast(function, ctypes.c_void_p).value
@@ -150,7 +150,7 @@ def test_a_c_function_is_called_in_order(host: HostAccelerator) -> None:
 
 
 @pytest.mark.parametrize("meet", ["record", "wait", "synchronize", "wait of another stream"])
-def test_an_error_in_a_thread_reaches_the_caller(host: HostAccelerator, meet: str) -> None:
+def test_an_error_in_a_thread_reaches_the_caller(host: StandInAccelerator, meet: str) -> None:
     stream, event, seen = host.stream(), host.event(), list[int]()
     host.launch(lambda: [][1], stream)
     host.launch(lambda: seen.append(1), stream)
@@ -174,7 +174,7 @@ def test_an_error_in_a_thread_reaches_the_caller(host: HostAccelerator, meet: st
 
 
 def test_close_ends_threads_whatever_they_wait_for() -> None:
-    host = HostAccelerator()
+    host = StandInAccelerator()
     one, other, gate = host.stream(), host.stream(), threading.Event()
     never, seen = host.event(), list[int]()
     host.launch(until(gate), one)

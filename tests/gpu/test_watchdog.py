@@ -13,7 +13,7 @@ import torch
 
 from lvllm.faults import process
 from lvllm.gpu import watchdog as watchdogs
-from lvllm.gpu.stand_in import HostStream
+from lvllm.gpu.stand_in import StandInStream
 from lvllm.gpu.watchdog import Watchdog
 from lvllm.gpu.window import PrefetchWindow
 from tests.gpu.streams import RecordedAhead
@@ -69,7 +69,7 @@ def test_a_hanging_stream_is_named(
     window = PrefetchWindow(accelerator, LAYERS, 1, watchdog)
     copy = accelerator.copy
 
-    def hang(target: torch.Tensor, source: torch.Tensor, stream: HostStream) -> None:
+    def hang(target: torch.Tensor, source: torch.Tensor, stream: StandInStream) -> None:
         if hangs == "copy" and source is LAYERS[7]["w13"]:
             accelerator.launch(lambda: gate.wait(LONG), stream)
         copy(target, source, stream)
@@ -151,10 +151,10 @@ def test_it_sleeps_for_good_when_nothing_is_due(accelerator: RecordedAhead, line
 
 CHILD = """
 import threading, torch
-from lvllm.gpu.stand_in import HostAccelerator
+from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.gpu.watchdog import Watchdog
 from lvllm.gpu.window import PrefetchWindow
-accelerator = HostAccelerator()
+accelerator = StandInAccelerator()
 window = PrefetchWindow(accelerator, {12: {"w2": torch.zeros(9)}}, 1, Watchdog(accelerator, 0.1))
 accelerator.launch(threading.Event().wait, window._copies)
 window.stage(12)

@@ -172,8 +172,8 @@ def test_experts_of_a_model_that_is_built_on_a_gpu(bias: bool, vllm_config: Vllm
 def resident(vllm_config: VllmConfig) -> Iterator[None]:
     """The layers 2 and 4 are, of the host in a GPU's place."""
     found = vllm_config.additional_config[RESOLVED]
-    lane = {"accelerator": "host", "gpu_resident_moe_layers": [2, 4]}
-    vllm_config.additional_config[RESOLVED] = found | lane
+    offloaded = {"accelerator": "host", "gpu_resident_moe_layers": [2, 4]}
+    vllm_config.additional_config[RESOLVED] = found | offloaded
     with set_current_vllm_config(vllm_config):
         yield
     vllm_config.additional_config[RESOLVED] = found

@@ -9,8 +9,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from lvllm.gpu import offload
-from lvllm.gpu.offload import Lane
-from lvllm.gpu.stand_in import HostAccelerator
+from lvllm.gpu.offload import Offload
+from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.worker.gpu import HybridGPUWorker
 from tests.experts import Random, random_layer
 
@@ -29,9 +29,9 @@ class Later(AsyncModelRunnerOutput):
 @pytest.mark.parametrize("method", ["execute_model", "sample_tokens"])
 def test_an_error_in_a_callback_ends_its_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     random = Random(randrange(1 << 30))
-    accelerator = HostAccelerator()
+    accelerator = StandInAccelerator()
     experts = random_layer(random, "bf16", 4, 64, 64).make()
-    one = Lane.of(7, experts, lambda: Lane(accelerator, tokens=8))
+    one = Offload.of(7, experts, lambda: Offload(accelerator, tokens=8))
     layer = one.add(7, "layers.7", experts, topk=2)
     wrong: list[bool] = []
 
@@ -58,8 +58,8 @@ def test_an_error_in_a_callback_ends_its_step(method: str, monkeypatch: pytest.M
     accelerator.close()
 
 
-def test_memory_is_measured_with_crowded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_measured_with_concentrated_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     worker: Any = object.__new__(HybridGPUWorker)
-    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: int(offload._crowded))
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: int(offload._concentrated))
     assert worker.determine_available_memory() == 1
-    assert not offload._crowded
+    assert not offload._concentrated

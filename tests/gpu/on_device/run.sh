@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the engine, checks the GPU lane and times it, on a machine with a CUDA GPU, PyTorch for it,
+# Builds the engine, checks GPU offload and times it, on a machine with a CUDA GPU, PyTorch for it,
 # CMake, Ninja, pytest, hypothesis, rich, typer and a C++ compiler. Needs neither a network nor vLLM;
 # where vLLM is, whole models run, too.
 #   tests/gpu/on_device/run.sh [FOLDER [STEP...]]
 # Logs go to FOLDER, by default $OUT or build/gpu. The steps are all, or some of: machine packages
-# build lane engine memcheck racecheck engine-speed lane-speed serving
+# build offload engine memcheck racecheck engine-speed offload-speed serving
 # Exit status 1 if a step failed; the tables come last all the same.
 set -uo pipefail
 cd "$(dirname "$0")/../../.."
@@ -70,7 +70,7 @@ small=("${pytest[@]}" tests/gpu/on_device/test_offload.py -k 'cuda and (streamed
 step machine 60 bash -c machine
 step packages 120 bash -c packages
 step build 900 python3 -m build_tools.engine
-step lane 600 "${pytest[@]}" tests/gpu/on_device
+step offload 600 "${pytest[@]}" tests/gpu/on_device
 step engine 600 "${pytest[@]}" tests/engine/test_expert_layer.py tests/engine/test_tiles.py -x
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
@@ -80,14 +80,14 @@ for tool in memcheck racecheck; do
   fi
 done
 step engine-speed 600 python3 -m benchmarks.moe_block --format bf16,int8,int4 --tokens 1,16,512
-step lane-speed 900 python3 -m benchmarks.gpu_lane --trace "$logs/trace.json"
+step offload-speed 900 python3 -m benchmarks.gpu_offload --trace "$logs/trace.json"
 if python3 -c 'import vllm' 2>/dev/null; then
   step serving 7200 python3 -m benchmarks.gpu_serving --json "$logs/serving.json"
 else
   leave_out serving "there is no vLLM"
 fi
 
-for log in machine engine-speed lane-speed serving; do
+for log in machine engine-speed offload-speed serving; do
   [ -f "$logs/$log.log" ] || continue
   echo
   case $log in

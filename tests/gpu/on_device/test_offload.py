@@ -1,4 +1,4 @@
-"""The lane on a real GPU, without vLLM: plain PyTorch and the engine.
+"""GPU offload on a real GPU, without vLLM: plain PyTorch and the engine.
 
 `tests/gpu/on_device/run.sh` runs these. What needs no CUDA in the tests runs on the host stand-in,
 too, so that they are known to be right where there is no GPU.
@@ -15,7 +15,7 @@ from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator, open_accelerator
 from lvllm.gpu.convert import convert
 from lvllm.gpu.hybrid import Exchange, HybridCall
-from lvllm.gpu.offload import Lane
+from lvllm.gpu.offload import Offload
 from lvllm.gpu.window import PrefetchWindow
 from tests.experts import FORMATS, Layer, Random, random_layer
 
@@ -94,16 +94,16 @@ def test_the_kernel_converts_to_the_bits_of_plain_pytorch(format: str, cuda: Acc
         assert torch.equal(got, convert(layer, layer.tensors, name, range(1, 5), torch.bfloat16))
 
 
-def test_a_lane_of_many_layers(accelerator: Accelerator) -> None:
+def test_an_offload_of_many_layers(accelerator: Accelerator) -> None:
     """Passes of random sizes, some streamed, some on the CPU, none waited for by the host."""
     random = Random(3)
     made = layers(random, 9)
-    lane = Lane(accelerator, tokens=200, threshold=100, ahead=2)
+    offload = Offload(accelerator, tokens=200, threshold=100, ahead=2)
     numbers = [3 + 2 * i for i in range(len(made))]
     for number in numbers:
-        Lane.of(number, lane, lambda: lane)
+        Offload.of(number, offload, lambda: offload)
     added = [
-        lane.add(number, f"layer {number}", layer, TOP_K)
+        offload.add(number, f"layer {number}", layer, TOP_K)
         for number, layer in zip(numbers, made, strict=True)
     ]
     for _ in range(6):
@@ -155,11 +155,11 @@ def test_experts_of_another_engine(accelerator: Accelerator, format: str) -> Non
     random = Random(21)
     layer = random_layer(random, format, EXPERTS, HIDDEN, INTERMEDIATE, bias=True)
     made = in_two_engines(layer)
-    lane = Lane(accelerator, tokens=64, threshold=20, ahead=1)
+    offload = Offload(accelerator, tokens=64, threshold=20, ahead=1)
     numbers = range(len(made))
     for number in numbers:
-        Lane.of(number, lane, lambda: lane)
-    added = [lane.add(number, f"layer {number}", made[number], TOP_K) for number in numbers]
+        Offload.of(number, offload, lambda: offload)
+    added = [offload.add(number, f"layer {number}", made[number], TOP_K) for number in numbers]
     for tokens in (7, 50):
         x, ids, weights = batch(random, tokens, accelerator.device)
         mine, theirs = (one.run(x, ids, weights).float().cpu() for one in added)
@@ -213,9 +213,9 @@ def test_ten_thousand_steps_are_the_first(cuda: Accelerator) -> None:
 def test_capturing_a_streamed_batch_goes_to_the_cpu(cuda: Accelerator) -> None:
     random = Random(17)
     (layer,) = layers(random, 1)
-    lane = Lane(cuda, tokens=64, threshold=8)
-    Lane.of(0, lane, lambda: lane)
-    added = lane.add(0, "layer 0", layer, TOP_K)
+    offload = Offload(cuda, tokens=64, threshold=8)
+    Offload.of(0, offload, lambda: offload)
+    added = offload.add(0, "layer 0", layer, TOP_K)
     inputs = batch(random, 64, cuda.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,6 +1,6 @@
-"""The lane's parts, timed on a GPU without vLLM, each against what limits it.
+"""The parts of GPU offload, timed on a GPU without vLLM, each against what limits it.
 
-    python -m benchmarks.gpu_lane [--formats bf16,int4] [--layers 4] [--shape 2048x768x128x8]
+    python -m benchmarks.gpu_offload [--formats bf16,int4] [--layers 4] [--shape 2048x768x128x8]
         [--trace FILE]
 
 Prints five tables: the bus (plain copies from and to pinned memory), what a call of the host costs
