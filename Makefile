@@ -56,6 +56,7 @@ lint: ## check format, lint, types, and that the generated documentation is curr
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 	@$(RUN) -m lvllm.settings.variables | cmp - docs/configuration.md \
 		|| { echo 'error: docs/configuration.md is not current: run `make docs`' >&2; exit 1; }

@@ -14,11 +14,10 @@ import torch.distributed
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from lvllm import prepare
+from lvllm import prepare, startup
 from lvllm.engine import ExpertLayer
 from lvllm.moe.method import HybridMoEMethod
 from lvllm.patches import collectives
-from lvllm.worker import startup
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 7, 3, 96, 72, 19
 
