@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from lvllm import engine
 
-# A machine as its NUMA nodes; a node as its physical cores; a core as its logical CPUs.
+# A machine is a list of NUMA nodes, a node a list of physical cores, a core a list of logical CPUs.
 Core = Sequence[int]
 Machine = Sequence[Sequence[Core]]
 
@@ -29,8 +29,8 @@ def default_threads(machine: Machine, ranks: int) -> int:
 def divide(machine: Machine, ranks: int) -> list[Machine]:
     """The nodes, or pieces of nodes, of each rank.
 
-    Ranks get whole nodes where there are enough of them, so that no rank reads another's
-    memory; otherwise the ranks that share a node divide its cores.
+    Ranks get whole nodes where there are enough nodes, so that no rank reads the memory of
+    another rank's node. Otherwise the ranks that share a node divide its cores.
     """
     nodes = [node for node in machine if node]
     if len(nodes) >= ranks:
@@ -42,17 +42,18 @@ def divide(machine: Machine, ranks: int) -> list[Machine]:
         if len(node) >= on_node:
             bounds = [rank * len(node) // on_node for rank in range(on_node + 1)]
             pieces = [node[begin:end] for begin, end in pairwise(bounds)]
-        else:  # more ranks than cores: they take turns on them
+        else:  # There are more ranks than cores, so ranks share cores.
             pieces = [[node[r % len(node)]] for r in range(on_node)]
         shares.extend([piece] for piece in pieces)
     return shares
 
 
 def assign(shares: Sequence[Machine], distance: Callable[[int, Machine], int]) -> list[Machine]:
-    """`shares` in the order of the ranks that are to have them, each near its rank's GPU.
+    """Reorder `shares` so that each rank's share is near its GPU.
 
-    Shares stay as large as they are: GPUs at one node do not leave the others' cores idle.
-    `distance` is that of a rank's GPU from a share; the nearest pair is made first.
+    The shares keep their sizes: where all GPUs are at one node, the cores of the other nodes are
+    used all the same. `distance` gives how far a rank's GPU is from a share; the nearest pair is
+    matched first.
     """
     ranks = range(len(shares))
     pairs = sorted((distance(rank, shares[n]), rank, n) for rank in ranks for n in ranks)
@@ -66,9 +67,9 @@ def assign(shares: Sequence[Machine], distance: Callable[[int, Machine], int]) -
 def choose(share: Machine, threads: int) -> list[int]:
     """`threads` logical CPUs of a rank's `share`, evenly over its nodes.
 
-    Rows of weights are divided evenly among the nodes, so the nodes must be equally strong. The
-    second logical CPU of a core is taken only when all cores are: it shares the core's vector
-    units and its path to memory.
+    The rows of weights are divided evenly among the nodes, so the nodes should be equally strong.
+    The second logical CPU of a core is taken only when all cores have one thread: it shares the
+    core's vector units and its path to memory.
     """
     queues = [
         [core[level] for level in range(max(map(len, node))) for core in node if level < len(core)]

@@ -1,8 +1,9 @@
-"""Python threads for PyTorch's work on many matrices: a thread a matrix.
+"""A pool of Python threads for PyTorch's work on many matrices: each matrix has one thread.
 
-PyTorch divides one operation among OpenMP's threads, which wait for each other after it. Of many
-small ones that is slow, and very slow where other processes take a core now and then: quantising
-1 GiB took 25 s with two such threads on two busy cores, and 4.3 s with two of these.
+PyTorch divides one operation among OpenMP's threads, which wait for each other at its end. That is
+slow for many small operations, and very slow where other processes take a core now and then:
+quantising 1 GiB took 25 s with two OpenMP threads on two busy cores, and 4.3 s with two threads of
+this pool.
 """
 
 import ctypes
@@ -18,23 +19,26 @@ __all__ = ["pool"]
 
 
 def pool(threads: int, cpus: Collection[int]) -> ThreadPoolExecutor:
-    """Threads that run on `cpus` (the calling one may be pinned to one of them), each with all of
-    an operation to itself. Other threads keep what they have.
+    """A pool whose threads run on `cpus`, each computing its operations alone.
+
+    The calling thread may be pinned to one CPU; its threads are not. Threads outside of the pool
+    keep their CPUs and their number of OpenMP threads.
     """
     return ThreadPoolExecutor(threads, "lvllm-work", _start, (tuple(cpus),))
 
 
 def _start(cpus: tuple[int, ...]) -> None:
     os.sched_setaffinity(0, cpus)
-    # torch.set_num_threads would change it for the whole process; of OpenMP it is a thread's own.
-    # PyTorch hands the process's number to OpenMP when it is first used in a thread: before ours.
+    # torch.set_num_threads would change the number for the whole process; OpenMP's own function
+    # changes it for this thread. PyTorch hands the process's number to OpenMP at its first use in a
+    # thread, so that use must come before ours.
     torch.get_num_threads()
     for library in _openmp():
         ctypes.CDLL(library).omp_set_num_threads(1)
 
 
 def _openmp() -> set[str]:
-    """The OpenMP libraries in this process."""
+    """The paths of the OpenMP libraries that this process has loaded."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return {
         line.split(maxsplit=5)[5] for line in lines if re.search(r"/lib[gi]?omp[^/]*\.so", line)

@@ -1,46 +1,39 @@
-"""HybridMoEMethod: where a layer's batch of tokens is computed."""
+"""HybridMoEMethod: vLLM asks it to make a layer's parameters and to compute a batch of tokens."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributed import ReduceOp
 from torch.nn import Module
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_ep_group
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from lvllm import sharing, startup
-from lvllm.checkpoint.moe_layers import describe_layers, layer_number
-from lvllm.faults import process
+from lvllm.checkpoint.moe_layers import describe_layers
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape, add_biases, empty
-from lvllm.gpu.accelerator import open_accelerator
-from lvllm.gpu.break_even import MeasuredThreshold
-from lvllm.gpu.offload import Offload
 from lvllm.log import logger
-from lvllm.moe import activations, engine_layer
+from lvllm.moe import activations, engine_layer, offloading
 from lvllm.moe.arrivals import EXPERTS, Arrivals
 from lvllm.moe.converted import Conversion, choose
 from lvllm.settings.configuration import HybridConfig
 
 
 class HybridMoEMethod(FusedMoEMethodBase):
-    """Creates a layer's weights in engine memory and applies them with lk.
+    """Makes a layer's weights in engine memory and computes them with lk.
 
-    `weight_format` is how the checkpoint stores them. Raises ValueError for a layer that lk cannot
-    compute: an unknown activation.
+    `weight_format` says how the checkpoint stores the weights. Raises ValueError for a layer that
+    lk cannot compute, such as one with an unknown activation.
     """
 
-    # vLLM would move the weights to the GPU and back around process_weights_after_loading.
+    # Otherwise vLLM would move the weights to the GPU and back around
+    # process_weights_after_loading.
     requires_device_loading = False
 
     arrivals: Arrivals | None = None
-    offload: Offload | None = None
-    """That of the model, with an accelerator."""
+    """The count of the checkpoint's tensors, where the model hands them over one by one."""
 
     def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
         super().__init__(moe)
@@ -54,10 +47,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
         self.weight_format = choose(weight_format, wanted, prefix)
         info = startup.start_engine(rank)
         self.follower = sharing.follower()
-        if config.accelerator != "none":
-            self.number = _layer_number(prefix)
-            model = get_current_vllm_config()
-            self.offload = Offload.of(self.number, model, lambda: _make_offload(config))
+        self.offload = offloading.join(prefix)
         logger.info_once(
             "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
             info.isa,
@@ -104,7 +94,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
                 complete=lambda: self._hand_over(layer),
             )
             attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
-        with torch.device("cpu"):  # vLLM builds models for a GPU on it
+        with torch.device("cpu"):  # vLLM builds a model for a GPU under the GPU's device.
             self._register(layer, shape, params_dtype, attributes)
         if self.arrivals is not None:
             self.arrivals.expect(parts)
@@ -117,10 +107,10 @@ class HybridMoEMethod(FusedMoEMethodBase):
             add_biases(layer, shape, dtype, attributes)
 
     def _hand_over(self, layer: Any) -> None:
-        """Hand the loaded weights to the engine, and free what they were loaded into if the engine
-        has them elsewhere: float32 scales of all layers would be an eighth of 4-bit weights.
+        """Hand the loaded weights to the engine, which has some of them elsewhere, and free the
+        parameters: float32 scales of all layers would take an eighth of what 4-bit weights take.
         """
-        # While a model is built and loaded, tensors are by default of the model's dtype.
+        # While vLLM builds and loads a model, the default dtype is the model's.
         with set_default_torch_dtype(torch.float32):
             layer.engine = engine_layer.make(
                 layer, self.weight_format.tensors(layer), self.activation_bits
@@ -130,8 +120,10 @@ class HybridMoEMethod(FusedMoEMethodBase):
         empty(parameter for name, parameter in parameters if name.startswith(EXPERTS))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError if the checkpoint lacks any of the weights, or if another engine that
-        was loading them ended.
+        """Complete the layer after vLLM has loaded all weights.
+
+        Raises ValueError if the checkpoint lacks any of the weights, or if another engine that was
+        loading them has ended.
         """
         if self.follower is not None:
             layer.engine = engine_layer.make_of_shared(layer, self.follower)
@@ -141,11 +133,12 @@ class HybridMoEMethod(FusedMoEMethodBase):
                     delattr(layer, name)
         if self.arrivals is not None and not self.dummy:
             self.arrivals.require_all()
-        if not hasattr(layer, "engine"):  # nobody says of these weights when they are complete
+        if not hasattr(layer, "engine"):  # No arrivals said when these weights were complete.
             self._hand_over(layer)
         if self.offload is not None:
-            layer.offloaded = self.offload.add(
-                self.number,
+            offload, number = self.offload
+            layer.offloaded = offload.add(
+                number,
                 layer.layer_name,
                 layer.engine,
                 topk=self.moe.experts_per_token,
@@ -172,52 +165,12 @@ class HybridMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """Run the routed experts of `layer` on x [M, H] -> [M, H], same dtype.
 
-        topk_ids [M, k] are global expert ids, or -1 for nothing; under expert parallelism the ones
-        of other ranks become -1, which the engine skips.
+        topk_ids [M, k] are global expert ids; -1 stands for no expert, which the engine skips.
+        Under expert parallelism the ids of other ranks' experts become -1 too.
         """
         if layer.expert_map is not None:
-            # vLLM's routers give -1 to rows that pad a batch, which would be the last expert here.
+            # vLLM's routers give -1 to padded rows, and as an index -1 would mean the last expert.
             topk_ids = layer.expert_map[topk_ids].where(topk_ids >= 0, -1)
         if self.offload is None:
             return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)
         return torch.ops.lvllm.routed_experts(x, topk_ids, topk_weights, layer.engine_handle)
-
-
-def _layer_number(prefix: str) -> int:
-    number = layer_number(prefix)
-    if number is None:
-        raise ValueError(f"{prefix}: LVLLM_ACCELERATOR wants a layer with a number in its name")
-    return number
-
-
-def _make_offload(config: HybridConfig) -> Offload:
-    vllm_config = get_current_vllm_config()
-    threshold: int | MeasuredThreshold
-    if config.gpu_prefill_min_batch_size == "auto":
-        # What runs from a graph is computed on the CPU.
-        in_graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        threshold = MeasuredThreshold(vllm_config.model_config.dtype, _slowest, least=in_graphs + 1)
-    else:
-        threshold = config.gpu_prefill_min_batch_size
-    return Offload(
-        open_accelerator(config.accelerator),
-        tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        threshold=threshold,
-        ahead=config.gpu_prefetch_window,
-        watchdog_seconds=config.watchdog_seconds,
-    )
-
-
-def _slowest(seconds: Sequence[float]) -> Sequence[float]:
-    """The largest of each number among the ranks that hold parts of the same layers: those that
-    divide the experts or their rows, all replicas', but of one stage of the pipeline. They all call
-    this.
-    """
-    group, largest = get_ep_group(), torch.tensor(seconds, dtype=torch.float64)
-    if group.world_size > 1:
-        try:
-            torch.distributed.all_reduce(largest, ReduceOp.MAX, group=group.cpu_group)
-        except RuntimeError:
-            process.follow()  # a rank that could not load its layers is gone by now
-            raise
-    return largest.tolist()

@@ -32,7 +32,7 @@ from lvllm import engine, plugin
 from lvllm.engine import bank
 from lvllm.moe import activations
 from lvllm.moe.method import HybridMoEMethod
-from lvllm.moe.routed_experts import resident_method
+from lvllm.moe.resident import resident_method
 from lvllm.settings.configuration import RESOLVED
 from lvllm.upstream.quantization_configs import CompressedConfig, GptqConfig
 from tests.experts import Layer, Random

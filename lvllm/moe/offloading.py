@@ -1,0 +1,67 @@
+"""GPU offload of a model that is being built: what LvLLM's settings and vLLM's say about it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed import ReduceOp
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_ep_group
+
+from lvllm.checkpoint.moe_layers import layer_number
+from lvllm.faults import process
+from lvllm.gpu.accelerator import open_accelerator
+from lvllm.gpu.break_even import MeasuredThreshold
+from lvllm.gpu.offload import Offload
+from lvllm.settings.configuration import HybridConfig
+
+__all__ = ["join"]
+
+
+def join(prefix: str) -> tuple[Offload, int] | None:
+    """Announce the experts called `prefix` to the `Offload` of their model.
+
+    Gives that and the layer's number, or None without an accelerator. Raises ValueError for a layer
+    whose name has no number.
+    """
+    config = HybridConfig.current()
+    if config.accelerator == "none":
+        return None
+    number = layer_number(prefix)
+    if number is None:
+        raise ValueError(f"{prefix}: LVLLM_ACCELERATOR wants a layer with a number in its name")
+    return Offload.of(number, get_current_vllm_config(), lambda: _make(config)), number
+
+
+def _make(config: HybridConfig) -> Offload:
+    vllm_config = get_current_vllm_config()
+    threshold: int | MeasuredThreshold
+    if config.gpu_prefill_min_batch_size == "auto":
+        # A batch that runs from a captured graph is computed on the CPU, so the threshold lies
+        # above the largest graph.
+        in_graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        threshold = MeasuredThreshold(vllm_config.model_config.dtype, _slowest, least=in_graphs + 1)
+    else:
+        threshold = config.gpu_prefill_min_batch_size
+    return Offload(
+        open_accelerator(config.accelerator),
+        tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        threshold=threshold,
+        ahead=config.gpu_prefetch_window,
+        watchdog_seconds=config.watchdog_seconds,
+    )
+
+
+def _slowest(seconds: Sequence[float]) -> Sequence[float]:
+    """The largest of each time among the ranks that hold parts of the same layers.
+
+    Those are the ranks of all replicas that divide the experts or their rows, within one stage of
+    the pipeline. All of them call this together.
+    """
+    group, largest = get_ep_group(), torch.tensor(seconds, dtype=torch.float64)
+    if group.world_size > 1:
+        try:
+            torch.distributed.all_reduce(largest, ReduceOp.MAX, group=group.cpu_group)
+        except RuntimeError:
+            process.follow()  # A rank that could not load its layers has ended by now.
+            raise
+    return largest.tolist()

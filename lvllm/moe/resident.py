@@ -1,0 +1,63 @@
+"""Resident layers: experts that stay on the accelerator, with vLLM's own method."""
+
+from typing import Any
+
+from vllm.compilation import backends
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.platforms import current_platform
+
+from lvllm.checkpoint.moe_layers import layer_number
+from lvllm.settings.configuration import HybridConfig
+
+__all__ = ["is_resident", "resident_method"]
+
+_upstream_method = RoutedExperts._get_quant_method
+"""vLLM's own choice of a method, before `lvllm.plugin` puts a refusal into its place."""
+
+
+def is_resident(prefix: str) -> bool:
+    """Whether the experts called `prefix`, of the model that is being built, stay with vLLM.
+
+    With an accelerator, the layers that LVLLM_GPU_RESIDENT_MOE_LAYERS names do, and all layers of a
+    draft model: its few layers run for every token, and some have the same numbers as the model's.
+    """
+    config = HybridConfig.current()
+    if config.accelerator == "none":
+        return False
+    return _is_draft() or layer_number(prefix) in config.gpu_resident_moe_layers
+
+
+def _is_draft() -> bool:
+    """Whether the model that is being built is a draft: vLLM tags it so for its compiler."""
+    return backends.model_tag != "backbone"
+
+
+def resident_method(
+    layer: Any, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
+) -> FusedMoEMethodBase:
+    """vLLM's own method for the experts of `layer`, called `prefix`.
+
+    Raises ValueError, in one line that names the layer, where vLLM has none on its platform.
+    """
+    try:
+        if current_platform.is_cpu() and not moe_config.is_act_and_mul:
+            # vLLM refuses these experts there; a patch lifts that for lk.
+            raise NotImplementedError("its kernels need a gate")
+        if current_platform.is_cpu() and moe_config.moe_parallel_config.use_ep:
+            # The kernels take any expert for one of this rank's, and read behind their memory.
+            raise NotImplementedError("its kernels know no expert parallelism")
+        if current_platform.is_cpu() and moe_config.is_lora_enabled:
+            # vLLM takes Triton's kernels for them, and does not ask whether there are any.
+            raise NotImplementedError("of its kernels those for models with LoRA need a GPU")
+        return _upstream_method(layer, prefix, quant_config, moe_config)
+    except Exception as error:
+        number = layer_number(prefix)
+        remedy = f"leave {number} out of LVLLM_GPU_RESIDENT_MOE_LAYERS"
+        if _is_draft():
+            remedy = "leave speculative-config out, as a draft's layers are resident"
+        raise ValueError(
+            f"{prefix}: vLLM cannot compute these experts on {current_platform.device_name}, where"
+            f" they are to be resident: {type(error).__name__}: {error}; {remedy}"
+        ) from error
