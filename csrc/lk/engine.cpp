@@ -3,7 +3,6 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -70,16 +69,6 @@ const LayerSpec& layer_of(const Engine& e, int64_t handle) {
   return found->second;
 }
 
-// Runs work(extent) for each on all workers.
-template <class Work>
-void for_each(const std::vector<Extent>& extents, ThreadPool& pool, Work&& work) {
-  std::atomic<size_t> next{0};
-  auto job = [&](int) {
-    for (size_t i = next++; i < extents.size(); i = next++) work(extents[i]);
-  };
-  pool.run(job);
-}
-
 // The same extents in pieces of at most `bytes`.
 std::vector<Extent> cut(const std::vector<Extent>& extents, int64_t bytes) {
   std::vector<Extent> pieces;
@@ -106,7 +95,8 @@ void* allocate_shared_bank(const RowLayout& layout, bool placed, bool interleave
     extents[i].node = static_cast<int>(i % nodes.size());
   }
   void* memory = allocate_shared(layout.bytes());
-  for_each(extents, pool, [&](const Extent& extent) {
+  for_each_index(pool, static_cast<int64_t>(extents.size()), [&](int64_t index, int) {
+    const Extent& extent = extents[index];
     const int node = nodes[extent.node];
     touch_on_node(memory, extent, node, page);
     const bool small = page == kHugePage && !make_huge(memory, extent);
@@ -216,8 +206,9 @@ void* allocate_bank(const RowLayout& layout) {
   const int64_t page = placement_page(layout, plan.node_workers);
   void* memory = allocate(layout.bytes(), page);
   const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, page);
-  for_each(extents, pool,
-           [&](const Extent& extent) { touch_on_node(memory, extent, plan.nodes[extent.node]); });
+  for_each_index(pool, static_cast<int64_t>(extents.size()), [&](int64_t index, int) {
+    touch_on_node(memory, extents[index], plan.nodes[extents[index].node]);
+  });
   return memory;
 }
 

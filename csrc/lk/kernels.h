@@ -101,9 +101,10 @@ struct Kernels {
   FormatKernels formats[kFormats];
   // values[i] = x[i] as float.
   void (*widen)(const void* x, Scalar type, int64_t n, float* values);
-  // out[i] = sums[i], finished. `stream` keeps `out` out of the caches where its place allows; a
-  // store fence must come before others read it.
+  // out[i] = sums[i] with its epilogue. `stream` stores past the caches where the alignment of
+  // `out` allows it; end_stream must follow before other threads read `out`.
   void (*finish)(const Sums& sums, int64_t n, bool stream, float* out);
+  void (*end_stream)();
   // out[i] = activation(gate[i]) * up[i], both finished; gate is not read if the activation has
   // none.
   void (*activate)(const ActivationSpec& spec, const Sums& gate, const Sums& up, int64_t n,

@@ -1,17 +1,15 @@
 #include "lk/layer.h"
 
-#include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
+
+#include "lk/integers.h"
 
 namespace lk {
 namespace {
 
 constexpr int64_t kScaleBlockRows = 128;  // of kFloatBlocks
 constexpr int64_t kScaleBlockColumns = 128;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of bytes of all experts that are reordered alike.
 struct RowArray {
@@ -31,29 +29,27 @@ std::vector<RowArray> arrays_of(const Matrix& m) {
   return arrays;
 }
 
-// Runs work(index, buffer) for index 0 to count - 1 on all workers; each has a buffer of its own.
+// Calls work(index, buffer) for each index below `count`, on all workers. Each worker has a buffer
+// of its own.
 template <class Work>
-void for_each(ThreadPool& pool, int64_t count, int64_t buffer_bytes, Work&& work) {
-  std::atomic<int64_t> next{0};
+void with_buffers(ThreadPool& pool, int64_t count, int64_t buffer_bytes, Work&& work) {
   std::vector<std::vector<char>> buffers(pool.size(), std::vector<char>(buffer_bytes));
-  auto job = [&](int worker) {
-    for (int64_t i = next++; i < count; i = next++) work(i, buffers[worker].data());
-  };
-  pool.run(job);
+  for_each_index(pool, count,
+                 [&](int64_t index, int worker) { work(index, buffers[worker].data()); });
 }
 
 void tile_matrix(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) {
   for (const RowArray& array : arrays_of(m)) {
     if (array.unit == 0) continue;
     const int64_t tiles = tile_count(m.rows);
-    for_each(pool, experts * m.parts * tiles, kTileRows * array.row_bytes,
-             [&](int64_t index, char* buffer) {
-               const int64_t tile = index % tiles;
-               char* begin = array.data + index / tiles * m.rows * array.row_bytes +
-                             tile_offset(tile, array.row_bytes);
-               const auto turn = back ? untile_in_place : tile_in_place;
-               turn(begin, tile_rows(tile, m.rows), array.row_bytes, array.unit, buffer);
-             });
+    with_buffers(pool, experts * m.parts * tiles, kTileRows * array.row_bytes,
+                 [&](int64_t index, char* buffer) {
+                   const int64_t tile = index % tiles;
+                   char* begin = array.data + index / tiles * m.rows * array.row_bytes +
+                                 tile_offset(tile, array.row_bytes);
+                   const auto turn = back ? untile_in_place : tile_in_place;
+                   turn(begin, tile_rows(tile, m.rows), array.row_bytes, array.unit, buffer);
+                 });
   }
 }
 
@@ -61,7 +57,7 @@ void tile_matrix(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) 
 void deinterleave(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) {
   for (const RowArray& array : arrays_of(m)) {
     const int64_t rows = 2 * m.rows;
-    for_each(pool, experts, rows * array.row_bytes, [&](int64_t expert, char* buffer) {
+    with_buffers(pool, experts, rows * array.row_bytes, [&](int64_t expert, char* buffer) {
       char* data = array.data + expert * rows * array.row_bytes;
       std::memcpy(buffer, data, rows * array.row_bytes);
       for (int64_t row = 0; row < rows; ++row) {

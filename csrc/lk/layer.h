@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "lk/integers.h"
 #include "lk/kernels.h"
 #include "lk/thread_pool.h"
 
@@ -29,7 +30,7 @@ struct Matrix {
   bool shared_part_scale = false;
   float* bias = nullptr;  // [experts][parts * rows]
 
-  int64_t groups() const { return group == 0 ? 0 : (k + group - 1) / group; }
+  int64_t groups() const { return group == 0 ? 0 : ceil_div(k, group); }
   int64_t scale_bytes() const;
   int64_t tile_bytes() const { return kTileRows * row_bytes; }
 

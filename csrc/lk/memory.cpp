@@ -9,13 +9,13 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
 #include <iomanip>
-#include <limits>
 #include <map>
 #include <mutex>
 #include <sstream>
 
+#include "lk/free_memory.h"
+#include "lk/integers.h"
 #include "lk/rows.h"
 
 namespace lk {
@@ -28,9 +28,11 @@ constexpr int kMemsAllowed = 1 << 2;
 // From <linux/mman.h>, of Linux 6.1, which the C library's headers may be older than.
 constexpr int kCollapse = 25;
 
-constexpr int kMaxNodes = 1024;
+// Masks of nodes have a bit for every number that the kernel can give a node, on any architecture
+// (its NODES_SHIFT is at most 10).
+constexpr int kNodeNumbers = 1024;
 constexpr int kMaskBits = 8 * sizeof(unsigned long);
-using NodeMask = std::array<unsigned long, kMaxNodes / kMaskBits>;
+using NodeMask = std::array<unsigned long, kNodeNumbers / kMaskBits>;
 
 NodeMask mask_of(const std::vector<int>& nodes) {
   NodeMask mask{};
@@ -55,77 +57,11 @@ Registry& registry() {
   return *instance;
 }
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 std::string gib(int64_t bytes) {
   std::ostringstream text;
   text << std::fixed << std::setprecision(2) << static_cast<double>(bytes) / (int64_t{1} << 30)
        << " GiB";
   return text.str();
-}
-
-int64_t meminfo_available() {
-  std::ifstream file("/proc/meminfo");
-  std::string line;
-  while (std::getline(file, line)) {
-    std::istringstream words(line);
-    std::string name;
-    int64_t kib = 0;
-    if (words >> name >> kib && name == "MemAvailable:") return kib * 1024;
-  }
-  return std::numeric_limits<int64_t>::max();
-}
-
-std::string first_word(const std::string& path) {
-  std::ifstream file(path);
-  std::string word;
-  file >> word;
-  return word;
-}
-
-int64_t number_or(const std::string& word, int64_t otherwise) {
-  if (word.empty() || word.find_first_not_of("0123456789") != std::string::npos) return otherwise;
-  return std::stoll(word);
-}
-
-// Free bytes of one memory cgroup (page cache counts as free), or the maximum if it has no limit.
-int64_t cgroup_free(const std::string& directory, const char* limit_file, const char* usage_file) {
-  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  const int64_t limit = number_or(first_word(directory + limit_file), kNone);
-  if (limit >= int64_t{1} << 60) return kNone;
-  const int64_t usage = number_or(first_word(directory + usage_file), 0);
-  int64_t cache = 0;
-  std::ifstream stat(directory + "/memory.stat");
-  std::string name;
-  for (int64_t value = 0; stat >> name >> value;) {
-    if (name == "inactive_file" || name == "active_file") cache += value;
-  }
-  return std::max<int64_t>(0, limit - usage + cache);
-}
-
-// The tightest limit from this process's cgroup up to the root, versions 1 and 2.
-int64_t cgroup_available() {
-  int64_t least = std::numeric_limits<int64_t>::max();
-  std::ifstream file("/proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
-    const size_t first = line.find(':');
-    const size_t second = line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    std::string path = line.substr(second + 1);
-    const bool v2 = controllers.empty();
-    if (!v2 && controllers != "memory") continue;
-    const std::string mount = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
-    while (true) {
-      const std::string directory = mount + (path == "/" ? "" : path);
-      least = std::min(
-          least, v2 ? cgroup_free(directory, "/memory.max", "/memory.current")
-                    : cgroup_free(directory, "/memory.limit_in_bytes", "/memory.usage_in_bytes"));
-      if (path.empty() || path == "/") break;
-      path.resize(path.rfind('/'));
-    }
-  }
-  return least;
 }
 
 // Bytes of our allocations that have pages already. Slow (a byte a page), so asked only when the
@@ -334,13 +270,14 @@ void touch_on_node(void* memory, const Extent& extent, int node, int64_t page_by
   int policy = 0;
   // The policy of the thread, not mbind: an mbind for each expert's share would split the mapping
   // into more areas than the kernel allows a process (vm.max_map_count, 65530).
-  const bool saved = syscall(SYS_get_mempolicy, &policy, before.data(), kMaxNodes, nullptr, 0) == 0;
+  const bool saved =
+      syscall(SYS_get_mempolicy, &policy, before.data(), kNodeNumbers, nullptr, 0) == 0;
   const NodeMask mask = mask_of({node});
-  syscall(SYS_set_mempolicy, kPreferred, mask.data(), kMaxNodes);
+  syscall(SYS_set_mempolicy, kPreferred, mask.data(), kNodeNumbers);
   for (int64_t at = extent.begin; at < extent.end; at += page_bytes) {
     static_cast<volatile char*>(memory)[at] = 0;
   }
-  if (saved) syscall(SYS_set_mempolicy, policy, before.data(), kMaxNodes);
+  if (saved) syscall(SYS_set_mempolicy, policy, before.data(), kNodeNumbers);
 }
 
 bool make_huge(void* memory, const Extent& extent) {
@@ -354,7 +291,7 @@ bool make_huge(void* memory, const Extent& extent) {
 void interleave(void* memory, int64_t bytes, const std::vector<int>& nodes) {
   // One mapping and one policy for the whole bank, so that the limit above is far.
   const NodeMask mask = mask_of(nodes);
-  if (syscall(SYS_mbind, memory, bytes, kInterleave, mask.data(), kMaxNodes, 0) != 0) {
+  if (syscall(SYS_mbind, memory, bytes, kInterleave, mask.data(), kNodeNumbers, 0) != 0) {
     throw std::runtime_error("cannot interleave " + gib(bytes) + " over " +
                              std::to_string(nodes.size()) +
                              " NUMA nodes: mbind: " + std::strerror(errno));
@@ -363,11 +300,11 @@ void interleave(void* memory, int64_t bytes, const std::vector<int>& nodes) {
 
 std::vector<int> memory_nodes() {
   NodeMask mask{};
-  if (syscall(SYS_get_mempolicy, nullptr, mask.data(), kMaxNodes, nullptr, kMemsAllowed) != 0) {
+  if (syscall(SYS_get_mempolicy, nullptr, mask.data(), kNodeNumbers, nullptr, kMemsAllowed) != 0) {
     return {0};  // a kernel without NUMA
   }
   std::vector<int> nodes;
-  for (int node = 0; node < kMaxNodes; ++node) {
+  for (int node = 0; node < kNodeNumbers; ++node) {
     if (mask[node / kMaskBits] >> (node % kMaskBits) & 1) nodes.push_back(node);
   }
   return nodes;
@@ -389,7 +326,5 @@ int64_t allocated_bytes() {
   for (const auto& [memory, area] : all.areas) sum += area.ours ? area.size : 0;
   return sum;
 }
-
-int64_t available_bytes() { return std::min(meminfo_available(), cgroup_available()); }
 
 }  // namespace lk

@@ -96,7 +96,4 @@ std::vector<int> page_nodes(const std::vector<const void*>& addresses);
 // Bytes handed out and not released, without what other processes own.
 int64_t allocated_bytes();
 
-// Bytes that the machine, or the memory cgroup this process is in, can still give.
-int64_t available_bytes();
-
 }  // namespace lk

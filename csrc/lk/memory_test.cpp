@@ -276,13 +276,13 @@ TEST(Shared, HugePagesForAllProcessesFromATouchedByteEach) {
 
 // The policy that the kernel has for an address: its number and its nodes.
 std::pair<int, std::vector<int>> policy_of(void* address) {
-  constexpr int kMaxNodes = 1024;
+  constexpr int kNodeNumbers = 1024;
   constexpr int kOfAddress = 2;
-  std::vector<unsigned char> mask(kMaxNodes / 8);
+  std::vector<unsigned char> mask(kNodeNumbers / 8);
   int policy = -1;
-  syscall(SYS_get_mempolicy, &policy, mask.data(), kMaxNodes, address, kOfAddress);
+  syscall(SYS_get_mempolicy, &policy, mask.data(), kNodeNumbers, address, kOfAddress);
   std::vector<int> nodes;
-  for (int node = 0; node < kMaxNodes; ++node) {
+  for (int node = 0; node < kNodeNumbers; ++node) {
     if (mask[node / 8] >> (node % 8) & 1) nodes.push_back(node);
   }
   return {policy, nodes};

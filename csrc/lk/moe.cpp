@@ -1,7 +1,5 @@
 #include "lk/moe.h"
 
-#include <xmmintrin.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -9,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "lk/integers.h"
 #include "lk/phase.h"
 #include "lk/rows.h"
 #include "lk/tiles.h"
@@ -30,8 +29,6 @@ constexpr int64_t kCachedBytes = int64_t{16} << 20;
 constexpr int64_t kIdleBytes = 256 << 10;
 // Scratch for one pass; larger batches run in several passes over the weights.
 constexpr int64_t kPassBytes = int64_t{256} << 20;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The widest block of activations in which no group of weights ends; group 0 is no groups.
 int widest_block_log2(int64_t group) {
@@ -76,7 +73,7 @@ class Reader {
   // Asks for the next 1 KiB; whether there was one.
   bool operator()() {
     if (at_ >= end_) return false;
-    for (int line = 0; line < 16; ++line, at_ += 64) _mm_prefetch(at_, _MM_HINT_T1);
+    for (int line = 0; line < 16; ++line, at_ += 64) __builtin_prefetch(at_, 0, 2);  // into L2
     return true;
   }
 
@@ -329,7 +326,7 @@ class Pass {
         }
       }
     }
-    if (stream_) _mm_sfence();
+    if (stream_) kernels_.end_stream();
   }
 
   void combine(int64_t index) {
@@ -426,9 +423,6 @@ int64_t pass_tokens(const LayerSpec& layer, const FormatKernels& format, int64_t
 
 std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& kernels,
                                 ThreadPool& pool, Workspace& workspace) {
-  if (static_cast<int>(pool.plan().nodes.size()) > kMaxNodes) {
-    throw std::invalid_argument("more than " + std::to_string(kMaxNodes) + " NUMA nodes");
-  }
   const int32_t* ids = batch.ids;
   if (batch.ids64) {
     check_ids(layer, batch, batch.ids64);

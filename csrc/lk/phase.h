@@ -4,11 +4,10 @@
 #include <atomic>
 #include <cstdint>
 
+#include "lk/topology.h"
 #include "lk/wait.h"
 
 namespace lk {
-
-constexpr int kMaxNodes = 64;
 
 // Pieces of one node, claimed one by one.
 struct alignas(64) Queue {

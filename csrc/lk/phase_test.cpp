@@ -99,7 +99,9 @@ TEST(Phase, IdleWhileOthersWork) {
     phase.wait(once_more);
     EXPECT_TRUE(phase.left.zero());
     const int before = idle;
-    if (most == 3) EXPECT_EQ(before, 3);
+    if (most == 3) {
+      EXPECT_EQ(before, 3);
+    }
     phase.wait(once_more);  // nothing is left to wait for
     EXPECT_EQ(idle, before);
     other.join();

@@ -6,6 +6,8 @@
 #include <numeric>
 #include <vector>
 
+#include "lk/integers.h"
+
 namespace lk {
 
 // Rows are divided in whole tiles of this many. A tile is stored transposed (the first bytes of all
@@ -20,7 +22,7 @@ inline int64_t first_row(int64_t rows, const std::vector<int>& node_workers, int
   const auto begin = node_workers.begin();
   const int64_t before = std::accumulate(begin, begin + node, int64_t{0});
   const int64_t workers = std::accumulate(begin, node_workers.end(), int64_t{0});
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = ceil_div(rows, kTileRows);
   return std::min(tiles * before / workers * kTileRows, rows);
 }
 

@@ -73,6 +73,12 @@ PoolPlan plan_pool(const Topology& topology, const PoolOptions& options) {
     plan.nodes.push_back(node.id);
     plan.node_workers.push_back(share[n]);
   }
+  if (plan.nodes.size() > kMaxNodes) {
+    throw std::invalid_argument("the " + std::to_string(threads) + " threads are on " +
+                                std::to_string(plan.nodes.size()) +
+                                " NUMA nodes, must be on 1 to " + std::to_string(kMaxNodes) +
+                                ": give the engine fewer threads or the CPUs of fewer nodes");
+  }
   return plan;
 }
 

@@ -29,7 +29,8 @@ struct Worker {
 
 // The plan of a pool: which node and CPUs each worker gets. Workers are divided among nodes in
 // proportion to their cores; first one a core, then SMT siblings. Nodes without a worker are left
-// out. Throws std::invalid_argument if there are more threads than CPUs.
+// out. Throws std::invalid_argument if there are more threads than CPUs, or if they are on more
+// than kMaxNodes nodes.
 struct PoolPlan {
   std::vector<Worker> workers;
   std::vector<int> nodes;         // kernel numbers of the nodes in use
@@ -85,5 +86,15 @@ class ThreadPool {
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;  // threads 1, 2, ...
 };
+
+// Calls work(index, worker) for each index below `count`, on all workers.
+template <class Work>
+void for_each_index(ThreadPool& pool, int64_t count, Work&& work) {
+  std::atomic<int64_t> next{0};
+  auto job = [&](int worker) {
+    for (int64_t i = next++; i < count; i = next++) work(i, worker);
+  };
+  pool.run(job);
+}
 
 }  // namespace lk

@@ -24,7 +24,7 @@ inline int64_t tile_rows(int64_t tile, int64_t rows) {
   const int64_t left = rows - tile * kTileRows;
   return left < kTileRows ? left : kTileRows;
 }
-inline int64_t tile_count(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+inline int64_t tile_count(int64_t rows) { return ceil_div(rows, kTileRows); }
 
 // Turns one tile of row-major bytes into tile order, or back. unit is kUnitBytes for weights; for
 // scales and zero points the size of an element. `buffer` holds the tile while it is turned.

@@ -12,6 +12,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "lk/free_memory.h"
+
 namespace lk {
 namespace {
 
@@ -31,27 +33,6 @@ int parse_number(const std::string& text, const std::string& whole) {
     throw std::invalid_argument("not a CPU list: \"" + whole + "\", wanted for example \"0-3,8\"");
   }
   return value;
-}
-
-// /sys/devices/system/node/nodeN/meminfo: "Node 0 MemTotal:  24628 kB".
-int64_t node_memory(const fs::path& node) {
-  std::ifstream file(node / "meminfo");
-  std::string line;
-  while (std::getline(file, line)) {
-    std::istringstream words(line);
-    std::string word, number, name;
-    int64_t kib = 0;
-    if (words >> word >> number >> name >> kib && name == "MemTotal:") return kib * 1024;
-  }
-  return 0;
-}
-
-// /proc/meminfo, for a machine without NUMA information.
-int64_t machine_memory() {
-  std::ifstream file("/proc/meminfo");
-  std::string name;
-  int64_t kib = 0;
-  return file >> name >> kib && name == "MemTotal:" ? kib * 1024 : 0;
 }
 
 // Groups CPUs by core. The key is the lowest sibling, whether or not that one is allowed.
@@ -124,24 +105,21 @@ std::vector<int> allowed_cpus() {
 
 Topology detect_topology(const std::string& sysfs, const std::vector<int>& allowed) {
   const fs::path root(sysfs);
-  const fs::path node_root = root / "devices/system/node";
   Topology topology;
   std::vector<int> left = allowed;
-  if (const auto online = read_line(node_root / "online")) {
-    for (int id : parse_cpu_list(*online)) {
-      const fs::path path = node_root / ("node" + std::to_string(id));
-      std::vector<int> cpus;
-      for (int cpu : parse_cpu_list(read_line(path / "cpulist").value_or(""))) {
-        const auto found = std::find(left.begin(), left.end(), cpu);
-        if (found == left.end()) continue;
-        left.erase(found);
-        cpus.push_back(cpu);
-      }
-      topology.nodes.push_back({id, group_cores(root, cpus), node_memory(path)});
+  for (const NodeMemory& node : node_memory(sysfs)) {
+    const fs::path path = root / "devices/system/node" / ("node" + std::to_string(node.id));
+    std::vector<int> cpus;
+    for (int cpu : parse_cpu_list(read_line(path / "cpulist").value_or(""))) {
+      const auto found = std::find(left.begin(), left.end(), cpu);
+      if (found == left.end()) continue;
+      left.erase(found);
+      cpus.push_back(cpu);
     }
+    topology.nodes.push_back({node.id, group_cores(root, cpus), node.total_bytes});
   }
   if (topology.core_count() == 0) {
-    topology.nodes = {{0, group_cores(root, allowed), machine_memory()}};
+    topology.nodes = {{0, group_cores(root, allowed), machine_bytes()}};
   }
   return topology;
 }

@@ -7,6 +7,10 @@
 
 namespace lk {
 
+// The most NUMA nodes that workers may be on. Phase has a queue for each, in memory that every call
+// initialises.
+constexpr int kMaxNodes = 64;
+
 // One physical core: the logical CPUs on it that this process may use, lowest number first.
 struct Core {
   std::vector<int> cpus;

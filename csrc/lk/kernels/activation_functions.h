@@ -79,10 +79,11 @@ F32x16 activate(const ActivationSpec& spec, F32x16 gate, F32x16 up) {
 template <Activation kKind>
 void activate_rows(const ActivationSpec& spec, const Sums& gate, const Sums& up, int64_t n,
                    float* out) {
+  constexpr bool kGate = has_gate(kKind);  // a constant: has_gate is outside of LK_ISA
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t lanes = n - i < kLanes ? n - i : kLanes;
     const F32x16 u = finished(up.epilogue, up.values, i, lanes);
-    const F32x16 g = has_gate(kKind) ? finished(gate.epilogue, gate.values, i, lanes) : u;
+    const F32x16 g = kGate ? finished(gate.epilogue, gate.values, i, lanes) : u;
     store_some(out + i, activate<kKind>(spec, g, u), lanes);
   }
 }

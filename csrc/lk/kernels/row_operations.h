@@ -40,6 +40,9 @@ inline void finish(const Sums& sums, int64_t n, bool stream, float* out) {
   }
 }
 
+// Kernels::end_stream.
+inline void end_stream() { store_fence(); }
+
 // Whether no value is NaN or infinity. Compared as integers, the magnitudes of both are larger than
 // those of all numbers.
 inline bool all_finite(const uint16_t* values, int64_t n, Scalar type) {

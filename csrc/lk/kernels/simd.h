@@ -80,6 +80,12 @@ inline void store_past_caches(float* p, F32x16 a) {
   store(p, a);
 #endif
 }
+// Orders stores past the caches before later stores, as other stores are without it.
+inline void store_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
   F32x16 result;
   for (int i = 0; i < kVectors; ++i) {

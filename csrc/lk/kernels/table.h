@@ -29,6 +29,7 @@ constexpr Kernels kernels_table(const char* isa) {
            format_kernels<Int4ZeroAct8, R>(), format_kernels<Fp4, R>()},
           widen,
           finish,
+          end_stream,
           activate,
           combine};
 }
