@@ -1,9 +1,13 @@
-// torch.ops.lvllm: the engine as PyTorch operators. The only file that knows torch, and only
-// through its stable ABI, so that one binary serves PyTorch 2.11 and later and any Python.
+// torch.ops.lvllm: the engine as PyTorch operators. This is the only file that knows torch, and it
+// uses nothing but torch's stable ABI, so that one binary works with PyTorch 2.11 and later and
+// with any Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <sstream>
@@ -13,7 +17,9 @@
 #include <vector>
 
 #include "lk/engine.h"
+#include "lk/free_memory.h"
 #include "lk/host_call.h"
+#include "lk/integers.h"
 #include "lk/memory.h"
 
 namespace {
@@ -81,19 +87,56 @@ lk::ScaleType scale_type_of(const Tensor& scale) {
   }
 }
 
-lk::Matrix matrix_of(const std::string& format, int64_t group_size, const Tensor& weights,
-                     int64_t parts, int64_t k, const OptionalTensor& scale,
-                     const OptionalTensor& zero, const OptionalTensor& global_scale,
-                     const OptionalTensor& bias) {
+// The tensors of a layer by the names of their arguments.
+class NamedTensors {
+ public:
+  NamedTensors(const std::vector<std::string>& names, const std::vector<Tensor>& tensors) {
+    if (names.size() != tensors.size()) {
+      fail("there are " + std::to_string(names.size()) + " names for " +
+           std::to_string(tensors.size()) + " tensors");
+    }
+    for (size_t i = 0; i < names.size(); ++i) {
+      if (std::find(std::begin(kNames), std::end(kNames), names[i]) == std::end(kNames)) {
+        fail("\"" + names[i] + "\" is no tensor of a layer");
+      }
+      if (!tensors_.emplace(names[i], tensors[i]).second) {
+        fail("two tensors are named " + names[i]);
+      }
+    }
+  }
+
+  OptionalTensor find(const std::string& name) const {
+    const auto found = tensors_.find(name);
+    return found == tensors_.end() ? std::nullopt : OptionalTensor(found->second);
+  }
+  const Tensor& get(const std::string& name) const {
+    const auto found = tensors_.find(name);
+    if (found == tensors_.end()) fail(name + " is missing");
+    return found->second;
+  }
+
+ private:
+  static constexpr const char* kNames[] = {
+      "w13", "w13_scale", "w13_zero", "w13_global_scale", "w13_bias",
+      "w2",  "w2_scale",  "w2_zero",  "w2_global_scale",  "w2_bias"};
+
+  std::map<std::string, Tensor> tensors_;
+};
+
+// The matrix named "w13" or "w2".
+lk::Matrix matrix_of(const std::string& format, int64_t group_size, const NamedTensors& tensors,
+                     const std::string& name, int64_t parts, int64_t k) {
+  const Tensor& weights = tensors.get(name);
+  const OptionalTensor scale = tensors.find(name + "_scale");
   lk::Matrix m;
   m.weights = static_cast<char*>(weights.mutable_data_ptr());
   m.parts = parts;
   m.rows = weights.size(1) / parts;
   m.k = k;
   m.row_bytes = weights.size(2) * static_cast<int64_t>(weights.element_size());
-  m.zero = data_of<uint8_t>(zero);
-  m.bias = data_of<float>(bias);
-  m.part_scale = data_of<float>(global_scale);
+  m.zero = data_of<uint8_t>(tensors.find(name + "_zero"));
+  m.bias = data_of<float>(tensors.find(name + "_bias"));
+  m.part_scale = data_of<float>(tensors.find(name + "_global_scale"));
   if (!scale) return m;
   if (format == "fp8" && scale->dim() == 3) {
     m.scale_type = lk::ScaleType::kFloatBlocks;
@@ -102,8 +145,8 @@ lk::Matrix matrix_of(const std::string& format, int64_t group_size, const Tensor
   } else if (scale->dim() == 3) {
     m.scale_type = scale_type_of(*scale);
     m.scale = data_of<char>(scale);
-    // One group a row: rounded up to whole blocks of activations.
-    m.group = group_size < k ? group_size : (k + lk::kActBlock - 1) / lk::kActBlock * lk::kActBlock;
+    // Where a whole row is one group, its size is rounded up to whole blocks of activations.
+    m.group = group_size < k ? group_size : lk::round_up(k, lk::kActBlock);
   } else if (scale->dim() == 2) {
     m.row_scale = data_of<float>(scale);
   } else {
@@ -113,39 +156,36 @@ lk::Matrix matrix_of(const std::string& format, int64_t group_size, const Tensor
   return m;
 }
 
-// A layer as engine.py has checked it: contiguous CPU tensors of the right dtypes and shapes, which
-// it keeps alive.
+// The caller, expert_layer.py, has checked the tensors: they are on the CPU and contiguous, with
+// the right dtypes and shapes. It keeps them alive as long as the layer. Tensors come by name, so
+// that no two of them can be swapped unnoticed.
 int64_t layer_create(const std::string& format, const std::string& activation,
                      int64_t activation_bits, int64_t group_size, bool interleaved,
                      double swiglu_alpha, double swiglu_beta, double swiglu_limit,
-                     bool weight_on_input, const Tensor& w13, const Tensor& w2,
-                     const OptionalTensor& w13_scale, const OptionalTensor& w2_scale,
-                     const OptionalTensor& w13_zero, const OptionalTensor& w2_zero,
-                     const OptionalTensor& w13_global_scale, const OptionalTensor& w2_global_scale,
-                     const OptionalTensor& w13_bias, const OptionalTensor& w2_bias, bool ordered) {
+                     bool weight_on_input, bool ordered, const std::vector<std::string>& names,
+                     const std::vector<Tensor>& named) {
+  const NamedTensors tensors(names, named);
   lk::LayerSpec layer;
-  layer.format = format_of(format, w13_zero.has_value(), activation_bits == 8);
+  layer.format = format_of(format, tensors.find("w13_zero").has_value(), activation_bits == 8);
   layer.activation = {.kind = activation_of(activation),
                       .alpha = static_cast<float>(swiglu_alpha),
                       .limit = static_cast<float>(swiglu_limit),
                       .beta = static_cast<float>(swiglu_beta)};
   layer.weight_on_input = weight_on_input;
   const int64_t parts = lk::has_gate(layer.activation.kind) ? 2 : 1;
-  layer.experts = w13.size(0);
-  layer.hidden = w2.size(1);
-  layer.intermediate = w13.size(1) / parts;
-  layer.w13 = matrix_of(format, group_size, w13, parts, layer.hidden, w13_scale, w13_zero,
-                        w13_global_scale, w13_bias);
+  layer.experts = tensors.get("w13").size(0);
+  layer.hidden = tensors.get("w2").size(1);
+  layer.intermediate = tensors.get("w13").size(1) / parts;
+  layer.w13 = matrix_of(format, group_size, tensors, "w13", parts, layer.hidden);
   layer.w13.interleaved = interleaved;
-  layer.w2 = matrix_of(format, group_size, w2, 1, layer.intermediate, w2_scale, w2_zero,
-                       w2_global_scale, w2_bias);
+  layer.w2 = matrix_of(format, group_size, tensors, "w2", 1, layer.intermediate);
   return lk::create_layer(layer, ordered);
 }
 
 void layer_destroy(int64_t handle) { lk::destroy_layer(handle); }
 void layer_restore(int64_t handle) { lk::restore_layer(handle); }
 
-// The batch of these tensors, but for y.
+// The batch of these tensors; y is still missing.
 lk::Batch batch_of(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights) {
   if (!x.is_cpu() || !topk_ids.is_cpu() || !topk_weights.is_cpu()) {
     fail("x, topk_ids and topk_weights must be CPU tensors");
@@ -228,10 +268,10 @@ std::tuple<int64_t, int64_t, int64_t> host_call_progress() {
 
 void reserve(int64_t layer, int64_t tokens, int64_t topk) { lk::reserve(layer, tokens, topk); }
 
-// Keeps the log, which the engine has a pointer to, until the next one comes.
+// The engine has a pointer to the log, so this keeps it alive until the next log comes.
 void watch(const OptionalTensor& log) {
   static std::mutex mutex;
-  static auto* kept = new OptionalTensor;  // never destroyed: at exit PyTorch goes first
+  static auto* kept = new OptionalTensor;  // never destroyed: at exit PyTorch ends first
   const std::lock_guard lock(mutex);
   if (!log) {
     lk::watch(nullptr, 0);
@@ -245,7 +285,7 @@ void watch(const OptionalTensor& log) {
   *kept = log;
 }
 
-// Bytes, as a uint8 tensor that gives them back to the engine when its storage dies.
+// A uint8 tensor of memory of the engine, which gets it back when the tensor's storage dies.
 Tensor tensor_of(void* memory, int64_t bytes) {
   const int64_t size[1] = {bytes};
   const int64_t stride[1] = {1};
@@ -259,7 +299,7 @@ Tensor allocate(int64_t experts, int64_t parts, int64_t rows, int64_t row_bytes)
   return tensor_of(lk::allocate_bank(layout), layout.bytes());
 }
 
-// Another process's memory, read-only.
+// Memory of another process's engine, read-only.
 Tensor map_shared(int64_t descriptor, int64_t bytes) {
   return tensor_of(lk::map_shared(static_cast<int>(descriptor), bytes), bytes);
 }
@@ -325,6 +365,26 @@ std::string topology() {
   return json(nodes);
 }
 
+// [{"id", "total_bytes", "free_bytes", "distances": [distance, ...]}, ...]: each NUMA node in
+// <sysfs>/devices/system/node by rising number; distances to the nodes of this list in its order,
+// or none if the kernel does not tell. The configured topology does not matter.
+std::string numa_memory(const std::string& sysfs) {
+  std::vector<std::string> nodes;
+  for (const lk::NodeMemory& node : lk::node_memory(sysfs)) {
+    nodes.push_back("{\"id\": " + std::to_string(node.id) +
+                    ", \"total_bytes\": " + std::to_string(node.total_bytes) +
+                    ", \"free_bytes\": " + std::to_string(node.free_bytes) +
+                    ", \"distances\": " + json(node.distances) + "}");
+  }
+  return json(nodes);
+}
+
+// The kernel's numbers of the NUMA nodes whose memory this process may use.
+std::vector<int64_t> memory_nodes() {
+  const std::vector<int> nodes = lk::memory_nodes();
+  return {nodes.begin(), nodes.end()};
+}
+
 int64_t available_bytes() { return lk::available_bytes(); }
 int64_t allocated_bytes() { return lk::allocated_bytes(); }
 
@@ -342,12 +402,9 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   // of a past process is baked into a cached graph.
   m.def("expert_block(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor layer) -> Tensor");
   m.def(
-      "layer_create(str format, str activation, int activation_bits, int group_size, "
+      "layer_create(*, str format, str activation, int activation_bits, int group_size, "
       "bool interleaved, float swiglu_alpha, float swiglu_beta, float swiglu_limit, "
-      "bool weight_on_input, Tensor(a!) w13, Tensor(b!) w2, Tensor(c!)? w13_scale, Tensor(d!)? "
-      "w2_scale, "
-      "Tensor(e!)? w13_zero, Tensor(f!)? w2_zero, Tensor? w13_global_scale, "
-      "Tensor? w2_global_scale, Tensor(g!)? w13_bias, Tensor(h!)? w2_bias, bool ordered) -> int");
+      "bool weight_on_input, bool ordered, str[] names, Tensor(a!)[] tensors) -> int");
   m.def("layer_destroy(int handle) -> ()");
   m.def("layer_restore(int handle) -> ()");
   m.def("watch(Tensor(a!)? log) -> ()");
@@ -368,6 +425,8 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
       "bool interleave, bool shared) -> ()");
   m.def("info() -> str");
   m.def("topology() -> str");
+  m.def("numa_memory(str sysfs=\"/sys\") -> str");
+  m.def("memory_nodes() -> int[]");
   m.def("available_bytes() -> int");
   m.def("allocated_bytes() -> int");
   m.def("page_nodes(int[] addresses) -> int[]");
@@ -393,6 +452,8 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("info", TORCH_BOX(&info));
   m.impl("topology", TORCH_BOX(&topology));
+  m.impl("numa_memory", TORCH_BOX(&numa_memory));
+  m.impl("memory_nodes", TORCH_BOX(&memory_nodes));
   m.impl("available_bytes", TORCH_BOX(&available_bytes));
   m.impl("allocated_bytes", TORCH_BOX(&allocated_bytes));
   m.impl("page_nodes", TORCH_BOX(&page_nodes));

@@ -168,17 +168,18 @@ class ExpertLayer:
             "w2_bias": None if w2_bias is None else w2_bias.float(),
         }
         handle: int = raw_ops.layer_create(
-            format,
-            activation,
-            bits,
-            group,
-            interleaved,
-            swiglu_alpha,
-            swiglu_beta,
-            swiglu_limit,
-            apply_router_weight_on_input,
-            *self._tensors.values(),
-            ordered,
+            format=format,
+            activation=activation,
+            activation_bits=bits,
+            group_size=group,
+            interleaved=interleaved,
+            swiglu_alpha=swiglu_alpha,
+            swiglu_beta=swiglu_beta,
+            swiglu_limit=swiglu_limit,
+            weight_on_input=apply_router_weight_on_input,
+            ordered=ordered,
+            names=list(self.tensors),
+            tensors=list(self.tensors.values()),
         )
         self._ordered = ordered
         self.handle = torch.tensor(handle, dtype=torch.int64, device="cpu")
