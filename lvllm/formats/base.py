@@ -29,9 +29,9 @@ class Shape:
     hidden: int
     intermediate: int
     parts: int
-    """Projections in w13: 2, gate and up; 1 for activations without a gate."""
+    """Projections in w13: 2 for gate and up, 1 for activations without a gate."""
     allocate: Callable[..., torch.Tensor] = bank.allocate
-    """Where weights are put, with the arguments of `bank.allocate`."""
+    """Makes the tensors that weights are loaded into; it takes the arguments of `bank.allocate`."""
 
     @property
     def matrices(self) -> tuple[tuple[str, int, int, int], ...]:
@@ -46,27 +46,35 @@ class ExpertFormat:
     """How the experts of one layer are stored in its checkpoint."""
 
     bits: int
-    """Of a weight."""
+    """Bits of a weight, without its share of the scales."""
     computable = True
-    """Whether the engine computes it as it is stored. If not, `tensors` may have more than the
-    arguments of `ExpertLayer`; `lvllm.engine.dequantize` says what.
+    """Whether the engine computes the weights as they are stored. If not, `tensors` may return more
+    than the arguments of `ExpertLayer`; `lvllm.engine.dequantize` says what.
     """
     arrives = True
-    """Whether the model hands every tensor to a parameter's loader, so that it is counted."""
+    """Whether the model calls a parameter's loader for every tensor, so that they are counted."""
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        """Register the layer's parameters, for vLLM's loader to fill; weights by shape.allocate.
+        """Register the layer's parameters, for vLLM's loader to fill.
 
-        `dtype` is the model's, `attributes` are what the loader looks for on a parameter. Those
-        that a checkpoint may leave out have the attribute `optional`.
+        A parameter's name is w13_SUFFIX or w2_SUFFIX, where SUFFIX is what the checkpoint calls the
+        tensor. Weights are made by `shape.allocate`. Scales begin as NaN, which tells of those that
+        never came. `dtype` is the model's. `attributes` are what vLLM's loader looks for on a
+        parameter; one that a checkpoint may leave out gets the attribute `optional`, and scales get
+        `quant_method`: "tensor", "channel", "group" or "block", which is what they are for.
+
+        Raises ValueError for a `shape` that this process cannot hold in the format.
         """
         raise NotImplementedError
 
     def tensors(self, layer: Any) -> dict[str, Any]:
-        """After loading: the arguments of `ExpertLayer` that hold the weights, rows in order,
-        without a second copy.
+        """The arguments of `ExpertLayer` that hold the weights, called after loading.
+
+        The weights are the parameters' own memory, not a second copy.
+
+        Raises ValueError for scales that are missing, NaN or infinite.
         """
         raise NotImplementedError
 
@@ -91,8 +99,9 @@ def add_weights(
     packed: int = 1,
     loaded_as: torch.dtype | None = None,
 ) -> None:
-    """Register w13_SUFFIX and w2_SUFFIX [E, rows, columns / packed] in engine memory, the
-    parameters as views of another dtype if the checkpoint has one.
+    """Register w13_SUFFIX and w2_SUFFIX [E, rows, columns / packed] in engine memory.
+
+    The parameters are views of the dtype `loaded_as`, if the checkpoint's is another one.
     """
     for name, parts, rows, columns in shape.matrices:
         memory = shape.allocate((shape.experts, rows, columns // packed), dtype, parts=parts)
@@ -100,21 +109,21 @@ def add_weights(
 
 
 def add_biases(layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]) -> None:
-    """Register w13_bias [E, rows] and w2_bias [E, H], which are the same in all formats."""
+    """Register w13_bias [E, rows] and w2_bias [E, H], which all formats store alike."""
     for name, _, rows, _ in shape.matrices:
         bias = torch.full((shape.experts, rows), torch.nan, dtype=dtype)
         add_parameter(layer, f"{name}_bias", bias, attributes)
 
 
 def empty(parameters: Iterable[Parameter]) -> None:
-    """Let go of what was loaded into them, but for optional ones, which may come yet."""
+    """Free the parameters' memory, except that of optional ones, which may still be loaded."""
     for parameter in parameters:
         if not getattr(parameter, "optional", False):
             parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
 def check_scales(layer: Any, suffix: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """w13_SUFFIX and w2_SUFFIX of a layer; ValueError if one is missing or no number."""
+    """w13_SUFFIX and w2_SUFFIX of a layer; ValueError if one is missing, NaN or infinite."""
     found = []
     for name in (f"w13_{suffix}", f"w2_{suffix}"):
         data = getattr(layer, name).data
@@ -130,8 +139,9 @@ def check_scales(layer: Any, suffix: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def narrow(scale: torch.Tensor) -> torch.Tensor:
-    """float32 scales in the 16 bits that they came from, if they did: checkpoints have bfloat16 or
-    float16 ones, whatever the model is run in.
+    """float32 scales in the 16 bits that they came from, where that loses nothing.
+
+    Checkpoints have bfloat16 or float16 scales, whatever dtype the model is run in.
     """
     for dtype in (torch.bfloat16, torch.float16):
         narrowed = scale.to(dtype)

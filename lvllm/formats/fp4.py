@@ -1,31 +1,29 @@
-"""e2m1 experts (OCP Microscaling Formats 1.0, and NVIDIA's NVFP4), two weights a byte.
+"""e2m1 experts (OCP Microscaling Formats 1.0, and NVIDIA's NVFP4), two weights in a byte.
 
-Checkpoints of several makers differ in names alone; `compressed_tensors`, `modelopt` and
-`gpt_oss` find them.
+The checkpoints of several makers differ in their tensors' names alone; `compressed_tensors`,
+`modelopt` and `gpt_oss` find them.
 """
 
 from typing import Any
 
 import torch
 from torch.nn import Module
-from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 
 from lvllm.engine import weight_formats
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
 
 __all__ = ["Mxfp4", "Nvfp4"]
 
-GROUP = FusedMoeWeightScaleSupported.GROUP.value
-TENSOR = FusedMoeWeightScaleSupported.TENSOR.value
 DUMMY_EXPONENT = 117
-"""With --load-format dummy: 2**-10. vLLM makes random numbers of floats alone."""
+"""The scale 2**-10, for --load-format dummy: vLLM makes random numbers for floats only."""
 
 
 def add_codes_and_scales(
     layer: Module, shape: Shape, suffix: str, format: str, missing: int, attributes: dict[str, Any]
 ) -> None:
-    """Register the codes, uint8 [E, rows, columns / 2], and weight_scale [E, rows, columns / g],
-    filled with the byte `missing`.
+    """Register the codes, uint8 [E, rows, columns / 2], and weight_scale [E, rows, groups].
+
+    The scales begin with the byte `missing`, which is NaN and tells of scales that never came.
     """
     stored = weight_formats.FORMATS[format]
     group = stored.group_size
@@ -41,17 +39,17 @@ def add_codes_and_scales(
             f"{name}_weight_scale",
             scale.view(stored.scale[0]),
             attributes,
-            quant_method=GROUP,
+            quant_method="group",
             dummy_weight_value=DUMMY_EXPONENT if format == "mxfp4" else None,
         )
     add_weights(layer, shape, suffix, torch.uint8, attributes, packed=2)
 
 
 class Mxfp4(ExpertFormat):
-    """Codes; weight_scale: exponents (e8m0) of groups of 32.
+    """Codes, and weight_scale: one exponent (e8m0) for each group of 32.
 
     Args:
-        suffix: of the codes, weight_packed or weight.
+        suffix: what the codes are called, weight_packed or weight.
     """
 
     bits = 4
@@ -76,14 +74,14 @@ class Mxfp4(ExpertFormat):
 
 
 class Nvfp4(ExpertFormat):
-    """Codes; weight_scale: e4m3 of groups of 16; a float32 for gate, up and down each.
+    """Codes, weight_scale: an e4m3 for each group of 16, and a float32 for each of gate, up, down.
 
     Args:
-        suffix: of the codes, weight_packed or weight.
-        global_scale: of the float32, weight_global_scale or weight_scale_2.
-        divides: whether weights are divided by it instead of multiplied.
-        input_scale: a number for each projection that is read and left: activations are not
-            quantised. None if the checkpoint has none.
+        suffix: what the codes are called, weight_packed or weight.
+        global_scale: what the float32 is called, weight_global_scale or weight_scale_2.
+        divides: whether weights are divided by the float32 instead of multiplied.
+        input_scale: what a number for each projection is called that is loaded and ignored, since
+            activations are not quantised. None if the checkpoint has none.
     """
 
     bits = 4
@@ -108,7 +106,7 @@ class Nvfp4(ExpertFormat):
                     f"{name}_{scale}",
                     torch.full(size, torch.nan, dtype=torch.float32),
                     attributes,
-                    quant_method=TENSOR,
+                    quant_method="tensor",
                     optional=scale == self.input_scale,
                 )
 

@@ -1,31 +1,44 @@
-"""e4m3 experts of vLLM's "fp8" checkpoints (DeepSeek, Qwen3, MiniMax, GLM): one float32 scale for
-128 x 128 weights, or one for a projection.
+"""e4m3 experts of vLLM's "fp8" checkpoints (DeepSeek, Qwen3, MiniMax, GLM).
 
-Activations are not quantised, whatever the checkpoint says: static input scales are read and left.
+128 x 128 weights share a float32 scale, or all weights of a projection do. Activations are not
+quantised, whatever the checkpoint says: static input scales are loaded and ignored.
 """
 
 from typing import Any, Literal
 
 import torch
 from torch.nn import Module
-from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
-from vllm.model_executor.layers.quantization.fp8 import Fp8Config
-from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
 from lvllm.engine import weight_formats
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
+from lvllm.formats.descriptor import Descriptor, Stored
 from lvllm.formats.unquantized import Unquantized
 from lvllm.units import ceil_div
 
-__all__ = ["Fp8", "find"]
+__all__ = ["BLOCK", "DESCRIPTOR", "Fp8", "Scales", "find"]
+
+BLOCK = [weight_formats.BLOCK, weight_formats.BLOCK]
+"""Rows and columns that share a scale; the engine computes no other blocks."""
 
 Scales = Literal["block", "channel", "tensor"]
 
+DESCRIPTOR = Descriptor(
+    "fp8",
+    stored=lambda section, module: Stored(bits=8),
+    quantizations=("fp8",),
+    quant_methods=("fp8",),
+    exceptions=("ignored_layers", "modules_to_not_convert"),
+    scales=("scale", "scale_inv"),
+    input_scales=("input_scale",),
+)
+
 
 def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
-    """Experts of an fp8 checkpoint; those that it leaves alone are plain."""
-    if type(quant_config) is not Fp8Config:
+    """Experts of an fp8 checkpoint; those that it leaves alone are not quantised."""
+    if not DESCRIPTOR.describes(quant_config):
         return None
+    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
     if is_layer_skipped(
         prefix=prefix,
         ignored_layers=quant_config.ignored_layers,
@@ -36,7 +49,7 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
     if quant_config.store_dtype is not None:
         raise ValueError(f"{prefix}: store_dtype {quant_config.store_dtype!r} is not supported")
     block = quant_config.weight_block_size
-    if block not in (None, [weight_formats.BLOCK, weight_formats.BLOCK]):
+    if block not in (None, BLOCK):
         raise ValueError(f"{prefix}: weight_block_size is {block}, must be [128, 128]")
     static = quant_config.activation_scheme == "static"
     if block is None:
@@ -48,8 +61,9 @@ class Fp8(ExpertFormat):
     """w13_weight and w2_weight in e4m3fn, and their scales.
 
     Args:
-        scales: "block": w13_SCALE [E, 2 * I / 128, ceil(H / 128)], w2 alike; "channel":
-            w13_SCALE [E, 2I, 1], w2 [E, H, 1]; "tensor": [E, 2] for gate and up, and [E].
+        scales: what shares a scale. "block": w13_SCALE is [E, 2 * I / 128, ceil(H / 128)], and w2
+            alike; "channel": w13_SCALE is [E, 2I, 1], w2 [E, H, 1]; "tensor": [E, 2] for gate and
+            up, and [E].
         scale_name: SCALE, weight_scale or weight_scale_inv.
         static_inputs: whether the checkpoint has input_scale, a number for each projection.
     """
@@ -71,7 +85,6 @@ class Fp8(ExpertFormat):
                 " expert parallelism"
             )
         add_weights(layer, shape, "weight", torch.float8_e4m3fn, attributes)
-        how = FusedMoeWeightScaleSupported[self.scales.upper()].value
         for name, parts, rows, columns in shape.matrices:
             size = {
                 "block": (
@@ -82,7 +95,8 @@ class Fp8(ExpertFormat):
                 "tensor": (parts,) if name == "w13" else (),
             }[self.scales]
             scale = torch.full((shape.experts, *size), torch.nan, dtype=torch.float32)
-            add_parameter(layer, f"{name}_{self.scale_name}", scale, attributes, quant_method=how)
+            how = {"quant_method": self.scales}
+            add_parameter(layer, f"{name}_{self.scale_name}", scale, attributes, **how)
             if self.static_inputs:
                 unused = torch.empty(shape.experts)
                 add_parameter(layer, f"{name}_input_scale", unused, attributes, optional=True)
@@ -90,7 +104,7 @@ class Fp8(ExpertFormat):
     def tensors(self, layer: Any) -> dict[str, Any]:
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data
         scales = [
-            self._of_rows(scale, weight.shape[1])
+            self._engine_scale(scale, weight.shape[1])
             for scale, weight in zip(check_scales(layer, self.scale_name), (w13, w2), strict=True)
         ]
         return {
@@ -101,8 +115,8 @@ class Fp8(ExpertFormat):
             "w2_scale": scales[1],
         }
 
-    def _of_rows(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
-        """Scales as the engine wants them: of blocks, or [E, rows]."""
+    def _engine_scale(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
+        """Scales in the engine's shape: those of blocks as they are, all others [E, rows]."""
         if self.scales == "block":
             return scale
         scale = scale.view(len(scale), -1)

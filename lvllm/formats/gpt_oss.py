@@ -1,29 +1,40 @@
-"""Experts of gpt-oss: plain ones, and OpenAI's own packing of mxfp4.
+"""Experts of gpt-oss: unquantised ones, and OpenAI's own packing of mxfp4.
 
-vLLM's model hands over each tensor as a whole, without saying which ones it has seen.
+vLLM's model loads each tensor as a whole, and does not report which tensors it has seen.
 """
 
 from typing import Any, ClassVar
 
 import torch
 from torch.nn import Module
-from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
-from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 
 from lvllm.formats.base import ExpertFormat, Shape
+from lvllm.formats.descriptor import Descriptor, Stored
 from lvllm.formats.fp4 import Mxfp4
 from lvllm.formats.unquantized import Unquantized
 
-__all__ = ["GptOssMxfp4", "GptOssPlain", "find"]
+__all__ = ["DESCRIPTOR", "GptOssMxfp4", "GptOssPlain", "find"]
+
+DESCRIPTOR = Descriptor(
+    "gpt-oss mxfp4",
+    stored=lambda section, module: Stored(bits=4),
+    quantizations=("gpt_oss_mxfp4",),
+    quant_methods=("mxfp4", "gpt_oss_mxfp4"),
+    exceptions=("modules_to_not_convert",),
+    weights=("_blocks",),
+    scales=("_scales",),
+)
 
 
 def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
     """Experts of gpt-oss, whose model loads its tensors in a way of its own."""
+    from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
+
     if not isinstance(layer, GptOssRoutedExperts):
         return None
     if quant_config is None:
         return GptOssPlain()
-    if isinstance(quant_config, GptOssMxfp4Config):
+    if DESCRIPTOR.describes(quant_config):
         return GptOssMxfp4()
     raise ValueError(
         f"{prefix}: gpt-oss quantised as {quant_config.get_name()!r} is not supported; supported"
@@ -33,7 +44,8 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
 
 class GptOssPlain(Unquantized):
     """gate_up_proj [E, H, 2I] and down_proj [E, I, H], which the model transposes and copies into
-    w13_weight and w2_weight without asking a loader. Those begin as NaN, one weight an expert.
+    w13_weight and w2_weight without calling a parameter's loader. So that missing tensors are
+    noticed, one weight of each expert begins as NaN.
     """
 
     arrives = False
@@ -55,7 +67,7 @@ class GptOssPlain(Unquantized):
 
 class GptOssMxfp4(Mxfp4):
     """gate_up_proj_blocks [E, 2I, H / 32, 16] and down_proj_blocks: the bytes of the engine's
-    codes; and _scales. No byte is a sign of codes that never came, so it is noted which came.
+    codes; and _scales. Codes have no NaN to begin with, so a loader notes which tensors came.
     """
 
     arrives = False
@@ -78,7 +90,7 @@ class GptOssMxfp4(Mxfp4):
 
     def tensors(self, layer: Any) -> dict[str, Any]:
         for name, stored in self.STORED.items():
-            # Of dummy weights nothing comes, not even scales.
+            # With dummy weights no tensor comes, not even scales.
             if f"{name}_scale" in self.came and name not in self.came:
                 raise ValueError(f"{layer.layer_name}.{stored} is not in the checkpoint")
         return super().tensors(layer)

@@ -2,23 +2,42 @@
 
 from typing import Any
 
-from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
-from vllm.model_executor.layers.quantization.utils.gptq_utils import get_dynamic_override
-
-from lvllm.formats import packing
+from lvllm.formats import integers, packing
 from lvllm.formats.base import ExpertFormat
-from lvllm.formats.transposed import TransposedInts, Turn
+from lvllm.formats.descriptor import Descriptor, Section, Stored
+from lvllm.formats.transposed import Repack, TransposedInts
 from lvllm.formats.unquantized import Unquantized
 
-__all__ = ["find", "gptq"]
+__all__ = ["DESCRIPTOR", "find", "gptq"]
+
+
+def _stored(section: Section, module: str) -> Stored:
+    return integers.stored(
+        section.get("bits", 8),
+        section.get("group_size"),
+        symmetric=bool(section.get("sym", True)),
+        act_order=bool(section.get("desc_act")),
+    )
+
+
+DESCRIPTOR = Descriptor(
+    "GPTQ",
+    stored=_stored,
+    quantizations=("gptq", "auto_gptq"),
+    quant_methods=("gptq",),
+    exceptions=("dynamic",),
+    scales=("scales",),
+)
 
 
 def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
-    """Experts of a GPTQ checkpoint; those that it leaves alone are plain."""
-    if not isinstance(quant_config, AutoGPTQConfig):
+    """Experts of a GPTQ checkpoint; those that it leaves alone are not quantised."""
+    if not DESCRIPTOR.describes(quant_config):
         return None
+    from vllm.model_executor.layers.quantization.utils.gptq_utils import get_dynamic_override
+
     module = f"{prefix}.0.{layer.ckpt_down_proj_name}"
-    # Given, or read by vLLM from the checkpoint's files.
+    # The list is given, or vLLM has read it from the checkpoint's files.
     quantized = [name for name in quant_config.modules_in_block_to_quantize if ".experts." in name]
     listed = not quantized or any(name in module for name in quantized)
     if not listed or get_dynamic_override(quant_config, layer_name=module) is False:
@@ -34,20 +53,20 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
         bits,
         override("group_size", quant_config.group_size),
         symmetric=override("sym", quant_config.is_sym),
-        ordered=override("desc_act", quant_config.desc_act),
+        act_order=override("desc_act", quant_config.desc_act),
         v2=quant_config.full_config.get("checkpoint_format") == "gptq_v2",
     )
 
 
-def gptq(bits: int, group_size: int, *, symmetric: bool, ordered: bool, v2: bool) -> ExpertFormat:
+def gptq(bits: int, group_size: int, *, symmetric: bool, act_order: bool, v2: bool) -> ExpertFormat:
     """Experts in GPTQ's packing; `v2` is how zero points are stored (`packing.gptq_zero`)."""
     unpack_zeros = packing.gptq_zero if bits == 4 else packing.gptq_zero8
-    turn_zeros: Turn = lambda qzeros: unpack_zeros(qzeros, v2)  # noqa: E731
+    repack_zeros: Repack = lambda qzeros: unpack_zeros(qzeros, v2)  # noqa: E731
     return TransposedInts(
         bits,
         group_size,
-        along_rows=False,
-        turn=packing.gptq_int4 if bits == 4 else packing.gptq_int8,
-        turn_zeros=None if symmetric else turn_zeros,
-        ordered=ordered,
+        packed_along_rows=False,
+        repack=packing.gptq_int4 if bits == 4 else packing.gptq_int8,
+        repack_zeros=None if symmetric else repack_zeros,
+        act_order=act_order,
     )

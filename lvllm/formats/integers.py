@@ -1,7 +1,7 @@
-"""What checkpoints of packed integers have in common: groups along K, of any size, in any order.
+"""What all formats of packed integers have in common: groups along K, of any size, in any order.
 
-Act-order: a checkpoint says for each column in which group it is. Any column may then need any
-scale, so a process that holds some of w2's columns needs the scales of all.
+With act-order, a checkpoint says for each column which group it is in. Any column may then need any
+scale, so a process that holds some of w2's columns needs the scales of all groups.
 """
 
 from typing import Any
@@ -10,35 +10,63 @@ import torch
 
 from lvllm.engine import weight_formats
 from lvllm.formats.base import Shape, add_parameter, narrow
+from lvllm.formats.descriptor import Stored
 
-__all__ = ["add_order", "computable", "groups_of", "tensors", "whole"]
+__all__ = [
+    "INT4_BITS",
+    "INT4_GROUP",
+    "add_group_index",
+    "computable",
+    "groups_of",
+    "stored",
+    "tensors",
+    "whole",
+]
+
+INT4_GROUP = 32
+"""Columns that share a scale in the experts that LVLLM_MOE_USE_WEIGHT=INT4 makes."""
+INT4_BITS = 4 + 16 / INT4_GROUP
+"""Bits of a weight of those experts, with its share of the 16-bit scale."""
 
 OfBoth = dict[str, torch.Tensor]
-"""Of "w13" and "w2"."""
+"""One tensor for "w13" and one for "w2"."""
 
 
-def computable(bits: int, size: int | None, *, symmetric: bool) -> bool:
-    """Whether the engine computes groups of `size` columns (None: a row) as they are."""
+def computable(bits: int, group_size: int | None, *, symmetric: bool) -> bool:
+    """Whether lk computes groups of `group_size` columns (None: a row) as they are stored."""
     if bits == 8:
-        return size is None and symmetric
-    return size is None or any(size % group == 0 for group in weight_formats.GROUP_SIZES)
+        return group_size is None and symmetric
+    if group_size is None:
+        return True
+    return any(group_size % group == 0 for group in weight_formats.GROUP_SIZES)
 
 
-def groups_of(layer: Any, name: str, columns: int, size: int | None, ordered: bool) -> int:
+def stored(
+    bits: int, group_size: int | None, *, symmetric: bool, act_order: bool = False
+) -> Stored:
+    """The answer of a `Descriptor` for integers; a `group_size` of None or -1 is a row."""
+    if group_size in (None, -1):
+        return Stored(bits, computable(bits, None, symmetric=symmetric))
+    return Stored(bits, not act_order and computable(bits, group_size, symmetric=symmetric))
+
+
+def groups_of(layer: Any, name: str, columns: int, group_size: int | None, act_order: bool) -> int:
     """How many groups of a row this process needs of w13 or w2, of which it has `columns`."""
-    if ordered and name == "w2":
+    if act_order and name == "w2":
         columns *= layer.moe_config.moe_parallel_config.tp_size
-    return columns // size if size else 1
+    return columns // group_size if group_size else 1
 
 
-def whole(name: str, ordered: bool) -> dict[str, Any]:
-    """The attribute of a parameter with scales or zero points of all groups, if it has them."""
-    if ordered and name == "w2":
+def whole(name: str, act_order: bool) -> dict[str, Any]:
+    """The attribute of a parameter that makes its loader copy the scales or zero points of all
+    groups, where this process needs all of them.
+    """
+    if act_order and name == "w2":
         return {"place": lambda data, loaded, shard: data.copy_(loaded)}
     return {}
 
 
-def add_order(
+def add_group_index(
     layer: Any, shape: Shape, suffix: str, attributes: dict[str, Any], *, optional: bool = False
 ) -> None:
     """Register w13_SUFFIX and w2_SUFFIX, int32 [E, parts, columns]: the group of each column."""
@@ -55,43 +83,54 @@ def add_order(
 
 
 def tensors(
-    bits: int, size: int | None, codes: OfBoth, scales: OfBoth, zeros: OfBoth, order: OfBoth
+    bits: int,
+    group_size: int | None,
+    codes: OfBoth,
+    scales: OfBoth,
+    zeros: OfBoth,
+    group_index: OfBoth,
 ) -> dict[str, Any]:
-    """What `ExpertFormat.tensors` returns of integer experts.
+    """What `ExpertFormat.tensors` returns for integer experts.
 
     Args:
         bits: 4 or 8.
-        size: columns in a group; None: all of a row.
+        group_size: columns in a group; None: all of a row.
         codes: uint8 [E, rows, K/2] or int8 [E, rows, K].
         scales: float32 [E, rows, groups].
-        zeros: of the same shape, less 128 if of 8 bits. Empty: the middle.
-        order: int32 [E, parts, K], the group of each column. Empty: one after another.
+        zeros: zero points of the same shape, less 128 if of 8 bits. Empty: they are in the middle.
+        group_index: int32 [E, parts, K], the group of each column. Empty: groups lie in order.
 
     Raises:
-        ValueError: for a column in a group that is not there.
+        ValueError: if a column is in a group that does not exist.
     """
     found: dict[str, Any] = {"format": f"int{bits}", **codes}
-    if order:
-        assert size is not None
-        here = {name: _in_order(name, order[name], size, scales[name].shape[2]) for name in order}
+    if group_index:
+        assert group_size is not None
+        here = {
+            name: _groups_in_order(name, index, group_size, scales[name].shape[2])
+            for name, index in group_index.items()
+        }
         if None in here.values():
-            found |= {f"{name}_order": index for name, index in order.items()}
+            found |= {f"{name}_order": index for name, index in group_index.items()}
         else:
             scales, zeros = (
                 {name: data[..., here[name]].contiguous() for name, data in of.items()}
                 for of in (scales, zeros)
             )
     if bits == 4:
-        found["group_size"] = size
-        if size is not None and "w13_order" not in found and computable(4, size, symmetric=True):
-            # A scale may stand several times: the engine's groups are the largest that divide.
-            group = max(group for group in weight_formats.GROUP_SIZES if size % group == 0)
+        found["group_size"] = group_size
+        in_order = "w13_order" not in found
+        if group_size is not None and in_order and computable(4, group_size, symmetric=True):
+            # lk gets the largest of its group sizes that divides the checkpoint's. A scale of the
+            # checkpoint then stands several times.
+            group = max(group for group in weight_formats.GROUP_SIZES if group_size % group == 0)
             found["group_size"] = group
+            times = group_size // group
             scales, zeros = (
-                {name: data.repeat_interleave(size // group, dim=2) for name, data in of.items()}
+                {name: data.repeat_interleave(times, dim=2) for name, data in of.items()}
                 for of in (scales, zeros)
             )
-    elif size is None and not zeros:
+    elif group_size is None and not zeros:
         scales = {name: scale.squeeze(-1) for name, scale in scales.items()}
     found |= {
         f"{name}_scale": narrow(scale) if bits == 4 else scale for name, scale in scales.items()
@@ -99,12 +138,12 @@ def tensors(
     return found | {f"{name}_zero": zero for name, zero in zeros.items()}
 
 
-def _in_order(name: str, order: torch.Tensor, size: int, groups: int) -> slice | None:
+def _groups_in_order(name: str, index: torch.Tensor, size: int, groups: int) -> slice | None:
     """The groups of these columns, if they follow one another in every expert; else None."""
-    low, high = int(order.min()), int(order.max())
+    low, high = int(index.min()), int(index.max())
     if low < 0 or high >= groups:
         raise ValueError(f"{name}: columns are in groups {low} to {high}, of 0 to {groups - 1}")
-    columns = torch.arange(order.shape[2], dtype=order.dtype) // size
-    if order.shape[2] % size or not torch.equal(order, (columns + low).expand_as(order)):
+    columns = torch.arange(index.shape[2], dtype=index.dtype) // size
+    if index.shape[2] % size or not torch.equal(index, (columns + low).expand_as(index)):
         return None
     return slice(low, high + 1)

@@ -3,16 +3,17 @@
 Each function takes one tensor of one projection of one expert: N output rows, K inputs, G groups
 along K. The engine's arrays are
 
-- int4: codes uint8 [N, K/2], two a byte, the even input in the low nibble. A weight is
+- int4: codes uint8 [N, K/2], two in a byte, that of the even input in the low nibble. A weight is
   (code - zero) * scale; zero is uint8 [N, G], or 8 everywhere if there is none.
-- int8: int8 [N, K]; zero, which the engine has none of, is int8 [N, G].
+- int8: int8 [N, K]; zero is int8 [N, G]. The engine computes no int8 with zero points, so such
+  experts are converted.
 - scales: [N, G].
 
 Checkpoints pack 8 or 4 codes into an int32, the first in the lowest bits, so on a little-endian
 machine, the only kind that the engine runs on, the bytes of a word hold its codes in order.
 
 All functions raise ValueError, in one line that names the tensor as its format does, if a tensor is
-not what its docstring says. All return memory of their own.
+not what the docstring says. What they return never shares memory with their argument.
 """
 
 import torch
@@ -64,8 +65,8 @@ def awq_zero(qzeros: torch.Tensor) -> torch.Tensor:
 def gptq_int4(qweight: torch.Tensor) -> torch.Tensor:
     """4-bit `qweight` of GPTQ and of AutoRound's auto_gptq packing as codes uint8 [N, K/2].
 
-    It is int32 [K/8, N]: a word holds eight inputs of one output, in order. The packing knows no
-    padding: K is a multiple of 8.
+    It is int32 [K/8, N]: a word holds eight inputs of one output, in order. The packing has no
+    padding, so K is a multiple of 8.
     """
     _check_words("qweight", qweight, "[K/8, N]")
     return _transposed(qweight).view(torch.uint8)
@@ -74,27 +75,27 @@ def gptq_int4(qweight: torch.Tensor) -> torch.Tensor:
 def gptq_int8(qweight: torch.Tensor) -> torch.Tensor:
     """8-bit symmetric `qweight`, int32 [K/4, N] of codes from 0 to 255, as int8 [N, K]."""
     _check_words("qweight", qweight, "[K/4, N]")
-    # Flipping the highest bit takes 128 off.
+    # Flipping the highest bit subtracts 128.
     return _transposed(qweight).view(torch.uint8).bitwise_xor_(0x80).view(torch.int8)
 
 
 def gptq_zero(qzeros: torch.Tensor, v2: bool = False) -> torch.Tensor:
     """4-bit `qzeros` of GPTQ, int32 [G, N/8] in order, as zero uint8 [N, G].
 
-    Symmetric checkpoints have them too: all 8, but not always stored as their `checkpoint_format`
-    says, so they are better not read.
+    Symmetric checkpoints have them too. All are 8, but not always stored as `checkpoint_format`
+    says, so it is better not to read them.
 
     Args:
-        v2: `checkpoint_format` is gptq_v2, which stores zero points as they are. Otherwise they are
-            stored minus one.
+        v2: whether `checkpoint_format` is gptq_v2, which stores zero points as they are. Otherwise
+            they are stored minus one.
     """
     _check_words("qzeros", qzeros, "[G, N/8]")
-    # The one was taken off whole words, so a zero point of 0 has borrowed from its neighbour.
+    # One was subtracted from whole words, so a zero point of 0 has borrowed from its neighbour.
     return _transposed(_nibbles(qzeros if v2 else qzeros + 0x11111111).flatten(1))
 
 
 def gptq_zero8(qzeros: torch.Tensor, v2: bool = False) -> torch.Tensor:
-    """The same of 8 bits, int32 [G, N/4], as zero int8 [N, G]."""
+    """8-bit `qzeros` of GPTQ, int32 [G, N/4], as zero int8 [N, G]; see `gptq_zero`."""
     _check_words("qzeros", qzeros, "[G, N/4]")
     words = (qzeros if v2 else qzeros + 0x01010101).clone(memory_format=torch.contiguous_format)
     return _transposed(words.view(torch.uint8).bitwise_xor_(0x80).view(torch.int8))
@@ -133,7 +134,7 @@ def compressed_zero8(weight_zero_point: torch.Tensor, rows: int) -> torch.Tensor
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:
-    """A copy; of a single row or column `contiguous` would keep strides that no view can take."""
+    """A copy. For a single row or column `contiguous` would keep strides that no view can take."""
     return matrix.t().clone(memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""bfloat16 and float16 experts: the checkpoint's bytes, in the checkpoint's order."""
+"""bfloat16 and float16 experts, which the engine computes in the checkpoint's own layout."""
 
 from typing import Any
 
@@ -6,12 +6,15 @@ import torch
 from torch.nn import Module
 
 from lvllm.formats.base import ExpertFormat, Shape, add_weights
+from lvllm.formats.descriptor import PLAIN, Descriptor
 
-__all__ = ["Unquantized", "find"]
+__all__ = ["DESCRIPTOR", "Unquantized", "find"]
+
+DESCRIPTOR = Descriptor("unquantised bfloat16 and float16", stored=lambda section, module: PLAIN)
 
 
 def find(quant_config: Any, layer: Any, prefix: str) -> "Unquantized | None":
-    """Plain experts, of an unquantised checkpoint."""
+    """Experts of a checkpoint that is not quantised."""
     return Unquantized() if quant_config is None else None
 
 

@@ -17,19 +17,17 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 from lvllm.engine import quantize
 from lvllm.engine.dequantize import computable, values
 from lvllm.formats.base import ExpertFormat, Shape, empty
+from lvllm.formats.integers import INT4_GROUP
 from lvllm.log import logger
 from lvllm.machine import thread_pool
 from lvllm.settings.variables import UseWeight
+from lvllm.units import ceil_div
 
 __all__ = ["Conversion", "Converted", "choose"]
 
 
-GROUP = 32
-"""Of the 4-bit groups that `INT4` makes."""
-
-
 MOST_BYTES = 1 << 30
-"""Of float32 that threads may hold at a time, of which a matrix takes four times its size."""
+"""Bytes that all threads together may take; each takes four times its matrix's size in float32."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Converted(ExpertFormat):
         for name, room in self.room.items():
             if self.wanted.target == UseWeight.INT4:
                 scale = self._int4(tensors, name, room)
-                made |= {"format": "int4", "group_size": GROUP, f"{name}_scale": scale}
+                made |= {"format": "int4", "group_size": INT4_GROUP, f"{name}_scale": scale}
             else:
                 made["format"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
                 self._to_dtype(tensors, name, room)
@@ -159,15 +157,15 @@ class Converted(ExpertFormat):
     def _int4(self, tensors: dict[str, Any], name: str, codes: torch.Tensor) -> torch.Tensor:
         """Fill in the codes; returns the scales."""
         experts, rows, pairs = codes.shape
-        groups = -(-2 * pairs // GROUP)
+        groups = ceil_div(2 * pairs, INT4_GROUP)
         scales = torch.empty((experts, rows, groups), dtype=torch.bfloat16)
 
         def quantize_one(expert: int) -> None:
             weight = values(tensors, name, expert, self.wanted.device)
             # Zeros in the last group change neither its scale nor its other codes.
-            whole = F.pad(weight, (0, groups * GROUP - 2 * pairs))
+            whole = F.pad(weight, (0, groups * INT4_GROUP - 2 * pairs))
             try:
-                code, scale = quantize.int4(whole, GROUP)
+                code, scale = quantize.int4(whole, INT4_GROUP)
             except ValueError as error:  # NaN or infinity
                 raise ValueError(f"{self.prefix}: {name} of expert {expert}: {error}") from None
             codes[expert].copy_(code[:, :pairs])

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
+from lvllm import formats
 from lvllm.checkpoint.moe_layers import moe_layers
-from lvllm.engine import weight_formats
-from lvllm.formats import declared
 from lvllm.settings.configuration import Accelerator
 from lvllm.settings.resolving import Setting
 from lvllm.settings.variables import SettingError, UseWeight
@@ -19,20 +18,6 @@ __all__ = ["CPU_WORKER", "GPU_WORKER", "check_features", "check_model", "check_w
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
-QUANTIZATIONS = (
-    "fp8",
-    "compressed-tensors",
-    "modelopt",
-    "modelopt_fp4",
-    "awq",
-    "auto_awq",
-    "gptq",
-    "auto_gptq",
-    "inc",
-    "gpt_oss_mxfp4",
-)
-"""vLLM's names of the checkpoints that `lvllm.formats` reads."""
-
 ENABLED = "LVLLM_MOE_NUMA_ENABLED=1"
 
 
@@ -49,11 +34,11 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in ("bfloat16", "float16"):
         raise SettingError(f"dtype={dtype!r} is not allowed with {ENABLED}: bfloat16 or float16")
-    if model.quantization not in (None, *QUANTIZATIONS):
+    if model.quantization not in (None, *formats.QUANTIZATIONS):
         raise SettingError(
             f"quantization={model.quantization!r} of {model.model} is not supported by"
             f" {ENABLED} yet: allowed are unquantised bfloat16 and float16"
-            f" checkpoints, and {', '.join(QUANTIZATIONS)}"
+            f" checkpoints, and {', '.join(formats.QUANTIZATIONS)}"
         )
     if parallel.worker_cls != (GPU_WORKER if accelerator == "cuda" else CPU_WORKER):
         raise SettingError(
@@ -99,7 +84,7 @@ def check_weights(
     quantization = model.model_arch_config.quantization_config
     if wanted.value == UseWeight.INT4 and is_moe(model) and quantization is not None:
         layers = moe_layers(model.hf_text_config)
-        if declared.only_4_bit(quantization, layers, weight_formats.GROUP_SIZES):
+        if formats.only_4_bit(quantization, layers):
             raise wanted.refuse(
                 f"the experts of {model.model} are stored in 4 bits already; allowed is KEEP or"
                 " TO_DTYPE"

@@ -6,7 +6,7 @@ from pathlib import Path
 import transformers
 
 from tests.e2e.server import fail_to_serve
-from tests.machine.test_memory_plan import Tensors, write_sparse
+from tests.machine.test_memory_need import Tensors, write_sparse
 from tests.models.make import ARCHITECTURES, COMMON
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS = 4096, 4096, 256, 32

@@ -1,26 +1,16 @@
 """What a model needs and what is there, on made-up hosts."""
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
-from lvllm.checkpoint.headers import Checkpoint
 from lvllm.engine import bank
 from lvllm.machine import memory_plan
-from lvllm.machine.memory_plan import (
-    Need,
-    Rank,
-    Room,
-    free_on_nodes,
-    needed,
-    node_shares,
-    place,
-)
-from lvllm.settings.variables import SettingError, UseWeight
+from lvllm.machine.memory_need import Need
+from lvllm.machine.memory_plan import Rank, Room, free_on_nodes, node_shares, place
+from lvllm.settings.variables import SettingError
 from lvllm.units import GIB
 
 ONE_NODE = [Rank({0: 4}, 0)]
@@ -124,76 +114,6 @@ def test_ranks_share_a_host() -> None:
     }
     interleaved = node_shares(need(60, 20, 10), ranks, free, True)
     assert [share.experts for share in interleaved.values()] == [20 * GIB] * 3
-
-
-Tensors = Mapping[str, tuple[str, list[int]]]
-SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I32": 4, "F16": 2}
-
-
-def write_sparse(file: Path, tensors: Tensors) -> None:
-    """A safetensors file of these dtypes and shapes that takes no disk."""
-    header: dict[str, object] = {}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        begin, end = end, end + torch.Size(shape).numel() * SIZES[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        out.truncate(8 + len(text) + end)
-
-
-@pytest.mark.parametrize(
-    ("expert", "stored", "weights"),
-    [
-        ({"w1.weight": ("BF16", [64, 128])}, 64 * 128 * 2, 64 * 128),
-        ({"w1.weight": ("F32", [64, 128])}, 64 * 128 * 2, 64 * 128),
-        (
-            {"w3.weight": ("F8_E4M3", [128, 256]), "w3.weight_scale_inv": ("F32", [1, 2])},
-            128 * 256 + 4,
-            128 * 256,
-        ),
-        (
-            {
-                "w1.qweight": ("I32", [32, 64]),
-                "w1.qzeros": ("I32", [2, 8]),
-                "w1.scales": ("F16", [2, 64]),
-            },
-            32 * 64 * 4 + 64 + 256,
-            32 * 64 * 8,
-        ),
-        ({"w1.weight": ("U8", [64, 64])}, 64 * 64, 64 * 64 * 2),
-    ],
-)
-def test_bytes_of_formats(expert: Tensors, stored: int, weights: int, tmp_path: Path) -> None:
-    rest: Tensors = {
-        "model.embed_tokens.weight": ("BF16", [100, 128]),
-        "model.layers.0.mlp.shared_experts.up_proj.weight": ("BF16", [10, 128]),
-        "model.layers.4.self_attn.o_proj.weight": ("BF16", [1000, 128]),  # drafts
-        "mtp.layers.0.mlp.experts.0.up_proj.weight": ("BF16", [1000, 128]),
-    }
-    of_experts = {f"model.layers.3.mlp.experts.7.{name}": what for name, what in expert.items()}
-    write_sparse(tmp_path / "model.safetensors", {**rest, **of_experts})
-    tensors = Checkpoint.open(tmp_path).tensors
-    others = 110 * 128 * 2
-    int4 = weights * 9 // 16
-    for use, experts in (
-        (None, stored),
-        (UseWeight.KEEP, stored),
-        (UseWeight.TO_DTYPE, 2 * weights),
-        (UseWeight.INT4, int4),
-    ):
-        got = needed(tensors, use, layers=4, packed_bits=4)
-        assert got == Need(experts, others, 0, int4), use
-    with_drafts = needed(tensors, None, layers=4, drafts=True, packed_bits=4)
-    assert with_drafts.experts == stored + 256_000
-    assert with_drafts.others == others + 256_000
-    # An accelerator has the experts of drafts, and those of layers that it is given, as stored.
-    for use in (None, UseWeight.INT4):
-        got = needed(tensors, use, layers=4, drafts=True, resident=(), packed_bits=4)
-        assert got == Need(int4 if use else stored, others + 512_000, 0, int4)
-        got = needed(tensors, use, layers=4, drafts=True, resident=(0, 3), packed_bits=4)
-        assert got == Need(0, others + 512_000 + stored, 0, 0)
 
 
 def test_free_memory_of_nodes(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""What is known of a checkpoint format before a weight is read: names, tensors, bits.
+
+A `Descriptor` answers from `quantization_config` of config.json and from the headers of the files
+alone. So it serves a planner that has nothing else, and nothing here imports vLLM.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lvllm.checkpoint.headers import TensorInfo
+
+__all__ = ["PLAIN", "Descriptor", "Section", "Stored", "names_module", "union"]
+
+Section = Mapping[str, Any]
+"""`quantization_config` of config.json."""
+
+WEIGHTS = ("weight", "_proj", ".w1", ".w2", ".w3")
+"""How names of tensors with weights end in any format. Those without "weight" are of families that
+stack the experts of a layer in one tensor: `experts.gate_up_proj`.
+"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the weights of one module are stored."""
+
+    bits: int
+    """How many bits a weight takes, without its share of the scales."""
+    computable: bool = True
+    """Whether lk computes the weights as they are stored. If not, they are converted."""
+
+
+PLAIN = Stored(bits=16)
+"""The weights of a module that is not quantised."""
+
+
+def _weights_in(tensor: TensorInfo, stored: Stored) -> int:
+    """An element of a floating-point type is one weight; an integer holds as many as fit into it.
+
+    An integer can hold no 16-bit weights. Where `stored` says so, the section does not say how the
+    module is quantised, and 8 bits a weight are assumed: rather too few weights than too many.
+    """
+    elements = math.prod(tensor.shape)
+    if tensor.dtype.is_floating_point:
+        return elements
+    return elements * (8 * tensor.dtype.itemsize // min(stored.bits, 8))
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """What distinguishes the checkpoints of one format."""
+
+    name: str
+    """What error messages call the format."""
+    stored: Callable[[Section, str], Stored]
+    """(section, module): how the weights of a module are stored that no exception names."""
+    quantizations: tuple[str, ...] = ()
+    """What vLLM calls the format: in `--quantization`, and in `get_name()` of its configuration."""
+    quant_methods: tuple[str, ...] = ()
+    """What `quant_method` of the section says."""
+    exceptions: tuple[str, ...] = ()
+    """Keys of the section (`a.b` is the key b within a) that list modules with an exception.
+
+    A listed module is not quantised. Where the key has a mapping, the module's entry replaces
+    values of the section instead, unless it is empty.
+    """
+    weights: tuple[str, ...] = ()
+    """How names of tensors with weights end, beside `WEIGHTS`."""
+    scales: tuple[str, ...] = ("scale",)
+    """How names of tensors with scales end."""
+    input_scales: tuple[str, ...] = ()
+    """Scales of activations among them. LvLLM ignores their values."""
+    divisors: tuple[str, ...] = ()
+    """Scales among them that weights are divided by, and which must not be 0."""
+    weights_in: Callable[[TensorInfo, Stored], int] = _weights_in
+    """(tensor, stored): how many weights a tensor holds whose name ends as `weights` says."""
+
+    def describes(self, quant_config: Any) -> bool:
+        """Whether vLLM's configuration of a quantised checkpoint is of this format."""
+        return quant_config is not None and quant_config.get_name() in self.quantizations
+
+    def of_module(self, section: Section, module: str) -> Stored:
+        """How the weights of `module`, named as in the checkpoint, are stored."""
+        for key in self.exceptions:
+            listed = _at(section, key)
+            for entry in listed or ():
+                if not names_module(entry, module):
+                    continue
+                replaced = listed[entry] if isinstance(listed, Mapping) else None
+                if not replaced:
+                    return PLAIN
+                section = {**section, **replaced}
+        return self.stored(section, module)
+
+    def holds_weights(self, tensor: str) -> bool:
+        """Whether an expert's tensor of this name holds weights, and not scales or the like."""
+        return tensor.endswith(WEIGHTS + self.weights)
+
+
+def union(suffixes: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """All suffixes, each once, in order."""
+    return tuple(dict.fromkeys(suffix for some in suffixes for suffix in some))
+
+
+def _at(section: Section, key: str) -> Any:
+    value: Any = section
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def names_module(entry: str, module: str) -> bool:
+    """Whether an entry of a list of modules means this one, in any format's notation.
+
+    An entry is a module's name, a beginning of it, a shell pattern, or after `re:`, `-:` or `+:` a
+    regular expression for its beginning.
+    """
+    pattern = entry.removeprefix("re:").removeprefix("-:").removeprefix("+:")
+    if pattern != entry:
+        return re.match(pattern, module) is not None
+    return entry == module or module.startswith(f"{entry}.") or fnmatchcase(module, entry)
