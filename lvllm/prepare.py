@@ -14,7 +14,7 @@ from lvllm import sharing
 from lvllm.checkpoint import Checkpoint
 from lvllm.faults import process
 from lvllm.machine import cpus, gpu_distance, memory_plan
-from lvllm.prefill import setting as prefill_setting
+from lvllm.prefill import configuration as prefill_configuration
 from lvllm.settings import gpu_checks, model_checks
 from lvllm.settings.configuration import RESOLVED, HybridConfig
 from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, is_moe
@@ -40,7 +40,7 @@ def prepare(vllm_config: Any) -> None:
     _check_checkpoint(vllm_config)
     process.prepare()
     if config.prefill_engine is not None:
-        config = prefill_setting.prepare(vllm_config, config.prefill_engine, config)
+        config = prefill_configuration.configure(vllm_config, config.prefill_engine, config)
     vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
     if config.accelerator != "cuda":
         _prepare_cpu_platform(vllm_config, config)
@@ -70,7 +70,7 @@ def final_settings(
     model_checks.check_features(vllm_config, accelerator)
     gpu_checks.check(settings, accelerator, vllm_config)
     model_checks.check_weights(settings, accelerator, vllm_config)
-    prefill = prefill_setting.check(settings, accelerator, vllm_config)
+    prefill = prefill_configuration.check(settings, accelerator, vllm_config)
     shared = _shared_name(settings, vllm_config)
     bits = settings["lk_activation_bits"].value
     engine_cpus, omp_cpus = _divide_cpus(settings, vllm_config.parallel_config, machine, distance)
@@ -91,7 +91,9 @@ def final_settings(
             accelerator,
             settings["gpu_resident_moe_layers"].value,
             held=shared is not None and sharing.held(shared),
-            prefill_kv_cache=prefill_setting.kv_bytes_of_a_prompt(vllm_config) if prefill else None,
+            prefill_kv_cache=prefill_configuration.kv_bytes_of_a_prompt(vllm_config)
+            if prefill
+            else None,
         ),
         accelerator=accelerator,
         gpu_resident_moe_layers=settings["gpu_resident_moe_layers"].value,

@@ -1,8 +1,9 @@
 """A second engine that prefills long prompts while the first one decodes.
 
-Both are whole vLLM engines over one copy of the experts (`lvllm.sharing`). What moves a request
-between them is a KV connector, vLLM's own interface for it: the decoding engine's scheduler asks
-its connector whether keys and values of a waiting request can be had elsewhere, and ours has the
-prefill engine compute them first (`decoding.py`). They travel through memory without a name
-(`memory.py`), into which the prefill engine writes them step by step (`prefilling.py`).
+Both are whole vLLM engines over one copy of the experts (`lvllm.sharing`). A request moves between
+them through a KV connector, which is vLLM's own interface for that (`connector.py`). The scheduler
+of the decoding engine asks its connector whether the keys and values of a waiting request can be
+loaded from elsewhere, and ours lets the prefill engine compute them first (`decode_side.py`). The
+keys and values travel through an anonymous file in memory (`memory.py`), into which the prefill
+engine writes them step by step (`prefill_side.py`).
 """

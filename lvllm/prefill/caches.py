@@ -1,4 +1,4 @@
-"""The layers' caches of a worker, and the copying of a request's blocks."""
+"""The KV caches of a worker's layers, and copying the blocks of one request out of them or in."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,43 +9,43 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
-from lvllm.prefill.memory import Memory, Place, block_bytes, copy_in, copy_out
+from lvllm.prefill.memory import MappedMemory, MemoryAddress, block_bytes, copy_in, copy_out
 
-__all__ = ["Caches", "Copies", "Copy", "Sizes"]
+__all__ = ["BlockCopy", "BlockSize", "CopyPlan", "LayerCaches"]
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Blocks of a request, to or from its memory."""
+class BlockCopy:
+    """Consecutive blocks of a request that a worker copies to the request's memory or from it."""
 
     request: str
-    place: Place
+    address: MemoryAddress
     first: int
-    """The number of the first of them in the request."""
+    """The number of the first block within the request."""
     ids: tuple[int, ...]
-    """Where they are in the worker's caches."""
+    """The numbers of the blocks in the worker's caches."""
 
 
 @dataclass
-class Copies(KVConnectorMetadata):
-    """What a scheduler wants of its worker in a step."""
+class CopyPlan(KVConnectorMetadata):
+    """What the scheduler asks of its worker in one step."""
 
-    copies: Sequence[Copy] = ()
+    copies: Sequence[BlockCopy] = ()
 
 
 @dataclass
-class Sizes(KVConnectorHandshakeMetadata):
-    """What a worker tells its scheduler."""
+class BlockSize(KVConnectorHandshakeMetadata):
+    """What the worker tells its scheduler once it has its caches."""
 
     block_bytes: int
-    """Of a block in all layers together."""
+    """Bytes of one block over all layers together."""
 
 
-class Caches:
-    """Each layer's keys and values: [blocks, ...], in any order of the rest."""
+class LayerCaches:
+    """The keys and values of each layer: [blocks, ...], with the rest in any order."""
 
     def __init__(self, caches: Mapping[str, torch.Tensor], blocks: int) -> None:
-        """Raises ValueError for a layer whose cache has no blocks of its own."""
+        """Raises ValueError if the first dimension of a layer's cache is not `blocks`."""
         places = set()
         self._layers: list[torch.Tensor] = []
         for name, cache in caches.items():
@@ -54,7 +54,7 @@ class Caches:
                     f"LVLLM_PREFILL_ENGINE: the cache of {name} has the shape {tuple(cache.shape)},"
                     f" not {blocks} blocks"
                 )
-            # Layers may have one cache in common.
+            # Several layers may share one cache.
             place = (cache.data_ptr(), cache.shape)
             if place not in places:
                 places.add(place)
@@ -63,19 +63,22 @@ class Caches:
         self.block_bytes = sum(self._sizes)
         self.device = self._layers[0].device
 
-    def open(self, place: Place) -> Memory:
-        """Raises OSError if it is gone."""
-        return Memory.open(place, self.block_bytes)
+    def open(self, address: MemoryAddress) -> MappedMemory:
+        """Raises OSError if the memory is gone."""
+        return MappedMemory.open(address, self.block_bytes)
 
-    def save(self, memory: Memory, copy: Copy) -> None:
-        """Returns when the blocks are in memory, and counted."""
+    def save(self, memory: MappedMemory, copy: BlockCopy) -> None:
+        """Copy blocks to `memory`. The call returns when they are there and counted."""
         ids = torch.tensor(copy.ids, device=self.device)
         for layer, cache in zip(memory.layers(self._sizes), self._layers, strict=True):
             copy_in(layer, copy.first, cache, ids)
         memory.count = copy.first + len(copy.ids)
 
-    def load(self, memory: Memory, copy: Copy) -> None:
-        """Returns when the blocks are in the caches. Raises ValueError if memory lacks some."""
+    def load(self, memory: MappedMemory, copy: BlockCopy) -> None:
+        """Copy blocks from `memory`. The call returns when they are in the caches.
+
+        Raises ValueError if some of them are not written yet.
+        """
         if memory.count < copy.first + len(copy.ids):
             raise ValueError(f"only {memory.count} of {memory.blocks} blocks are there")
         ids = torch.tensor(copy.ids, device=self.device)

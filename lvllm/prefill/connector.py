@@ -1,5 +1,7 @@
-"""The KV connector of both engines: vLLM's interface, with a part behind it for each of the four
-places where vLLM makes one.
+"""The KV connector that both engines load.
+
+vLLM makes a connector in four places: in the scheduler and in the worker of each engine. Ours
+passes vLLM's calls on to one class for each place.
 """
 
 from typing import Any
@@ -12,30 +14,31 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from lvllm.prefill import decoding, prefilling
+from lvllm.prefill import decode_side, prefill_side
 
 __all__ = ["PrefillConnector"]
 
 
 class PrefillConnector(KVConnectorBase_V1):
-    """In the prefill engine (vLLM's role kv_producer) or in the decoding one (kv_consumer), in its
-    scheduler or in its worker.
+    """Which class answers depends on the engine and on the process.
+
+    The prefill engine has vLLM's role kv_producer, the decoding engine kv_consumer.
     """
 
     _cache_hit_source = CacheHitSource.HOST
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        side = prefilling if vllm_config.kv_transfer_config.is_kv_producer else decoding
-        part = side.Scheduler if role == KVConnectorRole.SCHEDULER else side.Worker
+        side = prefill_side if vllm_config.kv_transfer_config.is_kv_producer else decode_side
+        part = side.SchedulerPart if role == KVConnectorRole.SCHEDULER else side.WorkerPart
         self._part: Any = part(vllm_config, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A prompt's blocks are saved in the step that computes them."""
+        """False: a prompt's blocks are saved in the step that computes them."""
         return False
 
-    # In workers.
+    # vLLM calls these in workers.
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         self._part.register(kv_caches)
@@ -60,7 +63,7 @@ class PrefillConnector(KVConnectorBase_V1):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         return self._part.results(finished_req_ids)
 
-    # In schedulers.
+    # vLLM calls these in schedulers.
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         self._part.start(metadata)
@@ -87,6 +90,8 @@ class PrefillConnector(KVConnectorBase_V1):
     ) -> tuple[bool, dict[str, Any] | None]:
         self._part.finished(request)
         return False, None
+
+    # vLLM calls this in both, also where starting an engine has failed halfway.
 
     def shutdown(self) -> None:
         self._part.shutdown()

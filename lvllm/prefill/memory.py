@@ -1,8 +1,9 @@
-"""The memory that takes one prompt's keys and values from one engine to the other.
+"""The memory in which one prompt's keys and values travel from one engine to the other.
 
-A memfd of the decoding engine's scheduler, which workers of both engines open through /proc: it has
-no name, and ends with the last process that maps it, however that ends. It holds the blocks of one
-layer after the other, each as one engine's cache has them, and counts how many are there.
+It is an anonymous file (memfd) that the decoding engine's scheduler creates, and that the workers
+of both engines open through /proc. It has no name, so nothing is left behind when the last process
+that maps it ends, for whatever reason. The file holds the blocks of one layer after the other, each
+laid out as in an engine's own cache, and a count of the blocks that are already written.
 """
 
 import mmap
@@ -13,28 +14,28 @@ from typing import Any
 
 import torch
 
-__all__ = ["Held", "Memory", "Place", "block_bytes", "copy_in", "copy_out"]
+__all__ = ["MappedMemory", "MemoryAddress", "OwnedMemory", "block_bytes", "copy_in", "copy_out"]
 
 HEADER = 64
-"""Bytes before the blocks, of which the first 8 count them."""
+"""Bytes before the blocks. The first 8 of them count the blocks that are written."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the memory is found, as long as the process that made it holds it."""
+class MemoryAddress:
+    """Where to open the memory, while the process that created it keeps it open."""
 
     path: str
     inode: int
-    """Another file may have come under that path since."""
+    """Tells this memory from another file that was opened under the same path later."""
     blocks: int
 
     def params(self) -> dict[str, Any]:
-        """In the form that a request carries."""
+        """The address in the form that a request carries (`kv_transfer_params`)."""
         return asdict(self)
 
 
-class Memory:
-    """`blocks` blocks of a request, with `block_bytes` bytes in all layers together."""
+class MappedMemory:
+    """A mapping of `blocks` blocks, each of `block_bytes` bytes over all layers together."""
 
     def __init__(self, descriptor: int, blocks: int, block_bytes: int) -> None:
         size = HEADER + blocks * block_bytes
@@ -44,19 +45,19 @@ class Memory:
         self.blocks = blocks
 
     @classmethod
-    def open(cls, place: Place, block_bytes: int) -> "Memory":
-        """Raises OSError if it is gone, ValueError if the sizes do not agree."""
-        descriptor = os.open(place.path, os.O_RDWR | os.O_CLOEXEC)
+    def open(cls, address: MemoryAddress, block_bytes: int) -> "MappedMemory":
+        """Raises OSError if the memory is gone, ValueError if its size is not the expected one."""
+        descriptor = os.open(address.path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if os.fstat(descriptor).st_ino != place.inode:
-                raise FileNotFoundError(f"{place.path} is another file by now")
-            return cls(descriptor, place.blocks, block_bytes)
+            if os.fstat(descriptor).st_ino != address.inode:
+                raise FileNotFoundError(f"{address.path} is another file by now")
+            return cls(descriptor, address.blocks, block_bytes)
         finally:
-            os.close(descriptor)  # the mapping stays
+            os.close(descriptor)  # The mapping stays.
 
     @property
     def count(self) -> int:
-        """Blocks that are there, from the first one on."""
+        """How many blocks are written, counted from the first one."""
         return int(self._bytes[:8].view(torch.int64))
 
     @count.setter
@@ -64,38 +65,46 @@ class Memory:
         self._bytes[:8].view(torch.int64).fill_(blocks)
 
     def layers(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """uint8 [blocks, size] of each layer, whose blocks have `sizes` bytes."""
+        """A uint8 tensor [blocks, size] for each layer, given the bytes of one block of each."""
         parts = self._bytes[HEADER:].split([self.blocks * size for size in sizes])
         return [part.view(self.blocks, size) for part, size in zip(parts, sizes, strict=True)]
 
 
-class Held:
-    """The memory as its maker has it: without pages until somebody writes, and not mapped."""
+class OwnedMemory:
+    """The memory in the process that creates it, which does not map it.
+
+    It takes no pages until a worker writes to it.
+    """
 
     def __init__(self, blocks: int, block_bytes: int) -> None:
         self._descriptor = os.memfd_create("lvllm-prefill")
         os.ftruncate(self._descriptor, HEADER + blocks * block_bytes)
         path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        self.place = Place(path, os.fstat(self._descriptor).st_ino, blocks)
+        self.address = MemoryAddress(path, os.fstat(self._descriptor).st_ino, blocks)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
 
 def block_bytes(cache: torch.Tensor) -> int:
-    """Of a layer's cache [blocks, ...]."""
+    """Bytes of one block of a layer's cache [blocks, ...]."""
     return cache[0].numel() * cache.itemsize
 
 
 def copy_in(layer: torch.Tensor, first: int, cache: torch.Tensor, ids: torch.Tensor) -> None:
-    """Blocks `ids` (int64, on the cache's device) of `cache` to `layer` [blocks, bytes] from its
-    block `first` on. Returns when they are there.
+    """Copy the blocks `ids` (int64, on the cache's device) of `cache` into `layer`.
+
+    `layer` is uint8 [blocks, bytes]; its blocks from `first` on are written. The call returns when
+    the data is there.
     """
     blocks = cache.index_select(0, ids).view(len(ids), -1)
     layer[first : first + len(ids)].view(cache.dtype).copy_(blocks)
 
 
 def copy_out(layer: torch.Tensor, first: int, cache: torch.Tensor, ids: torch.Tensor) -> None:
-    """The other way. On a GPU it goes on in the current stream."""
+    """Copy the other way, from `layer` to the blocks `ids` of `cache`.
+
+    On a GPU the copy may still run in the current stream when the call returns.
+    """
     blocks = layer[first : first + len(ids)].view(cache.dtype).view(len(ids), *cache.shape[1:])
     cache.index_copy_(0, ids, blocks.to(cache.device))

@@ -1,4 +1,4 @@
-"""The parts of the hand-over between a prefill engine and a decoding one."""
+"""The parts of the hand-over from a prefill engine to a decoding engine."""
 
 import os
 import random
@@ -6,15 +6,16 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lvllm.prefill import client, decoding, prefilling
-from lvllm.prefill.caches import Caches, Copies, Copy, Sizes
-from lvllm.prefill.memory import Held, Place
+from lvllm.prefill import client, decode_side, executors, prefill_side
+from lvllm.prefill.caches import BlockCopy, BlockSize, CopyPlan, LayerCaches
+from lvllm.prefill.memory import MemoryAddress, OwnedMemory
 from lvllm.settings.configuration import RESOLVED, HybridConfig
 from lvllm.settings.variables import ThreadBinding, UseWeight
 
@@ -26,10 +27,11 @@ def cache_config(blocks: int = 50) -> Any:
     return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)], num_blocks=blocks)
 
 
-def held_by(process: str = "self") -> int:
+def open_memories() -> int:
+    """How many prompts have memory that this process keeps open."""
     links = []
-    for descriptor in os.listdir(f"/proc/{process}/fd"):
-        if os.path.exists(path := f"/proc/{process}/fd/{descriptor}"):
+    for descriptor in os.listdir("/proc/self/fd"):
+        if os.path.exists(path := f"/proc/self/fd/{descriptor}"):
             links.append(os.readlink(path))
     return sum("lvllm-prefill" in link for link in links)
 
@@ -58,16 +60,16 @@ def latent(blocks: int) -> dict[str, torch.Tensor]:
 def test_blocks_arrive_where_they_belong(layout: Any, block_bytes: int) -> None:
     theirs, ours = layout(40), layout(23)
     before = {name: cache.clone() for name, cache in ours.items()}
-    prefill, decode = Caches(theirs, 40), Caches(ours, 23)
+    prefill, decode = LayerCaches(theirs, 40), LayerCaches(ours, 23)
     assert prefill.block_bytes == decode.block_bytes == block_bytes
-    held = Held(7, prefill.block_bytes)
+    held = OwnedMemory(7, prefill.block_bytes)
     source, target = random.sample(range(40), 7), random.sample(range(23), 5)
-    memory = prefill.open(held.place)
+    memory = prefill.open(held.address)
     for first, last in ((0, 3), (3, 7)):
         assert memory.count == first
-        prefill.save(memory, Copy("r", held.place, first, tuple(source[first:last])))
+        prefill.save(memory, BlockCopy("r", held.address, first, tuple(source[first:last])))
     held.close()
-    arrived = Copy("r", held.place, 2, tuple(target))
+    arrived = BlockCopy("r", held.address, 2, tuple(target))
     decode.load(memory, arrived)
     for name, cache in ours.items():
         assert torch.equal(cache[target], theirs[name][source[2:]]), name
@@ -76,23 +78,23 @@ def test_blocks_arrive_where_they_belong(layout: Any, block_bytes: int) -> None:
 
 
 def test_memory_that_cannot_be_used() -> None:
-    caches = Caches(latent(9), 9)
-    held = Held(3, caches.block_bytes)
-    memory = caches.open(held.place)
-    caches.save(memory, Copy("r", held.place, 0, (4, 5)))
+    caches = LayerCaches(latent(9), 9)
+    held = OwnedMemory(3, caches.block_bytes)
+    memory = caches.open(held.address)
+    caches.save(memory, BlockCopy("r", held.address, 0, (4, 5)))
     with pytest.raises(ValueError, match="only 2 of 3 blocks are there"):
-        caches.load(memory, Copy("r", held.place, 1, (6, 7)))
+        caches.load(memory, BlockCopy("r", held.address, 1, (6, 7)))
     with pytest.raises(ValueError, match="the engines' caches are not alike"):
-        Caches(grouped(9), 9).open(held.place)
+        LayerCaches(grouped(9), 9).open(held.address)
     with pytest.raises(FileNotFoundError, match="is another file by now"):
-        caches.open(Place(held.place.path, held.place.inode + 1, 3))
+        caches.open(MemoryAddress(held.address.path, held.address.inode + 1, 3))
     del memory
     held.close()
     with pytest.raises(FileNotFoundError):
-        caches.open(held.place)
+        caches.open(held.address)
     with pytest.raises(ValueError, match=r"the cache of odd has the shape \(4, 2\), not 9 blocks"):
-        Caches({"odd": torch.zeros(4, 2)}, 9)
-    assert held_by() == 0
+        LayerCaches({"odd": torch.zeros(4, 2)}, 9)
+    assert open_memories() == 0
 
 
 def step(scheduled: dict[str, tuple[int, int]], new: bool, blocks: Any) -> Any:
@@ -115,10 +117,10 @@ def test_a_prompt_is_saved_as_it_is_computed() -> None:
     """Whole blocks after each step, those of the prefix cache too, and at last the rest; preempted,
     nothing twice.
     """
-    place = Place("/none", 1, 6)
-    scheduler = prefilling.Scheduler(None, cache_config())
+    address = MemoryAddress("/none", 1, 6)
+    scheduler = prefill_side.SchedulerPart(None, cache_config())
     request = SimpleNamespace(
-        request_id="r", kv_transfer_params=place.params(), num_prompt_tokens=5 * BLOCK + 3
+        request_id="r", kv_transfer_params=address.params(), num_prompt_tokens=5 * BLOCK + 3
     )
     scheduler.add(request)
     steps = [(2 * BLOCK, 20, True, (0, 3)), (2 * BLOCK + 20, 4, False, None)]
@@ -128,21 +130,23 @@ def test_a_prompt_is_saved_as_it_is_computed() -> None:
     for computed, more, new, saved in steps:
         ids = random.sample(range(50), 7)
         planned = scheduler.plan(step({"r": (computed, more)}, new, lambda _, ids=ids: (ids,)))
-        expected = [] if saved is None else [Copy("r", place, saved[0], tuple(ids[slice(*saved)]))]
+        expected = (
+            [] if saved is None else [BlockCopy("r", address, saved[0], tuple(ids[slice(*saved)]))]
+        )
         assert planned.copies == expected, (computed, more)
     scheduler.finished(request)
     assert scheduler.plan(step({"r": (90, 1)}, False, None)).copies == []
 
 
 def test_who_saves_for_a_prompt_that_is_gone() -> None:
-    worker = prefilling.Worker(None, cache_config(9))
+    worker = prefill_side.WorkerPart(None, cache_config(9))
     worker.register(grouped(9))
-    held = Held(2, Caches(grouped(9), 9).block_bytes)
-    kept = Held(2, Caches(grouped(9), 9).block_bytes)
+    held = OwnedMemory(2, LayerCaches(grouped(9), 9).block_bytes)
+    kept = OwnedMemory(2, LayerCaches(grouped(9), 9).block_bytes)
     held.close()
-    copies = [Copy("gone", held.place, 0, (1,)), Copy("kept", kept.place, 0, (1, 2))]
-    worker.save(Copies(copies))
-    assert Caches(grouped(9), 9).open(kept.place).count == 2
+    copies = [BlockCopy("gone", held.address, 0, (1,)), BlockCopy("kept", kept.address, 0, (1, 2))]
+    worker.save(CopyPlan(copies))
+    assert LayerCaches(grouped(9), 9).open(kept.address).count == 2
     worker.results({"gone", "kept"})
     assert worker._open == {}
     kept.close()
@@ -150,17 +154,17 @@ def test_who_saves_for_a_prompt_that_is_gone() -> None:
 
 @dataclass
 class Client:
-    """In the place of the prefill engine."""
+    """Stands in for the prefill engine."""
 
     blocks: int = 10
     process: int = 4711
     ended: bool = False
-    sent: dict[str, Place] = field(default_factory=dict)
+    sent: dict[str, MemoryAddress] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     results: list[tuple[str, bool]] = field(default_factory=list)
 
-    def send(self, name: str, request: Any, place: Place) -> None:
-        self.sent[name] = place
+    def send(self, name: str, request: Any, address: MemoryAddress) -> None:
+        self.sent[name] = address
 
     def abort(self, name: str) -> None:
         self.aborted.append(name)
@@ -196,11 +200,13 @@ def loaded(*requests: str, failed: bool = False) -> Any:
 def router(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The decoding engine's scheduler: prompts of 40 tokens are long."""
     monkeypatch.setattr(client, "Client", lambda *given: Client())
-    transfer = SimpleNamespace(kv_connector_extra_config={"min_tokens": 40})
-    scheduler = decoding.Scheduler(SimpleNamespace(kv_transfer_config=transfer), cache_config())
-    scheduler.start({0: Sizes(64)})
+    transfer = connector_config(min_tokens=40)
+    scheduler = decode_side.SchedulerPart(
+        SimpleNamespace(kv_transfer_config=transfer), cache_config()
+    )
+    scheduler.start({0: BlockSize(64)})
     yield scheduler
-    assert held_by() == 0
+    assert open_memories() == 0
 
 
 def test_the_way_of_a_long_prompt(router: Any) -> None:
@@ -209,8 +215,8 @@ def test_the_way_of_a_long_prompt(router: Any) -> None:
     assert router.match(request("short", 39), 0) == (0, False)
     assert router.match(request("cached", 50), BLOCK) == (0, False)
     assert router.match(asked, 0) == (None, False)
-    ((name, place),) = client.sent.items()
-    assert place.blocks == 4
+    ((name, address),) = client.sent.items()
+    assert address.blocks == 4
     assert router.match(asked, 0) == (None, False)
     assert router.plan(IDLE).copies == []
     client.results = [(name, True)]
@@ -218,11 +224,11 @@ def test_the_way_of_a_long_prompt(router: Any) -> None:
     assert router.match(asked, BLOCK) == (2 * BLOCK + 2, True)
     assert router.match(asked, BLOCK) == (2 * BLOCK + 2, True)
     router.allocated(asked, blocks([7, 8, 9, 10]), 2 * BLOCK + 2)
-    assert router.plan(IDLE).copies == [Copy("a", place, 1, (8, 9, 10))]
+    assert router.plan(IDLE).copies == [BlockCopy("a", address, 1, (8, 9, 10))]
     assert router.plan(IDLE).copies == []
-    assert held_by() == 1
+    assert open_memories() == 1
     router.arrived(loaded("a"))
-    assert held_by() == 0
+    assert open_memories() == 0
     router.allocated(asked, blocks([7, 8, 9, 10]), 0)
     # Preempted after some tokens, it goes the same way.
     asked.num_tokens += 9
@@ -238,9 +244,9 @@ def test_a_prompt_that_has_come_into_this_engines_cache_meanwhile(router: Any) -
     assert router.match(asked, 0) == (None, False)
     router._client.results = [(next(iter(router._client.sent)), True)]
     assert router.match(asked, 3 * BLOCK) == (0, False)
-    assert held_by() == 1
+    assert open_memories() == 1
     router.allocated(asked, blocks([1, 2, 3]), 0)
-    assert held_by() == 0
+    assert open_memories() == 0
     router.finished(asked)
     assert router._free == router._client.blocks
 
@@ -276,7 +282,7 @@ def test_prompts_wait_for_room_in_their_order(router: Any) -> None:
     assert len(sent) == 1
     router.allocated(asked[0], blocks(list(range(6))), 6 * BLOCK)
     router.finished(asked[0])  # aborted while it is loaded: the worker still reads
-    assert held_by() == 1
+    assert open_memories() == 1
     router.arrived(loaded("a"))
     assert [name[0] for name in sent] == ["a", "b", "d"]
     router.finished(asked[1])
@@ -322,8 +328,12 @@ def test_the_prefill_engine_ends(router: Any, caplog: pytest.LogCaptureFixture) 
     assert router._prompts == {}
 
 
-def test_loading_beside_steps() -> None:
-    ours, theirs = grouped(9), grouped(9)
+def connector_config(**extra: Any) -> Any:
+    return SimpleNamespace(kv_connector_extra_config=extra)
+
+
+def engine_configuration() -> Any:
+    """vLLM's configuration as a worker on one CPU gets it."""
     own = ((min(os.sched_getaffinity(0)),),)
     resolved = HybridConfig(
         thread_binding=ThreadBinding.CPU_CORE,
@@ -342,14 +352,25 @@ def test_loading_beside_steps() -> None:
         shared_experts=None,
         prefill_engine=None,
     )
-    carrier = SimpleNamespace(additional_config={RESOLVED: resolved.model_dump(mode="json")})
-    worker = decoding.Worker(carrier, cache_config(9))
+    return SimpleNamespace(additional_config={RESOLVED: resolved.model_dump(mode="json")})
+
+
+def test_loading_beside_steps() -> None:
+    ours, theirs = grouped(9), grouped(9)
+    worker = decode_side.WorkerPart(engine_configuration(), cache_config(9))
     worker.register(ours)
-    held = Held(2, worker.handshake().block_bytes)
-    saver = Caches(theirs, 9)
-    saver.save(saver.open(held.place), Copy("whole", held.place, 0, (3, 4)))
-    part = Held(2, worker.handshake().block_bytes)
-    worker.load(Copies([Copy("whole", held.place, 0, (5, 6)), Copy("part", part.place, 0, (7, 8))]))
+    held = OwnedMemory(2, worker.handshake().block_bytes)
+    saver = LayerCaches(theirs, 9)
+    saver.save(saver.open(held.address), BlockCopy("whole", held.address, 0, (3, 4)))
+    part = OwnedMemory(2, worker.handshake().block_bytes)
+    worker.load(
+        CopyPlan(
+            [
+                BlockCopy("whole", held.address, 0, (5, 6)),
+                BlockCopy("part", part.address, 0, (7, 8)),
+            ]
+        )
+    )
     done: set[str] = set()
     failed: set[str] = set()
     end = time.monotonic() + 60
@@ -365,20 +386,79 @@ def test_loading_beside_steps() -> None:
     part.close()
 
 
-def test_an_engine_ends_with_its_parent() -> None:
-    """However that ends; and at once if it has ended before."""
-    child = "import os; from lvllm.prefill.client import subordinate; subordinate()\n"
-    child += "print(os.getpriority(os.PRIO_PROCESS, 0), flush=True); input()"
+@pytest.mark.parametrize("side", [decode_side, prefill_side])
+def test_a_worker_may_end_before_it_has_its_caches(side: Any) -> None:
+    """As where they do not fit, or are of no use: the reason is not to be hidden by another."""
+    unused = side.WorkerPart(engine_configuration(), cache_config(9))
+    unused.shutdown()
+    refused = side.WorkerPart(engine_configuration(), cache_config(8))
+    with pytest.raises(ValueError, match=r"the cache of 0 has the shape .*, not 8 blocks"):
+        refused.register(grouped(9))
+    refused.load(CopyPlan())
+    refused.save(CopyPlan())
+    assert refused.results(set()).finished_recving in (None, set())
+    refused.shutdown()
+    scheduler = side.SchedulerPart(
+        SimpleNamespace(kv_transfer_config=connector_config(min_tokens=40)), cache_config()
+    )
+    assert scheduler.match(request("a", 400), 0) == (0, False)
+    scheduler.shutdown()
+
+
+def test_a_process_of_the_prefill_engine_ends_with_the_decoding_engine() -> None:
+    """With its workers, and at once if the decoding engine has ended before."""
+    child = """
+import multiprocessing, os, sys, time
+from lvllm.prefill.executors import follow
+if __name__ == "__main__":
+    follow(int(sys.argv[1]))
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+    worker.start()
+    nice = [os.getpriority(os.PRIO_PROCESS, process) for process in (0, worker.pid)]
+    print(*nice, worker.pid, flush=True)
+    input()
+"""
     with subprocess.Popen(["sleep", "100"]) as parent:
-        environment = os.environ | {client._PARENT: str(parent.pid)}
-        command = [sys.executable, "-c", child]
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+        command = [sys.executable, "-c", child, str(parent.pid)]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with subprocess.Popen(command, **pipes) as process:
             assert process.stdout is not None
-            priority = os.getpriority(os.PRIO_PROCESS, parent.pid) + client.NICE
-            assert int(process.stdout.readline()) == priority
+            priority = os.getpriority(os.PRIO_PROCESS, parent.pid) + executors.NICE
+            *nice, worker = (int(field) for field in process.stdout.readline().split())
+            assert nice == [priority, priority]
             assert process.poll() is None
             parent.kill()
             assert process.wait(60) == 1
+            end = time.monotonic() + 60
+            while state_of(worker) not in (None, "Z"):  # Nobody may be there to reap orphans.
+                assert time.monotonic() < end
+                time.sleep(0.05)
     with subprocess.Popen(command, **pipes) as late:
         assert late.wait(60) == 1
+
+
+def state_of(process: int) -> str | None:
+    """The letter that Linux has for a process's state; None where there is no such process."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return None
+
+
+@pytest.mark.parametrize("gpu", [None, 3])
+def test_executors_set_up_their_process(gpu: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before vLLM's own executor starts anything."""
+    order: list[Any] = []
+
+    class Upstream:
+        def __init__(self, vllm_config: Any) -> None:
+            order.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    class Executor(executors._Behind, Upstream):
+        pass
+
+    monkeypatch.setattr(executors, "follow", order.append)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    transfer = connector_config(decoding_process=4711, gpu=gpu)
+    Executor(SimpleNamespace(kv_transfer_config=transfer))
+    assert order == [4711, "7" if gpu is None else "3"]

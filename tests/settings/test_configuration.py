@@ -13,9 +13,9 @@ import torch
 
 from lvllm import engine, prepare, sharing
 from lvllm.machine import memory_plan
-from lvllm.prefill import setting
+from lvllm.prefill import configuration as prefill
 from lvllm.settings import variables
-from lvllm.settings.configuration import RESOLVED, HybridConfig
+from lvllm.settings.configuration import RESOLVED, HybridConfig, PrefillEngine
 from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER
 from lvllm.settings.resolving import resolve
 
@@ -190,7 +190,9 @@ def test_workers_get_final_values(configure: Any) -> None:
     assert not resolved.numa_interleave
 
 
-def test_workers_get_the_settings_of_gpu_offload(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_get_the_settings_of_gpu_offload(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     resolved = HybridConfig.model_validate(configure().additional_config[RESOLVED])
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("none", ())
     assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (0, 0)
@@ -364,6 +366,10 @@ def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> No
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kv-transfer-config names a connector already",
         ),
+        (
+            {"distributed_executor_backend": "external_launcher"},
+            "distributed-executor-backend='external_launcher' is neither 'mp' nor 'uni'",
+        ),
     ],
 )
 def test_what_a_prefill_engine_cannot_serve(configure: Any, arguments: Any, message: str) -> None:
@@ -395,19 +401,21 @@ def test_models_that_a_prefill_engine_cannot_serve(fields: Any, message: str | N
     model |= {"model": "M", "runner_type": "generate", "max_model_len": 4096}
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(**model | fields, get_num_experts=lambda: experts),
-        parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            world_size=1, data_parallel_size=1, distributed_executor_backend="uni"
+        ),
         speculative_config=draft and SimpleNamespace(method=draft),
         kv_transfer_config=None,
     )
     settings = resolve({"LVLLM_PREFILL_ENGINE": "auto"}, None)
     if message is None:
-        assert setting.check(settings, "none", vllm_config) == setting.PrefillEngine(512, None)
+        assert prefill.check(settings, "none", vllm_config) == PrefillEngine(512, None)
         measured = {"LVLLM_PREFILL_ENGINE": "auto", "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "auto"}
         settings = resolve(measured, None)
-        assert setting.check(settings, "host", vllm_config) == setting.PrefillEngine(512, None)
+        assert prefill.check(settings, "host", vllm_config) == PrefillEngine(512, None)
         return
     with pytest.raises(variables.SettingError, match=f"'auto': {message}; allowed is 0"):
-        setting.check(settings, "none", vllm_config)
+        prefill.check(settings, "none", vllm_config)
 
 
 def test_the_prefill_engines_gpu(configure: Any) -> None:
@@ -417,14 +425,14 @@ def test_the_prefill_engines_gpu(configure: Any) -> None:
     with pytest.raises(
         variables.SettingError, match="GPU='3': no engine runs on a GPU; allowed is em"
     ):
-        setting.check(settings, "none", built)
-    assert setting.check(settings, "cuda", built) == setting.PrefillEngine(64, 3)
+        prefill.check(settings, "none", built)
+    assert prefill.check(settings, "cuda", built) == PrefillEngine(64, 3)
     resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
     beside = resolved.model_copy(update={"accelerator": "cuda"})
     built.cache_config.gpu_memory_utilization = 0.9
-    setting.prepare(built, setting.PrefillEngine(64, 3), beside)
+    prefill.configure(built, PrefillEngine(64, 3), beside)
     assert built.cache_config.gpu_memory_utilization == 0.9
-    setting.prepare(built, setting.PrefillEngine(64, None), beside)
+    prefill.configure(built, PrefillEngine(64, None), beside)
     assert built.cache_config.gpu_memory_utilization == 0.45
 
 

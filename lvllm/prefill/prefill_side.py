@@ -1,4 +1,8 @@
-"""In the prefill engine: each step's new blocks of a prompt go to the memory that came with it."""
+"""The connector in the prefill engine.
+
+After each step, the blocks that the step completed are copied to the memory whose address came with
+the request.
+"""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -7,29 +11,26 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from lvllm.prefill.caches import Caches, Copies, Copy
-from lvllm.prefill.memory import Memory, Place
+from lvllm.prefill.caches import BlockCopy, CopyPlan, LayerCaches
+from lvllm.prefill.memory import MappedMemory, MemoryAddress
 from lvllm.units import ceil_div
 
-__all__ = ["PARAMS", "Scheduler", "Worker"]
-
-PARAMS = "kv_transfer_params"
-"""Of a request's extra arguments: vLLM's name."""
+__all__ = ["SchedulerPart", "WorkerPart"]
 
 
-class Scheduler:
-    """Knows which blocks a step completes."""
+class SchedulerPart:
+    """Works out which blocks each step completes."""
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._requests: dict[str, _Saved] = {}
+        self._requests: dict[str, _Progress] = {}
 
     def start(self, metadata: Mapping[int, Any]) -> None:
         pass
 
     def add(self, request: Any) -> None:
-        place = Place(**request.kv_transfer_params)
-        self._requests[request.request_id] = _Saved(place, request.num_prompt_tokens)
+        address = MemoryAddress(**request.kv_transfer_params)
+        self._requests[request.request_id] = _Progress(address, request.num_prompt_tokens)
 
     def match(self, request: Any, computed: int) -> tuple[int, bool]:
         return 0, False
@@ -37,21 +38,21 @@ class Scheduler:
     def allocated(self, request: Any, blocks: Any, external: int) -> None:
         pass
 
-    def plan(self, scheduler_output: Any) -> Copies:
+    def plan(self, scheduler_output: Any) -> CopyPlan:
         cached = scheduler_output.scheduled_cached_reqs
         computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for new in scheduler_output.scheduled_new_reqs:
             computed[new.req_id] = new.num_computed_tokens
         copies = []
         for request, scheduled in scheduler_output.num_scheduled_tokens.items():
-            saved = self._requests.get(request)
-            if saved is None:
+            progress = self._requests.get(request)
+            if progress is None:
                 continue
-            first, last = saved.through(computed[request] + scheduled, self._block_size)
+            first, last = progress.advance(computed[request] + scheduled, self._block_size)
             if last > first:
                 ids = scheduler_output.kv_connector_block_state.resolve_block_ids(request)[0]
-                copies.append(Copy(request, saved.place, first, tuple(ids[first:last])))
-        return Copies(copies)
+                copies.append(BlockCopy(request, progress.address, first, tuple(ids[first:last])))
+        return CopyPlan(copies)
 
     def arrived(self, output: Any) -> None:
         pass
@@ -63,46 +64,49 @@ class Scheduler:
         pass
 
 
-class _Saved:
-    """How far a prompt of so many `tokens` is in its memory."""
+class _Progress:
+    """How many blocks of a prompt of `tokens` tokens are saved."""
 
-    def __init__(self, place: Place, tokens: int) -> None:
-        self.place = place
+    def __init__(self, address: MemoryAddress, tokens: int) -> None:
+        self.address = address
         self._tokens = tokens
         self._blocks = 0
 
-    def through(self, computed: int, block_size: int) -> tuple[int, int]:
-        """Blocks to save after a step that ends with so many tokens computed: whole ones, and the
-        prompt's last. Preempted, it computes some anew: they are there already.
+    def advance(self, computed: int, block_size: int) -> tuple[int, int]:
+        """The range of blocks to save after a step that ends with `computed` tokens computed.
+
+        Only full blocks are saved, and the prompt's last one. A request that was preempted computes
+        some blocks again; they are saved already.
         """
-        whole = computed >= self._tokens
-        last = ceil_div(self._tokens, block_size) if whole else computed // block_size
+        complete = computed >= self._tokens
+        last = ceil_div(self._tokens, block_size) if complete else computed // block_size
         first, self._blocks = self._blocks, max(self._blocks, last)
         return first, self._blocks
 
 
-class Worker:
-    """Copies after each step."""
+class WorkerPart:
+    """Copies the blocks after each step."""
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._blocks = kv_cache_config.num_blocks
-        self._open: dict[str, Memory] = {}
+        self._open: dict[str, MappedMemory] = {}
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        self._caches = Caches(kv_caches, self._blocks)
+        self._caches = LayerCaches(kv_caches, self._blocks)
 
     def handshake(self) -> None:
         return None
 
-    def load(self, wanted: Copies) -> None:
+    def load(self, plan: CopyPlan) -> None:
         pass
 
-    def save(self, wanted: Copies) -> None:
-        for copy in wanted.copies:
-            # Gone with a request that ended meanwhile. Whoever loads sees what is not there.
+    def save(self, plan: CopyPlan) -> None:
+        for copy in plan.copies:
+            # The memory is gone if its request has ended meanwhile. Whoever loads from it looks at
+            # the count, so blocks that are missing there do no harm.
             with suppress(FileNotFoundError):
                 if copy.request not in self._open:
-                    self._open[copy.request] = self._caches.open(copy.place)
+                    self._open[copy.request] = self._caches.open(copy.address)
                 self._caches.save(self._open[copy.request], copy)
 
     def results(self, finished: set[str]) -> KVConnectorTransferResults:

@@ -1,9 +1,11 @@
-"""In the decoding engine: long prompts go to the prefill engine, their keys and values come back.
+"""The connector in the decoding engine.
 
-The scheduler asks about each waiting request what of it can be had from elsewhere. That is where a
-prompt is sent to the prefill engine, and while it is there the answer is "ask again". Then it is
-loaded beside the steps of others, as vLLM's connectors do. Whatever goes wrong on the way, the
-answer becomes "nothing", and this engine prefills the prompt itself.
+Long prompts go to the prefill engine, and their keys and values come back. vLLM's scheduler asks
+for each waiting request how many of its tokens can be loaded from elsewhere. At the first such
+question a long prompt is sent to the prefill engine, and while it is there the answer is "ask
+again". Then a thread of the worker loads the keys and values while steps of other requests run.
+Whatever goes wrong on the way, the answer becomes "none", and this engine prefills the prompt
+itself.
 """
 
 from collections import deque
@@ -18,54 +20,55 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from lvllm.log import logger
+from lvllm.machine import thread_pool
 from lvllm.prefill import client
-from lvllm.prefill.caches import Caches, Copies, Copy, Sizes
-from lvllm.prefill.memory import Held, Memory
+from lvllm.prefill.caches import BlockCopy, BlockSize, CopyPlan, LayerCaches
+from lvllm.prefill.memory import OwnedMemory
 from lvllm.settings.configuration import HybridConfig
 from lvllm.units import ceil_div
 
-__all__ = ["Scheduler", "Worker"]
+__all__ = ["SchedulerPart", "WorkerPart"]
 
 
 PAUSE = 0.005
-"""Seconds to wait for the prefill engine where there is nothing else to do. vLLM would ask again
-after a millisecond, and on a CPU that time is the prefill engine's.
+"""Seconds to wait for the prefill engine when this engine has nothing to compute. vLLM would ask
+again after a millisecond, and on a CPU the time that asking takes is the prefill engine's.
 """
 
 
 class Stage(Enum):
-    """Where a prompt is."""
+    """How far a prompt has come."""
 
     QUEUED = auto()
     PREFILLING = auto()
     READY = auto()
     LOADING = auto()
-    OURS = auto()
-    """Loaded, or given up: the rest is this engine's."""
+    LOCAL = auto()
+    """Its blocks are loaded, or given up: this engine computes what is left."""
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A request that goes, or went, to the prefill engine."""
+    """The prompt of a request that the prefill engine computes, or has computed."""
 
     request: Any
     tokens: int
     stage: Stage = Stage.QUEUED
-    sent: str = ""
-    """Its name there."""
-    memory: Held | None = None
-    ended: bool = False
-    """Its request has, while it was being loaded."""
+    sent_as: str = ""
+    """The request's name in the prefill engine."""
+    memory: OwnedMemory | None = None
+    request_ended: bool = False
+    """The request ended while the prompt was being loaded."""
 
-    def stop(self) -> None:
-        self.stage = Stage.OURS
+    def release(self) -> None:
+        self.stage = Stage.LOCAL
         if self.memory is not None:
             self.memory.close()
             self.memory = None
 
 
-class Scheduler:
-    """Sends prompts to the prefill engine, and starts that."""
+class SchedulerPart:
+    """Starts the prefill engine and sends prompts to it."""
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
@@ -76,16 +79,17 @@ class Scheduler:
         self._queue: deque[Prompt] = deque()
         self._sent: dict[str, Prompt] = {}
         self._numbers = count()
-        self._loads: list[Copy] = []
+        self._loads: list[BlockCopy] = []
         self._free = 0
-        """Blocks of the prefill engine's cache that no prompt has which was sent there. So memory
-        on the way is at most as large as that cache, and nothing there is preempted.
+        """Blocks of the prefill engine's cache that are not taken by prompts sent to it. Prompts
+        wait for them, so the memory between the engines is at most as large as that cache, and the
+        prefill engine never preempts a request.
         """
 
-    def start(self, metadata: Mapping[int, Sizes]) -> None:
-        """Once the worker has its caches: the second engine."""
-        (sizes,) = metadata.values()
-        self._block_bytes = sizes.block_bytes
+    def start(self, metadata: Mapping[int, BlockSize]) -> None:
+        """Start the prefill engine. vLLM calls this when the worker has its caches."""
+        (size,) = metadata.values()
+        self._block_bytes = size.block_bytes
         self._client = client.Client(self._vllm_config, self._kv_cache_config)
         self._free = self._client.blocks
         logger.info(
@@ -98,8 +102,10 @@ class Scheduler:
         pass
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
-        """Tokens of `request` that can be loaded, beyond the `computed` ones that are here, and
-        whether beside other work. None: not known yet.
+        """How many tokens of `request` can be loaded, beyond the `computed` ones that are here.
+
+        None means that this is not known yet. The second value says whether the tokens are loaded
+        while other requests are computed.
         """
         self._collect()
         prompt = self._prompts.get(request.request_id)
@@ -121,14 +127,15 @@ class Scheduler:
         if prompt is None or prompt.stage is not Stage.READY:
             return
         if not external or prompt.memory is None:
-            self._end(prompt)  # other requests have computed it here meanwhile
+            self._finish(prompt)  # Other requests have computed the same tokens here meanwhile.
             return
         prompt.stage = Stage.LOADING
+        address = prompt.memory.address
         first = (prompt.tokens - external) // self._block_size
-        ids = blocks.get_block_ids()[0][first : prompt.memory.place.blocks]
-        self._loads.append(Copy(request.request_id, prompt.memory.place, first, tuple(ids)))
+        ids = blocks.get_block_ids()[0][first : address.blocks]
+        self._loads.append(BlockCopy(request.request_id, address, first, tuple(ids)))
 
-    def plan(self, scheduler_output: Any) -> Copies:
+    def plan(self, scheduler_output: Any) -> CopyPlan:
         loads, self._loads = self._loads, []
         stages = {prompt.stage for prompt in self._prompts.values()}
         if (
@@ -137,29 +144,30 @@ class Scheduler:
             and not stages & {Stage.READY, Stage.LOADING}
         ):
             self._collect(PAUSE)
-        return Copies(loads)
+        return CopyPlan(loads)
 
     def arrived(self, output: Any) -> None:
-        """Prompts that the worker has loaded, or could not."""
+        """Take note of prompts that the worker has loaded, or failed to load."""
         for request in output.finished_recving or ():
             prompt = self._prompts[request]
             failed = request in output.failed_recving
-            self._end(prompt)
-            if prompt.ended or not failed:
-                del self._prompts[request]  # preempted later, it goes to the prefill engine again
+            self._finish(prompt)
+            if prompt.request_ended or not failed:
+                # If the request is preempted later, it goes to the prefill engine again.
+                del self._prompts[request]
 
     def finished(self, request: Any) -> None:
         prompt = self._prompts.get(request.request_id)
         if prompt is None:
             return
         if prompt.stage is Stage.LOADING:
-            prompt.ended = True  # the worker is at it, and will say so
+            prompt.request_ended = True  # The worker still reads the memory; `arrived` will follow.
             return
         if prompt.stage is Stage.QUEUED:
             self._queue.remove(prompt)
         if prompt.stage is Stage.PREFILLING and self._client is not None:
-            self._client.abort(prompt.sent)
-        self._end(prompt)
+            self._client.abort(prompt.sent_as)
+        self._finish(prompt)
         del self._prompts[request.request_id]
 
     def shutdown(self) -> None:
@@ -168,8 +176,9 @@ class Scheduler:
             self._client = None
 
     def _is_long(self, request: Any, computed: int) -> bool:
-        """Whether the prefill engine is to have it: a prompt of tokens alone, of which nothing is
-        asked but its keys and values.
+        """Whether the prefill engine is to compute the prompt of `request`.
+
+        The prompt must be tokens alone, and nothing but its keys and values may be asked of it.
         """
         return (
             self._client is not None
@@ -179,44 +188,43 @@ class Scheduler:
             and request.lora_request is None
             and not request.mm_features
             and not request.resumable
-            and not request.skip_reading_prefix_cache  # as for log-probabilities of the prompt
+            # vLLM sets this where the log-probabilities of the prompt are asked for.
+            and not request.skip_reading_prefix_cache
         )
 
-    def _blocks(self, prompt: Prompt) -> int:
-        return ceil_div(prompt.tokens, self._block_size)
-
     def _send(self) -> None:
-        """As many of the queue as have room, in their order."""
+        """Send the first prompts of the queue, as long as there is room for the next one."""
         while self._queue and self._client is not None:
             prompt = self._queue[0]
-            if (blocks := self._blocks(prompt)) > self._free:
+            blocks = ceil_div(prompt.tokens, self._block_size)
+            if blocks > self._free:
                 return
             self._queue.popleft()
             self._free -= blocks
-            prompt.memory = Held(blocks, self._block_bytes)
-            prompt.sent = f"{prompt.request.request_id}-{next(self._numbers)}"
+            prompt.memory = OwnedMemory(blocks, self._block_bytes)
+            prompt.sent_as = f"{prompt.request.request_id}-{next(self._numbers)}"
             prompt.stage = Stage.PREFILLING
-            self._sent[prompt.sent] = prompt
-            self._client.send(prompt.sent, prompt.request, prompt.memory.place)
+            self._sent[prompt.sent_as] = prompt
+            self._client.send(prompt.sent_as, prompt.request, prompt.memory.address)
 
-    def _end(self, prompt: Prompt) -> None:
-        """Of its way through the prefill engine."""
+    def _finish(self, prompt: Prompt) -> None:
+        """Free what a prompt takes up on its way, and send the next ones."""
         if prompt.memory is not None:
-            self._free += prompt.memory.place.blocks
-        prompt.stop()
-        self._sent.pop(prompt.sent, None)
+            self._free += prompt.memory.address.blocks
+        prompt.release()
+        self._sent.pop(prompt.sent_as, None)
         self._send()
 
     def _collect(self, seconds: float = 0) -> None:
-        """What the prefill engine has done; waits so long for it to do something."""
+        """Take note of what the prefill engine has done; wait up to `seconds` for something."""
         if self._client is None:
             return
-        for name, whole in self._client.done(seconds):
+        for name, complete in self._client.done(seconds):
             if prompt := self._sent.pop(name, None):
-                if whole:
+                if complete:
                     prompt.stage = Stage.READY
                 else:
-                    self._end(prompt)
+                    self._finish(prompt)
         if self._client.ended:
             logger.warning(
                 "LvLLM: the prefill engine, process %d, has ended; from now on this one prefills"
@@ -226,33 +234,33 @@ class Scheduler:
             client, self._client = self._client, None
             client.shutdown()
             for prompt in (*self._queue, *self._sent.values()):
-                prompt.stop()
+                prompt.release()
             self._queue.clear()
             self._sent.clear()
 
 
-class Worker:
-    """Loads in a thread, beside the steps."""
+class WorkerPart:
+    """Loads keys and values in a thread, while steps run."""
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._blocks = kv_cache_config.num_blocks
-        (self._cpus,) = HybridConfig.carried(vllm_config).omp_cpus  # there is one worker
+        (self._cpus,) = HybridConfig.carried(vllm_config).omp_cpus  # There is one worker.
+        self._thread: ThreadPoolExecutor | None = None
         self._loading: dict[str, Future[None]] = {}
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        from lvllm.machine import thread_pool
+        self._caches = LayerCaches(kv_caches, self._blocks)
+        self._thread = thread_pool.pool(1, self._cpus)
 
-        self._caches = Caches(kv_caches, self._blocks)
-        self._thread: ThreadPoolExecutor = thread_pool.pool(1, self._cpus)
+    def handshake(self) -> BlockSize:
+        return BlockSize(self._caches.block_bytes)
 
-    def handshake(self) -> Sizes:
-        return Sizes(self._caches.block_bytes)
-
-    def load(self, wanted: Copies) -> None:
-        for copy in wanted.copies:
+    def load(self, plan: CopyPlan) -> None:
+        for copy in plan.copies:
+            assert self._thread is not None, "vLLM registers the caches before the first step"
             self._loading[copy.request] = self._thread.submit(self._load, copy)
 
-    def save(self, wanted: Copies) -> None:
+    def save(self, plan: CopyPlan) -> None:
         pass
 
     def results(self, finished: set[str]) -> KVConnectorTransferResults:
@@ -265,13 +273,15 @@ class Worker:
         return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
 
     def shutdown(self) -> None:
-        self._thread.shutdown()
+        """May come before `register`: a worker that fails while it makes its caches ends so."""
+        if self._thread is not None:
+            self._thread.shutdown()
 
     @torch.inference_mode()
-    def _load(self, copy: Copy) -> None:
-        memory: Memory = self._caches.open(copy.place)
+    def _load(self, copy: BlockCopy) -> None:
+        memory = self._caches.open(copy.address)
         if self._caches.device.type == "cuda":
-            # A stream of its own, or the copies would wait for the steps that are queued.
+            # In the worker's own stream, the copies would wait for the steps that are queued there.
             with torch.cuda.stream(torch.cuda.Stream(self._caches.device)):
                 self._caches.load(memory, copy)
         else:
