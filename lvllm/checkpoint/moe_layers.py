@@ -7,9 +7,10 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
 def layer_number(name: str) -> int | None:
-    """The decoder layer that a module or tensor of this name belongs to, in the model's own
-    numbering, whatever stands before it (`language_model.model.layers.3.mlp`,
-    `backbone.layers.3.mixer`); None outside of them.
+    """The number of the decoder layer that a module or tensor of this name belongs to.
+
+    The name may have any prefix: `language_model.model.layers.3.mlp`, `backbone.layers.3.mixer`.
+    None for what belongs to no decoder layer.
     """
     found = _LAYER.search(name)
     return int(found[1]) if found else None
@@ -18,8 +19,8 @@ def layer_number(name: str) -> int | None:
 def moe_layers(text_config: Any) -> list[int]:
     """Indices of the decoder layers with routed experts, in the model's own numbering.
 
-    `text_config` is the language model's Hugging Face configuration. Families say in different
-    fields which layers are dense; fields that a configuration lacks exclude nothing.
+    `text_config` is the language model's Hugging Face configuration. Model families use different
+    fields to say which layers are dense. A field that a configuration lacks excludes no layer.
     """
     layers = int(text_config.num_hidden_layers)
     return [layer for layer in range(layers) if _has_experts(text_config, layer)]
@@ -30,7 +31,7 @@ def _has_experts(config: Any, layer: int) -> bool:
         value = getattr(config, name, None)
         return default if value is None else value
 
-    # Lists with one entry a layer: GLM, EXAONE, Laguna; then Nemotron-H; then MiMo.
+    # One entry for each layer: GLM, EXAONE and Laguna; then Nemotron-H; then MiMo.
     if types := field("mlp_layer_types", None):
         return types[layer] == "sparse"
     if pattern := field("hybrid_override_pattern", None):
@@ -38,27 +39,27 @@ def _has_experts(config: Any, layer: int) -> bool:
     frequency = field("moe_layer_freq", 1)
     if isinstance(frequency, list):
         return bool(frequency[layer])
-    # Lists of the layers with experts: Step-3, Llama 4.
+    # A list of the layers with experts: Step-3; then Llama 4.
     if (listed := field("moe_layers_enum", None)) is not None:
         return layer in {int(index) for index in listed.split(",")}
     if (listed := field("moe_layers", None)) is not None:
         return layer in listed
     return (
-        # DeepSeek, GLM-4, Kimi; AFMoE and LFM2 under another name
+        # DeepSeek, GLM-4 and Kimi; AFMoE and LFM2 use the second name.
         layer >= field("first_k_dense_replace", 0)
         and layer >= field("num_dense_layers", 0)
         and layer % frequency == 0
-        # Qwen
+        # Qwen.
         and layer not in field("mlp_only_layers", ())
         and (layer + 1) % field("decoder_sparse_step", 1) == 0
-        # ERNIE
+        # ERNIE.
         and layer >= field("moe_layer_start_index", 0)
         and (layer + 1) % field("moe_layer_interval", 1) == 0
     )
 
 
 def describe_layers(layers: list[int]) -> str:
-    """Layers in the notation of LVLLM_GPU_RESIDENT_MOE_LAYERS: [1, 2, 3, 7] -> `1-3,7`."""
+    """Write numbers as LVLLM_GPU_RESIDENT_MOE_LAYERS does: [1, 2, 3, 7] becomes `1-3,7`."""
     parts: list[str] = []
     start = 0
     for end, layer in enumerate(layers):

@@ -1,8 +1,8 @@
-"""Experts computed in another format than the checkpoint's: made layer by layer while loading.
+"""Experts computed in another format than the checkpoint's, converted layer by layer while loading.
 
-A layer's parameters lie in ordinary memory, whose pages come as the loader writes. Once its last
-tensor is there, its experts are turned one by one into engine memory, and the parameters' memory is
-freed. So the peak is the runtime format and the layers that are being loaded.
+A layer's parameters lie in ordinary memory, which takes pages only as the loader writes. Once the
+layer's last tensor is there, its experts are converted one by one into engine memory, and the
+parameters' memory is freed. So the peak is the converted model and the layers being loaded.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""A checkpoint's experts quantised in the formats that people download, and the same values in
-float32 as the reference for them.
+"""Checkpoints whose experts are quantised in the formats that people download.
 
-A scheme quantises one projection of one expert, [rows, columns], to the tensors that stand in the
-checkpoint by their suffix, and to the values that those mean.
+A reference goes with each: the same values in float32. A scheme quantises one projection of one
+expert, [rows, columns]. It returns the checkpoint's tensors by their suffix, and the values that
+those tensors mean.
 """
 
 import json
@@ -35,15 +35,16 @@ class Scheme:
     config: dict[str, Any]
     quantize: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
     ignored: str | None = "ignored_layers"
-    """The key of `config` that lists what is not quantised; None: `config` says it otherwise."""
+    """The key of `config` that lists what is not quantised. None: `config` says it in another way.
+    """
     what: str = EXPERTS
-    """A pattern of the names of what is."""
+    """A pattern for the names of the tensors that are quantised."""
     also: "Scheme | None" = None
-    """How other tensors are quantised; its `config` and `ignored` are not used."""
+    """How other tensors are quantised: `what` and `quantize` of it are used."""
 
 
 def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
-    """Writes the quantised checkpoint and its values in float32; returns both folders."""
+    """Write the quantised checkpoint, and its values in float32; return both folders."""
     quantized, values = out / "quantized", out / "values"
     tensors = load_file(folder / "model.safetensors")
     packed: Tensors = {}
@@ -75,7 +76,7 @@ def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
 
 
 def as_int4(folder: Path, out: Path, what: str = EXPERTS) -> Path:
-    """A copy of a checkpoint of values, its experts rounded as LVLLM_MOE_USE_WEIGHT=INT4 does."""
+    """A copy of a float32 checkpoint with experts rounded as LVLLM_MOE_USE_WEIGHT=INT4 does it."""
     shutil.copytree(folder, out)
     tensors = load_file(out / "model.safetensors")
     for name, tensor in tensors.items():
@@ -89,13 +90,13 @@ def as_int4(folder: Path, out: Path, what: str = EXPERTS) -> Path:
 
 
 def to_fp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 of [..., n] by one float32 scale [..., 1] for the last dimension."""
+    """The e4m3 codes of [..., n], and one float32 scale [..., 1] for the last dimension."""
     scale = values.abs().amax(-1, keepdim=True).clamp_min(1e-12) / FP8_LARGEST
     return (values / scale).to(torch.float8_e4m3fn), scale
 
 
 def fp8_blocks(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """128 x 128 blocks, the last ones cut."""
+    """One scale for each block of 128 x 128 weights; the last blocks may be smaller."""
     rows, columns = weight.shape
     down, across = -(-rows // 128), -(-columns // 128)
     padded = torch.zeros(down * 128, across * 128)
@@ -114,7 +115,7 @@ def fp8_blocks(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 
 
 def fp8_tensor(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """One scale, and an input scale that is read and not used."""
+    """One scale for all weights, and an input scale, which LvLLM ignores."""
     code, scale = to_fp8(weight.flatten())
     return (
         {
@@ -127,7 +128,7 @@ def fp8_tensor(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 
 
 def fp8_channels(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """A scale a row, in bfloat16 as llm-compressor writes it."""
+    """One scale for each row, in bfloat16 as llm-compressor writes it."""
     _, scale = to_fp8(weight)
     scale = scale.bfloat16()
     code = (weight / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
@@ -137,7 +138,7 @@ def fp8_channels(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 def integers(
     weight: torch.Tensor, bits: int, group: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Signed integers [rows, columns], bfloat16 scales and signed zero points [rows, groups]."""
+    """Signed integers [rows, columns]; bfloat16 scales and signed zero points [rows, groups]."""
     rows, columns = weight.shape
     groups = weight.view(rows, columns // group, group)
     lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
@@ -153,14 +154,14 @@ def integers(
 
 
 def shuffled_groups(columns: int, size: int) -> torch.Tensor:
-    """int32 [columns]: the group of each column, in an order of its own (act-order)."""
+    """int32 [columns]: the group of each column, in random order as with act-order."""
     return (torch.randperm(columns) // size).int()
 
 
 def by_groups(
     weight: torch.Tensor, bits: int, groups: torch.Tensor, size: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `integers`, of columns in these groups; and the values that all of it means."""
+    """As `integers`, for columns in these groups; the fourth tensor holds the values they mean."""
     order = groups.argsort(stable=True)
     values, scale, zero = integers(weight[:, order], bits, size, symmetric)
     placed = torch.empty_like(values)
@@ -172,7 +173,7 @@ def by_groups(
 def packed_integers(
     bits: int, group: int | None, symmetric: bool, shuffled: bool = False
 ) -> Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]:
-    """compressed-tensors' pack-quantized; a group of None is a row."""
+    """compressed-tensors' pack-quantized; a `group` of None is a row."""
 
     def pack(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         size = group or weight.shape[1]
@@ -195,13 +196,13 @@ def packed_integers(
 
 
 def int8_channels(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """int8 as it is, a scale a row."""
+    """Unpacked int8, and one scale for each row."""
     values, scale, _ = integers(weight, 8, weight.shape[1], symmetric=True)
     return {"weight": values, "weight_scale": scale}, values.float() * scale.float()
 
 
 def words(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """uint8 [A, B * n] -> int32 [A, B] of n codes each: order[i] is the one in the i-th bits."""
+    """uint8 [A, B * n] -> int32 [A, B] of n codes each; code order[i] goes into the i-th bits."""
     bits = 32 // len(order)
     parts = codes.to(torch.int64).unflatten(1, (-1, len(order)))[..., list(order)]
     shifts = torch.arange(len(order)) * bits
@@ -226,7 +227,7 @@ def awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 def gptq(
     bits: int, group: int, symmetric: bool = True, shuffled: bool = False
 ) -> Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]:
-    """A group of -1 is a row. Zero points are less by one, as in version 1."""
+    """A `group` of -1 is a row. Zero points are stored minus one, as in version 1."""
 
     def pack(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         size = weight.shape[1] if group == -1 else group
@@ -251,15 +252,15 @@ def gptq(
 def gptq_scheme(
     bits: int, group: int, symmetric: bool = True, shuffled: bool = False, attention: bool = False
 ) -> Scheme:
-    """Of the experts, and of attention as well."""
-    left: dict[str, Any] = {} if attention else {r"-:.*self_attn.*": {}}
+    """A GPTQ checkpoint with quantised experts and, if wanted, quantised attention."""
+    not_quantised: dict[str, Any] = {} if attention else {r"-:.*self_attn.*": {}}
     config = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group,
         "desc_act": shuffled,
         "sym": symmetric,
-        "dynamic": left | {r"-:.*mlp\.gate$": {}},
+        "dynamic": not_quantised | {r"-:.*mlp\.gate$": {}},
     }
     what = f"{EXPERTS}|{ATTENTION}" if attention else EXPERTS
     return Scheme(config, gptq(bits, group, symmetric, shuffled), ignored=None, what=what)
@@ -269,14 +270,14 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def to_e2m1(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [..., n / 2] of the nearest e2m1 values, the even one in the low nibble; the values."""
+    """The nearest e2m1 values: codes [..., n / 2], the even one in the low nibble, and values."""
     index = (values.abs().unsqueeze(-1) - E2M1).abs().argmin(-1)
     codes = (index + 8 * (values < 0)).to(torch.uint8)
     return codes[..., 0::2] | codes[..., 1::2] << 4, E2M1[index] * values.sign()
 
 
 def mxfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """Groups of 32 by a power of two."""
+    """One power of two for each group of 32."""
     groups = weight.view(len(weight), -1, 32)
     exponent = (groups.abs().amax(-1).clamp_min(1e-30).log2().floor() - 2).clamp(-127, 127)
     codes, values = to_e2m1(groups / exponent.exp2().unsqueeze(-1))
@@ -288,22 +289,22 @@ def mxfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 
 
 def nvfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """Groups of 16 by an e4m3, all by the inverse of a float32."""
+    """One e4m3 scale for each group of 16, and one float32 that all weights are divided by."""
     groups = weight.view(len(weight), -1, 16)
-    by_all = 6 * FP8_LARGEST / weight.abs().max()
-    scale = (groups.abs().amax(-1) / 6 * by_all).to(torch.float8_e4m3fn)
-    unit = (scale.float() / by_all).unsqueeze(-1)
+    divisor = 6 * FP8_LARGEST / weight.abs().max()
+    scale = (groups.abs().amax(-1) / 6 * divisor).to(torch.float8_e4m3fn)
+    unit = (scale.float() / divisor).unsqueeze(-1)
     codes, values = to_e2m1(groups / unit.clamp_min(1e-30))
     stored = {
         "weight_packed": codes.flatten(1),
         "weight_scale": scale,
-        "weight_global_scale": by_all.view(1),
+        "weight_global_scale": divisor.view(1),
     }
     return stored, (values * unit).view(weight.shape)
 
 
 def modelopt_nvfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """The same values under other names: multiplied by a float32 instead of divided."""
+    """As `nvfp4` with other names: weights are multiplied by the float32 instead of divided."""
     stored, values = nvfp4(weight)
     return {
         "weight": stored["weight_packed"],
@@ -321,7 +322,7 @@ def compressed_fp8_blocks(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 def compressed(
     format: str, quantize: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]], **weights: Any
 ) -> Scheme:
-    """A compressed-tensors checkpoint of one group of targets."""
+    """A compressed-tensors checkpoint with one group of targets."""
     inputs = weights.pop("inputs", None)
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     config = {
@@ -461,7 +462,7 @@ SCHEMES["auto_round"] = Scheme(
 
 
 def two_compressed() -> Scheme:
-    """Layer 0 in 4 bits, layer 1 in fp8, and layer 2, if there is one, as it was."""
+    """Layer 0 is quantised to 4 bits, layer 1 to fp8; layer 2, if there is one, is not."""
     ints, floats = SCHEMES["compressed_int4_groups_of_32"], SCHEMES["compressed_fp8_channels"]
     groups = {}
     for name, scheme, layer in (("group_0", ints, 0), ("group_1", floats, 1)):
@@ -483,4 +484,4 @@ MIXED = {
     "gptq_and_bf16": replace(SCHEMES["gptq_int4_act_order"], what=FIRST_LAYER),
     "modelopt_nvfp4_and_bf16": replace(SCHEMES["modelopt_nvfp4"], what=FIRST_LAYER),
 }
-"""Not all layers' experts alike."""
+"""Checkpoints whose layers are quantised in different ways."""
