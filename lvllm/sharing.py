@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lvllm.engine import bank
+from lvllm.errors import LvllmError
 from lvllm.log import logger
 
 __all__ = ["Follower", "Owner", "apart", "follower", "held", "join", "leave", "name_of", "owner"]
@@ -88,7 +89,7 @@ def join(name: str) -> "Owner | Follower":
     """In a worker: take the name, or follow who has it. Again for the same name while the layers
     that were made under it live: the same object.
 
-    Raises ValueError if the name is another user's.
+    Raises LvllmError if the name is another user's.
     """
     global _current
     if _current is not None and _current.name == name and _current.open:
@@ -238,7 +239,7 @@ class Follower:
         self.process, user = _peer(connection)
         if user != os.getuid():
             self.close()
-            raise ValueError(
+            raise LvllmError(
                 f"LVLLM_SHARE_EXPERTS=1: process {self.process} of user {user} holds the name of"
                 " these experts; only engines of one user share them"
             )

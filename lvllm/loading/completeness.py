@@ -1,11 +1,11 @@
-"""Weights beside the experts that a checkpoint does not have.
+"""Weights outside the experts that a checkpoint does not have.
 
-vLLM looks for them in unquantised models alone, and passes over its linear layers and embeddings,
-which begin as whatever the memory held: such a model starts and answers with noise. So here one
-weight of each of their rows begins as NaN.
+vLLM compares the names of what was loaded with a model's parameters, but leaves out the modules
+that have a quantisation method, which all linear layers and embeddings do. Their memory starts with
+whatever it held, so that a model without some of these weights starts and answers with noise. Here
+the first weight of each of their rows starts as NaN, and none may be NaN after loading.
 """
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -13,37 +13,56 @@ from torch.nn import Module
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-__all__ = ["require_all"]
+from lvllm.checkpoint.headers import CheckpointError
+
+__all__ = ["load_all_rows", "require_names"]
 
 PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
-def require_all(load: Callable[[], None], model: Module) -> None:
-    """Have `load` fill `model`; ValueError, in one line with the weight's name, if it does not.
+def require_names(model: Module, loaded: set[str] | None) -> None:
+    """Raise CheckpointError if a parameter of `model` is not among the names that were `loaded`.
 
-    Rows that a checkpoint really has as NaN are refused, too.
+    Parameters of modules with a quantisation method are left out, because a checkpoint need not
+    have all of them. A model that does not report what it loaded (None) is not checked.
     """
-    for _, mark in _marks(model):
-        mark.fill_(torch.nan)
-    try:
-        load()
-    except ValueError as error:  # vLLM's own check, of all other weights
-        if "not initialized from checkpoint" not in str(error):
-            raise
-        first, *others = sorted(re.findall(r"'([^']+)'", str(error)))
-        more = f", nor are {len(others)} others" if others else ""
-        raise ValueError(f"{first} is not in the checkpoint{more}") from None
-    for name, mark in _marks(model):  # again: loading may have replaced a parameter's memory
-        missing = mark.isnan().nonzero().flatten().tolist()
+    if loaded is None:
+        return
+    left_out = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if getattr(module, "quant_method", None) is not None
+    )
+    missing = sorted(
+        name
+        for name, _ in model.named_parameters()
+        if name not in loaded and not name.startswith(left_out)
+    )
+    if missing:
+        more = f", nor are {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise CheckpointError(f"{missing[0]} is not in the checkpoint{more}")
+
+
+def load_all_rows(load: Callable[[], None], model: Module) -> None:
+    """Have `load` fill `model`, all rows of its linear layers and embeddings included.
+
+    Raises CheckpointError, with the weight's name, if a row was not loaded. A row that begins with
+    NaN in the checkpoint is refused as well.
+    """
+    for _, firsts in _first_weights(model):
+        firsts.fill_(torch.nan)
+    load()
+    for name, firsts in _first_weights(model):  # loading may have replaced a parameter's memory
+        missing = firsts.isnan().nonzero().flatten().tolist()
         if missing:
-            raise ValueError(
-                f"{name} is not in the checkpoint, or NaN: {len(missing)} of its {len(mark)} rows,"
-                f" the first is {missing[0]}"
+            raise CheckpointError(
+                f"{name} is not in the checkpoint, or NaN: {len(missing)} of its {len(firsts)}"
+                f" rows, the first is {missing[0]}"
             )
 
 
-def _marks(model: Module) -> list[tuple[str, torch.Tensor]]:
-    """The first weight of each row of every plain matrix, by the matrix's name."""
+def _first_weights(model: Module) -> list[tuple[str, torch.Tensor]]:
+    """The name of every unquantised matrix, and a view of the first weight of each of its rows."""
     found = []
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")

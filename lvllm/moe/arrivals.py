@@ -1,7 +1,7 @@
-"""Which of a layer's expert tensors have come from the checkpoint.
+"""Which of a layer's expert tensors have arrived from the checkpoint.
 
-vLLM's loader hands each tensor to the `weight_loader` of a parameter, in any order, and says
-nothing of those that never come. An `Arrivals` stands between the two.
+vLLM's loader hands each tensor to the `weight_loader` of a parameter, in any order, and does not
+report tensors that never come. An `Arrivals` stands between the loader and the parameters.
 """
 
 import threading
@@ -10,34 +10,31 @@ from typing import Any
 
 import torch
 
-from lvllm.errors import LvllmError
+from lvllm.errors import LayerError, LvllmError, TensorError, naming_layer
 
-__all__ = ["EXPERTS", "Arrivals", "LayerError"]
+__all__ = ["EXPERTS", "Arrivals"]
 
 EXPERTS = ("w13_", "w2_")
-"""What the names of experts' parameters begin with."""
+"""The names of experts' parameters begin with one of these."""
 SHARDS = ("w1", "w3", "w2")
-"""vLLM's names of the projections gate, up and down. Without a gate, w1 is up."""
+"""vLLM's names for the gate, up and down projections. Without a gate, w1 is the up projection."""
 
 Missing = tuple[str, int, str]
-"""Parameter, expert of this process, projection."""
-
-
-class LayerError(LvllmError):
-    """What is wrong with a layer's tensors together, whichever of them came last."""
+"""The name of a parameter, the number of an expert in this process, and a projection."""
 
 
 class Arrivals:
     """Counts the expert tensors of one layer as they are loaded.
 
-    Wanted is what this process holds of every parameter called w13_NAME or w2_NAME, for each expert
-    and projection, but of those with the attribute `optional`. A parameter with the attribute
-    `place`, a function of an expert's data, a tensor and its projection, is not left to vLLM.
+    A tensor is wanted for every parameter called w13_NAME or w2_NAME, for each projection of it and
+    each expert of this process, except for parameters with the attribute `optional`. vLLM's weight
+    loader copies the tensors, except for parameters with the attribute `place`: that function takes
+    an expert's part of the parameter, the tensor and its projection, and copies it itself.
 
     Args:
         layer: the layer; its parameters may be registered later.
-        load: its weight loader, with the arguments of vLLM's.
-        complete: called once, in the thread that brought the last tensor.
+        load: vLLM's weight loader of the layer.
+        complete: is called once, in the thread that brought the last tensor.
     """
 
     def __init__(
@@ -51,9 +48,12 @@ class Arrivals:
         self._lock = threading.Lock()
 
     def expect(self, parts: int) -> None:
-        """Want all tensors of the parameters that the layer has now; w13 is of `parts`."""
+        """Want all tensors of the parameters that the layer has now.
+
+        `parts` is the number of projections in w13: 2 for gate and up, 1 without a gate.
+        """
         for name, parameter in self._layer.named_parameters(recurse=False):
-            if not name.startswith(EXPERTS):  # the router's, in some models
+            if not name.startswith(EXPERTS):  # some models keep the router's parameters here
                 continue
             self._names[id(parameter)] = name
             if getattr(parameter, "optional", False):
@@ -71,14 +71,19 @@ class Arrivals:
         expert_id: int | None,
         return_success: bool = False,
     ) -> bool | None:
-        """Load one tensor as vLLM does, and note that it came.
+        """Load one tensor as vLLM does, and note that it arrived.
 
-        What comes again after its layer was converted, and its memory freed, is left.
+        A tensor that comes once more after its layer was converted, when the parameter's memory is
+        already freed, is ignored.
+
+        Raises:
+            TensorError: if the layer cannot take the tensor.
+            LayerError: if this was the last tensor and the layer cannot be completed.
         """
         local = self._local(expert_id)
         loaded = local != -1 and param.numel() > 0
         if loaded and hasattr(param, "place"):
-            param.place(param.data[local], loaded_weight, shard_id)
+            self._place(param, local, loaded_weight, shard_id)
         elif loaded:
             loaded = bool(
                 self._load(
@@ -92,7 +97,7 @@ class Arrivals:
             )
         if loaded:
             name = self._names[id(param)]
-            # Some models load all experts at once, and some of them all projections of a parameter.
+            # Some models load all experts in one tensor, some of these all projections as well.
             experts: Iterable[int] = range(self._layer.local_num_experts)
             if local is not None and loaded_weight.dim() < 3:
                 experts = (local,)
@@ -100,11 +105,20 @@ class Arrivals:
             self._note({(name, expert, shard) for expert in experts for shard in shards})
         return loaded if return_success else None
 
-    # vLLM asks a parameter's loader whether it takes experts.
+    # vLLM reads this attribute to learn whether a parameter's loader takes experts.
     load.supports_moe_loading = True  # type: ignore[attr-defined]
 
+    @staticmethod
+    def _place(param: Any, local: int | None, tensor: torch.Tensor, shard: str | None) -> None:
+        try:
+            param.place(param.data[local], tensor, shard)
+        except LvllmError:
+            raise
+        except ValueError as error:
+            raise TensorError(str(error)) from error
+
     def _local(self, expert: int | None) -> int | None:
-        """The expert's number in this process, -1 if it is another's."""
+        """The expert's number in this process, or -1 if another process has it."""
         if expert is None:
             return None
         number: int = self._layer._map_global_expert_id_to_local_expert_id(expert)
@@ -115,19 +129,15 @@ class Arrivals:
             last = bool(self._missing) and self._missing <= came
             self._missing -= came
         if last:
-            try:
+            with naming_layer(self._layer.layer_name):
                 self._complete()
-            except ValueError as error:
-                name: str = self._layer.layer_name
-                said = str(error)
-                raise LayerError(said if said.startswith(name) else f"{name}: {said}") from None
 
     def require_all(self) -> None:
-        """Raises ValueError, in one line with the checkpoint's name, if a tensor never came."""
+        """Raise LayerError, with a tensor's name in the checkpoint, if tensors never came."""
         if self._missing:
             first, count = min(self._missing, key=self._order), len(self._missing)
             more = f", nor are {count - 1} others of its layer's experts" if count > 1 else ""
-            raise ValueError(f"{self._name(first)} is not in the checkpoint{more}")
+            raise LayerError(f"{self._name(first)} is not in the checkpoint{more}")
 
     @staticmethod
     def _order(missing: Missing) -> tuple[int, str, str]:
@@ -135,6 +145,7 @@ class Arrivals:
         return expert, shard, name
 
     def _name(self, missing: Missing) -> str:
+        """The tensor's name in the checkpoint."""
         name, expert, shard = missing
         layer = self._layer
         projection = {

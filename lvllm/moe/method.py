@@ -12,6 +12,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from lvllm import sharing, startup
 from lvllm.checkpoint.moe_layers import describe_layers
+from lvllm.errors import layer_errors
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape, add_biases, empty
 from lvllm.log import logger
@@ -68,6 +69,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
                 f" {moe.num_experts} experts"
             )
 
+    @layer_errors
     def create_weights(  # type: ignore[override]
         self,
         layer: Module,
@@ -119,10 +121,11 @@ class HybridMoEMethod(FusedMoEMethodBase):
         parameters = layer.named_parameters(recurse=False)
         empty(parameter for name, parameter in parameters if name.startswith(EXPERTS))
 
+    @layer_errors
     def process_weights_after_loading(self, layer: Any) -> None:
         """Complete the layer after vLLM has loaded all weights.
 
-        Raises ValueError if the checkpoint lacks any of the weights, or if another engine that was
+        Raises LayerError if the checkpoint lacks any of the weights, or if another engine that was
         loading them has ended.
         """
         if self.follower is not None:

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.platforms import current_platform
 
 from lvllm.checkpoint.moe_layers import layer_number
+from lvllm.errors import LayerError
 from lvllm.settings.configuration import HybridConfig
 
 __all__ = ["is_resident", "resident_method"]
@@ -39,7 +40,7 @@ def resident_method(
 ) -> FusedMoEMethodBase:
     """vLLM's own method for the experts of `layer`, called `prefix`.
 
-    Raises ValueError, in one line that names the layer, where vLLM has none on its platform.
+    Raises LayerError where vLLM has none on its platform.
     """
     try:
         if current_platform.is_cpu() and not moe_config.is_act_and_mul:
@@ -57,7 +58,7 @@ def resident_method(
         remedy = f"leave {number} out of LVLLM_GPU_RESIDENT_MOE_LAYERS"
         if _is_draft():
             remedy = "leave speculative-config out, as a draft's layers are resident"
-        raise ValueError(
+        raise LayerError(
             f"{prefix}: vLLM cannot compute these experts on {current_platform.device_name}, where"
             f" they are to be resident: {type(error).__name__}: {error}; {remedy}"
         ) from error

@@ -14,6 +14,7 @@ from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 from vllm.model_executor.models.transformers.moe import TransformersRoutedExperts
 
 from lvllm import formats
+from lvllm.errors import TensorError, naming_layer
 from lvllm.moe.method import HybridMoEMethod
 from lvllm.moe.resident import is_resident, resident_method
 
@@ -36,7 +37,8 @@ class HybridExperts:
         self.resident = is_resident(prefix)
         if self.resident:
             return resident_method(self, prefix, quant_config, moe_config)
-        return HybridMoEMethod(moe_config, formats.find(quant_config, self, prefix), prefix)
+        with naming_layer(prefix):
+            return HybridMoEMethod(moe_config, formats.find(quant_config, self, prefix), prefix)
 
     def _narrow_expert_data_for_padding(
         self, expert_data: torch.Tensor, loaded_weight: torch.Tensor, *more: Any, **options: Any
@@ -47,7 +49,7 @@ class HybridExperts:
             narrowed: torch.Tensor = narrow(expert_data, loaded_weight, *more, **options)
             return narrowed
         if loaded_weight.dim() == expert_data.dim() and loaded_weight.shape != expert_data.shape:
-            raise ValueError(
+            raise TensorError(
                 f"does not fit the model: this process takes {list(expert_data.shape)} of it"
             )
         return expert_data

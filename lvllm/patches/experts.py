@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lvllm.errors import LayerError
 from lvllm.patches.registry import patch
 
 __all__ = ["allow_experts_without_gate", "refuse_unknown_experts"]
@@ -24,7 +25,7 @@ def refuse_unknown_experts(original: Any) -> Any:
     def _get_quant_method(layer: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
         if resident.is_resident(prefix):
             return resident.resident_method(layer, prefix, quant_config, moe_config)
-        raise ValueError(
+        raise LayerError(
             f"{prefix}: experts of the class {type(layer).__name__} are not supported with"
             " LVLLM_MOE_NUMA_ENABLED=1 yet; unset it for stock vLLM"
         )

@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
+from lvllm.errors import LayerError
 from lvllm.formats.compressed_tensors import ORDERED
 from lvllm.upstream.integer_linear import GptqLinear
 
@@ -117,7 +118,7 @@ class CompressedConfig(CompressedTensorsConfig):
             scheme = self.get_scheme_dict(layer, prefix) or {}
             weights = scheme.get("weights")
             if weights is not None and weights.actorder in ORDERED:
-                raise ValueError(
+                raise LayerError(
                     f"{prefix}: actorder={weights.actorder!r} of a linear layer is not supported;"
                     " experts may have it"
                 )

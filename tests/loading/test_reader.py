@@ -1,4 +1,4 @@
-"""Tensors read straight from files, against the safetensors library's own reading of them."""
+"""Tensors read straight from files, compared with what the safetensors library reads."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lvllm.checkpoint.headers import Checkpoint, CheckpointError
 from lvllm.loading import reader as module
-from lvllm.loading.reader import FileTensor, Reader, in_loading_order
+from lvllm.loading.file_tensor import FileTensor
+from lvllm.loading.reader import Reader, in_loading_order
 
 DTYPES = [
     torch.bool,
@@ -30,7 +31,7 @@ DTYPES = [
 
 
 def draw(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random bits: NaN and all."""
+    """A tensor of random bits, NaN among them."""
     size = torch.Size(shape).numel() * dtype.itemsize
     bits = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8)
     return bits.view(dtype).view(shape)
@@ -41,20 +42,20 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Bit for bit, NaN too; neither is a FileTensor any more."""
+    """Whether two plain tensors are equal bit for bit, NaN included."""
     assert type(left) is type(right) is torch.Tensor
     return left.dtype == right.dtype and left.shape == right.shape and bits(left) == bits(right)
 
 
 def file_tensor(folder: Path, tensor: torch.Tensor) -> FileTensor:
-    """The tensor in a file, not at its beginning."""
+    """A FileTensor of the tensor, which does not lie at the beginning of its file."""
     save_file({"before": torch.zeros(3, dtype=torch.int64), "it": tensor}, folder / "a.safetensors")
     info = Checkpoint.open(folder).tensors["it"]
     return next(iter(Reader([0]).read([info])))
 
 
 def test_every_dtype_and_awkward_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # So that these small tensors are cut into pieces, among more threads than CPUs.
+    # With these sizes even small tensors are cut into pieces, for more threads than CPUs.
     monkeypatch.setattr(module, "PIECE", 4096)
     monkeypatch.setattr(module, "AHEAD", 1 << 14)
     shapes = [(), (1,), (0,), (3, 0, 2), (7, 5), (4097, 3), (2, 3, 5, 7), (70_001,)]
@@ -109,7 +110,7 @@ WAYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_loaders_do_with_tensors(way: str, tmp_path: Path) -> None:
-    """Each way of looking at a tensor, copied to a parameter of the same dtype and of another."""
+    """Each way of viewing a tensor, copied to a parameter of the same dtype and of another."""
     plain = torch.rand(12, 10)
     wanted = WAYS[way](plain.clone())
     another = torch.float64 if wanted.is_floating_point() else torch.int16
@@ -118,7 +119,7 @@ def test_what_loaders_do_with_tensors(way: str, tmp_path: Path) -> None:
         into = torch.empty(wanted.shape, dtype=dtype)
         into.copy_(got)
         assert same(into, wanted.to(dtype))
-        # A row apart from the next one, as the rows of a padded parameter are.
+        # Here the elements are not contiguous, as in the rows of a padded parameter.
         apart = torch.empty(*wanted.shape, 2, dtype=dtype)[..., 0]
         apart.copy_(got)
         assert torch.equal(apart, wanted.to(dtype))
@@ -149,6 +150,14 @@ def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"a\.safetensors: tensor 'it': the file was trunc"):
         torch.empty(1000, dtype=torch.int64).copy_(tensor)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    save_file({"it": torch.rand(3)}, tmp_path / "a.safetensors")
+    tensors = Checkpoint.open(tmp_path).tensors.values()
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: tensor 'it': No such file"):
+        next(iter(Reader([0]).read(tensors)))
 
 
 SCALES: dict[str, tuple[str, torch.Tensor, float, bool]] = {
@@ -187,7 +196,9 @@ def test_scales_that_are_no_numbers_are_named(kind: str, tmp_path: Path) -> None
             else:
                 copy(tensor)
         if damaged:
-            torch.empty(3, 3, dtype=scale.dtype).copy_(tensor[:3])  # a rank that has sound ones
+            torch.empty(3, 3, dtype=scale.dtype).copy_(
+                tensor[:3]
+            )  # another rank's scales are sound
 
 
 def test_a_divisor_of_zero_is_refused(tmp_path: Path) -> None:
@@ -255,7 +266,7 @@ def test_the_order_is_layer_by_layer_over_all_files(tmp_path: Path) -> None:
 
     layers = [int(info.name.split(".")[2]) for info in ordered if "model.layers" in info.name]
     assert layers == sorted(layers)
-    for depth in (1, 2):  # the names with a common beginning are neighbours
+    for depth in (1, 2):  # names with a common beginning are neighbours
         heads = [".".join(info.name.split(".")[:depth]) for info in ordered]
         runs = [head for at, head in enumerate(heads) if at == 0 or heads[at - 1] != head]
         assert len(runs) == len(set(heads))
@@ -282,7 +293,7 @@ def test_files_are_asked_for_ahead_of_a_consumer_that_reads(
     reader = Reader([0])
     for number, tensor in enumerate(reader.read(order)):
         tensor.in_memory()
-        reader._adviser.submit(int).result()  # what was asked for before has been
+        reader._adviser.submit(int).result()  # the adviser has done what was submitted before
         if number > 0:
             assert asked[-1][1] >= min(order[number].end + 4000 - 1000, order[-1].end)
             assert asked[-1][1] <= order[number].end + 4000

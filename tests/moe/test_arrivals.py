@@ -1,4 +1,4 @@
-"""lvllm.moe.arrivals: what came, what did not, and when a layer is complete."""
+"""lvllm.moe.arrivals: which tensors came, which did not, and when a layer is complete."""
 
 import random
 import threading
@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch.nn import Module, Parameter
 
-from lvllm.moe.arrivals import Arrivals, LayerError
+from lvllm.errors import LayerError, TensorError
+from lvllm.moe.arrivals import Arrivals
 
 EXPERTS = 6
-FIRST = 3  # of them, the rank of the test holds those from here on
+FIRST = 3
+"""The test's process holds the experts from this number on."""
 PARAMETERS = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
 
 
 class Layer(Module):
-    """The second half of 6 experts, as expert parallelism has them."""
+    """A layer with the second half of 6 experts, as one of two ranks of expert parallelism."""
 
     layer_name = "model.layers.3.mlp.experts"
     ckpt_gate_proj_name, ckpt_up_proj_name, ckpt_down_proj_name = (
@@ -43,7 +45,7 @@ class Layer(Module):
 
 
 class Loading:
-    """A layer, its arrivals, and what was loaded by vLLM's loader."""
+    """A layer with its arrivals, and a stand-in for vLLM's weight loader."""
 
     def __init__(self, parts: int = 2) -> None:
         self.layer = Layer()
@@ -92,7 +94,7 @@ def test_complete_with_the_last_tensor_of_this_rank(parts: int) -> None:
     assert loading.completed == 1
 
 
-def test_what_never_came_is_named_as_the_checkpoint_has_it() -> None:
+def test_a_missing_tensor_is_named_as_in_the_checkpoint() -> None:
     names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     wanted = [one for one in everything() if one[1] >= FIRST]
     name, expert, shard = wanted[0]
@@ -122,7 +124,7 @@ def test_a_tensor_of_all_experts() -> None:
 
 
 def test_a_parameter_that_comes_as_a_whole() -> None:
-    """As gpt-oss's model brings them: neither an expert nor a projection is named."""
+    """gpt-oss's model hands over whole parameters, and names neither expert nor projection."""
     loading = Loading()
     loading.load = lambda **named: True  # type: ignore[assignment,method-assign]
     arrivals = Arrivals(loading.layer, loading.load, loading.complete)
@@ -142,13 +144,24 @@ def test_a_parameter_that_places_its_tensors() -> None:
     assert loading.layer.get_parameter("w2_g_idx").tolist() == [[0] * 4, [7] * 4, [0] * 4]
 
 
-def test_what_comes_after_its_memory_was_freed_is_left() -> None:
+def test_a_tensor_that_does_not_fit_its_parameter() -> None:
+    def place(data: torch.Tensor, loaded: torch.Tensor, shard: str) -> None:
+        raise ValueError("has 4 columns, wanted 8")
+
+    loading = Loading()
+    loading.layer.add("w2_g_idx", place=place)
+    loading.arrivals.expect(2)
+    with pytest.raises(TensorError, match=r"^has 4 columns, wanted 8$"):
+        loading.bring("w2_g_idx", FIRST, "w2")
+
+
+def test_a_tensor_that_comes_after_the_memory_was_freed_is_ignored() -> None:
     loading = Loading()
     loading.layer.w2_weight.data = torch.empty(0)
     assert not loading.bring("w2_weight", FIRST, "w2")
 
 
-def test_what_is_wrong_with_a_layer_names_the_layer() -> None:
+def test_an_error_about_a_whole_layer_names_it() -> None:
     loading = Loading()
 
     def complete() -> None:

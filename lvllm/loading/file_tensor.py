@@ -1,0 +1,224 @@
+"""Tensors of a checkpoint that stay in their file until they are copied.
+
+vLLM's loading code takes a `FileTensor` for any other tensor on the CPU: it slices, transposes and
+copies it. Only a copy, or an operation that needs the values, reads bytes from the file.
+"""
+
+import ctypes
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from lvllm.checkpoint.headers import TensorInfo
+from lvllm.loading import in_hand
+
+__all__ = ["FileTensor"]
+
+Fill = Callable[[memoryview, int], None]
+"""Fills all of the memory with the bytes of a file from a byte on.
+
+Raises EOFError if the file ends before, and OSError if the system cannot read it.
+"""
+
+# Those of inputs come from calibration, which may have left an expert out, and are not used.
+SCALE = re.compile(r"scale[^.]*$")
+SCALE_OF_INPUTS = re.compile(r"(?:^|[._])(?:in|out)put_[^.]*$")
+DIVISOR = re.compile(r"weight_global_scale$")
+
+
+class _Source:
+    """A whole tensor: in its file, or in memory once an operation has written to it."""
+
+    def __init__(self, info: TensorInfo, fill: Fill) -> None:
+        self.info = info
+        self._fill_from_file = fill
+        self.wanted = False
+        """Whether any bytes of the tensor were asked for."""
+        self.memory: torch.Tensor | None = None
+
+    def read(self, layout: torch.Tensor) -> torch.Tensor:
+        """A plain tensor with the values and strides of `layout`, a view of the whole tensor."""
+        size, stride, first = layout.size(), layout.stride(), layout.storage_offset()
+        if self.memory is None:
+            # One read takes all bytes from the view's first element to its last.
+            extent = sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+            extent = extent * layout.itemsize if layout.numel() else 0
+            memory = torch.empty(extent, dtype=torch.uint8, device="cpu")
+            self._fill(memory, int(first) * layout.itemsize)
+            first = 0
+        else:
+            memory = self.memory
+        return memory.view(layout.dtype).as_strided(size, stride, first)
+
+    def copy(self, layout: torch.Tensor, to: torch.Tensor) -> bool:
+        """Read what `layout` sees straight into the memory of `to`.
+
+        Returns False, and reads nothing, unless the bytes of both are contiguous and alike.
+        """
+        if (
+            self.memory is not None
+            or to.device.type != "cpu"
+            or to.dtype != layout.dtype
+            or to.size() != layout.size()
+            or not to.is_contiguous()
+            or not layout.is_contiguous()
+        ):
+            return False
+        self._fill(to, int(layout.storage_offset()) * layout.itemsize)
+        return True
+
+    def load(self) -> None:
+        """Keep the tensor in memory from now on."""
+        if self.memory is None:
+            memory = torch.empty(self.info.nbytes, dtype=torch.uint8, device="cpu")
+            self._fill(memory, 0)
+            self.memory = memory
+
+    def _fill(self, to: torch.Tensor, offset: int) -> None:
+        """Fill the contiguous tensor `to` with the bytes from `offset` on."""
+        self.wanted = True
+        if to.numel() == 0:
+            return
+        size = to.numel() * to.itemsize
+        memory = memoryview((ctypes.c_char * size).from_address(to.data_ptr())).cast("B")
+        try:
+            self._fill_from_file(memory, self.info.start + offset)
+        except EOFError:
+            raise self.info.refuse("the file was truncated while it was read") from None
+        except OSError as error:
+            raise self.info.refuse(error.strerror or str(error)) from None
+        name, dtype = self.info.name, self.info.dtype
+        if SCALE.search(name) and not SCALE_OF_INPUTS.search(name) and size % dtype.itemsize == 0:
+            self._check_numbers(torch.frombuffer(memory, dtype=dtype))
+
+    def _check_numbers(self, scales: torch.Tensor) -> None:
+        """Refuse NaN and infinity: a scale multiplies a whole group of weights, so that one bad
+        scale spoils every token.
+        """
+        for some in scales.split(1 << 20):  # the float32 copy of an 8-bit type takes 4 MiB
+            if some.dtype == torch.uint8:  # e8m0, where 255 is NaN
+                bad = some == 255
+            elif some.is_floating_point():
+                bad = ~torch.isfinite(some if some.itemsize > 1 else some.float())
+            else:
+                return
+            if bad.any():
+                raise self.info.refuse(f"{int(bad.sum())} of its scales are NaN or infinite")
+            if DIVISOR.search(self.info.name) and not some.all():
+                raise self.info.refuse("is 0, and weights are divided by it")
+
+
+class FileTensor(torch.Tensor):
+    """A tensor of a checkpoint, or a view of one, that is still in its file.
+
+    Making a view reads nothing. `copy_` from it reads into the memory of the other tensor. Any
+    other operation reads the bytes that it needs into memory of its own. An operation that writes
+    to a FileTensor keeps the whole tensor in memory, where all its views see the change.
+    """
+
+    source: _Source
+    _view: torch.Tensor
+    """On the meta device: the view's shape, strides and place in the whole tensor."""
+
+    @classmethod
+    def of(cls, info: TensorInfo, fill: Fill) -> "FileTensor":
+        """The whole tensor, whose bytes `fill` reads from its file."""
+        whole = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        return cls(_Source(info, fill), whole)
+
+    @staticmethod
+    def __new__(cls, source: _Source, view: torch.Tensor) -> "FileTensor":
+        made: FileTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            view.size(),
+            strides=view.stride(),
+            storage_offset=view.storage_offset(),
+            dtype=view.dtype,
+            device=torch.device("cpu"),
+        )
+        return made
+
+    def __init__(self, source: _Source, view: torch.Tensor) -> None:
+        self.source = source
+        self._view = view
+
+    def in_memory(self) -> torch.Tensor:
+        """A plain tensor of the same values and strides. Raises CheckpointError."""
+        return self.source.read(self._view)
+
+    def _as_source_of(self, dtype: torch.dtype) -> "FileTensor":
+        """This tensor, as it is copied into memory of `dtype`.
+
+        Raises CheckpointError if one is of integers and the other of floating-point numbers:
+        PyTorch would turn 0.3 into the integer 0 without a warning.
+        """
+        if dtype == torch.uint8 and self.dtype == torch.float8_e8m0fnu:
+            # The engine keeps exponents as bytes. Converted as a number, 2**-7 would become 0.
+            return FileTensor(self.source, self._view.view(torch.uint8))
+        if dtype.is_floating_point != self.dtype.is_floating_point:
+            stored, wanted = (str(of).removeprefix("torch.") for of in (self.dtype, dtype))
+            raise self.source.info.refuse(f"is {stored}, the model takes {wanted}")
+        return self
+
+    # Without this, PyTorch would make a plain call of every attribute a call of Python code.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    # The following do not pass __torch_dispatch__.
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The size of each dimension. Loading code asks for it before it refuses a tensor."""
+        in_hand.note(self.source.info)
+        return super().size()
+
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        """All sizes, or that of one dimension."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        info = self.source.info
+        return f"FileTensor({info.name!r}, {list(self.shape)}, {self.dtype}, file={info.file})"
+
+    def numpy(self, **options: Any) -> Any:
+        return self.in_memory().numpy(**options)
+
+    def tolist(self) -> Any:
+        return self.in_memory().tolist()
+
+    def data_ptr(self) -> int:
+        self.source.load()
+        return self.in_memory().data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for value in args:
+            if isinstance(value, cls):
+                in_hand.note(value.source.info)
+        if func is torch.ops.aten.copy_.default:
+            to, source = args[:2]
+            if not isinstance(to, cls):
+                source = source._as_source_of(to.dtype)
+                if source.source.copy(source._view, to):
+                    return to
+                args = (to, source, *args[2:])
+        if func.is_view and isinstance(args[0], cls):
+            viewed = args[0]
+            storage = viewed._view.untyped_storage()._cdata
+            seen = func(viewed._view, *args[1:], **kwargs)
+            views = [seen] if isinstance(seen, torch.Tensor) else seen
+            # Some of these operations copy where a view is not possible.
+            if all(view.untyped_storage()._cdata == storage for view in views):
+                made = [cls(viewed.source, view) for view in views]
+                return made[0] if isinstance(seen, torch.Tensor) else made
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, cls):
+                    value.source.load()
+        args, kwargs = tree_map_only(cls, cls.in_memory, (args, kwargs))
+        return func(*args, **kwargs)
