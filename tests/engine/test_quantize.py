@@ -59,10 +59,11 @@ def test_error(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("group", "bound"), [(2, 0.024), (30, 0.081), (32, 0.0816), (416, 0.12)])
 def test_int4_group_sizes(group: int, bound: float) -> None:
-    weight = random_weight(2, 64, 480 if group == 30 else 416)
+    # Enough weights that the error of a sample is within 0.2% of the mean error.
+    weight = random_weight(24, 64, 480 if group == 30 else 416)
     tensors, values = quantized("int4", weight, group)
-    assert tensors["codes"].shape == (2, 64, weight.shape[2] // 2)
-    assert tensors["scale"].shape == (2, 64, weight.shape[2] // group)
+    assert tensors["codes"].shape == (24, 64, weight.shape[2] // 2)
+    assert tensors["scale"].shape == (24, 64, weight.shape[2] // group)
     assert relative(values, weight) < bound
 
 
