@@ -1,7 +1,7 @@
-"""Memory for expert weights: huge pages, each expert's rows on the NUMA nodes that compute them.
+"""Memory for expert weights: huge pages, with each row on the NUMA node that computes it.
 
-There is one copy: the loader writes into these tensors, the engine computes on them, and a GPU
-streams from them.
+There is one copy of the weights: the loader writes into these tensors, the engine computes on them,
+and weights are streamed to a GPU from them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ __all__ = [
 def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> torch.Tensor:
     """A zeroed CPU tensor of shape [E, rows, ...] in the engine's memory.
 
-    Pages come into being when they are written, except on a machine with several NUMA nodes: there
-    each node's share of an expert's rows is touched at once, so that it lies on that node, unless
+    Pages come when they are written. On a machine with several NUMA nodes each node's share of an
+    expert's rows is written at once instead, so that it lies on that node, unless
     `engine.configure` has been told to interleave. The memory goes back to the machine when the
-    tensor's storage dies, and if `engine.configure` has been told to share it, when no other
-    process maps it either.
+    tensor's storage is freed; shared memory, when no other process maps it either.
 
     Args:
         shape: E experts, rows an expert, then any further dimensions.
         dtype: any fixed-size dtype.
-        parts: blocks of rows that are divided among the nodes one by one: 2 for w13, whose gate
-            rows and up rows are needed together, 1 for w2.
+        parts: how many blocks of rows are divided among the nodes, each by itself: 2 for w13, since
+            a gate row and its up row are needed together, 1 for w2.
 
     Raises:
         ValueError: if the rows cannot be cut into that many parts.
@@ -58,23 +57,25 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> tor
 
 
 def allocated_bytes() -> int:
-    """Bytes of this memory in use, in whole huge pages; not what `map_shared` gave."""
+    """Bytes of this memory in use, in whole huge pages, without what `map_shared` gave."""
     size: int = raw_ops.allocated_bytes()
     return size
 
 
 def shared_place(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Where a tensor begins in shared memory: (file descriptor, offset, bytes of the whole). The
-    descriptor is open as long as the memory is allocated.
+    """Where a tensor begins in shared memory: (file descriptor, offset, bytes of the whole memory).
 
-    Raises ValueError for any other memory.
+    The descriptor is open as long as the memory is allocated. Raises ValueError for memory that is
+    not shared.
     """
     descriptor, offset, size = raw_ops.shared_place(tensor.data_ptr())
     return descriptor, offset, size
 
 
 def map_shared(descriptor: int, size: int) -> torch.Tensor:
-    """uint8 [size] of another process's `shared_place`. Writing to it ends the process.
+    """Map the memory that another process's `shared_place` gave, as uint8 [size].
+
+    Writing to it ends the process.
 
     Raises RuntimeError if the memory is smaller.
     """

@@ -1,13 +1,14 @@
-"""What stored experts mean: their weights in float32.
+"""The values of stored experts, in float32.
 
-The arguments of `ExpertLayer` that hold weights, and more than the engine computes:
+The input is the arguments of `ExpertLayer` that hold weights. Three more kinds of weights are
+understood here, which the engine does not compute:
 
-- int8 with w13_scale [E, rows, groups] and w13_zero [E, rows, groups], w2 alike;
-- int4 and int8 with w13_order int32 [E, 2, columns] (of gate and up) and w2_order [E, 1, columns]:
-  the group of each column, if groups do not follow one another;
+- int8 with w13_scale [E, rows, groups] and w13_zero [E, rows, groups], and w2 alike;
+- int4 and int8 with w13_order int32 [E, 2, columns] (for gate and up) and w2_order [E, 1, columns],
+  which give the group of each column where the columns of a group do not follow one another;
 - int4 in groups of any size.
 
-All is elementwise, so that every device gives the same bits.
+All operations are elementwise, so that every device gives the same bits.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def computable(tensors: dict[str, Any]) -> bool:
-    """Whether these are arguments of `ExpertLayer`, and not more than the engine computes."""
+    """Whether the engine computes these tensors as they are."""
     if "w13_order" in tensors:
         return False
     match tensors["format"]:
@@ -34,7 +35,7 @@ def computable(tensors: dict[str, Any]) -> bool:
 
 
 def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu") -> torch.Tensor:
-    """float32 [rows, columns] of one expert's w13 or w2, on `device`."""
+    """The values of one expert's w13 or w2: float32 [rows, columns] on `device`."""
 
     def of(suffix: str) -> torch.Tensor | None:
         whole: torch.Tensor | None = tensors.get(name + suffix)
@@ -72,7 +73,7 @@ def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu")
 def _along(
     scale: torch.Tensor, columns: int, size: int, order: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[rows, groups] -> float32 [rows, columns], each once for every column of its group."""
+    """The scale of each column: [rows, groups] -> float32 [rows, columns]."""
     scale = scale.float()
     if order is None:
         return scale.repeat_interleave(size, dim=1)[:, :columns]
@@ -81,7 +82,7 @@ def _along(
 
 
 def _of_blocks(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """fp8 scales of blocks, of rows or of all -> what broadcasts to [rows, columns]."""
+    """Scales of fp8 blocks, rows or a tensor, in a shape that broadcasts to [rows, columns]."""
     if scale.dim() < 2:
         return scale.view(-1, 1)
     scale = scale.repeat_interleave(weight_formats.BLOCK, dim=0)[:rows]
@@ -99,6 +100,6 @@ def _e2m1(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _exponents(scale: torch.Tensor) -> torch.Tensor:
-    """e8m0 -> float32: the code is the exponent's bits, but for 0, which is a subnormal number."""
+    """e8m0 codes as float32: a code is the exponent's bits, and 0 alone is a subnormal number."""
     bits = scale.int() << 23
     return torch.where(scale == 0, torch.full_like(bits, 1 << 22), bits).view(torch.float32)

@@ -1,4 +1,6 @@
-"""Weights in the engine's formats, as design.md's table of them has it, from floating-point ones.
+"""Quantise floating-point weights into the engine's formats.
+
+The docstring of `ExpertLayer` describes each format.
 
     codes, scale = int4(weight, group_size)     # uint8 [..., K/2], bfloat16 [..., K/g]
     codes, scale = int8(weight)                 # int8 [..., K], float32 [...]
@@ -7,13 +9,14 @@
     codes, scale = mxfp4(weight)                # uint8 [..., K/2], uint8 [..., K/32]
     codes, scale, global_scale = nvfp4(weight)  # uint8 [..., K/2], float8_e4m3fn [..., K/16], []
 
-`weight` is bfloat16, float16 or float32 [..., K] on any device. All round to nearest even, raise
-ValueError for NaN, infinity and a K that groups do not divide, and work block by block: beside
-their result they take 4 MiB a thread on the CPU, and 0.3 GiB on a GPU.
+`weight` is bfloat16, float16 or float32 [..., K] on any device. All functions round to nearest
+even, and raise ValueError for NaN, infinity and a K that is no multiple of the group size. They
+work block by block: beside their result they take 4 MiB a thread on the CPU, and 0.3 GiB on a GPU.
 
-The result has the same bits on every device: only operations that are rounded one by one, exact
-ones (maxima, powers of two), and sums in a fixed order. In particular no division by a Python
-number, which CUDA turns into a product, no `alpha`, and no reduction but `amax` and `amin`.
+The result has the same bits on every device, because only three kinds of operations are used:
+those that round each element by itself, exact ones (maxima, powers of two), and sums in a fixed
+order. In particular nothing is divided by a Python number, which CUDA turns into a product; no
+`alpha` is used; and no reduction is used but `amax` and `amin`.
 """
 
 from __future__ import annotations
@@ -37,16 +40,19 @@ __all__ = [
 ]
 
 INT4_LARGEST = (7.25, 7.75, 8.25, 8.75)
-"""What a group's largest weight may come to, in units of the scale, before the scale is fitted.
+"""The sizes of a group's largest weight, in units of the scale, that are tried before the scale is
+fitted.
 
-Squared error over that of rounding by absmax / 7, normal weights in groups of 32: 0.701; with
-(7.75, 8.5) 0.713, with eight values 0.698, with 560 scales tried one by one 0.696.
+With these four, the squared error of normal weights in groups of 32 is 0.701 of the error of
+rounding by absmax / 7. With (7.75, 8.5) it is 0.713, with eight sizes 0.698, and with 560 scales
+tried one by one 0.696.
 """
 E2M1_LARGEST = 6.0
 E4M3_LARGEST = 448.0
 E4M3_SMALLEST = 2.0**-9
 NEGLIGIBLE = 2.0**-100
-"""A group or row of smaller weights is zeros: scales and their inverses stay normal floats."""
+"""A group or row whose weights are all smaller becomes zeros, so that scales and their inverses
+stay normal floats."""
 BLOCK = 128
 """Rows and columns that share a scale in blockwise fp8."""
 
@@ -54,10 +60,10 @@ BLOCK = 128
 def int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 4-bit weights: codes uint8 [..., K/2], scale bfloat16 [..., K/group_size].
 
-    Two codes a byte, the even K in the low nibble; a weight is (code - 8) * scale. There is one
-    more code below 8 than above: a scale has the sign that sends the group's largest weight there,
-    which takes 10% off the squared error. Each of INT4_LARGEST gives a set of codes and the scale
-    that fits it best; the scale with the least squared error wins.
+    A byte holds two codes, the even K in the low nibble; a weight is (code - 8) * scale. There is
+    one more code below 8 than above. A scale has the sign that puts the group's largest weight
+    there, which takes 10% off the squared error. Each size of INT4_LARGEST gives a set of codes and
+    the scale that fits these codes best; the scale with the least squared error is taken.
     """
     groups = _groups(weight, group_size)
     codes = groups.new_empty((len(groups), group_size // 2), dtype=torch.uint8)
@@ -78,7 +84,7 @@ def int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Ten
             cross = _sum(torch.mul(x, scratch, out=products)).clone()
             square = _sum(scratch.square_()).clamp_min_(1)
             fitted = (cross / square).mul_(unit).bfloat16().float()
-            # What the codes take off the sum of squares, with that scale.
+            # The gain is by how much these codes and that scale lower the error.
             relative = fitted * inverse
             gain = (cross * 2).sub_(square.mul_(relative)).mul_(relative)
             better = gain > best_gain
@@ -92,19 +98,22 @@ def int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric 8-bit weights, -127 to 127: codes int8 [..., K], scale float32 [...], one a row,
-    which bfloat16 holds.
+    """Symmetric 8-bit weights from -127 to 127: codes int8 [..., K], scale float32 [...].
+
+    Each row has one scale, a value that bfloat16 can hold.
     """
     return _by_rows(weight, 127.0, torch.int8)
 
 
 def fp8_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 weights [..., K] by a float32 a row, scale [...], which bfloat16 holds."""
+    """e4m3 weights [..., K] and a float32 scale [...] for each row, a value that bfloat16 holds."""
     return _by_rows(weight, E4M3_LARGEST, torch.float8_e4m3fn)
 
 
 def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 weights [..., N, K] by float32 scales of 128 x 128, those at the edges cut."""
+    """e4m3 weights [..., N, K] and a float32 scale for each block of 128 x 128; blocks at the edges
+    are smaller.
+    """
     if weight.dim() < 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted [..., N, K]")
     rows, columns = weight.shape[-2:]
@@ -131,11 +140,11 @@ def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e2m1 by powers of two, OCP Microscaling Formats 1.0: codes uint8 [..., K/2], the even K in
-    the low nibble; scale uint8 [..., K/32], exponents plus 127.
+    """e2m1 codes with powers of two as scales, as OCP Microscaling Formats 1.0 defines them.
 
-    The exponent is that of the group's largest weight less 2, as the standard has it, or one more,
-    which does not clip it: whichever has the smaller squared error.
+    Codes are uint8 [..., K/2], the even K in the low nibble; scales are uint8 [..., K/32], the
+    exponent plus 127. The exponent is the one of the group's largest weight less 2, as the standard
+    has it, or one more, which does not clip that weight: the one with the smaller squared error.
     """
     groups = _groups(weight, 32)
     codes = groups.new_empty((len(groups), 16), dtype=torch.uint8)
@@ -148,7 +157,7 @@ def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         largest.masked_fill_(dead, 4)
         x.masked_fill_(dead, 0)
         exponent = (largest.view(torch.int32) >> 23) - 2
-        choices = [exponent, (exponent + 1).clamp_max_(252)]  # 6 * 2^126 would be infinite
+        choices = [exponent, (exponent + 1).clamp_max_(252)]  # 6 * 2^126 would be infinite.
         second = _best_e2m1(buffers, [(e << 23).view(torch.float32) for e in choices])
         _pack(x, scratch, codes[rows])
         scale[rows] = torch.where(second, choices[1], choices[0]).to(torch.uint8)
@@ -158,10 +167,11 @@ def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def nvfp4(
     weight: torch.Tensor, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """e2m1 by e4m3, all of it by a float32: codes uint8 [..., K/2], the even K in the low nibble;
-    scale float8_e4m3fn [..., K/16]; the global scale, by default that of the whole tensor.
+    """e2m1 codes with e4m3 scales, and one float32 scale over all of them (NVIDIA's NVFP4).
 
-    A group's largest weight becomes 6 or 4: whichever has the smaller squared error.
+    Codes are uint8 [..., K/2], the even K in the low nibble; scales are float8_e4m3fn [..., K/16].
+    The global scale is by default the one that fits the whole tensor. A group's largest weight
+    becomes 6 or 4, whichever has the smaller squared error.
     """
     groups = _groups(weight, 16)
     if global_scale is None:
@@ -185,7 +195,7 @@ def nvfp4(
 
 
 def nvfp4_global_scale(*weights: torch.Tensor) -> torch.Tensor:
-    """The float32 that lets e4m3 scales reach the largest of these weights, on their device."""
+    """The global scale with which e4m3 scales reach the largest of these weights; a float32."""
     largest = torch.stack([torch.maximum(w.amax(), -w.amin()).float() for w in weights]).amax()
     _check_finite(largest)
     scale = largest * (1 / (E4M3_LARGEST * E2M1_LARGEST))
@@ -195,7 +205,7 @@ def nvfp4_global_scale(*weights: torch.Tensor) -> torch.Tensor:
 def _by_rows(
     weight: torch.Tensor, most: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of `dtype`, at most `most`, and the float32 scale of each row."""
+    """Codes of `dtype` whose absolute value is at most `most`, and a float32 scale for each row."""
     matrix = weight.reshape(-1, weight.shape[-1])
     codes = torch.empty(matrix.shape, dtype=dtype, device=weight.device)
     scale = torch.empty(len(matrix), dtype=torch.float32, device=weight.device)
@@ -205,7 +215,8 @@ def _by_rows(
     for start in range(0, len(matrix), step):
         rows = slice(start, start + step)
         x = buffer[: len(matrix[rows])].copy_(matrix[rows])
-        # Checkpoints keep it in bfloat16: rounded here, codes and scale belong together.
+        # Checkpoints keep scales in bfloat16. The scale is rounded before the codes are made, so
+        # that the codes fit the rounded scale.
         scale[rows] = _scale(torch.maximum(x.amax(1), -x.amin(1)), most).bfloat16().float()
         x.div_(scale[rows, None]).clamp_(-most, most)
         codes[rows].copy_(x.round_() if dtype == torch.int8 else x)
@@ -227,19 +238,21 @@ def _groups(weight: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _shaped(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Codes or scales of groups in the order of the groups, as [..., n]."""
+    """Codes or scales, one group after the other, in the shape [..., n] of the weight."""
     return flat.view(*weight.shape[:-1], -1)
 
 
 def _elements(weight: torch.Tensor) -> int:
-    """Weights to work on at a time: as many as stay in a core's cache, or fill a GPU."""
+    """How many weights to work on at a time: as many as stay in a core's cache, or fill a GPU."""
     return torch.get_num_threads() << 18 if weight.device.type == "cpu" else 1 << 24
 
 
 def _columns(groups: torch.Tensor, count: int) -> Iterator[tuple[Any, ...]]:
-    """Some groups at a time: their place, and `count` float32 buffers [group_size, groups], the
-    first of which holds them. Groups lie along the last dimension, so that what is done to each is
-    done to vectors of them. New buffers would cost as much in page faults as 20 operations on them.
+    """Some groups at a time: their slice, and `count` float32 buffers of [group_size, groups].
+
+    The first buffer holds the groups. They lie along the last dimension, so that each operation
+    works on vectors of groups. The buffers are used again and again: new ones would cost as much in
+    page faults as 20 operations on them.
     """
     total, size = groups.shape
     step = max(1, _elements(groups) // size)
@@ -253,7 +266,10 @@ def _columns(groups: torch.Tensor, count: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _sum(terms: torch.Tensor) -> torch.Tensor:
-    """[n, m] -> [m]: by halves, in place, since libraries add in an order of their own."""
+    """The sum over the first dimension, [n, m] -> [m], in place.
+
+    Halves are added to each other, because the order in which libraries add differs by device.
+    """
     left = len(terms)
     while left > 1:
         half = left // 2
@@ -265,8 +281,9 @@ def _sum(terms: torch.Tensor) -> torch.Tensor:
 
 
 def _best_e2m1(buffers: list[torch.Tensor], units: list[torch.Tensor]) -> torch.Tensor:
-    """Of the columns of the first buffer [n, m], codes by the better of two units [m]; returns
-    whether it is the second.
+    """Turn each column of the first buffer [n, m] into codes by the better of two units [m].
+
+    Returns for each column whether the second unit was the better one.
     """
     x, size, step, value = buffers
     errors = []
@@ -277,7 +294,8 @@ def _best_e2m1(buffers: list[torch.Tensor], units: list[torch.Tensor]) -> torch.
     second = errors[1] < errors[0]
     x.div_(torch.where(second, units[1], units[0]))
     _to_e2m1(torch.abs(x, out=size), step, value)
-    # Values 0, 0.5, 1, 1.5, 2, 3, 4, 6 are codes 0 to 7; 8 is the sign.
+    # The values 0, 0.5, 1, 1.5, 2, 3, 4, 6 have the codes 0 to 7; the code of a negative value is
+    # larger by 8.
     torch.mul(value, 2, out=size)
     torch.minimum(size, torch.add(value, 2, out=step), out=size)
     torch.minimum(size, value.mul_(0.5).add_(4), out=size)
@@ -287,7 +305,7 @@ def _best_e2m1(buffers: list[torch.Tensor], units: list[torch.Tensor]) -> torch.
 
 
 def _to_e2m1(size: torch.Tensor, step: torch.Tensor, out: torch.Tensor) -> None:
-    """The e2m1 values nearest to `size`: of 0.5 up to 2, 1 up to 4, 2 up to 6."""
+    """The e2m1 values nearest to `size`. They are 0.5 apart up to 2, 1 up to 4, and 2 up to 6."""
     exponent = 0xFF << 23
     torch.bitwise_and(size.view(torch.int32), exponent, out=step.view(torch.int32))
     step.mul_(0.5).clamp_min_(0.5)
@@ -295,7 +313,7 @@ def _to_e2m1(size: torch.Tensor, step: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _pack(codes: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor) -> None:
-    """Codes 0 to 15, as floats [n, m], into uint8 [m, n/2]."""
+    """Pack codes from 0 to 15, which are floats [n, m], into uint8 [m, n/2]."""
     pairs = torch.mul(codes[1::2], 16, out=scratch[: len(codes) // 2])
     out.copy_(pairs.add_(codes[0::2]).t())
 

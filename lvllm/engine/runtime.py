@@ -70,10 +70,10 @@ class EngineInfo:
     threads: int
     """Workers, the calling thread included."""
     nodes: tuple[int, ...]
-    """NUMA nodes in use, by the kernel's number."""
+    """The NUMA nodes in use, by the kernel's numbers."""
     cpus: tuple[tuple[int, ...], ...]
-    """Where each worker may run. The caller is one of them, but is not pinned: it counts as the
-    worker of the core that it happens to be on."""
+    """Where each worker may run. The calling thread is one of the workers, but it is not pinned: it
+    counts as the worker of the core that it happens to be on."""
     worker_nodes: tuple[int, ...]
     """The node of each worker."""
     huge_pages: bool
@@ -92,13 +92,13 @@ def configure(
     interleave: bool = False,
     shared: bool = False,
 ) -> None:
-    """Sets up the engine of this process. Without it, the first use takes the defaults.
+    """Set up the engine of this process. Without this call, the first use takes the defaults.
 
-    A later call with other values waits for a running call and starts the threads anew. Weights
-    keep the place that they were allocated in, so call it before `bank.allocate`.
+    A later call with other values waits until the engine is idle, and starts the threads anew.
+    Weights stay in the memory in which they were allocated, so call this before `bank.allocate`.
 
     Args:
-        threads: workers, the calling thread included; default one for each physical core.
+        threads: how many workers, the calling thread included; default one a physical core.
         binding: "CPU_CORE" pins each worker to a core, "NUMA_NODE" to the cores of its node.
         power_saving: workers sleep as soon as a call ends, instead of spinning for 50 us first.
         cpus: run on these CPUs only; default all that the process may use.
@@ -131,14 +131,15 @@ def configure(
 
 
 def watch(log: torch.Tensor | None) -> None:
-    """From now on the engine notes in `log` which rows of its output hold NaN or infinity.
+    """From now on, note in `log` which rows of the engine's output hold NaN or infinity.
 
     Args:
         log: int64 [rows + 2, 3], zero at first, in any memory; None ends the watch. log[0, 0]
-            counts the rows noted; log[1 + r] is (handle of the first layer that row r went wrong
-            in, why, expert), with the handle 0 for none; log[rows + 1] stands for all rows beyond.
-            Why is 0: the input was not finite, 1: the router's weight for the expert, 2: the
-            expert's output, 3: the sum of all, in x's dtype. The expert is -1 for 0 and 3.
+            counts the rows noted. log[1 + r] is (handle, reason, expert): the first layer in which
+            row r went wrong, or 0 for none. log[rows + 1] stands for all rows beyond. The reason is
+            0 if the input was not finite, 1 if the router's weight for the expert was not, 2 if the
+            expert's output was not, and 3 if the sum of all experts was not finite in x's dtype.
+            The expert is -1 for the reasons 0 and 3.
 
     Raises:
         ValueError: for another dtype or shape.
@@ -147,7 +148,7 @@ def watch(log: torch.Tensor | None) -> None:
 
 
 def info() -> EngineInfo:
-    """What the engine runs on; starts it if it does not run yet."""
+    """What the engine runs on. This starts the engine if it does not run yet."""
     raw = json.loads(raw_ops.info())
     workers = raw["workers"]
     return EngineInfo(

@@ -1,7 +1,7 @@
 """The order in which the engine keeps weights, group scales and zero points, in plain PyTorch.
 
-An engine layer permutes its tensors in place. This module is the same permutation on any device, so
-that a GPU can undo it after the copy. The bytes are the same, only their order differs:
+An engine layer reorders its tensors in place. This module does the same on any device, so that a
+GPU can undo it after the copy. The bytes stay the same, and only their order differs:
 
 - The rows of a matrix are its parts, one after the other: for w13 the gate rows and the up rows.
 - Each part is cut in tiles of 64 rows; the last one may have fewer.
@@ -9,10 +9,11 @@ that a GPU can undo it after the copy. The bytes are the same, only their order 
   rows holds unit 0 of its n rows, then unit 1 of its n rows, and so on; where the row is no whole
   number of units, the leftover bytes of each row follow, row after row.
 
-Of interleaved rows (gate 0, up 0, gate 1, ...), the gate rows come first; so do their row scales
-and float32 biases, which are otherwise left as they are, like the scales of blocks and of tensors.
+Interleaved rows (gate 0, up 0, gate 1, ...) are put apart, with the gate rows first, and so are
+their row scales and float32 biases. Otherwise row scales, biases, and the scales of blocks and of
+tensors stay as they are.
 
-So 64 consecutive bytes are 4 bytes along K of 16 outputs: each output has its own vector lane.
+So 64 consecutive bytes hold 4 bytes along K of 16 outputs, and each output has its own vector lane.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ __all__ = ["TILE_ROWS", "WEIGHT_UNIT", "from_tiles", "to_tiles"]
 
 TILE_ROWS = 64
 WEIGHT_UNIT = 4
-"""Bytes of a weight row that stay together."""
+"""How many bytes of a weight row stay together."""
 
 
 def to_tiles(

@@ -25,13 +25,13 @@ class WeightFormat:
 
     weight: torch.dtype
     values: int = 1
-    """Weights in one element: 2 for 4-bit formats, the even K in the low nibble."""
+    """How many weights an element holds: 2 in 4-bit formats, the even K in the low nibble."""
     scale: tuple[torch.dtype, ...] = ()
-    """Allowed dtypes of the scales; empty: it has none."""
+    """The dtypes that scales may have; empty where the format has no scales."""
     group_size: int | None = None
-    """Of formats that fix it."""
+    """The group size, where the format fixes it."""
     activation_bits: tuple[int, ...] = (16,)
-    """What activations may be rounded to; the default first."""
+    """The bits to which activations may be rounded; the default comes first."""
 
 
 FORMATS = {
@@ -47,10 +47,10 @@ ACTIVATION_BITS = "LK_ACTIVATION_BITS"
 """The variable that chooses between activations of 8 and of 16 bits."""
 
 GROUP_SIZES = (32, 64, 128)
-"""Of int4, beside one scale a row."""
+"""The group sizes of int4. It may also have one scale a row."""
 
 DTYPES = {name: stored.weight for name, stored in FORMATS.items()}
-"""Weight dtype of each format that the engine computes."""
+"""The dtype of the weights in each format that the engine computes."""
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -78,15 +78,16 @@ def activation_bits(format: str, given: int | None) -> int:
 
 
 def preferred_activation_bits(format: str, wanted: int | None) -> int:
-    """The bits of a layer's activations where one wish is for layers of all formats: a format that
-    knows only 16 bits keeps them. None wishes for the format's default.
+    """The bits of a layer's activations, where one setting is for layers of all formats.
+
+    A format that knows only 16 bits keeps them. None stands for the format's default.
     """
     allowed = FORMATS[format].activation_bits
     return wanted if wanted in allowed else allowed[0]
 
 
 def group_size(format: str, given: int | None, largest: int) -> int:
-    """The group size as the engine wants it: `largest` for one group a row, 0 for no groups."""
+    """The group size as the engine takes it: `largest` for one group a row, 0 for no groups."""
     if format != "int4":
         fixed = FORMATS[format].group_size
         if given not in (None, fixed):
@@ -109,7 +110,7 @@ def check_scale(
     shape: tuple[int, int, int],
     group: int,
 ) -> torch.Tensor | None:
-    """The scale as the engine wants it: that of an int4 row without groups is [E, rows, 1]."""
+    """The scale as the engine takes it: int4 with one scale a row has the shape [E, rows, 1]."""
     dtypes = FORMATS[format].scale
     check_presence(name, scale, format, wanted=bool(dtypes))
     if scale is None:

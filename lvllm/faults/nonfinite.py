@@ -1,8 +1,8 @@
 """The watch over the experts' output: which requests of a step met NaN or infinity, and where.
 
-The engine notes the first faulty layer of each row of a batch in a log (`engine.watch`). Ranks of
-one host share the memory of their logs: a fault of one reaches the others only as numbers, and the
-rank that answers must know before it does.
+The engine writes the first faulty layer of each row of a batch into a log (`engine.watch`). The
+ranks of one host share the memory of their logs: a fault of one rank reaches the others only as
+wrong numbers, and the rank that answers the request must know of the fault before it answers.
 """
 
 import os
@@ -21,12 +21,12 @@ INPUT, ROUTER, EXPERT, SUM = range(4)
 
 @dataclass(frozen=True)
 class Layer:
-    """What a message says of a layer."""
+    """What a message says about a layer."""
 
     name: str
     dtype: str
     experts: tuple[int, ...] | None
-    """The model's number of each expert that the rank holds; None: it holds all."""
+    """The model's numbers of the experts that the rank holds; None: the rank holds all experts."""
 
     def describe(self, source: int, expert: int) -> str:
         number = expert if self.experts is None or expert < 0 else self.experts[expert]
@@ -40,7 +40,7 @@ class Layer:
 
 
 def layers_of(model: torch.nn.Module, dtype: torch.dtype) -> dict[int, Layer]:
-    """The layers of a loaded model that run on the engine, by their handles."""
+    """The layers of a loaded model that run on the engine, by their handles in the engine."""
     found = {}
     for module in model.modules():
         layer: Any = module
@@ -55,15 +55,17 @@ def layers_of(model: torch.nn.Module, dtype: torch.dtype) -> dict[int, Layer]:
 
 
 class Watch:
-    """One rank's log, and a view of all ranks'.
+    """One rank's log, and a view of the logs of all ranks.
 
     Args:
-        layers: those of each rank.
-        rank: this one.
-        logs: int64 [ranks, steps, rows + 2, 3], zero; `steps` is how many steps may be under way at
-            a time, and one: a rank clears its log of a step while others still read the last one's.
-        seen: how many ranks, from the first on, have done a step when this one has; default all. In
-            a pipeline later stages have not: their logs still say what an older step met.
+        layers: the layers of each rank.
+        rank: this rank.
+        logs: int64 [ranks, steps, rows + 2, 3], zero at first. `steps` is one more than the number
+            of steps that may be under way at a time, since a rank clears its log of a step while
+            others still read the log of the step before.
+        seen: how many ranks, from the first on, have done a step when this rank has done it;
+            default all. In a pipeline the later stages have not, and their logs still say what an
+            older step met.
     """
 
     def __init__(
@@ -74,21 +76,23 @@ class Watch:
         seen: int | None = None,
     ) -> None:
         self._layers, self._logs, self._step = layers, logs[:seen], 0
-        # Made once: they would be most of what a step costs.
+        # These views are made once, since making them would be most of the cost of a step.
         self._mine = list(logs[rank])
-        self._counts = list(self._logs.numpy()[:, :, 0, 0].T)  # of the ranks seen, for each step
+        # For each step, the counts of the ranks seen.
+        self._counts = list(self._logs.numpy()[:, :, 0, 0].T)
         self._rank = rank
 
     def start(self) -> None:
-        """Before a step: what the engine computes from now on is watched."""
+        """Begin a step: what the engine computes from now on is watched."""
         self._step = (self._step + 1) % self._logs.shape[1]
         if self._counts[self._step][self._rank]:
             self._mine[self._step].zero_()
         engine.watch(self._mine[self._step])
 
     def stop(self) -> bool:
-        """After a step: whether a rank noted anything. What is computed from now on (drafts, which
-        the model then checks) is not watched.
+        """End a step, and say whether a rank noted anything.
+
+        What is computed from now on is not watched: those are drafts, which the model checks later.
         """
         engine.watch(None)
         return bool(self._counts[self._step].any())
@@ -96,8 +100,8 @@ class Watch:
     def faults(self, spans: Iterable[tuple[str, int]]) -> dict[str, str]:
         """What happened to each request in this step, in one line; only those that were hit.
 
-        `spans` are the requests and how many rows each has, in the order of the batch. Rows after
-        the last one's are padding.
+        `spans` are the requests and how many rows each has, in the order of the batch. Rows behind
+        the last request are padded rows.
         """
         logs = self._logs[:, self._step]
         hit = {}
@@ -110,12 +114,12 @@ class Watch:
         return hit
 
     def any_fault(self) -> str:
-        """Some fault of this step."""
+        """The text of one fault of this step."""
         return self._first(self._logs[:, self._step, 1:])
 
     def _first(self, entries: torch.Tensor) -> str:
-        """The fault to name: one that arose in a layer rather than one that came into it, for a
-        rank that has no part in the former sees the latter.
+        """The fault to name. One that arose in a layer comes before one that was in a layer's
+        input, because ranks without a part in the faulty layer see only its effect on the next one.
         """
         found = entries[..., 0].nonzero().tolist()
         faults = [(rank, *entries[rank, row].tolist()) for rank, row in found]
@@ -125,7 +129,7 @@ class Watch:
 
 
 def shared_zeros(shape: Sequence[int], path: str) -> torch.Tensor:
-    """An int64 tensor in a file's memory, the same in every process that opens it."""
+    """A tensor in the memory of a file, int64, the same in every process that opens the file."""
     size = torch.Size(shape).numel()
     return torch.from_file(path, shared=True, size=size, dtype=torch.int64).view(tuple(shape))
 
@@ -133,10 +137,10 @@ def shared_zeros(shape: Sequence[int], path: str) -> torch.Tensor:
 def open_watch(
     layers: dict[int, Layer], rows: int, steps: int, group: Any = None, seen: int | None = None
 ) -> Watch:
-    """The watch of a rank: alone, or with all ranks of a `group` of vLLM's on one host, which call
-    it together; `seen` is that of `Watch`.
+    """The watch of a rank: alone, or with all ranks of vLLM's `group` on one host.
 
-    `rows` is the largest batch, `steps` as many as may be under way at a time.
+    The ranks of a group call this together. `rows` is the size of the largest batch, `steps` how
+    many steps may be under way at a time, `seen` is the argument of `Watch`.
     """
     ranks = 1 if group is None else group.world_size
     shape = (ranks, steps + 1, rows + 2, 3)
@@ -146,7 +150,7 @@ def open_watch(
     torch.distributed.all_gather_object(everyone, layers, group=group.cpu_group)
     path = None
     if group.rank_in_group == 0:
-        # Memory that comes when written: nearly all of it never is.
+        # Pages come when they are written, and nearly all of them never are.
         file, path = tempfile.mkstemp(prefix="lvllm-watch-", dir="/dev/shm")
         os.truncate(file, torch.Size(shape).numel() * torch.int64.itemsize)
         os.close(file)

@@ -1,4 +1,4 @@
-"""How far parts of this machine are from its GPUs, by the kernel's distances of NUMA nodes."""
+"""How far parts of this machine are from its GPUs, by the kernel's NUMA distances."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +9,14 @@ from lvllm.machine.cpus import Machine
 __all__ = ["between_nodes", "of_gpus"]
 
 UNKNOWN = 1 << 16
-"""Farther than all that is known: such a rank takes what others leave."""
+"""Farther than any known distance, so that such a rank takes the share that others leave."""
 
 
 def of_gpus() -> Callable[[int, Machine], int] | None:
-    """The distance of a local rank's GPU from a part of the machine; None where vLLM has no GPU, or
-    does not know at which node it is.
+    """A function (local rank, part of the machine) -> distance from the rank's GPU to the part.
+
+    None where vLLM runs on no GPU. The distance is `UNKNOWN` where vLLM does not know the GPU's
+    NUMA node.
     """
     from vllm.platforms import current_platform
 
@@ -25,8 +27,10 @@ def of_gpus() -> Callable[[int, Machine], int] | None:
 
     def distance(rank: int, share: Machine) -> int:
         try:
-            home = current_platform.get_device_numa_node(rank)  # asks NVML, which starts no CUDA
-        except Exception:  # fewer GPUs than ranks, say: vLLM tells
+            home = current_platform.get_device_numa_node(
+                rank
+            )  # This asks NVML, which starts no CUDA.
+        except Exception:  # Fewer GPUs than ranks, say, which vLLM reports later.
             home = None
         if home is None:
             return UNKNOWN
@@ -37,11 +41,11 @@ def of_gpus() -> Callable[[int, Machine], int] | None:
 
 
 def between_nodes(root: Path = Path("/sys/devices/system/node")) -> dict[tuple[int, int], int]:
-    """The kernel's distance of each pair of NUMA nodes: 10 is a node from itself."""
+    """The kernel's distance between each pair of NUMA nodes; 10 is the distance to itself."""
     files = {
         int(file.parent.name.removeprefix("node")): file for file in root.glob("node*/distance")
     }
-    # A row has a number for each node that is there, by rising node.
+    # A node's file has one number for each existing node, in the order of their numbers.
     return {
         (one, other): int(number)
         for one, file in files.items()

@@ -1,4 +1,4 @@
-"""The CPU worker, which says with each step's output which requests met NaN or infinity."""
+"""vLLM's CPU worker, which reports with each step's output which requests met NaN or infinity."""
 
 from copy import copy
 from itertools import accumulate
@@ -15,11 +15,11 @@ from lvllm.patches import picture_attention
 
 
 class HybridCPUWorker(CPUWorker):
-    """vLLM's worker with a watch around each step's forward pass.
+    """vLLM's worker with a watch around the forward pass of each step.
 
-    Raises RuntimeError, which ends the engine, where a fault cannot be traced to requests: rows of
-    several schedulers meet in one batch (data parallelism), ranks are on several hosts, or vLLM's
-    second model runner is in use.
+    Raises RuntimeError, which ends the engine, where a fault cannot be traced to requests. That is
+    so where rows of several schedulers meet in one batch (data parallelism), where ranks are on
+    several hosts, and where vLLM's second model runner is in use.
     """
 
     _watch: Watch | None = None
@@ -43,12 +43,14 @@ class HybridCPUWorker(CPUWorker):
                 * (config.world_size // config.pipeline_parallel_size),
             )
         except RuntimeError:
-            process.follow()  # a rank whose share of the checkpoint is damaged is gone by now
+            process.follow()  # A rank whose share of the checkpoint is damaged has ended by now.
             raise
 
     def _make_room_for_earlier_stages(self) -> None:
-        """What a later stage of a pipeline receives is put into tensors that vLLM's runner makes in
-        its first dummy run. Without compilation there is none on the CPU.
+        """Make the tensors into which a later stage of a pipeline receives its input.
+
+        vLLM's runner makes them in its first dummy run, but without compilation there is no dummy
+        run on the CPU.
         """
         runner: Any = self.model_runner
         if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
@@ -80,11 +82,11 @@ class HybridCPUWorker(CPUWorker):
         return self._end(super().sample_tokens(grammar_output))
 
     def _end(self, output: Any) -> Any:
-        """The output of a step with what happened in it."""
+        """The output of a step, with the faults that happened in it."""
         if not self._faults:
             return output
         self._clear_caches()
-        output = copy(output)  # it may be the one that stands for all empty ones
+        output = copy(output)  # vLLM uses one and the same object for all empty outputs.
         set_faults(output, self._faults)
         self._faults = {}
         return output
@@ -93,9 +95,9 @@ class HybridCPUWorker(CPUWorker):
     def _clear_caches(self) -> None:
         """Zero the blocks of keys and values that faulty requests wrote in this step.
 
-        Attention multiplies a block's unwritten rest with zero, and zero times NaN is NaN: the next
-        request that gets such a block would fail, too. No other request that goes on reads them:
-        what is shared was complete before.
+        Attention multiplies the unwritten rest of a block with zero, and zero times NaN is NaN, so
+        the next request that gets such a block would fail too. No other request reads these blocks:
+        the blocks that requests share were complete before this step.
         """
         runner: Any = self.model_runner
         requests = runner.input_batch.req_ids
@@ -109,6 +111,6 @@ class HybridCPUWorker(CPUWorker):
                     blocks.update(table.slot_mapping.np[end - rows : end] // table.block_size)
             for name in group.layer_names:
                 cache: Any = getattr(layers.get(name), "kv_cache", None)
-                if hasattr(cache, "shape"):  # the state of a linear attention begins as zero
+                if hasattr(cache, "shape"):  # The state of a linear attention has no blocks.
                     for block in blocks:
                         cache[int(block)].zero_()
