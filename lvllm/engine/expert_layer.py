@@ -19,7 +19,7 @@ __all__ = ["Activation", "ExpertLayer"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "relu2"]
 UNGATED = ("relu2",)
-"""Activations of one projection; all others multiply a gate with an up projection."""
+"""Activations without a gate; all others multiply a gate with an up projection."""
 
 
 class ExpertLayer:
@@ -36,30 +36,32 @@ class ExpertLayer:
             int4: bfloat16, float16 or float32 [E, rows, ceil(columns/g)]; without groups [E, rows];
             mxfp4: uint8, the exponents of e8m0, [E, rows, ceil(columns/32)];
             nvfp4: float8_e4m3fn [E, rows, ceil(columns/16)].
-        w13_zero, w2_zero: int4 only, uint8 of the scale's shape: subtracted instead of 8.
-        w13_global_scale, w2_global_scale: nvfp4 only, float32, multiplied with the scales: [E, 2]
-            for gate and up ([E, 1] without a gate), and [E].
+        w13_zero, w2_zero: int4 only, uint8 of the scale's shape; they are subtracted instead of 8.
+        w13_global_scale, w2_global_scale: nvfp4 only, float32 factors of the scales: [E, 2] for
+            gate and up ([E, 1] without a gate), and [E].
         w13_bias, w2_bias: bfloat16, float16 or float32, [E, 2I] and [E, H]; optional.
         group_size: of int4: 32, 64 or 128; None or -1: one scale a row.
-        activation: "silu", "gelu" (exact), "gelu_tanh": f(gate) * up.
-            "swigluoai": (up + beta) * gate * sigmoid(alpha * gate), after gate was limited to at
-            most `swiglu_limit` and up to plus or minus that (gpt-oss; DeepSeek-V4 has alpha 1 and
-            beta 0). "swiglustep": silu(gate), then limited to at most `swiglu_limit`, times up
-            limited to plus or minus that (Step-3.5). "relu2": relu(up)^2, without a gate.
+        activation: "silu", "gelu" (exact) and "gelu_tanh" compute f(gate) * up.
+            "swigluoai" computes (up + beta) * gate * sigmoid(alpha * gate), where gate is first
+            limited to at most `swiglu_limit`, and up to between minus and plus `swiglu_limit`
+            (gpt-oss; DeepSeek-V4 has alpha 1 and beta 0). "swiglustep" computes silu(gate), limits
+            it to at most `swiglu_limit`, and multiplies it with up, limited to between minus and
+            plus that (Step-3.5). "relu2" computes relu(up)^2, without a gate.
         swiglu_alpha, swiglu_beta: of swigluoai.
         swiglu_limit: of swigluoai and swiglustep.
         interleaved: the rows of w13, its scales, zero points and bias are gate 0, up 0, gate 1, ...
-        activation_bits: 16 or 8. 8 rounds activations to 8 bits, in blocks along K with a float32
-            scale each (of x the largest of 32, 64, 128 and 256 that divides g, and 256 without
-            groups; 32 of the intermediate); int8 and int4 only, and only where the CPU has VNNI:
-            elsewhere they keep 16. None: the variable LK_ACTIVATION_BITS, else 8 for int8 and 16
-            for the others.
+        activation_bits: 16 or 8, for int8 and int4. With 8, activations are rounded to 8 bits, in
+            blocks along K with a float32 scale each. A block of x has 32, 64, 128 or 256 elements:
+            the largest of these that divides g, or 256 without groups. A block of the intermediate
+            has 32. On CPUs without VNNI activations keep 16 bits. None: the variable
+            LK_ACTIVATION_BITS decides; without it, int8 has 8 and the other formats 16.
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
-        ordered: the tensors are those of another layer, in the engine's order: they are only read.
+        ordered: the tensors belong to another layer and are in the engine's order already, so they
+            are only read.
 
-    All tensors are contiguous and on the CPU. The layer owns them: it puts weights, scales, zero
-    points and float32 biases in its own order (`tiles`) in place and computes on that memory,
-    without a second copy. `bank.allocate` gives memory that is fast to compute on.
+    All tensors are contiguous and on the CPU. The layer owns them: it reorders weights, scales,
+    zero points and float32 biases in place (`tiles`) and computes on that memory, without a second
+    copy. `bank.allocate` gives memory that is fast to compute on.
 
     Sums are in float32. The relative Frobenius error against float32 on dequantised weights is
     below 3e-3, most of it the rounding of the result (3.5e-3 for float16 x where the CPU multiplies
@@ -154,7 +156,7 @@ class ExpertLayer:
         """Columns that share a scale: all of a row without groups, 0 where no columns do."""
         self.swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
         self.apply_router_weight_on_input = apply_router_weight_on_input
-        # The engine keeps pointers only.
+        # The engine keeps only pointers, so these references keep the memory alive.
         self._tensors: dict[str, torch.Tensor | None] = {
             "w13": w13,
             "w2": w2,
@@ -191,7 +193,7 @@ class ExpertLayer:
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Sum over j of topk_weights[:, j] * expert topk_ids[:, j] of x.
+        """For each token, the sum over j of topk_weights[:, j] * expert(topk_ids[:, j])(x).
 
         Args:
             x: [M, H] bfloat16 or float16; each row contiguous.
@@ -209,11 +211,11 @@ class ExpertLayer:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the layer computes on, by the names of the arguments, in the engine's order."""
+        """The tensors that the layer computes on, in the engine's order, by argument name."""
         return {name: tensor for name, tensor in self._tensors.items() if tensor is not None}
 
     def release(self) -> None:
-        """Puts all tensors back in the order they came in, and ends the layer.
+        """Put all tensors back into the order that they came in, and end the layer.
 
         Raises:
             ValueError: if the layer was released before.
