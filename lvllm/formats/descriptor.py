@@ -73,7 +73,9 @@ class Descriptor:
     scales: tuple[str, ...] = ("scale",)
     """How names of tensors with scales end."""
     input_scales: tuple[str, ...] = ()
-    """Scales of activations among them. LvLLM ignores their values."""
+    """Scales of activations among them. LvLLM does not use their values, so it does not check them:
+    calibration that never reached an expert leaves NaN there.
+    """
     divisors: tuple[str, ...] = ()
     """Scales among them that weights are divided by, and which must not be 0."""
     weights_in: Callable[[TensorInfo, Stored], int] = _weights_in

@@ -5,13 +5,13 @@ copies it. Only a copy, or an operation that needs the values, reads bytes from 
 """
 
 import ctypes
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from lvllm import formats
 from lvllm.checkpoint.headers import TensorInfo
 from lvllm.loading import in_hand
 
@@ -22,11 +22,6 @@ Fill = Callable[[memoryview, int], None]
 
 Raises EOFError if the file ends before, and OSError if the system cannot read it.
 """
-
-# Those of inputs come from calibration, which may have left an expert out, and are not used.
-SCALE = re.compile(r"scale[^.]*$")
-SCALE_OF_INPUTS = re.compile(r"(?:^|[._])(?:in|out)put_[^.]*$")
-DIVISOR = re.compile(r"weight_global_scale$")
 
 
 class _Source:
@@ -91,7 +86,7 @@ class _Source:
         except OSError as error:
             raise self.info.refuse(error.strerror or str(error)) from None
         name, dtype = self.info.name, self.info.dtype
-        if SCALE.search(name) and not SCALE_OF_INPUTS.search(name) and size % dtype.itemsize == 0:
+        if formats.is_weight_scale(name) and size % dtype.itemsize == 0:
             self._check_numbers(torch.frombuffer(memory, dtype=dtype))
 
     def _check_numbers(self, scales: torch.Tensor) -> None:
@@ -107,7 +102,7 @@ class _Source:
                 return
             if bad.any():
                 raise self.info.refuse(f"{int(bad.sum())} of its scales are NaN or infinite")
-            if DIVISOR.search(self.info.name) and not some.all():
+            if formats.is_divisor(self.info.name) and not some.all():
                 raise self.info.refuse("is 0, and weights are divided by it")
 
 

@@ -26,6 +26,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from lvllm.errors import LayerError
+from lvllm.formats import gptq
 from lvllm.formats.compressed_tensors import ORDERED
 from lvllm.upstream.integer_linear import GptqLinear
 
@@ -143,7 +144,7 @@ class AutoRoundConfig(INCConfig):
 
 def register() -> None:
     """Put these in the place of upstream's."""
-    for name in ("gptq", "auto_gptq", "gptq_marlin"):
+    for name in (*gptq.DESCRIPTOR.quantizations, "gptq_marlin"):
         register_quantization_config(name)(GptqConfig)
     register_quantization_config("compressed-tensors")(CompressedConfig)
     register_quantization_config("inc")(AutoRoundConfig)
