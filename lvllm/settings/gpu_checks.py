@@ -12,7 +12,10 @@ __all__ = ["accelerator", "check"]
 
 
 def accelerator(setting: Setting) -> Accelerator:
-    """LVLLM_ACCELERATOR on vLLM's platform. Raises SettingError for one that is not of it."""
+    """LVLLM_ACCELERATOR, or its default on vLLM's platform.
+
+    Raises SettingError for an accelerator that does not belong to the platform.
+    """
     from vllm.platforms import current_platform
 
     allowed: tuple[Accelerator, ...]
@@ -72,8 +75,8 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
 
 
 def _draft_layers(vllm_config: Any) -> list[int]:
-    """The numbers of the layers that a checkpoint has behind the model's own, for drafting, if they
-    are used. They are resident whether or not LVLLM_GPU_RESIDENT_MOE_LAYERS names them.
+    """The numbers of the layers for multi-token prediction that follow the model's own, if they are
+    used. They are resident whether or not LVLLM_GPU_RESIDENT_MOE_LAYERS names them.
     """
     speculative = vllm_config.speculative_config
     if speculative is None or speculative.method != "mtp":
@@ -91,7 +94,7 @@ def _check_omp(setting: Setting) -> None:
 
 
 def _check_cuda(vllm_config: Any) -> None:
-    """What of vLLM's cannot be had with experts on the CPU and all the rest on a GPU."""
+    """Refuse features of vLLM that cannot work with experts on the CPU and the rest on a GPU."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     offload = vllm_config.offload_config
     one_batch = "lk computes one batch at a time"
@@ -100,7 +103,7 @@ def _check_cuda(vllm_config: Any) -> None:
     for name, value, allowed, reason in (
         ("enable-dbo", parallel.enable_dbo, False, one_batch),
         ("ubatch-size", parallel.ubatch_size, 0, one_batch),
-        # The others hand tokens straight to kernels of the GPU.
+        # The other backends hand tokens straight to kernels on the GPU.
         (
             "all2all-backend",
             parallel.all2all_backend,

@@ -2,8 +2,8 @@
 
 A setting is an environment variable (`LK_THREADS=8`) or a key of the vLLM configuration
 (`additional_config.lvllm.lk_threads: 8`). If both are given, the variable wins. This module
-describes the settings and parses single values; `lvllm.settings.configuration` resolves them
-together and checks them against the model and the machine.
+describes the settings and parses single values; `lvllm.settings.resolving` resolves them together,
+and `lvllm.prepare` checks them against the model and the machine.
 """
 
 import re
