@@ -1,12 +1,12 @@
-"""Experts in the engine's order and format -> plain matrices of the model's dtype, on a device.
+"""Converts experts from the engine's order and format to plain matrices, on a device.
 
-What lies in the staging buffers of a GPU are the engine's bytes: tiles of 64 rows, transposed in
-units of four bytes (`engine.tiles`), in 4, 8 or 16 bits. One Triton kernel reads each byte once and
-writes each value once, 2.6 to 4 bytes a weight: at 4 TB/s that is a small part of the time in which
-a bus of 55 GB/s brings the half byte to two bytes of the weight. In plain PyTorch, where every
-step is a pass over memory, 4-bit weights would take 45 bytes, more time than the bus.
+The staging buffers of a GPU hold the engine's bytes: tiles of 64 rows, transposed in units of four
+bytes (`engine.tiles`), in 4, 8 or 16 bits. One Triton kernel reads each byte once and writes each
+value once, which is 2.6 to 4 bytes per weight. At 4 TB/s that takes a small part of the time in
+which a bus of 55 GB/s brings the weight's half byte to two bytes. In plain PyTorch, where each step
+is a pass over memory, a 4-bit weight would take 45 bytes, which is more time than the bus takes.
 
-Without a GPU plain PyTorch does the same, to the same bits.
+Without a GPU, plain PyTorch computes the same bits.
 """
 
 from collections.abc import Mapping
@@ -28,14 +28,14 @@ def convert(
     experts: range,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The weights of "w13" or "w2" of some experts: [len(experts), rows, columns] of `dtype`.
+    """Convert "w13" or "w2" of some experts -> [len(experts), rows, columns] of `dtype`.
 
     Args:
-        layer: whose tensors they are.
-        tensors: those of `layer.tensors` in the same order, on any one device.
-        name: "w13": gate rows, then up rows; "w2".
-        experts: consecutive ones, of those in `tensors`.
-        dtype: bfloat16 or float16. Rounded to it is the product of weight and scale in float32.
+        layer: the layer of the tensors.
+        tensors: copies of `layer.tensors`, in the same order, on any one device.
+        name: "w13", which has the gate rows and then the up rows, or "w2".
+        experts: consecutive experts of `tensors`.
+        dtype: bfloat16 or float16. Weight and scale are multiplied in float32, and then rounded.
     """
     part = {
         suffix: tensors[name + suffix][experts.start : experts.stop]
@@ -53,11 +53,12 @@ def convert(
 def _plain(
     layer: ExpertLayer, parts: int, part: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
+    """Convert the tensors of one projection, by their suffixes, in plain PyTorch."""
     rows: dict[str, Any] = {"format": layer.format, "": from_tiles(part[""], parts, WEIGHT_UNIT)}
     for suffix in ("_scale", "_zero"):
         if suffix in part:
             tensor = part[suffix]
-            # Scales along K are in tiles like the weights.
+            # Group scales are in tiles like the weights.
             rows[suffix] = (
                 from_tiles(tensor, parts, tensor.element_size()) if layer.group_size else tensor
             )

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `lvllm.gpu.convert`. Imported only where it runs."""
+"""The Triton kernel behind `lvllm.gpu.convert`. It is imported only where it runs."""
 
 from collections.abc import Mapping
 
@@ -10,16 +10,16 @@ from lvllm.engine.tiles import TILE_ROWS, WEIGHT_UNIT
 from lvllm.engine.weight_formats import BLOCK, FORMATS
 
 COLUMNS = 64
-"""Of a block: with 64 rows at most 16 values a thread of four warps."""
+"""The columns of a block. With 64 rows, each thread of four warps has at most 16 values."""
 
 
 @triton.jit
 def _small_float(  # type: ignore[no-untyped-def]
     code, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr
 ):
-    """uint8 -> float32. By arithmetic, for GPUs before sm_89 have no instruction for it."""
+    """uint8 -> float32. This is arithmetic, since GPUs before sm_89 have no such instruction."""
     exponent = ((code >> MANTISSA) & ((1 << (BITS - 1 - MANTISSA)) - 1)).to(tl.int32)
-    # Subnormals lack the leading one, and have the exponent of the smallest normal numbers.
+    # Subnormals have no leading one, and the exponent of the smallest normal numbers.
     mantissa = (code & ((1 << MANTISSA) - 1)).to(tl.int32) + tl.where(
         exponent > 0, 1 << MANTISSA, 0
     )
@@ -40,7 +40,7 @@ def _e2m1(code):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _e8m0(code):  # type: ignore[no-untyped-def]
-    """uint8 -> float32: the code is the exponent's bits, but for 0, half of what 1 means."""
+    """uint8 -> float32. The code is a float32 exponent, but 0 means half of what 1 means."""
     bits = code.to(tl.int32)
     power = (tl.maximum(bits, 1) << 23).to(tl.float32, bitcast=True)
     return tl.where(bits == 0, power * 0.5, power)
@@ -53,23 +53,23 @@ def _convert(  # type: ignore[no-untyped-def]
     zero,
     global_scale,
     out,
-    rows,  # of a part
+    rows,  # per part
     columns,
     length,  # of a row, in stored elements
-    groups,  # of a row, or blocks
+    groups,  # per row; for block scales, blocks per row
     group_size,
     PARTS: tl.constexpr,
     FORMAT: tl.constexpr,
-    VALUES: tl.constexpr,  # in a stored element
-    UNIT: tl.constexpr,  # stored elements that stay together
+    VALUES: tl.constexpr,  # per stored element
+    UNIT: tl.constexpr,  # stored elements that stay together in a tile
     SCALE: tl.constexpr,
     ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of a tile of a part of an expert; grid (experts * parts, tiles, blocks)."""
-    matrix = tl.program_id(0).to(tl.int64)  # offsets of a layer exceed 32 bits
+    """Convert one block of a tile. The grid is (experts * parts, tiles, blocks)."""
+    matrix = tl.program_id(0).to(tl.int64)  # Offsets in a layer exceed 32 bits.
     tile = tl.program_id(1)
     row = tl.arange(0, ROWS)[:, None]
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -128,14 +128,14 @@ def _convert(  # type: ignore[no-untyped-def]
 def run(
     format: str, group_size: int, parts: int, part: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
-    """As `lvllm.gpu.convert.convert`, of the tensors of one projection by their suffixes."""
+    """Convert the tensors of one projection, by their suffixes, as `convert.convert` says."""
     stored, scale = part[""], part.get("_scale")
     per_element = FORMATS[format].values
     experts, rows, length = stored.shape
     out = torch.empty((experts, rows, length * per_element), dtype=dtype, device=stored.device)
     of_part, columns = rows // parts, out.shape[2]
     codes = stored.element_size() == 1 and format != "int8"
-    nothing = stored  # for arguments that the format does not have
+    nothing = stored  # This stands for arguments that the format does not have.
     grid = (experts * parts, triton.cdiv(of_part, TILE_ROWS), triton.cdiv(columns, COLUMNS))
     _convert[grid](
         stored.view(torch.uint8) if codes else stored,
@@ -162,12 +162,12 @@ def run(
 
 
 def _scale_kind(scale: torch.Tensor | None, group_size: int) -> str:
-    """What shares a scale."""
+    """Tell which weights share a scale."""
     if scale is None:
         return "none"
     return "group" if group_size else {1: "tensor", 2: "row", 3: "block"}[scale.dim()]
 
 
 def _codes(scale: torch.Tensor) -> torch.Tensor:
-    """e4m3 scales as bytes."""
+    """View e4m3 scales as bytes."""
     return scale.view(torch.uint8) if scale.element_size() == 1 else scale

@@ -82,6 +82,17 @@ def test_it_agrees_with_the_engine(format: str) -> None:
     assert torch.linalg.norm(got - want) <= 6e-3 * torch.linalg.norm(want)
 
 
+@pytest.mark.parametrize("wrong", [-2, 4, 1000])
+def test_an_id_that_is_no_expert_is_refused(wrong: int) -> None:
+    random, layer = made("bf16", "silu", (16, 24), experts=4, seed=3)
+    engine_layer = layer.make()
+    x = random.normal(5, engine_layer.hidden_size).to(torch.bfloat16)
+    ids, weights = random.integers(-1, 4, 5, 3), random.uniform(0, 1, 5, 3)
+    ids[3, 1] = wrong
+    with pytest.raises(ValueError, match=rf"^topk_ids has {wrong}, must be -1 or in \[0, 4\)$"):
+        streamed.run(engine_layer, engine_layer.tensors, x, ids, weights)
+
+
 @settings(max_examples=60, deadline=None)
 @given(format=st.sampled_from(FORMATS), parts=st.sampled_from(("silu", "relu2")), **LAYERS)
 def test_conversion_gives_the_products_of_weights_and_scales(
