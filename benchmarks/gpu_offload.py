@@ -23,8 +23,9 @@ import torch
 from benchmarks import gpu_callback, gpu_timeline
 from lvllm.engine import ExpertLayer, info
 from lvllm.gpu import streamed
-from lvllm.gpu.accelerator import Accelerator, open_accelerator
+from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.convert import convert
+from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import Exchange, HybridCall
 from lvllm.gpu.window import PrefetchWindow
 from tests.experts import Random, random_layer

@@ -1,4 +1,19 @@
-"""GPU offload: experts that stream to a GPU or are computed on the CPU beside it.
+"""GPU offload: activations are on a GPU, experts lie on the host and are computed on either."""
 
-Plain PyTorch and lk; nothing here knows vLLM.
-"""
+from lvllm.gpu.break_even import MeasuredThreshold
+from lvllm.gpu.devices import open_accelerator
+from lvllm.gpu.hybrid import raise_host_call_error
+from lvllm.gpu.offload import Offload, mark_step
+from lvllm.gpu.offloaded_layer import OffloadedLayer, concentrated_routing
+from lvllm.gpu.watchdog import Watchdog
+
+__all__ = [
+    "MeasuredThreshold",
+    "Offload",
+    "OffloadedLayer",
+    "Watchdog",
+    "concentrated_routing",
+    "mark_step",
+    "open_accelerator",
+    "raise_host_call_error",
+]

@@ -1,54 +1,51 @@
-"""From which batch on it is faster to copy a layer to the device than to compute it with lk: what
-LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto chooses, by measuring one layer at start.
+"""Measures the break-even batch size, from which on it is faster to copy a layer to the device than
+to compute it with lk. LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto measures one layer at start.
 
-On the CPU a layer costs lk's time and the way of the tokens there and back. Streamed it costs, in a
-pass over many layers, the longer of its copy and its products; without a window their sum, for then
-no copy is under way beside products. What both ways have in common is left out.
+On the CPU a layer takes lk's time and the time to copy the tokens there and back. A streamed layer
+in a pass over many layers takes the longer of its copy and its products. Without a window it takes
+their sum, for then no copy runs beside products. What both paths have in common is left out.
 """
-
-from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, isqrt
-from typing import TYPE_CHECKING
 
 import torch
 
 from lvllm.gpu import streamed
+from lvllm.gpu.offloaded_layer import OffloadedLayer
 from lvllm.gpu.window import PrefetchWindow
-
-if TYPE_CHECKING:
-    from lvllm.gpu.offload import OffloadedLayer
 
 __all__ = ["MeasuredThreshold", "Point", "choose", "search", "streamed_seconds", "threshold"]
 
-# As vLLM names the loggers that it shows, but this package works without it.
+# vLLM shows the loggers of this name. This package works without vLLM.
 logger = logging.getLogger("vllm.plugins.lvllm")
 
 SECONDS = 2.0
-"""That batches may take, of a start that takes minutes."""
+"""The time that all measured batches may take, of a start that takes minutes."""
 ENOUGH = 0.05
-"""Seconds after which one part is not tried again; shorter ones are tried three times."""
+"""A part that takes this long is measured once. Shorter parts are measured up to three times."""
 WARM_UP = 256
-"""Tokens of a first batch that does not count: kernels are loaded, and Triton's compiled."""
+"""Tokens of a first batch that does not count: it loads kernels and compiles those of Triton."""
 PRECISION = 8
-"""An interval around the break-even is halved until it is an eighth of its end: what a layer takes
-differs by more between one batch's choice of experts and another's."""
+"""The interval around the break-even is halved until it is an eighth of its end. A layer's time
+differs by more than that between batches that choose different experts."""
 
 
 @dataclass(frozen=True)
 class MeasuredThreshold:
-    """That the threshold is to be measured.
+    """A threshold that is to be measured.
 
-    `dtype` is that of activations. `agree` returns the largest of each number among the ranks that
-    hold parts of the same layers, which call it together. A step takes as long as its slowest
-    rank, so what is slowest decides; and all of them measure the same batches and choose the same.
-    (Were a rank to choose another way, its part of the sum would be as right, rounded otherwise.
-    Stages of a pipeline have layers of their own, and may differ.) The threshold is not below
-    `least`.
+    Attributes:
+        dtype: the dtype of activations.
+        agree: returns the largest of each number among the ranks that hold parts of the same
+            layers. All of them call it together. A step takes as long as its slowest rank, so the
+            slowest rank decides, and all ranks measure the same batches and choose the same
+            threshold. (If a rank chose another path, its part of the sum would be as correct, but
+            rounded in another way. Stages of a pipeline have different layers, and may differ.)
+        least: the smallest threshold that may be chosen.
     """
 
     dtype: torch.dtype
@@ -58,7 +55,7 @@ class MeasuredThreshold:
 
 @dataclass(frozen=True)
 class Point:
-    """What a layer takes for a batch, in seconds: on the CPU, and streamed."""
+    """The seconds that a layer takes for a batch of `tokens`, on the CPU and streamed."""
 
     tokens: int
     cpu: float
@@ -66,20 +63,20 @@ class Point:
 
     @property
     def gain(self) -> float:
-        """Seconds that streaming saves."""
+        """The seconds that streaming saves."""
         return self.cpu - self.streamed
 
 
 def streamed_seconds(copy: float, products: float, ahead: int) -> float:
-    """Of a layer amid others, with so many copied ahead."""
+    """Return the seconds of one of many layers, with `ahead` layers copied ahead of it."""
     return max(copy, products) if ahead else copy + products
 
 
 def search(measure: Callable[[int], Point | None], most: int) -> list[Point]:
-    """Points on both sides of the break-even, of batches from 1 to `most` tokens.
+    """Measure points on both sides of the break-even, in batches of 1 to `most` tokens.
 
-    Sizes double until streaming is faster twice in a row, for once may be chance, and then halve
-    the interval. Ends early when `measure` returns None: there is no time left.
+    Batch sizes double until streaming is faster twice in a row, since once may be chance. Then they
+    halve the interval. The search ends early when `measure` returns None: no time is left.
     """
     points: list[Point] = []
     tokens = 1
@@ -98,9 +95,9 @@ def search(measure: Callable[[int], Point | None], most: int) -> list[Point]:
 
 
 def threshold(points: Sequence[Point], most: int) -> int:
-    """The smallest batch from which on streaming is not slower; 0 if there is none up to `most`.
+    """Return the smallest batch from which on streaming is not slower; 0 if it is beyond `most`.
 
-    Between two points, and beyond the last where time ran out, lines are straight.
+    The gain is taken to be linear between two points, and beyond the last point if time ran out.
     """
     below, above = _around(points)
     if below is None:
@@ -117,7 +114,7 @@ def threshold(points: Sequence[Point], most: int) -> int:
 
 
 def _around(points: Sequence[Point]) -> tuple[Point | None, list[Point]]:
-    """The largest batch that is not faster streamed, and all larger ones, in order."""
+    """Return the largest batch that is not faster streamed, and all larger ones in order."""
     ordered = sorted(points, key=lambda point: point.tokens)
     slower = [place for place, point in enumerate(ordered) if point.gain <= 0]
     if not slower:
@@ -126,40 +123,46 @@ def _around(points: Sequence[Point]) -> tuple[Point | None, list[Point]]:
 
 
 def choose(
-    auto: MeasuredThreshold, window: PrefetchWindow, layer: OffloadedLayer, layers: int, most: int
+    measured: MeasuredThreshold,
+    window: PrefetchWindow,
+    layer: OffloadedLayer,
+    layers: int,
+    most: int,
 ) -> int:
-    """Measure a `layer` of `layers` in batches of up to `most` tokens -> the threshold; 0: none.
+    """Measure one of `layers` layers in batches of up to `most` tokens, and return the threshold.
 
-    Logs one line. All ranks measure at the same time, as they compute: they share the host's
-    memory, and some a bus.
+    The result is 0 if streaming does not pay. One line of the log says what was found. All ranks
+    measure at the same time, as they compute at the same time: they share the host's memory, and
+    some of them share a bus.
     """
-    bench = _Bench(auto.dtype, window, layer)
-    bench.warm_up(min(most, WARM_UP))
-    auto.agree((0.0,))  # the ranks begin together
-    (copy,) = auto.agree((bench.copy(),))
+    timer = _LayerTimer(measured.dtype, window, layer)
+    timer.warm_up(min(most, WARM_UP))
+    measured.agree((0.0,))  # This makes the ranks begin together.
+    (copy,) = measured.agree((timer.copy(),))
     begin, spent, last = time.perf_counter(), 0.0, 0.0
     known: list[Point] = []
 
     def measure(tokens: int) -> Point | None:
         nonlocal spent, last
-        if spent + 2 * last > SECONDS:  # twice the tokens take twice as long at most
+        if spent + 2 * last > SECONDS:  # Twice the tokens take at most twice as long.
             return None
-        batch = bench.batch(tokens)
-        cpu, now = auto.agree((bench.cpu(*batch), time.perf_counter() - begin))
-        # More tokens take no less. Where the CPU is below that, the device need not be tried.
+        batch = timer.batch(tokens)
+        cpu, now = measured.agree((timer.cpu(*batch), time.perf_counter() - begin))
+        # More tokens take at least as long, and any batch at least as long as the copy. If the CPU
+        # is faster than that, the device need not be measured.
         least = max((one.streamed for one in known if one.tokens < tokens), default=copy)
         if cpu > least:
-            products, now = auto.agree((bench.products(*batch), time.perf_counter() - begin))
+            products, now = measured.agree((timer.products(*batch), time.perf_counter() - begin))
             least = streamed_seconds(copy, products, window.ahead)
         spent, last = now, now - spent
         known.append(Point(tokens, cpu, least))
         return known[-1]
 
     points = search(measure, most)
-    bench.drop()
+    timer.drop()
     chosen = threshold(points, most)
-    if 0 < chosen < auto.least:
-        chosen = auto.least if auto.least <= most else 0
+    if 0 < chosen < measured.least:
+        chosen = measured.least if measured.least <= most else 0
     logger.info(
         "LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is %s",
         describe(chosen, points, copy, layer.size(), layers, window.ahead),
@@ -170,10 +173,10 @@ def choose(
 def describe(
     chosen: int, points: Sequence[Point], copy: float, size: int, layers: int, ahead: int
 ) -> str:
-    """The threshold and what it follows from, in one line. `size` is a layer's in bytes."""
+    """Describe the threshold and the times behind it in one line. `size` is a layer's bytes."""
     beyond = [point for point in points if chosen and point.tokens >= chosen]
     nearest = (min if beyond else max)(beyond or points, key=lambda point: point.tokens)
-    # Where the CPU is faster, it is only known how long a batch takes streamed at least.
+    # If the CPU is faster, only a lower bound of the streamed time is known.
     at_least = "at least " if nearest.gain <= 0 else ""
     unhidden = "" if ahead else ", for LVLLM_GPU_PREFETCH_WINDOW=0 hides no copy"
     return (
@@ -185,38 +188,44 @@ def describe(
     )
 
 
-class _Bench:
-    """One layer, staged, and timed on random batches."""
+class _LayerTimer:
+    """Times one staged layer on random batches."""
 
     def __init__(self, dtype: torch.dtype, window: PrefetchWindow, layer: OffloadedLayer) -> None:
         self._dtype, self._window, self._layer = dtype, window, layer
-        self._accelerator = layer.offload.accelerator
-        # Not the process's own generator: what vLLM samples does not depend on this.
+        self._accelerator = layer.accelerator
+        # The process's own generator is left alone, so that vLLM samples the same tokens.
         self._random = torch.Generator(self._accelerator.device).manual_seed(0)
         self._stage()
         window.settle()
 
     def copy(self) -> float:
-        """Seconds of the layer's copy, with no other under way. The layer is staged again."""
+        """Return the seconds of the layer's copy with no other copy under way.
+
+        The layer is staged again afterwards.
+        """
         seconds = self._best(self._stage, before=self.drop)
         self._window.settle()
         return seconds
 
     def cpu(self, *batch: torch.Tensor) -> float:
-        """Seconds of a batch on the CPU, with the way there and back."""
+        """Return the seconds of a batch on the CPU, with the copies there and back."""
         return self._best(lambda: self._layer.call(*batch))
 
     def products(self, *batch: torch.Tensor) -> float:
-        """Seconds of a batch's products on the device."""
+        """Return the seconds of a batch's products on the device."""
         return self._best(lambda: streamed.run(self._layer.experts, self._staged, *batch))
 
     def warm_up(self, tokens: int) -> None:
+        """Compute a batch on both paths, without timing it."""
         batch = self.batch(tokens)
         self.cpu(*batch)
         self.products(*batch)
 
     def batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, ids and weights: each token takes experts at random, some of them other ranks'."""
+        """Return x, ids and weights of a batch. Each token has random experts, some of them other
+        ranks'.
+        """
         layer, random, device = self._layer, self._random, self._accelerator.device
         shape = (tokens, layer.experts.hidden_size)
         x = torch.randn(shape, generator=random, dtype=self._dtype, device=device)
@@ -227,7 +236,7 @@ class _Bench:
         return x, ids, torch.full_like(ids, 1 / layer.topk, dtype=torch.float32)
 
     def drop(self) -> None:
-        """Leave the window as it was found: nothing is staged or under way."""
+        """Leave the window as it was: nothing is staged or being copied."""
         self._window.abort()
         self._window.settle()
 
@@ -235,7 +244,7 @@ class _Bench:
         self._staged = self._window.stage(self._layer.number)
 
     def _best(self, work: Callable[[], object], before: Callable[[], object] = int) -> float:
-        """The shortest of up to three runs: what else the machine does only ever adds."""
+        """Return the shortest of up to three runs. Other work of the machine only adds time."""
         times: list[float] = []
         while len(times) < 3 and sum(times) < ENOUGH:
             before()

@@ -1,8 +1,8 @@
 """CUDA, through PyTorch's streams and events.
 
-What PyTorch does not offer, host callbacks and the registration of memory that is there already,
-is called in the CUDA runtime that PyTorch itself has loaded: another copy of it would know neither
-PyTorch's streams nor its errors.
+PyTorch offers neither host callbacks nor the registration of memory that exists already. For these,
+this module calls the CUDA runtime that PyTorch has loaded. Another copy of the runtime would know
+neither PyTorch's streams nor its errors.
 """
 
 import ctypes
@@ -75,8 +75,8 @@ class CudaAccelerator(Accelerator):
             raise MemoryError(
                 f"of the GPU's {gib(total)}, {gib(free)} are free, and {gib(size)} were asked for"
             ) from None
-        # PyTorch hands dropped memory on in the order of the stream that it was allocated in. This
-        # makes it wait for the other one, too.
+        # PyTorch reuses dropped memory in the order of the stream that it was allocated in. This
+        # makes it wait for the other stream, too.
         memory.record_stream(stream)
         return memory
 
@@ -93,7 +93,7 @@ class CudaAccelerator(Accelerator):
     def _register(self, address: int, size: int) -> None:
         try:
             with _writable(address, size):
-                # 0, the default: with unified addressing all devices and contexts see it.
+                # The flags are 0: with unified addressing all devices and contexts see the memory.
                 self._check("cudaHostRegister", address, size, 0)
         except (RuntimeError, OSError) as error:
             raise RuntimeError(
@@ -106,16 +106,19 @@ class CudaAccelerator(Accelerator):
         return torch.cuda.is_current_stream_capturing()
 
     def _check(self, function: str, *arguments: int) -> None:
-        """Call it. Raises RuntimeError with CUDA's name of an error and what it says of it.
+        """Call a function of the runtime.
 
-        In a thread that has not chosen a device, a finaliser's say, the runtime would take the
-        first one and make a context there; and the default stream is that of the current device.
+        The accelerator's device is current meanwhile. In a thread that has not chosen a device,
+        such as one that runs a finaliser, the runtime would take the first device and make a
+        context there. The default stream, too, is that of the current device.
+
+        Raises RuntimeError with CUDA's name and text of an error.
         """
         with torch.cuda.device(self.device):
             code = getattr(self._runtime, function)(*arguments)
         if code != 0:
-            # The runtime keeps the error of a thread until it is asked for, and PyTorch would take
-            # it for one of the next kernel it starts.
+            # The runtime keeps a thread's error until it is asked for. PyTorch would blame the next
+            # kernel that it starts for it.
             self._runtime.cudaGetLastError()
             name = self._runtime.cudaGetErrorName(code).decode()
             text = self._runtime.cudaGetErrorString(code).decode()
@@ -124,16 +127,18 @@ class CudaAccelerator(Accelerator):
 
 @cache
 def runtime() -> ctypes.CDLL:
-    """The CUDA runtime in this process. Raises RuntimeError if there is none of PyTorch's version.
+    """Return the CUDA runtime that PyTorch has loaded in this process.
 
-    PyTorch holds it under its soname, whatever file that came from.
+    It is found by its soname, whatever file it came from.
+
+    Raises RuntimeError if the process has no runtime of PyTorch's CUDA version.
     """
     version = torch.version.cuda
     if version is None:
         raise RuntimeError(f"PyTorch {torch.__version__} is not built for CUDA")
     soname = f"libcudart.so.{version.partition('.')[0]}"
     try:
-        # Only what is loaded already.
+        # RTLD_NOLOAD finds a library only if it is loaded already.
         library = ctypes.CDLL(soname, mode=os.RTLD_NOLOAD)
     except OSError:
         raise RuntimeError(
@@ -156,10 +161,10 @@ def runtime() -> ctypes.CDLL:
 
 @contextmanager
 def _writable(address: int, size: int) -> Iterator[None]:
-    """Memory of another engine, which is mapped read-only, can be written meanwhile.
+    """Make read-only memory writable while the context is open. Another engine maps it read-only.
 
-    CUDA takes pages that it may write. There is a flag for others, cudaHostRegisterReadOnly, but
-    not every device has it. What counts is how they are mapped while they are registered.
+    CUDA registers pages that it may write. The flag for other pages, cudaHostRegisterReadOnly, does
+    not work on every device. Only the mapping at the time of registration matters.
     """
     if not _read_only(address, address + size):
         yield
@@ -172,7 +177,7 @@ def _writable(address: int, size: int) -> Iterator[None]:
 
 
 def _read_only(begin: int, end: int) -> bool:
-    """Whether some of these bytes are mapped so that this process cannot write them."""
+    """Tell whether this process cannot write some of these bytes."""
     with open("/proc/self/maps") as file:
         for line in file:
             addresses, access = line.split(maxsplit=2)[:2]

@@ -1,10 +1,10 @@
-"""The CPU's part of a layer in stream order: tokens out to pinned memory, lk in a host callback,
-the result back.
+"""Runs lk in stream order: copies tokens to pinned memory, calls lk from the stream, copies back.
 
-A graph that captures it has four copies and one host call a layer: its replay runs no Python,
-allocates nothing and waits for nothing but the callback.
+A graph that captures a layer holds four copies and one host call. Its replay runs no Python,
+allocates nothing, and waits for nothing but the host call.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,39 +17,45 @@ from lvllm.engine.ops import raw_ops
 from lvllm.gpu.accelerator import Accelerator, Stream
 from lvllm.gpu.watchdog import Steps
 
-__all__ = ["EXCHANGE_BYTES", "Exchange", "HybridCall"]
+__all__ = [
+    "EXCHANGE_BYTES",
+    "Exchange",
+    "HybridCall",
+    "raise_host_call_error",
+    "running_host_call",
+]
 
 EXCHANGE_BYTES = 64 << 20
-"""Of pinned memory. Larger batches go in parts, each of which reads the experts' weights again; lk
-itself does so every 256 MiB of scratch memory, which are fewer tokens if a token has two experts or
-more.
+"""The limit of pinned memory. A larger batch is computed in parts, and each part reads the experts'
+weights again. lk itself divides a batch every 256 MiB of scratch memory, which are fewer tokens if
+a token has two experts or more.
 """
 
 
 @dataclass
 class _Argument:
-    """A HostCall of the engine's, which is never freed, and how often it has been queued."""
+    """A HostCall of the engine, which is never freed, and how often it has been queued."""
 
     address: int = field(default_factory=raw_ops.host_call_create)
     queued: int = 0
 
     def ended(self, calls: int) -> bool:
-        """Whether so many of its calls have ended; after the last, nothing reads it any more."""
+        """Tell whether this many of its calls have ended. After the last, nothing reads it."""
         return bool(raw_ops.host_call_ended(self.address) >= calls)
 
 
 class Exchange:
-    """Pinned memory for the largest batch, which all layers of a model share: what they put in a
-    stream follows one after the other.
+    """Pinned memory for the largest batch. All layers of a model share it, since the work that they
+    put in a stream runs one after the other.
 
     Args:
-        accelerator: where activations are.
-        tokens: of the largest batch.
-        layers: (hidden size, experts a token) of each layer.
-        stream: of the copies and the callback; None: the caller's own, where there is nothing to
-            overlap with. On CUDA vLLM has put the shared experts into a stream of theirs by then.
-        steps: of the watchdog, which learns of each callback outside graphs.
-        limit: of the pinned memory, in bytes.
+        accelerator: the device that has the activations.
+        tokens: the number of tokens of the largest batch.
+        layers: hidden size and experts per token of each layer.
+        stream: the stream of the copies and the host calls. None means the caller's own stream: the
+            shared experts, which could overlap, are in another stream of vLLM's by then.
+        steps: the watchdog's sequence, which is told of each host call outside graphs.
+        limit: the limit of the pinned memory in bytes.
     """
 
     def __init__(
@@ -64,20 +70,20 @@ class Exchange:
         hidden, topk = (max(sizes) for sizes in zip(*layers, strict=True))
         self.accelerator, self.stream, self.steps = accelerator, stream, steps
         self.rows = max(1, min(tokens, limit // (2 * 2 * hidden + 2 * 4 * topk)))
-        """Tokens that go at a time."""
+        """The number of tokens that fit in at a time."""
         self._x = accelerator.pinned((self.rows * hidden,), torch.bfloat16)
         self._out = accelerator.pinned((self.rows * hidden,), torch.bfloat16)
         self._ids = accelerator.pinned((self.rows * topk,), torch.int32)
         self._weights = accelerator.pinned((self.rows * topk,), torch.float32)
         self.begin, self.end = accelerator.event(), accelerator.event()
-        # Those of calls outside graphs, in the order in which they were queued, and so end. There
-        # are as many as ever were under way at a time.
+        # The arguments of calls outside graphs, in the order in which they were queued, and thus
+        # end. There are as many as there ever were calls under way at a time.
         self._arguments: deque[_Argument] = deque()
 
     def views(
         self, tokens: int, hidden: int, topk: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, ids, weights and the result of a batch."""
+        """Return the pinned x [M, H], ids and weights [M, k], and result [M, H] of a batch."""
         return (
             self._x.view(dtype)[: tokens * hidden].view(tokens, hidden),
             self._ids[: tokens * topk].view(tokens, topk),
@@ -86,12 +92,13 @@ class Exchange:
         )
 
     def take_argument(self) -> _Argument:
-        """One that no queued call reads any more; `give_back` it when it has been queued."""
+        """Take an argument that no queued call reads; `give_back` it when it has been queued."""
         if self._arguments and self._arguments[0].ended(self._arguments[0].queued):
             return self._arguments.popleft()
         return _Argument()
 
     def give_back(self, argument: _Argument, layer: str) -> None:
+        """Keep the argument of a call that has been queued, and tell the watchdog of the call."""
         argument.queued += 1
         self._arguments.append(argument)
         if self.steps is not None:
@@ -100,35 +107,36 @@ class Exchange:
 
 
 class HybridCall:
-    """One layer on the CPU, called from a stream.
+    """One layer that is computed on the CPU, called from a stream.
 
-    Bit for bit what `layer(x, topk_ids, topk_weights)` computes. An error in it, such as an id that
-    is no expert, makes the result NaN; its text comes out of `raw_ops.host_call_error`.
+    The result is bit for bit that of `layer(x, topk_ids, topk_weights)`. After an error in lk, such
+    as an id that is no expert, the result is NaN, and `raise_host_call_error` raises the error.
 
     Args:
-        exchange: of the model.
-        layer: whose experts are computed; the engine refuses calls after its end.
-        topk: experts a token.
-        name: of the layer, for the watchdog.
+        exchange: the pinned memory of the model.
+        layer: the layer's experts; the engine refuses calls after the layer's end.
+        topk: experts per token.
+        name: the layer's name, for the watchdog and for errors.
     """
 
     def __init__(
         self, exchange: Exchange, layer: ExpertLayer, topk: int, name: str = "layer"
     ) -> None:
-        self._exchange, self._accelerator, self._name = exchange, exchange.accelerator, name
+        self._exchange, self._accelerator, self.name = exchange, exchange.accelerator, name
         self._handle = int(layer.handle)
         self._function: int = raw_ops.host_call_function()
-        # A graph keeps the address of the argument, so each one that is captured is for ever this
-        # batch's.
+        # A graph keeps the address of its argument for good, so an argument that was captured is
+        # used for no other batch.
         self._captured: dict[tuple[object, ...], _Argument] = {}
         raw_ops.reserve(self._handle, exchange.rows, topk)
+        _calls[self._handle] = self
 
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        """x [M, H], topk_ids and topk_weights [M, k], on the device -> [M, H] in x's dtype.
+        """Compute x [M, H], topk_ids and topk_weights [M, k] on the device -> [M, H] as x.
 
-        The result is there for what the caller's stream does next.
+        Work that the caller puts in its stream after this call can use the result.
         """
         x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
         ids = topk_ids.to(torch.int32).contiguous()
@@ -157,7 +165,7 @@ class HybridCall:
         first: int,
         stream: Stream,
     ) -> None:
-        """A batch that the exchange has room for; its first row is `first` of the whole one."""
+        """Queue a batch that fits in the exchange. It begins at row `first` of the whole batch."""
         shape = (*x.shape, ids.shape[1], x.dtype)
         host_x, host_ids, host_weights, host_out = views = self._exchange.views(*shape)
         copy, capturing = self._accelerator.copy, self._accelerator.capturing()
@@ -173,4 +181,32 @@ class HybridCall:
         if capturing:
             self._captured[(first, *shape)] = argument
         else:
-            self._exchange.give_back(argument, self._name)
+            self._exchange.give_back(argument, self.name)
+
+
+_calls: weakref.WeakValueDictionary[int, HybridCall] = weakref.WeakValueDictionary()
+"""All layers that are called from a stream, by the engine's handle."""
+
+
+def raise_host_call_error() -> None:
+    """Raise RuntimeError if a host call in any stream has met an error since the last check.
+
+    A host call itself cannot raise, and the replay of a graph runs no Python.
+    """
+    handle, text = raw_ops.host_call_error()
+    if handle:
+        raise RuntimeError(f"{_name_of(handle)}: {text}")
+
+
+def running_host_call() -> str:
+    """Describe where the host calls of this process stand, for a step that is late."""
+    begun, ended, handle = raw_ops.host_call_progress()
+    name = _name_of(handle)
+    if begun > ended:
+        return f"{name}: experts on the CPU"
+    return f"a step whose last experts on the CPU were those of {name}"
+
+
+def _name_of(handle: int) -> str:
+    call = _calls.get(handle)
+    return call.name if call else f"layer {handle}"

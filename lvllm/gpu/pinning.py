@@ -1,10 +1,10 @@
-"""Which pages of host memory are registered with a GPU: each once, while a tensor lies in it.
+"""Registers pages of host memory with a GPU: each page once, as long as a tensor lies in it.
 
-CUDA registers ranges, in whole pages, and refuses one that has a page in common with another. Large
-tensors have pages to themselves, but biases and scales lie side by side, also those of different
-layers; and what is copied has to lie in one range. So a range is what tensors that share pages
-cover together, and no page more: memory that was given back may become other pages at the same
-addresses, which a device that kept the old ones would not see.
+CUDA registers ranges of whole pages, and refuses a range that shares a page with another. Large
+tensors have pages of their own, but biases and scales may share a page, also those of different
+layers; and a tensor that is copied has to lie in one range. So tensors that share pages are
+registered as one range. The range has no other pages: memory that was freed may be replaced by
+other pages at the same addresses, and a device that kept the old pages would not see these.
 """
 
 import mmap
@@ -16,28 +16,30 @@ from threading import Lock
 
 import torch
 
+from lvllm.units import ceil_div
+
 __all__ = ["PageRanges", "PinnedTensors"]
 
 Pages = tuple[int, int]
-"""Addresses of the first byte and of the one behind the last, multiples of a page."""
+"""The addresses of the first byte and of the byte behind the last, both multiples of a page."""
 
 
 @dataclass(frozen=True)
 class _Range:
-    """Pages that are registered together, and those of each tensor in them."""
+    """Pages that are registered together, and the pages of each tensor in them."""
 
     pages: Pages
     tenants: Counter[Pages]
 
 
 class PageRanges:
-    """Keeps registered what tensors lie in.
+    """Keeps the pages registered that tensors lie in.
 
     Args:
-        register: a range, by address and size. What it raises leaves all as it was before.
-        unregister: by address.
-        settle: waits for all copies; called before anything is unregistered.
-        page: bytes.
+        register: registers a range, by address and size. If it raises, nothing has changed.
+        unregister: unregisters a range, by address.
+        settle: waits for all copies. It is called before a range is unregistered.
+        page: the size of a page in bytes.
     """
 
     def __init__(
@@ -49,26 +51,27 @@ class PageRanges:
     ) -> None:
         self._register, self._unregister, self._settle = register, unregister, settle
         self._page = page
-        self._ranges: list[_Range] = []  # in the order of addresses
+        self._ranges: list[_Range] = []  # These are in the order of their addresses.
 
     def add(self, address: int, size: int) -> None:
-        """Tensors may lie in each other."""
+        """Register the pages of a tensor. Tensors may overlap."""
         pages = self._pages(address, size)
         old = [one for one in self._ranges if one.pages[0] < pages[1] and pages[0] < one.pages[1]]
         tenants = sum((one.tenants for one in old), Counter([pages]))
         self._replace(old, [_Range(_hull(tenants), tenants)])
 
     def remove(self, address: int, size: int) -> None:
-        """Of a tensor that was added, and lies in memory still."""
+        """Unregister the pages of a tensor that was added, and whose memory still exists."""
         pages = self._pages(address, size)
         place = bisect_right(self._ranges, pages[0], key=lambda one: one.pages[0]) - 1
         old = self._ranges[place]
         self._replace([old], _ranges(old.tenants - Counter([pages])))
 
     def _pages(self, address: int, size: int) -> Pages:
-        return address // self._page * self._page, -(-(address + size) // self._page) * self._page
+        return address // self._page * self._page, ceil_div(address + size, self._page) * self._page
 
     def _replace(self, old: list[_Range], new: list[_Range]) -> None:
+        """Register `new` ranges in place of `old` ones. On an error, the old ones are restored."""
         kept = {one.pages for one in old} & {one.pages for one in new}
         gone = [one.pages for one in old if one.pages not in kept]
         come = [one.pages for one in new if one.pages not in kept]
@@ -90,11 +93,12 @@ class PageRanges:
 
 
 def _hull(tenants: Iterable[Pages]) -> Pages:
+    """Return the smallest range that contains all of these."""
     return min(begin for begin, _ in tenants), max(end for _, end in tenants)
 
 
 def _ranges(tenants: Counter[Pages]) -> list[_Range]:
-    """Those of tensors that have pages in common, one after the other."""
+    """Return one range for each set of tensors that share pages, in the order of addresses."""
     found: list[Counter[Pages]] = []
     end = 0
     for pages in sorted(tenants):
@@ -106,9 +110,9 @@ def _ranges(tenants: Counter[Pages]) -> list[_Range]:
 
 
 class PinnedTensors:
-    """The same for tensors, which live as long as their pages are registered.
+    """Keeps the pages of tensors registered, and these tensors alive.
 
-    `unpin` may be called by a finaliser: in any thread, in the middle of anything.
+    A finaliser may call `unpin`, in any thread and in the middle of another call.
     """
 
     def __init__(
@@ -118,12 +122,12 @@ class PinnedTensors:
         settle: Callable[[], object],
     ) -> None:
         self._ranges = PageRanges(register, unregister, settle)
-        self._kept: dict[int, list[torch.Tensor]] = {}  # by address
+        self._kept: dict[int, list[torch.Tensor]] = {}  # The pinned tensors, by address.
         self._leaving: deque[torch.Tensor] = deque()
         self._busy = Lock()
 
     def pin(self, tensor: torch.Tensor) -> None:
-        """A contiguous one on the CPU. Raises what registering raises."""
+        """Pin a contiguous tensor on the CPU. Raises what registering raises."""
         if tensor.nbytes == 0:
             return
         try:
@@ -144,7 +148,7 @@ class PinnedTensors:
         self._let_go()
 
     def _let_go(self) -> None:
-        # Who is in the middle of something, maybe this thread, will go on with it.
+        # If another call holds the lock, be it of this thread, that call does this when it ends.
         while self._leaving and self._busy.acquire(blocking=False):
             try:
                 tensor = self._leaving.popleft()

@@ -1,4 +1,4 @@
-"""A GPU's stand-in on the host, for tests: streams are threads, so that a missing wait shows."""
+"""A stand-in for a GPU on the host, for tests. Its streams are threads, so a missing wait shows."""
 
 import ctypes
 import time
@@ -11,13 +11,14 @@ import torch
 
 from lvllm.gpu.accelerator import Accelerator, check_copy, check_pinnable
 from lvllm.gpu.pinning import PinnedTensors
+from lvllm.units import ceil_div
 
 __all__ = ["StandInAccelerator", "StandInEvent", "StandInStream"]
 
 PIECES = 4
-"""A copy's parts: what reads its target too early, or writes its source, mixes old and new."""
+"""A copy is done in this many parts: who reads too early sees a mixture of old and new bytes."""
 WORD = 8
-"""Bytes that come at once, as they do over a bus."""
+"""The size of a part is a multiple of this many bytes, which arrive together, as over a bus."""
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -29,13 +30,13 @@ class _Point:
 
 
 class StandInEvent:
-    """The point of its last record, if there is one."""
+    """An event. It has the point in a stream where it was recorded last."""
 
     point: _Point | None = None
 
 
 class StandInStream:
-    """What is to be done, in order. The caller's own is always empty."""
+    """A queue of work. The caller's own stream is always empty."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -43,15 +44,16 @@ class StandInStream:
 
 
 class StandInAccelerator(Accelerator):
-    """Streams that are threads, except for the caller's: what is put there is done at once, and
-    waiting blocks.
+    """An accelerator whose streams are threads. In the caller's own stream, work is done at once,
+    and waiting blocks the caller.
 
-    `delay`: seconds that a thread sleeps before each piece of its work, drawn anew for each; None
-    for no sleep.
+    Args:
+        delay: returns the seconds that a thread sleeps before each piece of its work. None means
+            that threads do not sleep.
 
     An error in a thread is raised as a RuntimeError by the caller's next `record`, `wait` or
-    `synchronize` and all later ones, as an error of a CUDA device is. Nothing more is done then,
-    but nothing hangs: events come as if it were.
+    `synchronize`, and by all later ones, as an error of a CUDA device is. No work is done after
+    that, but nothing hangs, since events are still reached.
     """
 
     name = "host"
@@ -60,11 +62,11 @@ class StandInAccelerator(Accelerator):
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
         self._delay = delay
         self._caller = StandInStream("caller")
-        # There is nothing to do for it, but to find what CUDA would refuse.
+        # Pinning does nothing here, except that it refuses what CUDA would refuse.
         self._registered: dict[int, int] = {}
         self._pinned = PinnedTensors(self._register, self._registered.pop, lambda: None)
         self._threads: list[Thread] = []
-        # For all of the following, and for the streams' queues and points.
+        # This guards all of the following, and the streams' queues and points.
         self._changed = Condition()
         self._error: BaseException | None = None
         self._closed = False
@@ -90,7 +92,7 @@ class StandInAccelerator(Accelerator):
     def wait(self, event: StandInEvent, stream: StandInStream) -> None:
         self._raise()
         if event.point is not None:
-            # The point of now: later records of the event are not waited for.
+            # This takes the point of now, since later records of the event are not waited for.
             self._put(partial(self._await, event.point), stream)
             self._raise()
             if self._closed:
@@ -102,7 +104,7 @@ class StandInAccelerator(Accelerator):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: StandInStream) -> None:
         check_copy(target, source)
-        step = max(WORD, -(-source.nbytes // PIECES))
+        step = WORD * max(1, ceil_div(source.nbytes, PIECES * WORD))
         for begin in range(0, source.nbytes, step):
             size = min(step, source.nbytes - begin)
             self.launch(partial(_copy_bytes, target, source, begin, size), stream)
@@ -111,7 +113,7 @@ class StandInAccelerator(Accelerator):
         self.launch(partial(_FUNCTION(function), argument), stream)
 
     def launch(self, work: Callable[[], object], stream: StandInStream) -> None:
-        """Call a Python function in stream order: what stands for a kernel."""
+        """Call a Python function in stream order. It takes the place of a kernel."""
         if stream is self._caller:
             work()
         else:
@@ -142,9 +144,9 @@ class StandInAccelerator(Accelerator):
         return False
 
     def close(self) -> None:
-        """End the threads. What they have not begun is dropped; who waits, waits no more.
+        """End the threads. Work that they have not begun is dropped, and nobody waits any more.
 
-        Raises RuntimeError if one is in the middle of something that does not end.
+        Raises RuntimeError if a thread does work that does not end.
         """
         with self._changed:
             self._closed = True
@@ -185,7 +187,7 @@ class StandInAccelerator(Accelerator):
             time.sleep(self._delay())
 
     def _attempt(self, work: Callable[[], object]) -> None:
-        """In a stream's thread: do it, unless something has failed."""
+        """Do a piece of work in a stream's thread, unless something has failed."""
         if self._error is not None:
             return
         try:
@@ -209,5 +211,5 @@ class StandInAccelerator(Accelerator):
 
 
 def _copy_bytes(target: torch.Tensor, source: torch.Tensor, begin: int, size: int) -> None:
-    # Not Tensor.copy_, which would start threads of OpenMP in every thread of ours.
+    # Tensor.copy_ would start threads of OpenMP in each of our threads.
     ctypes.memmove(target.data_ptr() + begin, source.data_ptr() + begin, size)

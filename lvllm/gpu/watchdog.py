@@ -1,9 +1,9 @@
-"""Ends the process where something on the GPU's way does not happen, and says what.
+"""Ends the process when something that the GPU waits for does not happen, and says what it was.
 
-The watchdog's thread looks at host memory alone and calls nothing of CUDA: a query of an event may
-block behind a thread that waits for the device, and would break a graph that is being captured.
-What a stream has done, the device itself writes to host memory. The thread sleeps until the oldest
-step that is due would be late, and for good when none is.
+The watchdog's thread reads host memory and never calls CUDA. A query of an event may block behind a
+thread that waits for the device, and would break a graph that is being captured. So the device
+itself writes to host memory how far a stream has come. The thread sleeps until the oldest step that
+is due would be late, or until a step becomes due.
 """
 
 import time
@@ -11,20 +11,20 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from threading import Condition, Thread
+from threading import Condition, Thread, current_thread
 
 import torch
 
-from lvllm.faults import process
 from lvllm.gpu.accelerator import Accelerator, Stream
 
 __all__ = ["Steps", "StreamSteps", "Watchdog"]
 
 NUMBERS = 1 << 16
-"""Marks of a stream are numbered modulo this; some thousand are the most that CUDA queues."""
+"""The marks of a stream are numbered modulo this. CUDA queues some thousand of them at most."""
 
 Name = str | Callable[[], str]
-"""Of a step, or what tells it once the step is late: a graph's replay has many."""
+"""A step's name, or a function that tells the name once the step is late. The replay of a graph has
+many steps, of which only the late one is of interest."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,29 @@ class _Step:
     name: Name
     happened: Callable[[], bool]
     late: float
-    """time.monotonic() of when it should have happened."""
+    """The step is late from this time.monotonic() on."""
 
 
 class Watchdog:
     """Ends the process when a step has not happened `seconds` after it was due.
 
-    `end` is called in the watchdog's thread with one line that names the step.
+    Args:
+        accelerator: the device whose streams are watched.
+        seconds: the time that a step may take.
+        end: ends the process. It is called in the watchdog's thread, with one line that names the
+            step.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        seconds: float,
-        end: Callable[[str], object] = process.end_now,
+        self, accelerator: Accelerator, seconds: float, end: Callable[[str], object]
     ) -> None:
         self.accelerator = accelerator
         self.numbers = torch.arange(NUMBERS, dtype=torch.int32, device=accelerator.device)
-        accelerator.synchronize(accelerator.compute())  # other streams read them
+        # Other streams read the numbers, so they have to be there from now on.
+        accelerator.synchronize(accelerator.compute())
         self._seconds = seconds
         self._end = end
-        self._changed = Condition()  # for all of the following, and for what Steps hold
+        self._changed = Condition()  # This guards all of the following, and what Steps hold.
         self._all: list[Steps] = []
         self._sleeps_for_good = False
         self._closed = False
@@ -60,30 +62,34 @@ class Watchdog:
         self._thread.start()
 
     def steps(self) -> "Steps":
-        """A new sequence of steps."""
+        """Return a new sequence of steps."""
         with self._changed:
             self._all.append(Steps(self))
             return self._all[-1]
 
     def follow(self, stream: Stream) -> "StreamSteps":
-        """A new sequence of steps in `stream`."""
+        """Return a new sequence of steps in `stream`."""
         with self._changed:
             steps = StreamSteps(self, stream)
             self._all.append(steps)
             return steps
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching.
+
+        A finaliser may call this in any thread, also in the watchdog's own.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        if current_thread() is not self._thread:
+            self._thread.join()
 
     def _due(self, steps: "Steps", name: Name, happened: Callable[[], bool]) -> None:
         with self._changed:
             steps.clear()
             steps.waiting.append(_Step(name, happened, time.monotonic() + self._seconds))
-            if self._sleeps_for_good:  # from any other sleep it wakes in time for this one
+            if self._sleeps_for_good:  # From any other sleep it wakes in time for this step.
                 self._changed.notify()
 
     def _watch(self) -> None:
@@ -96,6 +102,8 @@ class Watchdog:
                     key=lambda step: step.late,
                     default=None,
                 )
+                if self._closed:  # A finaliser may have run in this thread meanwhile.
+                    return
                 if oldest is None:
                     self._sleeps_for_good = True
                     self._changed.wait()
@@ -114,27 +122,28 @@ class Watchdog:
 
 
 class Steps:
-    """Steps that happen in the order in which they become due."""
+    """A sequence of steps that happen in the order in which they become due."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
         self.waiting: deque[_Step] = deque()
 
     def due(self, name: Name, happened: Callable[[], bool]) -> None:
-        """`name`, say "layer 3: experts on the CPU", is due from now on.
+        """Make a step due. Its name is, for example, "layer 3: experts on the CPU".
 
-        `happened` says whether it has happened, in any thread, by a look at host memory.
+        `happened` tells whether the step has happened. It is called in any thread, and only reads
+        host memory.
         """
         self._watchdog._due(self, name, happened)
 
     def clear(self) -> None:
-        """Forget what has happened. The watchdog's lock is held."""
+        """Forget steps that have happened. The caller holds the watchdog's lock."""
         while self.waiting and self.waiting[0].happened():
             self.waiting.popleft()
 
 
 class StreamSteps(Steps):
-    """Steps in a stream, which end where it is by now."""
+    """A sequence of steps. Each one is all work that a stream holds when the step is marked."""
 
     def __init__(self, watchdog: Watchdog, stream: Stream) -> None:
         super().__init__(watchdog)
@@ -143,9 +152,9 @@ class StreamSteps(Steps):
         self._reached = watchdog.accelerator.pinned((1,), torch.int32).zero_()
 
     def mark(self, name: Name) -> None:
-        """`name` is due, and has happened once the stream comes here. Not while capturing.
+        """Make a step due that has happened once the stream has done all work that it holds now.
 
-        Takes the device a copy of four bytes.
+        The device copies four bytes for it. This must not be called while a graph is captured.
         """
         self._marked = (self._marked + 1) % NUMBERS
         number = self._watchdog.numbers[self._marked : self._marked + 1]

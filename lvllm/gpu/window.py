@@ -1,9 +1,9 @@
-"""The prefetch window: experts of layers on their way to the GPU, ahead of those being computed.
+"""The prefetch window copies experts of the next layers to the GPU while others are computed.
 
-Two streams take part. The copy stream fills buffers; the compute stream, in which the caller works,
-reads them. Each buffer has two events between them: `copied`, which the compute stream waits for
-before it reads, and `released`, recorded after all that reads, which the copy stream waits for
-before it writes again. The host waits for neither.
+Two streams take part. The copy stream writes staging buffers, and the compute stream, in which the
+caller works, reads them. Each buffer has two events. The compute stream waits for `copied` before
+it reads. `released` is recorded after the last read, and the copy stream waits for it before it
+writes again. The host waits for neither.
 """
 
 from collections import deque
@@ -15,14 +15,16 @@ import torch
 
 from lvllm.gpu.accelerator import Accelerator, Event, Stream
 from lvllm.gpu.watchdog import Watchdog
+from lvllm.units import ceil_div
 
 __all__ = ["LayerWeights", "PrefetchWindow"]
 
 LayerWeights: TypeAlias = Mapping[str, torch.Tensor]
-"""Host tensors of one layer, by argument name of ExpertLayer."""
+"""The host tensors of one layer, by ExpertLayer's argument names."""
 
 ALIGNMENT = 256
-"""Of each tensor in a buffer, in bytes; kernels load 16 at once, and CUDA itself aligns to this."""
+"""The alignment of each tensor in a buffer, in bytes. Kernels load 16 bytes at a time, and CUDA
+aligns its own allocations to this."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class _Layer:
     number: int
     weights: LayerWeights
     begins: Mapping[str, int]
-    """Where each tensor begins in a buffer."""
+    """The offset of each tensor in a buffer, in bytes."""
     size: int
 
 
@@ -40,39 +42,38 @@ class _Buffer:
     copied: Event
     released: Event
     holds: int = -1
-    """Place of the layer that it is for, in the order of computing."""
+    """The place of its layer in the order of computation."""
     views: dict[str, torch.Tensor] = field(default_factory=dict)
-    """That layer's tensors in the memory."""
+    """The layer's tensors in the memory."""
     read: int | None = None
-    """Number of the last layer that was computed from it."""
+    """The number of the layer that was computed from it last."""
 
 
 @dataclass(frozen=True)
 class _Staged:
-    """The layer that is being computed."""
+    """The layer that is being computed, and the stream that reads its buffer."""
 
     place: int
     buffer: _Buffer
     stream: Stream
-    """That reads it."""
 
 
 class PrefetchWindow:
-    """Copies layers to the device, `ahead` of them before they are asked for.
+    """Copies layers to the device, the next `ahead` layers before they are asked for.
 
     Args:
-        accelerator: whose copies and streams.
-        layers: the streamed layers, by the model's numbers, in the order of computing. Contiguous
-            CPU tensors, pinned, that nobody writes.
+        accelerator: the device that is copied to.
+        layers: the streamed layers, by their numbers in the model, in the order of computation.
+            Their tensors are contiguous, on the CPU and pinned, and nobody writes them.
         ahead: LVLLM_GPU_PREFETCH_WINDOW.
         watchdog: to be told of each copy.
 
-    A pass over the layers may begin at any of them and end anywhere. After the last layer comes the
-    first again: the next pass finds its first layers there. One thread uses a window.
+    A pass over the layers may begin and end at any layer. After the last layer the first one is
+    copied again, so that the next pass finds its first layers there. Only one thread uses a window.
 
     Raises:
-        ValueError: for a negative `ahead`, and tensors that are not as above.
-        MemoryError: if the device has no room for the buffers, with the numbers.
+        ValueError: for a negative `ahead`, or a tensor that is not contiguous or not on the CPU.
+        MemoryError: if the device has no room for the buffers. The message has the numbers.
     """
 
     def __init__(
@@ -93,20 +94,20 @@ class PrefetchWindow:
         size = max((layer.size for layer in self._layers), default=0)
         self._buffers = count = min(ahead + 1, len(self._layers))
         self.staging_bytes = count * size
-        # The one that was released first comes first: the copy stream waits for it least.
+        # The buffer that was released first comes first, since the copy stream waits least for it.
         self._free = deque(self._new_buffer(size, count) for _ in range(count))
-        # Copied or on their way, in the order of computing; the next layer's is the first.
+        # These are copied or being copied, in the order of computation. The next layer's is first.
         self._coming: deque[_Buffer] = deque()
         self._staged: _Staged | None = None
 
     def stage(self, layer: int) -> dict[str, torch.Tensor]:
-        """The layer's weights on the device, for the compute stream, until `release`.
+        """Return the layer's weights on the device, for the compute stream until `release`.
 
-        The compute stream waits for their copy. The next layers' copies are queued. If another
-        layer is still staged, it is released: one is computed at a time.
+        The compute stream waits for their copy, and the next layers' copies are queued. If another
+        layer is still staged, it is released, since one layer is computed at a time.
 
         Raises ValueError for a layer that is not streamed, and RuntimeError while a graph is
-        captured: it would hold a copy into a buffer that its replays do not own.
+        captured: the graph would copy to a buffer that holds another layer during a replay.
         """
         place = self._places.get(layer)
         if place is None:
@@ -116,7 +117,7 @@ class PrefetchWindow:
         if self._staged is not None and self._staged.place == place:
             return self._staged.buffer.views
         self._let_go()
-        # What was fetched for layers that this pass leaves out, or a pass that has ended.
+        # Drop what was copied for layers that this pass leaves out, or for a pass that has ended.
         while self._coming and self._coming[0].holds != place:
             self._free.append(self._coming.popleft())
         if not self._coming:
@@ -130,7 +131,7 @@ class PrefetchWindow:
         return buffer.views
 
     def release(self, layer: int) -> None:
-        """All that reads the layer's weights is in the compute stream.
+        """Release the layer, once all work that reads its weights is in the compute stream.
 
         Raises RuntimeError if the layer is not staged.
         """
@@ -139,13 +140,13 @@ class PrefetchWindow:
         self._let_go()
 
     def abort(self) -> None:
-        """The pass ends here, with all that it will compute in the compute stream."""
+        """End the pass here, once all work of it is in the compute stream."""
         self._let_go()
         self._free.extend(self._coming)
         self._coming.clear()
 
     def settle(self) -> None:
-        """The caller waits for all copies that are queued."""
+        """Make the caller wait for all copies that are queued."""
         self._accelerator.synchronize(self._copies)
 
     def _new_buffer(self, size: int, count: int) -> _Buffer:
@@ -159,12 +160,12 @@ class PrefetchWindow:
                 " layers in LVLLM_GPU_RESIDENT_MOE_LAYERS, needs less"
             ) from None
         buffer = _Buffer(memory, accelerator.event(), accelerator.event())
-        # Whoever had this memory before may be in the compute stream still.
+        # Work that used this memory before may still be in the compute stream.
         accelerator.record(buffer.released, accelerator.compute())
         return buffer
 
     def _fetch(self, place: int) -> None:
-        """Queue the copy of a layer into the free buffer that was released first."""
+        """Queue the copy of a layer to the free buffer that was released first."""
         accelerator, layer, buffer = self._accelerator, self._layers[place], self._free[0]
         accelerator.wait(buffer.released, self._copies)
         if self._steps is not None and buffer.read is not None:
@@ -179,7 +180,7 @@ class PrefetchWindow:
         self._coming.append(self._free.popleft())
 
     def _let_go(self) -> None:
-        """The staged layer's buffer may be overwritten after all that is in its reader's stream."""
+        """Allow the staged layer's buffer to be overwritten after the work that reads it."""
         if self._staged is None:
             return
         staged = self._staged
@@ -190,7 +191,7 @@ class PrefetchWindow:
 
 
 def _views(layer: _Layer, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors of a layer in a buffer's memory."""
+    """Return the tensors of a layer in a buffer's memory."""
     return {
         name: memory[begin : begin + layer.weights[name].nbytes]
         .view(layer.weights[name].dtype)
@@ -200,6 +201,7 @@ def _views(layer: _Layer, memory: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _lay_out(number: int, weights: LayerWeights) -> _Layer:
+    """Choose where each tensor of a layer lies in a buffer."""
     begins, size = {}, 0
     for name, tensor in weights.items():
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -208,5 +210,5 @@ def _lay_out(number: int, weights: LayerWeights) -> _Layer:
                 " wanted a contiguous tensor on the CPU"
             )
         begins[name] = size
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        size += ceil_div(tensor.nbytes, ALIGNMENT) * ALIGNMENT
     return _Layer(number, weights, begins, size)

@@ -9,9 +9,7 @@ from vllm.distributed import get_ep_group
 
 from lvllm.checkpoint.moe_layers import layer_number
 from lvllm.faults import process
-from lvllm.gpu.accelerator import open_accelerator
-from lvllm.gpu.break_even import MeasuredThreshold
-from lvllm.gpu.offload import Offload
+from lvllm.gpu import MeasuredThreshold, Offload, Watchdog, open_accelerator
 from lvllm.settings.configuration import HybridConfig
 
 __all__ = ["join"]
@@ -29,7 +27,7 @@ def join(prefix: str) -> tuple[Offload, int] | None:
     number = layer_number(prefix)
     if number is None:
         raise ValueError(f"{prefix}: LVLLM_ACCELERATOR wants a layer with a number in its name")
-    return Offload.of(number, get_current_vllm_config(), lambda: _make(config)), number
+    return Offload.announce(number, get_current_vllm_config(), lambda: _make(config)), number
 
 
 def _make(config: HybridConfig) -> Offload:
@@ -42,12 +40,14 @@ def _make(config: HybridConfig) -> Offload:
         threshold = MeasuredThreshold(vllm_config.model_config.dtype, _slowest, least=in_graphs + 1)
     else:
         threshold = config.gpu_prefill_min_batch_size
+    accelerator, seconds = open_accelerator(config.accelerator), config.watchdog_seconds
+    watchdog = Watchdog(accelerator, seconds, process.end_now) if seconds else None
     return Offload(
-        open_accelerator(config.accelerator),
+        accelerator,
         tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         threshold=threshold,
         ahead=config.gpu_prefetch_window,
-        watchdog_seconds=config.watchdog_seconds,
+        watchdog=watchdog,
     )
 
 

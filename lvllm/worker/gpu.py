@@ -1,50 +1,56 @@
-"""vLLM's GPU worker, which ends a step with an error that one of lk's callbacks met in it."""
+"""vLLM's GPU worker, which ends a step with an error that a host call met in that step."""
 
 from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from lvllm.gpu import offload
+from lvllm.gpu import concentrated_routing, mark_step, raise_host_call_error
 
 __all__ = ["HybridGPUWorker"]
 
 
 class HybridGPUWorker(Worker):
-    """A callback may raise nothing, and the replay of a graph runs no Python: what went wrong in a
-    step is known when its output is there, for which the host waits anyway.
+    """A GPU worker that checks for errors of lk when a step's output is there.
+
+    A host call cannot raise, and the replay of a graph runs no Python. The host waits for a step's
+    output anyway, and by then all host calls of the step have ended.
 
     Raises RuntimeError, which ends the engine.
     """
 
     def determine_available_memory(self) -> int:
-        with offload.concentrated_routing():
+        """Measure memory with the routing that takes the most of it."""
+        with concentrated_routing():
             return int(super().determine_available_memory())
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a step, which is due from now on for the watchdog."""
         output = super().execute_model(scheduler_output)
-        offload.watch_step()
+        mark_step()
         return _checked(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample the tokens of a step."""
         return _checked(super().sample_tokens(grammar_output))
 
 
 def _checked(output: Any) -> Any:
+    """Check for errors now if the output is there, or else when it is waited for."""
     if isinstance(output, AsyncModelRunnerOutput):
         return _CheckedOutput(output)
     if isinstance(output, ModelRunnerOutput):
-        offload.check()
+        raise_host_call_error()
     return output
 
 
 class _CheckedOutput(AsyncModelRunnerOutput):
-    """An output that is waited for later, maybe in another thread."""
+    """An output that is waited for later, possibly in another thread."""
 
     def __init__(self, output: AsyncModelRunnerOutput) -> None:
         self._output = output
 
     def get_output(self) -> ModelRunnerOutput:
         output = self._output.get_output()
-        offload.check()
+        raise_host_call_error()
         return output

@@ -111,7 +111,7 @@ class Machine(StandInAccelerator):
         super().__init__()
         self.now, self._speeds = 0.0, speeds
         self.layer: Any = SimpleNamespace(
-            offload=SimpleNamespace(accelerator=self),
+            accelerator=self,
             number=7,
             experts=layer,
             topk=3,

@@ -16,8 +16,8 @@ import torch
 from lvllm import engine
 from lvllm.engine import bank
 from lvllm.gpu import cuda
-from lvllm.gpu.accelerator import open_accelerator
 from lvllm.gpu.cuda import CudaAccelerator
+from lvllm.gpu.devices import open_accelerator
 
 SONAME = "libcudart.so.99"
 SOURCE = r"""
@@ -138,10 +138,12 @@ def fake(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
     monkeypatch.setattr(torch.cuda, "device", Current)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: runtime.settled.append(device))
     cuda.runtime.cache_clear()
+    open_accelerator.cache_clear()
     runtime.calls()
     yield runtime
     runtime.fail_with(0)
     cuda.runtime.cache_clear()
+    open_accelerator.cache_clear()
 
 
 def test_the_runtime_is_the_one_in_the_process(fake: Fake, library: ctypes.CDLL) -> None:

@@ -1,6 +1,7 @@
 """The offloaded layers of a model: the path of each batch, and the operator."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from random import Random as Draw
@@ -12,11 +13,14 @@ import torch
 
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu import break_even, streamed
-from lvllm.gpu import offload as offload_module
 from lvllm.gpu.break_even import MeasuredThreshold
-from lvllm.gpu.offload import Offload, OffloadedLayer, Path, choose_path
+from lvllm.gpu.hybrid import raise_host_call_error
+from lvllm.gpu.offload import Offload, mark_step
+from lvllm.gpu.offloaded_layer import OffloadedLayer, Path, choose_path, concentrated_routing
 from lvllm.gpu.stand_in import StandInAccelerator
+from lvllm.gpu.watchdog import Watchdog
 from tests.experts import Random, random_layer
+from tests.gpu.streams import RecordedAhead
 
 EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 24
 
@@ -61,7 +65,7 @@ def model(
     ]
     one = Model()
     announced = [
-        Offload.of(n, one, lambda: Offload(accelerator, MOST, **settings)) for n in numbers
+        Offload.announce(n, one, lambda: Offload(accelerator, MOST, **settings)) for n in numbers
     ]
     return made, [
         offload.add(n, f"layers.{n}", layer, TOPK)
@@ -189,7 +193,7 @@ def test_measuring_comes_to_an_end_and_streaming_with_it(
     monkeypatch.setattr(streamed, "run", lambda layer, tensors, x, *_: x)
     made, kept = model(accelerator, (0, 1), threshold=MeasuredThreshold(torch.bfloat16), ahead=1)
     monkeypatch.setattr(streamed, "run", run)
-    assert 0 <= kept[0].offload.threshold <= MOST
+    assert 0 <= kept[0].threshold <= MOST
     for tokens in (1, MOST, 7):
         for layer in made:
             x = batch(tokens)
@@ -210,7 +214,7 @@ def test_batches_of_concentrated_routing(
 
     monkeypatch.setattr(streamed, "run", run)
     x = batch(11)
-    with offload_module.concentrated_routing():
+    with concentrated_routing():
         torch.ops.lvllm.routed_experts(*x, made[0].handle)
         wide = (x[0], *(torch.cat([part] * 2, dim=1) for part in x[1:]))
         torch.ops.lvllm.routed_experts(*wide, made[0].handle)
@@ -222,7 +226,9 @@ def test_batches_of_concentrated_routing(
 
 
 def test_an_offload_ends_with_its_layers(accelerator: Pinning) -> None:
-    made, kept = model(accelerator, (0, 1), threshold=10, ahead=1, watchdog_seconds=100)
+    made, kept = model(
+        accelerator, (0, 1), threshold=10, ahead=1, watchdog=Watchdog(accelerator, 100, print)
+    )
     for tokens in (12, 2):
         x = batch(tokens)
         assert torch.ops.lvllm.routed_experts(*x, made[0].handle).shape == x[0].shape
@@ -231,17 +237,17 @@ def test_an_offload_ends_with_its_layers(accelerator: Pinning) -> None:
     # Another model has an Offload of its own, and so has one that is built after another was
     # given up.
     _, other = model(accelerator, (2, 3))
-    given_up = Offload.of(0, Model(), lambda: Offload(accelerator, MOST))
+    given_up = Offload.announce(0, Model(), lambda: Offload(accelerator, MOST))
     _, last = model(accelerator, (0, 1))
     owners = [{id(layer.offload) for layer in layers} for layers in (kept, other, last)]
     assert all(len(owner) == 1 for owner in owners)
     assert len(set.union({id(given_up)}, *owners)) == 4
     # The same where no number of one is the other's.
-    given_up = Offload.of(9, Model(), lambda: Offload(accelerator, MOST))
+    given_up = Offload.announce(9, Model(), lambda: Offload(accelerator, MOST))
     _, beside = model(accelerator, (2, 3))
     assert {id(layer.offload) for layer in beside}.isdisjoint({id(given_up)})
     del beside
-    window = kept[0].offload._window
+    window = kept[0].window
     assert window is not None
     accelerator.synchronize(window._copies)  # the next layer's is on its way
     del made, kept, window
@@ -250,13 +256,39 @@ def test_an_offload_ends_with_its_layers(accelerator: Pinning) -> None:
     assert all(tensor() is None for tensor in memory)
 
 
+def test_the_steps_of_every_model_are_watched() -> None:
+    """A process may have a main model and a draft model."""
+    gc.collect()  # What other tests have left is marked no more.
+    accelerator = RecordedAhead()
+    late, gate = [threading.Event() for _ in range(3)], threading.Event()
+    kept = [
+        model(
+            accelerator, (0, 1), watchdog=Watchdog(accelerator, 0.2, lambda _, one=one: one.set())
+        )
+        for one in late
+    ]
+    gone, *_ = late
+    del kept[0]
+    gc.collect()
+    accelerator.launch(lambda: gate.wait(30), accelerator.compute())
+    mark_step()
+    assert all(one.wait(30) for one in late if one is not gone)
+    assert not gone.is_set()
+    gate.set()
+    accelerator.synchronize(accelerator.compute())
+    del kept
+    gc.collect()
+    mark_step()
+    accelerator.close()
+
+
 def test_an_error_in_a_callback_names_its_layer(accelerator: Pinning) -> None:
     made, kept = model(accelerator, (4,))
     x, ids, weights = batch(2)
     ids[1, 2] = EXPERTS
     with pytest.raises(RuntimeError, match=r"^layers.4: topk_ids\[1, 2\] is 5, must be"):
         torch.ops.lvllm.routed_experts(x, ids, weights, made[0].handle)
-    offload_module.check()
+    raise_host_call_error()
     assert kept
 
 

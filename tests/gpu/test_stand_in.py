@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from lvllm.gpu.accelerator import open_accelerator
+from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.stand_in import PIECES, WORD, StandInAccelerator
 
 LONG = 30.0
@@ -118,6 +118,19 @@ def test_a_copy_is_done_in_pieces(host: StandInAccelerator) -> None:
     raise AssertionError("200 copies were seen whole or not at all")
 
 
+@pytest.mark.parametrize("size", [1, WORD, 100, PIECES * WORD + 1, 1000])
+def test_a_copy_does_not_divide_words(
+    host: StandInAccelerator, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = list[tuple[int, int]]()
+    monkeypatch.setattr(host, "launch", lambda work, _: pieces.append(work.args[2:]))
+    source = torch.ones(size, dtype=torch.uint8)
+    host.copy(torch.zeros_like(source), source, host.stream())
+    assert len(pieces) <= PIECES
+    assert all(begin % WORD == 0 for begin, _ in pieces)
+    assert sum(count for _, count in pieces) == size
+
+
 @pytest.mark.parametrize(
     ("target", "source", "says"),
     [
@@ -210,6 +223,16 @@ def test_memory() -> None:
         host.pin(torch.empty(2, 3).T)
     with pytest.raises(MemoryError, match="has no 1152921504606846976 bytes"):
         host.device_memory(1 << 60, host.compute())
+
+
+def test_all_models_of_a_process_share_an_accelerator() -> None:
+    """Their small tensors may lie in one page, which CUDA would not register twice."""
+    tensors = torch.empty(2 * WORD, dtype=torch.uint8).split(WORD)
+    for tensor in tensors:
+        open_accelerator("host").pin(tensor)
+    for tensor in tensors:
+        open_accelerator("host").unpin(tensor)
+    assert open_accelerator("host") is open_accelerator("host")
 
 
 def test_the_names_of_accelerators() -> None:

@@ -149,13 +149,33 @@ def test_it_sleeps_for_good_when_nothing_is_due(accelerator: RecordedAhead, line
     assert not lines
 
 
+def test_a_finaliser_may_close_it_in_its_own_thread(
+    accelerator: RecordedAhead, lines: Lines
+) -> None:
+    watchdog, closed = Watchdog(accelerator, LONG, lines.add), list[bool]()
+
+    def collect_garbage() -> bool:
+        if threading.current_thread() is watchdog._thread:
+            watchdog.close()
+            closed.append(True)
+        return False
+
+    watchdog.steps().due("layer 1: experts on the CPU", collect_garbage)
+    watchdog._thread.join(LONG)
+    assert not watchdog._thread.is_alive()
+    assert closed == [True]
+    assert not lines
+
+
 CHILD = """
 import threading, torch
+from lvllm.faults.process import end_now
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.gpu.watchdog import Watchdog
 from lvllm.gpu.window import PrefetchWindow
 accelerator = StandInAccelerator()
-window = PrefetchWindow(accelerator, {12: {"w2": torch.zeros(9)}}, 1, Watchdog(accelerator, 0.1))
+watchdog = Watchdog(accelerator, 0.1, end_now)
+window = PrefetchWindow(accelerator, {12: {"w2": torch.zeros(9)}}, 1, watchdog)
 accelerator.launch(threading.Event().wait, window._copies)
 window.stage(12)
 """

@@ -8,7 +8,8 @@ import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from lvllm.gpu import offload
+from lvllm.gpu import offloaded_layer
+from lvllm.gpu.hybrid import raise_host_call_error
 from lvllm.gpu.offload import Offload
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.worker.gpu import HybridGPUWorker
@@ -31,7 +32,7 @@ def test_an_error_in_a_callback_ends_its_step(method: str, monkeypatch: pytest.M
     random = Random(randrange(1 << 30))
     accelerator = StandInAccelerator()
     experts = random_layer(random, "bf16", 4, 64, 64).make()
-    one = Offload.of(7, experts, lambda: Offload(accelerator, tokens=8))
+    one = Offload.announce(7, experts, lambda: Offload(accelerator, tokens=8))
     layer = one.add(7, "layers.7", experts, topk=2)
     wrong: list[bool] = []
 
@@ -54,12 +55,14 @@ def test_an_error_in_a_callback_ends_its_step(method: str, monkeypatch: pytest.M
     monkeypatch.setattr(Worker, method, at_once)
     with pytest.raises(RuntimeError, match=r"^layers.7: "):
         getattr(worker, method)(None)
-    offload.check()
+    raise_host_call_error()
     accelerator.close()
 
 
 def test_memory_is_measured_with_concentrated_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     worker: Any = object.__new__(HybridGPUWorker)
-    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: int(offload._concentrated))
+    monkeypatch.setattr(
+        Worker, "determine_available_memory", lambda _: int(offloaded_layer._concentrated)
+    )
     assert worker.determine_available_memory() == 1
-    assert not offload._concentrated
+    assert not offloaded_layer._concentrated

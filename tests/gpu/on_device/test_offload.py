@@ -12,8 +12,9 @@ import torch
 from lvllm import engine
 from lvllm.engine import ExpertLayer, bank
 from lvllm.gpu import streamed
-from lvllm.gpu.accelerator import Accelerator, open_accelerator
+from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.convert import convert
+from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import Exchange, HybridCall
 from lvllm.gpu.offload import Offload
 from lvllm.gpu.window import PrefetchWindow
@@ -101,7 +102,7 @@ def test_an_offload_of_many_layers(accelerator: Accelerator) -> None:
     offload = Offload(accelerator, tokens=200, threshold=100, ahead=2)
     numbers = [3 + 2 * i for i in range(len(made))]
     for number in numbers:
-        Offload.of(number, offload, lambda: offload)
+        Offload.announce(number, offload, lambda: offload)
     added = [
         offload.add(number, f"layer {number}", layer, TOP_K)
         for number, layer in zip(numbers, made, strict=True)
@@ -158,7 +159,7 @@ def test_experts_of_another_engine(accelerator: Accelerator, format: str) -> Non
     offload = Offload(accelerator, tokens=64, threshold=20, ahead=1)
     numbers = range(len(made))
     for number in numbers:
-        Offload.of(number, offload, lambda: offload)
+        Offload.announce(number, offload, lambda: offload)
     added = [offload.add(number, f"layer {number}", made[number], TOP_K) for number in numbers]
     for tokens in (7, 50):
         x, ids, weights = batch(random, tokens, accelerator.device)
@@ -214,7 +215,7 @@ def test_capturing_a_streamed_batch_goes_to_the_cpu(cuda: Accelerator) -> None:
     random = Random(17)
     (layer,) = layers(random, 1)
     offload = Offload(cuda, tokens=64, threshold=8)
-    Offload.of(0, offload, lambda: offload)
+    Offload.announce(0, offload, lambda: offload)
     added = offload.add(0, "layer 0", layer, TOP_K)
     inputs = batch(random, 64, cuda.device)
     graph = torch.cuda.CUDAGraph()

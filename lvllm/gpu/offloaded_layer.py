@@ -1,0 +1,145 @@
+"""One layer whose experts lie on the host, and the operator that computes it."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum, auto
+
+import torch
+
+from lvllm.engine.expert_layer import ExpertLayer
+from lvllm.gpu import streamed
+from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.hybrid import HybridCall, raise_host_call_error
+from lvllm.gpu.window import PrefetchWindow
+
+__all__ = ["OffloadedLayer", "Path", "choose_path", "concentrated_routing"]
+
+
+class Path(Enum):
+    """Where a batch of an offloaded layer is computed."""
+
+    CPU = auto()
+    STREAMED = auto()
+
+
+def choose_path(tokens: int, capturing: bool, threshold: int) -> Path:
+    """Return STREAMED for batches of at least `threshold` tokens; a threshold of 0 turns it off.
+
+    A batch that is being captured in a graph is computed on the CPU. Graphs are for decoding, and
+    each replay of a graph would copy the weights again.
+    """
+    return Path.STREAMED if threshold and tokens >= threshold and not capturing else Path.CPU
+
+
+class OffloadedLayer:
+    """One layer of an Offload. It can run once the last layer of the model has been added.
+
+    Args:
+        offload: the model's Offload, which must live as long as one of its layers.
+        accelerator: the device that has the activations.
+        number: the layer's number in the model.
+        name: the layer's name in the model, for error messages.
+        experts: the layer's experts.
+        topk: experts per token.
+        routed: experts that the router chooses from. It is more than `experts.num_experts` if other
+            ranks hold some of them.
+    """
+
+    # Offload sets these once all layers of the model have been added.
+    call: HybridCall
+    window: PrefetchWindow | None = None
+    threshold: int = 0
+    """Batches of at least this many tokens are streamed; 0: none is."""
+
+    def __init__(
+        self,
+        offload: object,
+        accelerator: Accelerator,
+        number: int,
+        name: str,
+        experts: ExpertLayer,
+        topk: int,
+        routed: int,
+    ) -> None:
+        self.offload, self.accelerator = offload, accelerator
+        self.number, self.name = number, name
+        self.experts, self.topk, self.routed = experts, topk, routed
+        _layers[int(experts.handle)] = self
+
+    def size(self) -> int:
+        """Return the bytes of the layer's experts."""
+        return sum(tensor.nbytes for tensor in self.experts.tensors.values())
+
+    def run(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute x [M, H], topk_ids and topk_weights [M, k] on the device -> [M, H] as x.
+
+        Raises RuntimeError if an earlier host call in any stream met an error.
+        """
+        capturing = self.accelerator.capturing()
+        if choose_path(len(x), capturing, self.threshold) is Path.STREAMED:
+            return self._run_streamed(x, topk_ids, topk_weights)
+        out = self.call(x, topk_ids, topk_weights)
+        if not capturing:
+            raise_host_call_error()
+        return out
+
+    def _run_streamed(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute a batch on the device, with the window's copy of the layer's weights."""
+        window = self.window
+        assert window is not None, "a threshold is set together with a window"
+        if _concentrated:
+            ids = torch.arange(topk_ids.shape[1], device=x.device, dtype=topk_ids.dtype)
+            topk_ids = ids.where(ids < self.experts.num_experts, -1).expand_as(topk_ids)
+        try:
+            staged = window.stage(self.number)
+            out = streamed.run(self.experts, staged, x, topk_ids, topk_weights)
+            window.release(self.number)
+        except BaseException:
+            window.abort()
+            raise
+        return out
+
+
+_concentrated = False
+
+
+@contextmanager
+def concentrated_routing() -> Iterator[None]:
+    """Route all tokens of streamed batches to the same experts while the context is open.
+
+    vLLM measures a step's memory in this context. One group of experts that gets all tokens takes
+    two to three times as much memory as tokens that are spread over all groups.
+    """
+    global _concentrated
+    _concentrated = True
+    try:
+        yield
+    finally:
+        _concentrated = False
+
+
+_layers: weakref.WeakValueDictionary[int, OffloadedLayer] = weakref.WeakValueDictionary()
+"""The layers of all models, by the engine's handle."""
+
+
+@torch.library.custom_op("lvllm::routed_experts", mutates_args=())
+def routed_experts(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: torch.Tensor
+) -> torch.Tensor:
+    """Run an offloaded layer on its device; `layer` is its `ExpertLayer.handle`.
+
+    This is an operator so that torch.compile does not trace into the choice of a path.
+    """
+    return _layers[int(layer)].run(x, topk_ids, topk_weights)
+
+
+@routed_experts.register_fake
+def _routed_experts_fake(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
