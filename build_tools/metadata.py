@@ -1,25 +1,29 @@
-"""What the distribution declares: upstream's metadata, read from its wheel, with LvLLM's own.
+"""What the distribution declares: upstream's metadata, read from its wheel, and LvLLM's own.
 
-`python -m build_tools.metadata` prints what a checkout's environment needs, for pip's `-r`.
+`python -m build_tools.metadata` prints the requirements of a checkout's environment, for pip's
+`-r`.
 """
 
 import configparser
-import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
+from typing import Any
 
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from build_tools.target import ROOT, select_target
 from build_tools.upstream import fetch, pin_of
 
 REQUIREMENTS = ROOT / "requirements"
 
-# Text models need none of these, and those of the package index are CUDA builds, which break
+# Text models need none of these. The package index has CUDA builds of them, which break
 # `transformers` beside a CPU-only PyTorch.
 MULTIMODAL = ("torchvision", "torchaudio", "torchcodec")
 TORCH = ("torch", *MULTIMODAL)
@@ -82,13 +86,12 @@ def translate(metadata: Message, entry_points: str, pin_torch: bool = True) -> D
     extras: dict[str, list[str]] = {name: [] for name in metadata.get_all("Provides-Extra", [])}
     extras["multimodal"] = ["xformers"]
     for line in metadata.get_all("Requires-Dist", []):
-        unconditional, extra = _split_extra(line)
-        requirement = Requirement(unconditional)
-        if not pin_torch and requirement.name in TORCH:
-            requirement.specifier = SpecifierSet()
-        if extra is None and requirement.name in MULTIMODAL:
-            extra = "multimodal"
-        (requires if extra is None else extras[extra]).append(str(requirement))
+        for extra, requirement in by_extra(line, extras).items():
+            if not pin_torch and requirement.name in TORCH:
+                requirement.specifier = SpecifierSet()
+            if extra is None and requirement.name in MULTIMODAL:
+                extra = "multimodal"
+            (requires if extra is None else extras[extra]).append(str(requirement))
     parser = configparser.ConfigParser(delimiters="=")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read_string(entry_points)
@@ -99,16 +102,53 @@ def translate(metadata: Message, entry_points: str, pin_torch: bool = True) -> D
     return Declared(requires, extras, groups)
 
 
-def _split_extra(line: str) -> tuple[str, str | None]:
-    """Split `a>=1; (m) and extra == "x"` into `a>=1; (m)` and `x`."""
-    match = re.fullmatch(r"""(.+?)(?:;| and) *extra *== *["']([\w.-]+)["']""", line.strip())
-    return (match[1].strip(), match[2]) if match else (line, None)
+def by_extra(line: str, extras: Iterable[str]) -> dict[str | None, Requirement]:
+    """What `line` requires without any extra (None), and what it adds with each of `extras`.
+
+    The markers of the result no longer speak of extras: setuptools adds that itself.
+    """
+    found: dict[str | None, Requirement] = {}
+    for extra in (None, *extras):
+        requirement = Requirement(line)
+        rest = _with_extra(requirement.marker._markers, extra) if requirement.marker else True
+        if rest is False:
+            continue
+        requirement.marker = Marker(rest) if isinstance(rest, str) else None
+        if requirement != found.get(None):
+            found[extra] = requirement
+    return found
+
+
+def _with_extra(marker: Any, extra: str | None) -> str | bool:
+    """What is left of a marker, as `packaging` parses it, once the extra is known.
+
+    A marker is a comparison, or a list of markers with "and" and "or" between them.
+    """
+    if isinstance(marker, tuple):
+        left, comparison, right = (part.serialize() for part in marker)
+        if "extra" not in (left, right):
+            return f"{left} {comparison} {right}"
+        name = (right if left == "extra" else left).strip("\"'")
+        same = extra is not None and canonicalize_name(name) == canonicalize_name(extra)
+        return same if comparison == "==" else not same
+    alternatives: list[list[str | bool]] = [[]]  # "and" binds tighter than "or".
+    for part in marker:
+        if part == "or":
+            alternatives.append([])
+        elif part != "and":
+            alternatives[-1].append(_with_extra(part, extra))
+    possible = [terms for terms in alternatives if False not in terms]
+    rests = [" and ".join(term for term in terms if isinstance(term, str)) for terms in possible]
+    if "" in rests:
+        return True
+    return f"({' or '.join(rests)})" if rests else False
 
 
 def installation(target: str) -> list[str]:
-    """All that a checkout's environment needs: to build, and to run.
+    """Everything that a checkout's environment needs, to build and to run.
 
-    torch comes from upstream's requirements alone, whose `+cpu` the build does not ask for.
+    torch is left out of the build's part, because upstream's requirements ask for the more exact
+    version, such as `+cpu`.
     """
     build = [line for line in read_requirements("build.txt") if Requirement(line).name != "torch"]
     return build + declare(target).requires

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -409,6 +410,40 @@ class TestMetadata:
         assert Requirement(extras["audio"][1]) == Requirement(
             'av; python_version > "3.9" or platform_machine == "x86_64"'
         )
+
+    @pytest.mark.parametrize(
+        ("marker", "expected"),
+        [
+            ('python_version > "3.9"', {None: 'python_version > "3.9"'}),
+            ('extra == "audio"', {"audio": ""}),
+            ("extra=='audio' and python_version>'3.9'", {"audio": 'python_version > "3.9"'}),
+            ("(extra == 'audio') and python_version > '3.9'", {"audio": 'python_version > "3.9"'}),
+            ('"audio" == extra', {"audio": ""}),
+            (
+                'python_version > "3.9" and extra == "Extra_Quant"',
+                {"extra-quant": 'python_version > "3.9"'},
+            ),
+            ('extra == "audio" or extra == "extra-quant"', {"audio": "", "extra-quant": ""}),
+            (
+                'platform_machine == "x" and (extra == "audio" or python_version > "3.9")',
+                {
+                    None: 'platform_machine == "x" and python_version > "3.9"',
+                    "audio": 'platform_machine == "x"',
+                },
+            ),
+            (
+                'extra == "audio" and (platform_machine == "x" or platform_machine == "y")',
+                {"audio": 'platform_machine == "x" or platform_machine == "y"'},
+            ),
+            ('extra == "other"', {}),
+        ],
+    )
+    def test_wherever_a_marker_names_an_extra(self, marker: str, expected: Any) -> None:
+        found = metadata.by_extra(f"av>=1; {marker}", ["audio", "extra-quant"])
+        assert found == {
+            extra: Requirement(f"av>=1; {rest}" if rest else "av>=1")
+            for extra, rest in expected.items()
+        }
 
     def test_entry_points(self) -> None:
         assert self.translate().entry_points == {
