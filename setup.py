@@ -1,6 +1,6 @@
-"""Builds the distribution: `vllm` (upstream with LvLLM laid over it), or `lvllm`, the plugin."""
+"""Build the distribution: `vllm`, which is upstream with LvLLM, or `lvllm`, the plugin alone."""
 
-import build_tools  # noqa: F401  first of all: refuses an unsupported Python in one line
+import build_tools  # noqa: F401  It comes first, to refuse an unsupported Python in one line.
 
 from setuptools import find_packages, setup
 
@@ -11,7 +11,7 @@ from build_tools.target import ROOT, distribution_version, lvllm_version, select
 from build_tools.upstream import pin_of
 
 target = select_target()
-check_tools()  # now, and not after pip has fetched a gigabyte of requirements
+check_tools()  # Before pip downloads a gigabyte of requirements.
 declared = declare(target)
 (ROOT / "build").mkdir(exist_ok=True)
 
@@ -29,8 +29,8 @@ setup(
     extras_require=declared.extras,
     entry_points=declared.entry_points,
     packages=[*([] if alone else ["vllm"]), *find_packages(include=["lvllm", "lvllm.*"])],
-    # Written out, it makes setuptools put the checkout on sys.path for an editable install,
-    # instead of an import hook that every start of Python would pay for.
+    # If this is written out, setuptools makes an editable install with a line in a .pth file.
+    # Otherwise it takes an import hook, which every start of Python would pay for.
     package_dir={"": "."},
     package_data={"lvllm": ["**/*"]},
     exclude_package_data={"": ["__pycache__/*", "**/__pycache__/*", "_engine.so"]},
@@ -38,9 +38,9 @@ setup(
     distclass=PlatformDistribution,
     cmdclass={"build": Build, "build_upstream": BuildUpstream, "build_engine": BuildEngine},
     options={
-        # Nothing in the wheel is bound to one Python: upstream's objects and ours are stable ABI.
+        # Upstream's shared objects and ours use the stable ABI, so one wheel serves every Python.
         "bdist_wheel": {"py_limited_api": "cp311"},
-        # In the checkout's root, which is on sys.path, an old egg-info would be taken for the
+        # The checkout's root is on sys.path, and an old egg-info there would be taken for the
         # installed distribution.
         "egg_info": {"egg_base": "build"},
     },

@@ -1,7 +1,7 @@
 """The build of the LvLLM distribution: one module for each step, driven by setup.py and make.
 
-Importing this package refuses Pythons that upstream vLLM does not support. The check stands here,
-in syntax that any Python 3 reads, so that it comes before any other line can fail.
+Importing this package refuses Pythons that upstream vLLM does not support. The check comes before
+everything else, and is written in syntax that any Python 3 reads, so that nothing fails earlier.
 """
 
 import sys

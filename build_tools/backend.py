@@ -1,7 +1,7 @@
-"""The PEP 517 build backend: setuptools', with the build requirements given by a hook.
+"""The PEP 517 build backend: setuptools' own, except that a hook names the build requirements.
 
-As a hook, and not a list in pyproject.toml, they are told only after the Python, the target and
-the compiler are known to be fit: pip would otherwise first fetch PyTorch, or fail to find it.
+The hook checks the Python, the target and the compiler first. With a list in pyproject.toml, pip
+would download PyTorch, or fail to find it, before it runs any line of ours.
 """
 
 from typing import Any
@@ -44,5 +44,5 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
-    """Raises BuildError: the checkout is the source."""
+    """Raises BuildError always: what a build needs is the whole checkout."""
     raise BuildError("LvLLM has no sdist; build a wheel: `make wheel` or `python -m build --wheel`")

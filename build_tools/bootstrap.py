@@ -1,7 +1,6 @@
-"""Sets up the checkout's virtual environment, showing each step; what is up to date is skipped.
+"""Set up the checkout's virtual environment and show each step. Parts that are up to date stay.
 
-`python3 -m build_tools.bootstrap --venv .venv [--tools test|lint]`
-needs nothing but Python and g++.
+`python3 -m build_tools.bootstrap --venv .venv [--tools test|lint]` needs only Python and g++.
 """
 
 import argparse
@@ -22,12 +21,12 @@ from build_tools.target import ROOT, lvllm_version, select_target
 
 LOG = ROOT / "build" / "setup.log"
 
-# How often a waiting step says so where the output is no terminal, in seconds.
+# Where the output is no terminal, a long step prints a line every so many seconds.
 HEARTBEAT = 20
 
 
 class Steps:
-    """Runs commands one after another, each as a line that says what is done and for how long."""
+    """Runs commands one after another. A line for each says what it does and how long it took."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -67,13 +66,13 @@ class Steps:
 
 
 def reason(output: str) -> str:
-    """Why a step failed: the build's own line if there is one, else what pip says."""
+    """Why a step failed: the build's own error line if it printed one, else the gist of pip's."""
     _, prefix, ours = output.rpartition(PREFIX)
     return ours.splitlines()[0] if prefix else explain(output)
 
 
 class Venv:
-    """The virtual environment, and in it a file that says what it was set up from."""
+    """The virtual environment. A file in it says what each part of it was set up from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +80,7 @@ class Venv:
         self._stamps = path / "lvllm-setup.json"
 
     def works(self) -> bool:
-        """True if the environment is there, of this Python, and whole enough to run pip."""
+        """True if the environment exists, has this Python, and runs pip."""
         probe = "import sys, pip; print(sys.version)"
         if not self.python.exists():
             return False
@@ -89,7 +88,7 @@ class Venv:
         return result.stdout.strip() == sys.version
 
     def is_fresh(self, part: str, inputs: str) -> bool:
-        """True if `part` was set up from these `inputs`."""
+        """True if `part` was last set up from the same `inputs`."""
         return self._read().get(part) == inputs
 
     def stamp(self, part: str, inputs: str) -> None:
@@ -101,7 +100,7 @@ class Venv:
 
 
 def distribution_inputs(target: str) -> str:
-    """A hash of all that the installed distribution follows from, except the engine's sources."""
+    """A hash of everything that decides what is installed, except the engine's sources."""
     files = [ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("build_tools/*.py")]
     files += [ROOT / "requirements" / f"{name}.txt" for name in ("build", "lvllm", "upstream")]
     parts = [str(ROOT), target, lvllm_version(), *(file.read_text() for file in sorted(files))]
@@ -137,7 +136,8 @@ def set_up(venv: Venv, tool_sets: list[str]) -> None:
         )
         with requirements.open("w") as file:
             subprocess.run([venv.python, "-m", "build_tools.metadata"], stdout=file, check=True)
-        # Compiling every module takes 32 of 73 CPU seconds, and most are never imported.
+        # Compiling every module to bytecode takes 32 of 73 CPU seconds, and most modules are never
+        # imported.
         files = ["--no-compile", "-r", str(requirements), *tool_files]
         steps.run("installing PyTorch and vLLM's requirements", [*pip, *files])
         editable = ["--no-build-isolation", "--no-deps", "-e", "."]

@@ -1,4 +1,4 @@
-"""The steps that LvLLM adds to setuptools' `build`: upstream before, the engine after."""
+"""The steps that LvLLM adds to setuptools' `build`: upstream's tree first, the engine last."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,10 @@ from build_tools.upstream import fetch, pin_of
 
 
 class PlatformDistribution(Distribution):
-    """A distribution for one platform: its shared objects are not setuptools extensions."""
+    """A distribution for one platform.
+
+    setuptools would not know, because the shared objects are not its own extensions.
+    """
 
     def has_ext_modules(self) -> bool:
         """True: the wheel gets a platform tag and is installed into platlib."""
@@ -23,7 +26,7 @@ class PlatformDistribution(Distribution):
 
 
 class Build(build):
-    """`build`, from an empty build_lib: files of an earlier build must not get into a wheel."""
+    """`build` into an empty build_lib, so that no file of an earlier build gets into a wheel."""
 
     sub_commands: ClassVar = [
         ("build_upstream", None),
@@ -60,7 +63,7 @@ class _Step(Command):
 
 
 class BuildUpstream(_Step):
-    """Lay upstream's vllm/ into the checkout; for a wheel, copy it into build_lib."""
+    """Lay upstream's vllm/ into the checkout, and for a wheel copy it into build_lib."""
 
     def run(self) -> None:
         """Raises BuildError if the tree cannot be laid in."""
@@ -71,11 +74,11 @@ class BuildUpstream(_Step):
         if self.editable_mode:
             return
 
-        def ours(folder: str, names: list[str]) -> set[str]:
-            left_out = {"__pycache__"} | ({README, STAMP} if Path(folder) == TREE else set())
-            return left_out & set(names)
+        def left_out(folder: str, names: list[str]) -> set[str]:
+            ours = {README, STAMP} if Path(folder) == TREE else set()
+            return {"__pycache__", *ours} & set(names)
 
-        shutil.copytree(TREE, Path(self.build_lib, "vllm"), ignore=ours)
+        shutil.copytree(TREE, Path(self.build_lib, "vllm"), ignore=left_out)
 
 
 class BuildEngine(_Step):

@@ -1,4 +1,4 @@
-"""Builds the C++ engine with CMake and Ninja, both of which come from pip.
+"""Build the C++ engine with CMake and Ninja, both of which come from pip.
 
 `python -m build_tools.engine` builds lvllm/engine/_engine.so in the checkout, incrementally;
 `python -m build_tools.engine test` builds and runs the C++ tests; `test asan` and `test tsan` do so
@@ -22,7 +22,7 @@ from build_tools.target import ROOT
 BUILD = ROOT / "build"
 LIBRARY = Path("lvllm", "engine", "_engine.so")
 
-# Each in a build folder of its own: all objects differ.
+# Each sanitizer has a build folder of its own, because all object files differ.
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
 # The first GCC that knows C++20 and the AMX and AVX512-BF16 intrinsics.
@@ -56,16 +56,17 @@ def build_engine(destination: Path) -> None:
     _run(_tool("cmake"), "--install", str(build), "--prefix", str(stage))
     target = destination / LIBRARY
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A rename, not a copy over the old file: a running server has that one mapped.
+    # The new file takes the old one's place by a rename. A copy would write into the old file,
+    # which a running server has mapped.
     new = target.with_suffix(".new")
     shutil.copy2(stage / LIBRARY, new)
     new.rename(target)
 
 
 def run_tests(sanitizer: str | None = None) -> None:
-    """Build the C++ tests below build/ and run them, if asked under one of SANITIZERS.
+    """Build the C++ tests below build/ and run them, if asked with one of SANITIZERS.
 
-    Raises BuildError if one fails.
+    Raises BuildError if a test fails.
     """
     build = BUILD / (f"tests-{sanitizer}" if sanitizer else "tests")
     options = ["-DLK_BUILD_TESTS=ON", "-DLK_BUILD_TORCH_OPS=OFF"]
@@ -73,7 +74,7 @@ def run_tests(sanitizer: str | None = None) -> None:
     if sanitizer:
         options += [f"-DLK_SANITIZE={SANITIZERS[sanitizer]}"]
     _compile(build, *options)
-    # Most of a test is one thread: the comparison in plain C++.
+    # Tests run side by side: most of a test's time is the comparison in plain C++, on one thread.
     at_once = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     how = ["--parallel", at_once, "--output-on-failure", "--no-tests=error"]
     _run(_tool("ctest"), "--test-dir", str(build), *how)
@@ -82,8 +83,9 @@ def run_tests(sanitizer: str | None = None) -> None:
 def find_torch() -> Path | None:
     """The folder of the PyTorch to build with: the importable one, else the environment's own.
 
-    pip hides the environment's packages from an isolated build. Its PyTorch is still the one that
-    the engine will run with, and unpacking another takes longer than all else in the build.
+    pip hides the environment's packages from an isolated build. But the environment's PyTorch is
+    the one that the engine will run with, and unpacking another takes longer than everything else
+    in the build.
     """
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
@@ -93,7 +95,7 @@ def find_torch() -> Path | None:
 
 
 def check_tools() -> None:
-    """Raises BuildError if something that the build needs is not there."""
+    """Raises BuildError if a tool that the build needs is missing."""
     find_compiler()
     _torch()
     _tool("cmake")
@@ -117,8 +119,9 @@ def _compile(build: Path, *options: str) -> None:
     configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_CXX_COMPILER={find_compiler()}", f"-DLK_TORCH_INCLUDE={torch}/include"]
     configure += [f"-DLK_TORCH_LIBRARY={torch}/lib/libtorch_cpu.so", *options]
-    # An isolated pip build has its tools in a folder that is gone afterwards. CMake's cache must
-    # not outlive it; the object files may, and Ninja keeps those whose command is the same.
+    # An isolated pip build has its tools in a folder that is deleted afterwards. So CMake's cache
+    # is made anew for every other command line. The object files stay, and Ninja reuses those whose
+    # compiler command is the same.
     configured = build / "configured-with.txt"
     command = "\n".join(configure)
     if not configured.exists() or configured.read_text() != command:
@@ -129,7 +132,7 @@ def _compile(build: Path, *options: str) -> None:
 
 
 def _tool(name: str) -> str:
-    """The path of cmake, ctest or ninja as installed by pip, whatever PATH is."""
+    """The path of cmake, ctest or ninja as pip installed them. PATH is not searched."""
     package = "ninja" if name == "ninja" else "cmake"
     try:
         module = importlib.import_module(package)

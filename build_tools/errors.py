@@ -1,13 +1,13 @@
-"""The one way a build stops."""
+"""The exception that stops a build."""
 
-# Tells the build's own line from those of pip and the compiler around it.
+# Begins the build's own error line, so that it is found among those of pip and the compiler.
 PREFIX = "lvllm build: "
 
 
 class BuildError(SystemExit):
     """The build cannot go on; `line` tells the user why and what to do.
 
-    A SystemExit, so that setuptools, pip and make show the line alone, without a traceback.
+    It is a SystemExit, so setuptools, pip and make show the line alone, without a traceback.
     """
 
     def __init__(self, line: str) -> None:

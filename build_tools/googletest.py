@@ -1,6 +1,6 @@
-"""Finds GoogleTest's sources for the C++ tests: the installed ones, else the system's package.
+"""Find GoogleTest's sources for the C++ tests, or download them as the system's package.
 
-The package is downloaded and unpacked below build/; nothing is installed and root is not needed.
+The package is unpacked below build/. Nothing is installed, so this works without root.
 """
 
 import shutil
@@ -28,12 +28,13 @@ def _fetch(destination: Path) -> None:
     advice = "install it (Debian, Ubuntu: apt install googletest)"
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise BuildError(f"the C++ tests need GoogleTest's sources: {advice}")
-    # Lists and archives of our own: the system's may be missing, and are root's to write.
+    # apt gets package lists and archives of our own. The system's may be missing, and only root
+    # may write them.
     lists, archives = destination / "lists", destination / "archives"
     for folder in (lists, archives):
         (folder / "partial").mkdir(parents=True, exist_ok=True)
     apt = ["apt-get", "-qq", "-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={archives}"]
-    apt += ["-o", "APT::Sandbox::User="]  # its own user could not write here
+    apt += ["-o", "APT::Sandbox::User="]  # apt's own user could not write here.
     for action in ("update", "download"):
         package = ["googletest"] if action == "download" else []
         done = subprocess.run([*apt, action, *package], cwd=destination, capture_output=True)

@@ -1,4 +1,4 @@
-"""Lays the `vllm/` tree of an upstream wheel into the checkout, whole or not at all."""
+"""Lay the `vllm/` tree of an upstream wheel into the checkout, whole or not at all."""
 
 import fcntl
 import os
@@ -26,10 +26,10 @@ def read_record(wheel: Path) -> str:
 def lay_in(wheel: Path, tree: Path = TREE, work: Path = CACHE) -> bool:
     """Make `tree` the `vllm/` folder of `wheel`; return False if it already was.
 
-    The new tree is extracted and checked in `work`, which must be on the file system of `tree`,
-    and then takes the old one's place by a rename. An interrupted or failed call leaves the old
-    tree as it was. `tree`/README.md stays. Edits in the tree are kept: while the tree is that of
-    `wheel` they are not looked at, and they are never overwritten by another upstream.
+    The new tree is extracted and checked in `work`, which must be on the file system of `tree`.
+    Then it takes the old tree's place by a rename. A call that is interrupted or fails leaves the
+    old tree as it was. `tree`/README.md stays. Edits in the tree stay, too: while the tree comes
+    from `wheel` they are not looked at, and a tree with edits is never replaced by another.
 
     Raises BuildError for a damaged wheel, for edits in the way, and for a full or read-only disk.
     """
@@ -51,7 +51,7 @@ def _lock(path: Path) -> Iterator[None]:
 def _lay_in(wheel: Path, tree: Path, work: Path) -> bool:
     new, old = work / "vllm.new", work / "vllm.old"
     if old.exists() and not tree.exists():
-        old.rename(tree)  # an earlier call was killed between its two renames
+        old.rename(tree)  # An earlier call was killed between its two renames.
     record = read_record(wheel)
     recorded = parse_record(record)
     stamp = tree / STAMP

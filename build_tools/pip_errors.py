@@ -1,4 +1,4 @@
-"""Turns what pip prints when it fails into the one line that matters."""
+"""Find the one line that matters in what pip prints when it fails."""
 
 import re
 
@@ -9,7 +9,7 @@ _NO_CONNECTION = re.compile(
 
 
 def explain(output: str) -> str:
-    """Return why pip failed, as the end of a sentence, from what it printed."""
+    """Why pip failed, as the end of a sentence; `output` is what pip printed."""
     got = re.search(r"Got\s+([0-9a-f]{64})", output)
     if got:
         return f"the file has sha256 {got[1]}, which is not the pinned one"

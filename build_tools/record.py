@@ -1,4 +1,4 @@
-"""A wheel's RECORD: the files of its `vllm/` tree and their hashes, to check a tree against."""
+"""A wheel's RECORD lists the files of its `vllm/` tree with hashes, to check a tree against."""
 
 import base64
 import csv
@@ -6,15 +6,15 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# What stands in a laid-in tree besides upstream's files: our README, and the RECORD that was
-# laid in, which tells one upstream from another.
+# Two files in a laid-in tree are not upstream's: our README, and a copy of the wheel's RECORD,
+# which says which upstream the tree comes from.
 README = "README.md"
 STAMP = ".RECORD"
 
 
 @dataclass
 class Differences:
-    """Paths relative to the tree, sorted."""
+    """How a tree differs from a RECORD: paths relative to the tree, sorted."""
 
     missing: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Differences:
         return bool(self.missing or self.changed or self.extra)
 
     def lines(self) -> list[str]:
-        """One line for each path: what is wrong, and where."""
+        """One line for each path, with what is wrong first."""
         return [f"{what} {path}" for what, paths in vars(self).items() for path in paths]
 
 
@@ -41,7 +41,7 @@ def digest(data: bytes) -> str:
 
 
 def compare_tree(tree: Path, recorded: dict[str, str]) -> Differences:
-    """Compare every byte below `tree` with a parsed RECORD; __pycache__ does not count."""
+    """Compare every file below `tree`, except in __pycache__, with a parsed RECORD."""
     differences = Differences()
     for path, expected in sorted(recorded.items()):
         file = tree / path

