@@ -94,31 +94,35 @@ class Watchdog:
 
     def _watch(self) -> None:
         with self._changed:
-            while not self._closed:
-                for steps in self._all:
-                    steps.clear()
-                oldest = min(
-                    (steps.waiting[0] for steps in self._all if steps.waiting),
-                    key=lambda step: step.late,
-                    default=None,
-                )
-                if self._closed:  # A finaliser may have run in this thread meanwhile.
-                    return
-                if oldest is None:
-                    self._sleeps_for_good = True
-                    self._changed.wait()
-                    self._sleeps_for_good = False
-                elif (left := oldest.late - time.monotonic()) > 0:
-                    self._changed.wait(left)
-                else:
-                    break
-            else:
-                return
-        name = oldest.name if isinstance(oldest.name, str) else oldest.name()
+            step = self._next_late_step()
+        if step is None:
+            return
+        name = step.name if isinstance(step.name, str) else step.name()
         self._end(
             f"{name} has not happened for {self._seconds:g} s (LVLLM_WATCHDOG_SECONDS): the"
             " process ends"
         )
+
+    def _next_late_step(self) -> _Step | None:
+        """Sleep until a step is late. Return the oldest one, or None once this is closed."""
+        while True:
+            for steps in self._all:
+                steps.clear()
+            if self._closed:  # This is checked last, as a finaliser may run in this thread.
+                return None
+            oldest = min(
+                (steps.waiting[0] for steps in self._all if steps.waiting),
+                key=lambda step: step.late,
+                default=None,
+            )
+            if oldest is None:
+                self._sleeps_for_good = True
+                self._changed.wait()
+                self._sleeps_for_good = False
+            elif (left := oldest.late - time.monotonic()) > 0:
+                self._changed.wait(left)
+            else:
+                return oldest
 
 
 class Steps:

@@ -261,12 +261,11 @@ def test_the_steps_of_every_model_are_watched() -> None:
     gc.collect()  # What other tests have left is marked no more.
     accelerator = RecordedAhead()
     late, gate = [threading.Event() for _ in range(3)], threading.Event()
-    kept = [
-        model(
-            accelerator, (0, 1), watchdog=Watchdog(accelerator, 0.2, lambda _, one=one: one.set())
-        )
-        for one in late
-    ]
+
+    def watchdog(one: threading.Event) -> Watchdog:
+        return Watchdog(accelerator, 0.2, lambda _: one.set())
+
+    kept = [model(accelerator, (0, 1), watchdog=watchdog(one)) for one in late]
     gone, *_ = late
     del kept[0]
     gc.collect()
