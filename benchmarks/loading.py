@@ -1,12 +1,14 @@
-"""How long a model takes to load, against `cat FILES > /dev/null`, its files in the page cache.
+"""How long a model takes to load, compared with `cat FILES > /dev/null`.
 
     python -m benchmarks.loading [--gib 8] [--shard-gib 4] [--experts fp8] [--folder DIR] [--stock]
 
-Makes a Qwen3-MoE checkpoint of that size with weights of no meaning, reads it once, then times cat
-(median of three), writing to as much new memory, and vLLM's loading phase: building the model,
-reading, ordering the weights for the kernels. The phase is timed twice: as it comes, and just after
-as much memory was written to and given back, so that a virtual machine has that memory in hand.
-Needs the size on disk, and twice the size and 3 GiB of memory; deletes the checkpoint.
+This makes a Qwen3-MoE checkpoint of the given size with meaningless weights, and reads it once, so
+that the files are in the page cache. Then it times three things: cat (the median of three runs),
+writing once to as much new memory, and vLLM's loading phase, which builds the model, reads the
+weights and orders them for the kernels. The phase is timed twice: in a fresh process, and right
+after as much memory was written to and given back, so that a virtual machine has it in hand.
+The benchmark needs the size on disk, and twice the size plus 3 GiB of memory. In the end it deletes
+the checkpoint.
 """
 
 import argparse
@@ -25,15 +27,16 @@ import torch
 import transformers
 
 from lvllm.checkpoint.headers import INDEX, Checkpoint
+from lvllm.units import GIB, ceil_div
 
-GIB = 1 << 30
 ROOT = Path(__file__).parents[1]
 HIDDEN, INTERMEDIATE, EXPERTS = 2048, 768, 64
 LAYER_WEIGHTS = EXPERTS * 3 * HIDDEN * INTERMEDIATE
 ONE = torch.ones(1, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
 DTYPES = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 
-# Loads the model without worker processes, answers two tokens, prints the time and the peak.
+# This program loads the model without worker processes, generates two tokens, and prints what was
+# measured.
 CHILD = """
 import json, re, resource, sys, time
 from pathlib import Path
@@ -84,9 +87,9 @@ print(time.perf_counter() - start)
 
 
 def make(folder: Path, size: int, shard: int, experts: str = "bf16") -> None:
-    """Write a checkpoint of about `size` bytes in files of about `shard`.
+    """Write a checkpoint of about `size` bytes, in files of about `shard` bytes.
 
-    Its experts are "bf16", or "fp8" with float32 scales of 128 x 128 blocks.
+    The experts are in "bf16", or in "fp8" with float32 scales of 128 x 128 blocks.
     """
     bits = {"bf16": 16, "fp8": 8}[experts]
     config = transformers.Qwen3MoeConfig(
@@ -131,14 +134,14 @@ def make(folder: Path, size: int, shard: int, experts: str = "bf16") -> None:
             file.write(len(text).to_bytes(8, "little") + text)
             for field in header.values():
                 begin, end = field["data_offsets"]
-                # Norms of ones: the experts would hardly matter with others.
+                # Norms are ones: with others, the experts' part of the result would be tiny.
                 block = ONE if len(field["shape"]) == 1 else values[field["dtype"]]
-                file.write((block * -(-(end - begin) // len(block)))[: end - begin])
+                file.write((block * ceil_div(end - begin, len(block)))[: end - begin])
     (folder / INDEX).write_text(json.dumps({"weight_map": placed}))
 
 
 def _values(dtype: str) -> bytes:
-    """Numbers that let the model compute, to be repeated: what they are does not matter."""
+    """Bytes of values that the model can compute with. They are repeated to fill a tensor."""
     if dtype == "F32":  # a scale
         return torch.tensor(HIDDEN**-0.5).view(1).view(torch.uint8).numpy().tobytes()
     values = torch.randn(1 << 20) * (1 if dtype == "F8_E4M3" else HIDDEN**-0.5)
@@ -146,7 +149,7 @@ def _values(dtype: str) -> bytes:
 
 
 def _tensors(config: Any, experts: str) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, dtype and shape of the model's tensors."""
+    """The name, dtype and shape of each of the model's tensors."""
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads
     yield "model.embed_tokens.weight", "BF16", [512, HIDDEN]
     for layer in range(config.num_hidden_layers):
@@ -171,13 +174,13 @@ def _tensors(config: Any, experts: str) -> Iterator[tuple[str, str, list[int]]]:
                 stem = f"model.layers.{layer}.mlp.experts.{expert}.{name}"
                 yield f"{stem}.weight", "F8_E4M3" if experts == "fp8" else "BF16", shape
                 if experts == "fp8":
-                    yield f"{stem}.weight_scale_inv", "F32", [-(-size // 128) for size in shape]
+                    yield f"{stem}.weight_scale_inv", "F32", [ceil_div(size, 128) for size in shape]
     yield "model.norm.weight", "BF16", [HIDDEN]
     yield "lm_head.weight", "BF16", [512, HIDDEN]
 
 
 def cat(files: tuple[Path, ...]) -> float:
-    """Seconds of one pass."""
+    """Seconds that cat takes for the files, once."""
     start = time.perf_counter()
     with open(os.devnull, "w") as null:
         subprocess.run(["cat", *map(str, files)], stdout=null, check=True)
@@ -185,7 +188,7 @@ def cat(files: tuple[Path, ...]) -> float:
 
 
 def touch(size: int) -> float:
-    """Seconds that as much new memory takes to be written once, without any reading."""
+    """Seconds that a new process takes to write once to `size` bytes of memory."""
     done = subprocess.run(
         [sys.executable, "-c", TOUCH, str(size)], cwd=ROOT, stdout=subprocess.PIPE, check=True
     )
@@ -193,9 +196,12 @@ def touch(size: int) -> float:
 
 
 def load(folder: Path, enabled: bool, in_hand: int = 0) -> dict[str, float]:
-    """Of the loading phase the seconds, those of all CPUs, and the bytes read by system calls, read
-    from and written to disks; and the peak of resident bytes. `in_hand` bytes of memory are written
-    to and given back just before.
+    """What a process that loads the model measures of the loading phase.
+
+    That is `seconds`, `cpu` (seconds of all CPUs), `rchar` (bytes read by system calls),
+    `read_bytes` and `write_bytes` (bytes from and to disks), and `peak` (the most resident bytes of
+    the process). Just before the phase, the process writes to `in_hand` bytes of memory and gives
+    them back. Without `enabled`, stock vLLM loads the model.
     """
     environment = {
         "LVLLM_MOE_NUMA_ENABLED": str(int(enabled)),

@@ -1,8 +1,12 @@
-"""What the headers of a safetensors checkpoint say, checked before a weight is read.
+"""The headers of a safetensors checkpoint, checked before any weight is read.
 
 A safetensors file is the length of its header (8 bytes, little-endian), the header, and the data.
-The header is a JSON object: tensor name to dtype, shape and `data_offsets`, begin and end within
-the data; the tensors cover the data without a gap or an overlap.
+The header is a JSON object that maps each tensor's name to its dtype, its shape and `data_offsets`,
+the first byte and the end of its values within the data. The tensors cover the data without gaps
+and without overlaps.
+
+The safetensors library does not serve here: its Python interface does not give the byte offsets,
+which the reader needs, and its errors about a damaged header name neither the file nor the tensor.
 """
 
 import json
@@ -49,19 +53,19 @@ DTYPES = {
     "C64": torch.complex64,
 }
 LONGEST_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
+"""The format allows at most this many bytes."""
 LFS_POINTER = b"version https://git-lfs"
-# What else a folder may hold instead, and the load format of vLLM that reads it.
+# The suffixes of pickles, and the load format of vLLM that reads each.
 PICKLES = {".bin": "npcache", ".pt": "pt", ".pth": None}
 
 
 class CheckpointError(LvllmError):
-    """A checkpoint that cannot be read: one line that names the file, the tensor and the fault."""
+    """A checkpoint that cannot be read. The text names the file, the tensor and the fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: bytes `start` to `end` of `file`, row-major."""
+    """The place of a tensor: bytes `start` to `end` of `file`, in row-major order."""
 
     name: str
     file: Path
@@ -90,10 +94,9 @@ class Checkpoint:
     def open(
         cls, folder: str | Path, pattern: str = "*.safetensors", index: str = INDEX
     ) -> "Checkpoint":
-        """The files of a local folder that match `pattern`; of these, where there is an `index`,
-        the ones that it names.
+        """Read the headers of the files in a local folder that match `pattern`.
 
-        Raises CheckpointError.
+        If the folder has an `index`, only the files that it names are read. Raises CheckpointError.
         """
         folder = Path(folder)
         files = sorted(folder.glob(pattern))
@@ -119,7 +122,7 @@ class Checkpoint:
 
     @classmethod
     def of_files(cls, files: Iterable[str | Path]) -> "Checkpoint":
-        """The tensors of these files. Raises CheckpointError."""
+        """Read the headers of these files. Raises CheckpointError."""
         paths = tuple(Path(file) for file in files)
         tensors: dict[str, TensorInfo] = {}
         for path in paths:
@@ -131,7 +134,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
@@ -189,7 +192,10 @@ def _parsed(path: Path, header: bytes) -> dict[str, Any]:
 
 
 def _checked(path: Path, fields: dict[str, Any], data: int, size: int) -> list[TensorInfo]:
-    """The tensors of a header; the data begin at byte `data` of a file of `size` bytes."""
+    """The tensors of a header, in the order of their bytes.
+
+    The data begin at byte `data` of the file, which has `size` bytes.
+    """
     tensors = [_tensor(path, name, field, data) for name, field in fields.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     end = data
@@ -235,7 +241,7 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 
 
 def _read_index(path: Path) -> dict[str, Path] | None:
-    """The file of each tensor, or None without an index."""
+    """The file of each tensor, or None if there is no index."""
     try:
         written = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -251,7 +257,7 @@ def _read_index(path: Path) -> dict[str, Path] | None:
 
 
 def pickle_refused(file: Path) -> CheckpointError:
-    """An error about a checkpoint that is in this file, without safetensors."""
+    """An error about a checkpoint that has this pickle and no safetensors."""
     load_format = PICKLES.get(file.suffix)
     advice = f"load-format={load_format} reads it" if load_format else "convert it"
     return CheckpointError(

@@ -1,1 +1,1 @@
-"""How a checkpoint comes into the engine's memory: its headers, its bytes, vLLM's loader on top."""
+"""How a checkpoint's weights come into the engine's memory: LvLLM's reader, vLLM's loaders."""

@@ -1,4 +1,4 @@
-"""The headers of safetensors files, sound and damaged in every way that is told apart."""
+"""The headers of safetensors files: sound ones, and every damage that has an error of its own."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ Header = dict[str, Any]
 
 
 def write(path: Path, header: Header | bytes, data: bytes = b"") -> Path:
-    """A file with this header and these data, whether they fit or not."""
+    """Write a file with this header and these data, whether they fit each other or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
@@ -26,7 +26,7 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> Header:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two shards with an index, as save_pretrained writes them."""
+    """A folder with two shards and an index, as save_pretrained writes them."""
     shards = {
         "model-00001-of-00002.safetensors": {
             "embed": torch.rand(5, 3).bfloat16(),
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, *words: str) -> str:
-    """Asserts that the folder is refused in one line with these words."""
+    """Assert that the folder is refused in one line with these words, and return the line."""
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(folder)
     line = str(caught.value)
