@@ -1,4 +1,4 @@
-"""The commands, each in a module of its own."""
+"""The commands of `lvllm`. Each is in a module of its own."""
 
 import typer
 
@@ -16,5 +16,5 @@ app.command("export")(export.export)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """The entry point of the console script."""
     app()

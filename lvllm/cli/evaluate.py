@@ -1,4 +1,4 @@
-"""`lvllm eval`: how good a model is, and how far from another."""
+"""`lvllm eval` measures how good a model is, and how far it is from another."""
 
 import os
 from collections.abc import Callable
@@ -10,83 +10,87 @@ from rich.console import Console
 from rich.table import Table
 
 from lvllm import engine, evaluation
-from lvllm.evaluation import measure, passages, report, saved
+from lvllm.evaluation import measure, passages, report
+from lvllm.evaluation import reference as reference_runs
 from lvllm.evaluation.likelihood import check_vocabularies
+from lvllm.evaluation.models import FORMATS, LocalModel, Model, ServedModel
 from lvllm.evaluation.processes import Work
 from lvllm.evaluation.questions import TINY_MOE
-from lvllm.evaluation.subjects import FORMATS, Checkpoint, Server, Subject
+from lvllm.evaluation.reference import ReferenceRun
 from lvllm.settings import variables
 
 TOP = 512
-SERVED_TOP = 20  # what a vLLM server allows unless told otherwise
+SERVED_TOP = 20  # What a vLLM server allows unless --max-logprobs says otherwise.
 
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A checkpoint, or with --server the served name.")
+        str, typer.Argument(help="A checkpoint folder, or with --server the served name.")
     ] = "",
     questions: Annotated[
         Path | None,
         typer.Option(
-            help="Questions, one JSON object a line.",
+            help="A file of questions, one JSON object in each line.",
             show_default="the demo model's 500, unless --text is given",
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text to be read for its likelihood.")
+        Path | None, typer.Option(help="A UTF-8 text whose likelihood is measured.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window of the text.")] = 512,
+    context: Annotated[int, typer.Option(help="Tokens in a window of the text.")] = 512,
     stride: Annotated[
         int | None,
         typer.Option(
-            help="A window begins every so many tokens and scores the new ones.",
+            help="How many tokens a window begins after the one before it.",
             show_default="half of --context",
         ),
     ] = None,
     reference: Annotated[
         str,
-        typer.Option(help="Compare with this checkpoint, or with a run that --save has saved."),
+        typer.Option(
+            help="Compare with this checkpoint folder, or with a run that --save has saved."
+        ),
     ] = "",
     save: Annotated[
-        Path | None, typer.Option(help="Save the run, to be a --reference later (.npz).")
+        Path | None, typer.Option(help="Save this run in an .npz file, for a later --reference.")
     ] = None,
     formats: Annotated[
         str,
         typer.Option(
-            help="Measure MODEL in these formats of LvLLM's engine and compare with MODEL as it"
-            f" is: all, or some of {','.join(FORMATS)}."
+            help="Measure MODEL in formats of LvLLM's engine, and compare each with MODEL as it is:"
+            f" all, or some of {','.join(FORMATS)}."
         ),
     ] = "",
     top: Annotated[
         int | None,
         typer.Option(
-            help="How many of the most probable tokens a comparison goes by; exact if all.",
+            help="How many of the most probable tokens are compared; all of them is exact.",
             show_default=f"{TOP}; with --server {SERVED_TOP}",
         ),
     ] = None,
     server: Annotated[
-        str, typer.Option(help="Ask this OpenAI-compatible server (http://host:port/v1).")
+        str, typer.Option(help="Ask this OpenAI-compatible server: http://host:port/v1.")
     ] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     markdown: Annotated[
         Path | None,
-        typer.Option(help=f"Write the table into this page, between {report.BEGIN} and its end."),
+        typer.Option(help=f"Write the table into this page, after the line {report.BEGIN}."),
     ] = None,
     wrong: Annotated[int, typer.Option(help="How many wrong answers to print.")] = 5,
 ) -> None:
-    """Ask MODEL questions, greedily, and print the share of right answers; read it a text, and
-    print the mean negative log-likelihood of a token; compare it with a reference.
+    """Ask MODEL questions and print the share of right answers. With --text, measure the mean
+    negative log-likelihood of a token. With --reference or --formats, compare models.
 
-    A comparison without --text goes over the questions with their right answers. Without --server
-    the model runs through vLLM, with LvLLM if LVLLM_MOE_NUMA_ENABLED=1; --formats always has LvLLM.
+    A comparison without --text reads the questions with their right answers. Without --server the
+    model runs in vLLM, with LvLLM if LVLLM_MOE_NUMA_ENABLED=1; --formats always uses LvLLM.
     """
     console = Console()
     rows: list[report.Row] = []
     try:
         _check(model, server, reference, save, formats, markdown, top)
         asked = evaluation.load_questions(questions or TINY_MOE) if questions or not text else []
-        subject: Subject
-        subject = Server(server, model) if server else Checkpoint(model, dtype, _name(model))
+        tested: Model
+        tested = ServedModel(server, model) if server else LocalModel(model, dtype, _name(model))
 
         def cut(tokenizer: passages.Tokenizer) -> passages.Passages:
             if text:
@@ -95,33 +99,33 @@ def evaluate(
                 )
             return passages.of_chats(asked, tokenizer)
 
-        read = cut(subject.tokenizer()) if text or reference or save or formats else None
-        kept: saved.Saved | None = None
-        subjects: list[Subject] = [subject]
+        read = cut(tested.tokenizer()) if text or reference or save or formats else None
+        saved: ReferenceRun | None = None
+        models: list[Model] = [tested]
         if formats:
             named = FORMATS if formats == "all" else formats.split(",")
-            subjects = measure.in_formats(model, dtype, named)
+            models = measure.in_formats(model, dtype, named)
         elif reference and read:
-            kept, subjects = _reference(reference, dtype, subject, read, cut)
-        width = kept.likelihoods.top_ids.shape[1] if kept else top
+            saved, models = _reference(reference, dtype, tested, read, cut)
+        width = saved.likelihoods.top_ids.shape[1] if saved else top
         width = width or (SERVED_TOP if server else TOP if reference or save or formats else 1)
         work = Work(asked, read, width)
-        for one in subjects:
-            one.check(work)
-        for row in measure.measure(subjects, work, kept):
+        for each in models:
+            each.check(work)
+        for row in measure.measure(models, work, saved):
             rows.append(row)
         if save and read and rows[-1].likelihoods:
-            saved.save(save, saved.Saved(rows[-1].name, read, rows[-1].likelihoods))
+            reference_runs.save(save, ReferenceRun(rows[-1].name, read, rows[-1].likelihoods))
         about = report.notes(rows, read.source if read else "", rows[0].name)
         if not server and (formats or variables.enabled(os.environ)):
             about.append(f"Experts on LvLLM's engine ({engine.info().isa}).")
         if markdown:
             report.write_page(markdown, report.markdown(rows, about))
     except (ValueError, OSError, evaluation.EvaluationError) as error:
-        if rows:  # they may have taken hours
+        if rows:  # They may have taken hours.
             console.print(report.table(rows))
         raise SystemExit(f"lvllm: {error}") from None
-    if len(subjects) == 1 and rows[-1].result:
+    if len(models) == 1 and rows[-1].result:
         _by_task(rows[-1].result, wrong, console)
     if len(rows) > 1 or read:
         console.print(report.table(rows))
@@ -138,7 +142,7 @@ def _check(
     markdown: Path | None,
     top: int | None,
 ) -> None:
-    """Raises ValueError for options that do not go together, before anything slow."""
+    """Raises ValueError for options that do not go together, before anything slow begins."""
     if not model and not server:
         raise ValueError("give a MODEL folder, or --server URL to ask one that runs")
     if formats and (server or reference or save):
@@ -160,22 +164,25 @@ def _check(
 def _reference(
     reference: str,
     dtype: str,
-    subject: Subject,
+    tested: Model,
     read: passages.Passages,
     cut: Callable[[passages.Tokenizer], passages.Passages],
-) -> tuple[saved.Saved | None, list[Subject]]:
-    """A saved reference or none, and what is to be measured, a reference first."""
+) -> tuple[ReferenceRun | None, list[Model]]:
+    """The saved run that --reference names, or None, and the models to measure.
+
+    If --reference names a checkpoint, that is the first of the models.
+    """
     path = Path(reference)
     if path.is_file():
-        kept = saved.load(path)
-        saved.check(kept, read, path)
-        check_vocabularies(kept.likelihoods.vocabulary, subject.vocabulary())
-        return kept, [subject]
+        run = reference_runs.load(path)
+        reference_runs.check(run, read, path)
+        check_vocabularies(run.likelihoods.vocabulary, tested.vocabulary())
+        return run, [tested]
     if not path.is_dir():
         raise ValueError(f"--reference {reference!r} is no checkpoint folder and no saved run")
-    first = Checkpoint(reference, dtype, _name(reference))
-    measure.check_reference(first, subject, cut(first.tokenizer()), read)
-    return None, [first, subject]
+    first = LocalModel(reference, dtype, _name(reference))
+    measure.check_reference(first, tested, cut(first.tokenizer()), read)
+    return None, [first, tested]
 
 
 def _name(model: str) -> str:

@@ -1,4 +1,4 @@
-"""`lvllm export`: a checkpoint with its experts quantised."""
+"""`lvllm export` writes a checkpoint whose experts are quantised."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,24 +9,25 @@ from lvllm.export.schemes import FORMATS, GROUP_SIZE
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A folder with an unquantised checkpoint.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write; new or empty.")],
+    model: Annotated[Path, typer.Argument(help="The folder of an unquantised checkpoint.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The folder to write, which must be new or empty.")
+    ],
     format: Annotated[
-        str, typer.Option(help="What the experts become.", metavar="|".join(FORMATS))
+        str, typer.Option(help="The format of the exported experts.", metavar="|".join(FORMATS))
     ],
     group_size: Annotated[
-        int, typer.Option(help="Of int4: weights that share a scale; 32, 64 or 128.")
+        int, typer.Option(help="For int4: how many weights share a scale: 32, 64 or 128.")
     ] = GROUP_SIZE,
     linears: Annotated[
         bool,
-        typer.Option(
-            "--linears", help="Quantise attention, dense layers and shared experts as well."
-        ),
+        typer.Option("--linears", help="Quantise attention, dense layers and shared experts, too."),
     ] = False,
 ) -> None:
     """Quantise the experts of MODEL and write a compressed-tensors checkpoint.
 
-    A second start goes on with an export that was killed. docs/export.md says what loads it.
+    If an export was killed, the same command goes on with it. docs/export.md says what can load the
+    result.
     """
     from lvllm.export import ExportError
     from lvllm.export import export as write

@@ -1,7 +1,7 @@
-"""What a model makes of a text, and how far two models are apart on it.
+"""The probabilities that a model gives to a text's tokens, and how far two models differ in them.
 
-N tokens are scored, and of each the K most probable tokens are known: a distribution over the
-vocabulary that is exact if K is all of it. All values are natural logarithms (nats).
+N tokens are scored. For each place the K most probable tokens are known; if K is the size of the
+vocabulary, that is the whole distribution. All values are natural logarithms (nats).
 """
 
 import math
@@ -10,23 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Probabilities are sums of up to K float32 values: what is left of 1 is known to about this.
 ROUNDING = 1e-6
-ROWS = 2048  # tokens that are compared at a time
+"""The error of a sum of up to K float32 probabilities, and so of what is left of 1."""
+ROWS = 2048
+"""How many tokens are compared at a time, which bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Log-probabilities of the scored tokens, and of the most probable ones in their places."""
+    """Log-probabilities of the scored tokens, and of the most probable tokens in their places."""
 
     logprobs: NDArray[np.float32]
-    """[N], of the text's own tokens."""
+    """[N], for the text's own tokens."""
     top_ids: NDArray[np.int32]
     """[N, K], most probable first."""
     top_logprobs: NDArray[np.float32]
     """[N, K]."""
     vocabulary: int | None = None
-    """Tokens in all; None if a server did not say."""
+    """The size of the vocabulary; None if a server did not say."""
 
     @property
     def nll(self) -> float:
@@ -39,7 +40,7 @@ class Likelihoods:
 
     @property
     def whole(self) -> bool:
-        """Whether all of the vocabulary is listed."""
+        """Whether the whole vocabulary is listed."""
         return self.top_ids.shape[1] == self.vocabulary
 
 
@@ -48,23 +49,24 @@ class Comparison:
     """How far a model is from its reference."""
 
     agreement: float
-    """Share of tokens whose most probable token is the reference's."""
+    """In what share of the places both have the same most probable token."""
     divergence: float
-    """Mean KL divergence of the model from the reference; unless `exact`, a lower bound of it."""
+    """Mean KL divergence of the model from the reference. It is a lower bound unless `exact`."""
     exact: bool
     listed: int
-    """How many log-probabilities of a token were compared at most."""
+    """How many tokens were compared one by one in a place, at most."""
     covered: float
-    """Mean share of the reference's probability that the compared tokens have."""
+    """The share of the reference's probability that these tokens have, on average."""
 
 
 def compare(reference: Likelihoods, model: Likelihoods) -> Comparison:
-    """KL(reference || model) and the agreement, over tokens that both have scored.
+    """KL(reference || model) and the agreement, over the tokens that both have scored.
 
-    Where one of the two lists only its K most probable tokens, the tokens that both list are
-    compared one by one and all others as one, by the probability that is left. That can only lower
-    a divergence (the data processing inequality). Raises ValueError if the two are of different
-    vocabularies or numbers of tokens.
+    If one of the two lists only its K most probable tokens, the tokens that both list are compared
+    one by one. All others count as one token, with the probability that is left. That can only make
+    the divergence smaller (by the data processing inequality).
+
+    Raises ValueError if the two have different vocabularies or numbers of tokens.
     """
     check_vocabularies(reference.vocabulary, model.vocabulary)
     if len(reference.logprobs) != len(model.logprobs):
@@ -97,10 +99,10 @@ def check_vocabularies(reference: int | None, model: int | None) -> None:
 def _divergence(
     reference: Likelihoods, model: Likelihoods, rows: slice, exact: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """By token: the divergence, and the reference's probability of the tokens compared."""
+    """The divergence in each place, and the reference's probability of the tokens compared."""
     theirs, ours = reference.top_ids[rows], model.top_ids[rows]
     count = len(theirs)
-    # A token in a row is one number, so that one intersection serves all rows.
+    # The row is made part of a token's number, so that one intersection serves all rows.
     width = 1 + int(max(theirs.max(), ours.max()))
     row_starts = np.arange(count, dtype=np.int64)[:, None] * width
     common, at_reference, at_model = np.intersect1d(
@@ -113,7 +115,7 @@ def _divergence(
     log_p = reference.top_logprobs[rows].ravel()[at_reference].astype(np.float64)
     log_q = model.top_logprobs[rows].ravel()[at_model].astype(np.float64)
     p, q = np.exp(log_p), np.exp(log_q)
-    possible = p > 0  # an impossible token adds nothing, whatever its logarithm
+    possible = p > 0  # An impossible token adds nothing, whatever its logarithm is.
     terms = np.zeros_like(p)
     terms[possible] = p[possible] * (log_p[possible] - log_q[possible])
     divergence: NDArray[np.float64] = np.bincount(row, terms, count).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What a model reads to be measured: passages of token ids, and which of their tokens count."""
+"""The passages of token ids that a model reads to be measured, and which of their tokens count."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from lvllm.evaluation.questions import Question
 
 
 class Tokenizer(Protocol):
-    """Text to token ids, as the measured model has it."""
+    """Turns text into token ids, as the measured model does."""
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """The ids of `text`; `special` adds what the tokenizer puts around a text."""
+        """The ids of `text`. With `special`, the tokens that belong around a text are added."""
 
     def chat(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> list[int]:
-        """The ids of a chat, by the model's chat template."""
+        """The ids of a chat in the model's chat template."""
 
 
 class LocalTokenizer:
@@ -31,12 +31,13 @@ class LocalTokenizer:
         self.model = model
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        except Exception as error:  # transformers raises whatever the broken file provokes
+        except Exception as error:  # transformers raises all kinds of errors for a broken file.
             reason = " ".join(str(error).split())
             raise ValueError(f"{model}: its tokenizer does not load: {reason}") from None
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        # `verbose` would warn of a text longer than the model's context; it is cut into windows.
+        # With `verbose` there would be a warning about a text longer than the model's context, but
+        # the text is cut into windows.
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def chat(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> list[int]:
@@ -50,16 +51,16 @@ class LocalTokenizer:
 
 @dataclass(frozen=True)
 class Passages:
-    """Token ids, one array a passage, and how they were cut.
+    """Token ids, one array for each passage, and how the passages were cut.
 
-    Of passage i the tokens from `first[i]` on are scored, each by its probability after all tokens
-    of the passage before it; `first[i]` is at least 1.
+    In passage i the tokens from number `first[i]` on are scored, each by its probability after all
+    earlier tokens of the passage. `first[i]` is at least 1.
     """
 
     ids: tuple[NDArray[np.int32], ...]
     first: tuple[int, ...]
     source: str
-    """What was read, for people: `wiki.txt in windows of 512 tokens, every 256`."""
+    """A description for people: `wiki.txt in windows of 512 tokens, every 256`."""
     digest: str
     """sha256 of the text, or of the chats' questions and answers."""
     cut: str
@@ -84,14 +85,16 @@ class Passages:
 
 
 def of_text(path: Path, tokenizer: Tokenizer, context: int, stride: int) -> Passages:
-    """A text in windows of `context` tokens, one every `stride`.
+    """Cut a text into windows of `context` tokens, one every `stride` tokens.
 
-    A window scores the tokens that the one before it did not reach, so that each token of the text
-    is scored once, after at least `context - stride` others; the first ones of the text have fewer,
-    and its very first none. A token that the tokenizer puts before a text (BOS) stands before each
-    window and is not scored: models trained with it err wildly without. Raises ValueError for a
-    file that is not UTF-8 or shorter than a window, and for a stride that leaves tokens out;
-    OSError for one that cannot be read.
+    A window scores the tokens that the window before it did not reach. So each token of the text is
+    scored once, after at least `context - stride` others, except that the first tokens of the text
+    have fewer before them. Without a BOS token, the very first token is not scored. A BOS token
+    that the tokenizer puts before a text is put before each window and is not scored: models that
+    were trained with it give useless probabilities without it.
+
+    Raises ValueError for a file that is not UTF-8 or shorter than a window, and for a stride that
+    leaves tokens out; OSError for a file that cannot be read.
     """
     data = path.read_bytes()
     try:
@@ -135,7 +138,7 @@ def _before_a_text(tokenizer: Tokenizer) -> list[int]:
 
 
 def of_chats(questions: Sequence[Question], tokenizer: Tokenizer) -> Passages:
-    """One chat a question, with its right answer, of which the answer's tokens are scored."""
+    """Make a chat of each question and its right answer. The answer's tokens are scored."""
     digest = hashlib.sha256()
     ids, first = [], []
     for question in questions:
@@ -143,7 +146,8 @@ def of_chats(questions: Sequence[Question], tokenizer: Tokenizer) -> Passages:
         answer = {"role": "assistant", "content": question.answer}
         asked = tokenizer.chat(question.messages, generation_prompt=True)
         whole = tokenizer.chat([*question.messages, answer], generation_prompt=False)
-        # A template may write more before an answer than it asks with.
+        # The prompt for an answer need not be how a finished chat begins: some templates write more
+        # before an answer. Scoring begins where the two differ.
         common = next(
             (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked)
         )

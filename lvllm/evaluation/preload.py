@@ -1,4 +1,4 @@
-"""What the process imports that models' processes are forked from. No other process imports it."""
+"""Imported by one process only: the one from which the models' processes are forked."""
 
 import importlib
 import os
@@ -7,4 +7,4 @@ from lvllm.evaluation.processes import DEFAULTS
 
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
-importlib.import_module("vllm.entrypoints.llm")  # reads them
+importlib.import_module("vllm.entrypoints.llm")  # vLLM reads the variables when it is imported.

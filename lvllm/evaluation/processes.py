@@ -1,7 +1,7 @@
-"""One model after the other through vLLM, each in a process that gives all its memory back.
+"""Run models in vLLM one after the other, each in a process of its own.
 
-The processes are forked from one that has imported vLLM and nothing more: a model of 7 MB then
-starts in 3 s instead of 20.
+When the process ends, all its memory is free again. The processes are forked from one that has
+imported vLLM and done nothing else, so a model of 7 MB starts in 3 s instead of 20.
 """
 
 import multiprocessing
@@ -13,25 +13,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from lvllm.evaluation.backends import EvaluationError, ask_vllm
+from lvllm.evaluation.answers import ask_vllm
+from lvllm.evaluation.errors import EvaluationError
 from lvllm.evaluation.likelihood import Likelihoods
+from lvllm.evaluation.logprobs import logprobs_from_vllm
 from lvllm.evaluation.passages import Passages
 from lvllm.evaluation.questions import Question
-from lvllm.evaluation.readers import read_vllm
 
-QUESTION_TOKENS = 512  # of a question with its answer
-# Of keys and values a token: 80 layers with 8 heads of 128 take 320 KiB.
-CACHE_BYTES = 512 << 10
+QUESTION_TOKENS = 512
+"""Room for a question with its answer, in tokens."""
+KV_BYTES_OF_A_TOKEN = 512 << 10
+"""Room in the KV cache for a token. A large model, 80 layers with 8 heads of 128, takes 320 KiB."""
 
 DEFAULTS = {
-    # Only errors and the tables: a model's start logs some 60 lines.
+    # The start of a model logs some 60 lines; only errors are to stand beside the tables.
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # Asked for log-probabilities, vLLM compiles a small function: 10 s of g++, and g++.
+    # vLLM compiles a small function for log-probabilities, which needs g++ and 10 s of it.
     "TORCHDYNAMO_DISABLE": "1",
-    # A model's process is one of its own already.
+    # Each model is in a process of its own already.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-"""Variables of the new processes, unless the environment has them."""
+"""Environment variables that the new processes get, unless the environment sets them already."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,7 +41,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Work:
-    """What a model is to do."""
+    """What a model is to do: answer questions, read passages.
+
+    `top` is how many of the most probable tokens are listed in each place of the passages.
+    """
 
     questions: Sequence[Question] = ()
     passages: Passages | None = None
@@ -48,16 +53,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What it did: an answer a question, and what it made of the passages."""
+    """What a model did: one answer for each question, and the likelihoods of the passages."""
 
     answers: Sequence[str] = ()
     likelihoods: Likelihoods | None = None
 
 
-def run_apart(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`function`, which has a name to be imported by, in a new process.
+def run_in_new_process(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `function` in a new process, which must be able to import it by its name.
 
-    Raises EvaluationError in one line that begins with `what`, for any error; SystemExit passes.
+    Any error there is raised here as an EvaluationError, in one line that begins with `what`. Only
+    SystemExit stays what it is.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lvllm.evaluation.preload"])
@@ -72,23 +78,24 @@ def run_apart(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kw
 
 
 def _call(what: str, environment: dict[str, str], function: Callable[[], T]) -> T:
-    os.dup2(2, 1)  # standard output is for the tables
-    # The process has the variables of the first call; they may have changed.
+    os.dup2(2, 1)  # Standard output is for the tables.
+    # The process that this one is forked from has the variables of the first call, and they may
+    # have changed since.
     os.environ.clear()
     os.environ.update(environment)
     try:
         return function()
     except EvaluationError:
         raise
-    except Exception as error:  # of a class that may need vLLM, or not reach the caller at all
+    except Exception as error:  # Its class may need vLLM to be unpickled, or not be picklable.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise EvaluationError(f"{what}: {reason}") from None
 
 
 def run_vllm(model: str, dtype: str, work: Work, name: str, lvllm: bool) -> Outcome:
-    """Loads the checkpoint `model` and does the work. For a process of its own.
+    """Load the checkpoint `model` and do the work. This is to be called in a process of its own.
 
-    `name` is what progress is shown under; `lvllm` turns LvLLM on whatever the environment says.
+    Progress is shown under `name`. `lvllm` turns LvLLM on, whatever the environment says.
     """
     if lvllm:
         os.environ["LVLLM_MOE_NUMA_ENABLED"] = "1"
@@ -104,13 +111,13 @@ def run_vllm(model: str, dtype: str, work: Work, name: str, lvllm: bool) -> Outc
         max_model_len=length,
         max_num_seqs=64,
         max_logprobs=-1,
-        language_model_only=True,  # nobody shows it pictures
-        kv_cache_memory_bytes=CACHE_BYTES * max(length, QUESTION_TOKENS),
+        language_model_only=True,  # There are no pictures in any question.
+        kv_cache_memory_bytes=KV_BYTES_OF_A_TOKEN * max(length, QUESTION_TOKENS),
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
     answers = ask_vllm(work.questions, llm) if work.questions else []
     likelihoods = None
     if work.passages:
-        likelihoods = read_vllm(work.passages, llm, work.top, name=name)
+        likelihoods = logprobs_from_vllm(work.passages, llm, work.top, name=name)
     return Outcome(answers, likelihoods)

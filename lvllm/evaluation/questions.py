@@ -1,4 +1,4 @@
-"""The questions of an evaluation, one JSON object a line."""
+"""The questions of an evaluation. A file of them has one JSON object in each line."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ class Question(BaseModel):
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The chat that asks it: one user turn."""
+        """The chat that asks the question: one message of the user."""
         return [{"role": "user", "content": self.question}]
 
 
 def load_questions(path: Path = TINY_MOE) -> list[Question]:
-    """Reads a question file; by default the 500 held out from the demo model's training.
+    """Read a file of questions, by default the 500 on which the demo model was not trained.
 
-    Raises ValueError, naming file and line, if a line is not a question or the file has none.
+    Raises ValueError if a line is not a question, with file and line, or if there are none.
     """
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

@@ -1,4 +1,4 @@
-"""The table of an evaluation, for the terminal and for a page."""
+"""The table of an evaluation, for the terminal and for a markdown page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ END = "<!-- lvllm eval: end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model; None is what was not."""
+    """What was measured for one model. Fields are None for what was not measured."""
 
     name: str
     expert_bytes: int | None = None
@@ -26,7 +26,7 @@ class Row:
 
 
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line of cells for each row; columns that none fills are left out."""
+    """Headings, and a line of cells for each row. Columns without any value are left out."""
     heads = ["model", "experts", "exact match", "NLL", "perplexity", "same top-1", "KL divergence"]
     lines = [
         [
@@ -51,7 +51,7 @@ def _size(count: int | None) -> str:
 
 
 def notes(rows: Sequence[Row], read: str, reference: str) -> list[str]:
-    """What the columns mean in this run."""
+    """Sentences below the table that say what its columns mean in this run."""
     found = []
     scored = next((len(row.likelihoods.logprobs) for row in rows if row.likelihoods), 0)
     if scored:
@@ -70,7 +70,7 @@ def notes(rows: Sequence[Row], read: str, reference: str) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For the terminal."""
+    """The table for the terminal."""
     heads, lines = cells(rows)
     made = Table()
     for i, head in enumerate(heads):
@@ -81,7 +81,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row], about: Sequence[str]) -> str:
-    """The same as a markdown table, `about` a line each beneath it."""
+    """The table in markdown, and below it the lines of `about`."""
     heads, lines = cells(rows)
     rule = ["---", *["---:"] * (len(heads) - 1)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
@@ -89,9 +89,9 @@ def markdown(rows: Sequence[Row], about: Sequence[str]) -> str:
 
 
 def split_page(page: Path) -> tuple[str, str]:
-    """What stands before and after the place of the table in `page`; a new page is nothing else.
+    """The text of `page` before and after its table. A page that does not exist yet has none.
 
-    Raises ValueError if the page has no such place, OSError if it cannot be read.
+    Raises ValueError if the page has no markers for the table, OSError if it cannot be read.
     """
     if not page.exists():
         if not page.parent.is_dir():
@@ -105,6 +105,6 @@ def split_page(page: Path) -> tuple[str, str]:
 
 
 def write_page(page: Path, text: str) -> None:
-    """Puts `text` between the page's markers."""
+    """Put `text` between the markers of `page`."""
     before, after = split_page(page)
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Exact match: an answer is right if it is the expected text, character for character.
 
-Only white space is forgiven: runs of it count as one space, and none at either end.
+Only white space may differ: several spaces count as one, and spaces at either end do not count.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lvllm.evaluation.questions import Question
 
 @dataclass(frozen=True)
 class Tally:
-    """How many answers were right."""
+    """How many of the answers were right."""
 
     right: int
     asked: int
@@ -24,7 +24,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Result:
-    """The tally of each task, in the questions' order, and every wrong answer."""
+    """The tally of each task, in the order of the questions, and every wrong answer."""
 
     by_task: dict[str, Tally]
     wrong: tuple[tuple[Question, str], ...]
@@ -45,7 +45,7 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> Result:
-    """Compares `answers[i]` with `questions[i].answer`.
+    """Compare `answers[i]` with `questions[i].answer`.
 
     Raises ValueError if there are no questions, or not as many answers as questions.
     """

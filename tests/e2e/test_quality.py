@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from lvllm.cli.app import app
-from lvllm.evaluation import EvaluationError, report, saved
+from lvllm.evaluation import EvaluationError, reference, report
 from lvllm.evaluation.likelihood import compare
-from lvllm.evaluation.processes import run_apart
+from lvllm.evaluation.logprobs import logprobs_from_transformers
+from lvllm.evaluation.models import FORMATS
+from lvllm.evaluation.processes import run_in_new_process
 from lvllm.evaluation.questions import TINY_MOE
-from lvllm.evaluation.readers import read_transformers
-from lvllm.evaluation.subjects import FORMATS
 from tests.e2e.generate import ROOT, TINY
 
 PAGE = ROOT / "docs" / "quality.md"
@@ -67,7 +67,7 @@ def test_a_model_that_does_not_load_ends_in_one_line(tmp_path: Path) -> None:
 
 def test_a_process_that_is_killed_is_noticed() -> None:
     with pytest.raises(EvaluationError, match=r"^x: its process was killed"):
-        run_apart("x", os._exit, 9)
+        run_in_new_process("x", os._exit, 9)
 
 
 def points(cells: dict[str, str]) -> float:
@@ -98,9 +98,9 @@ def test_likelihoods_are_those_of_transformers(tmp_path: Path) -> None:
     file = tmp_path / "run.npz"
     arguments = [str(TINY), "--questions", str(questions)]
     output = evaluate(*arguments, "--save", str(file))
-    kept = saved.load(file)
+    kept = reference.load(file)
     assert f"over {kept.passages.scored} tokens of 50 chats, the answers scored" in output
-    expected = read_transformers(kept.passages, TINY, 1000, dtype="float32")
+    expected = logprobs_from_transformers(kept.passages, TINY, 1000, dtype="float32")
     found = compare(expected, kept.likelihoods)
     print(f"{kept.likelihoods.nll=} {expected.nll=} {found}")
     # Seen on all 500 questions: 4e-6 and 2.6e-5.
@@ -116,7 +116,7 @@ def test_likelihoods_are_those_of_transformers(tmp_path: Path) -> None:
         top_ids=kept.likelihoods.top_ids[:, :5],
         top_logprobs=kept.likelihoods.top_logprobs[:, :5],
     )
-    saved.save(short, replace(kept, likelihoods=listed))
+    reference.save(short, replace(kept, likelihoods=listed))
     output = evaluate(*arguments, "--reference", str(short), enabled="0")
     assert "from the 5 most probable tokens of each model, which have 99." in output
     assert "LvLLM" not in output

@@ -11,10 +11,10 @@ from examples.demo import server
 from lvllm import evaluation
 from lvllm.evaluation import passages
 from lvllm.evaluation.likelihood import compare
+from lvllm.evaluation.logprobs import logprobs_from_transformers
+from lvllm.evaluation.models import ServedModel
 from lvllm.evaluation.passages import LocalTokenizer
 from lvllm.evaluation.processes import Work
-from lvllm.evaluation.readers import read_transformers
-from lvllm.evaluation.subjects import Server
 from tests.e2e.generate import TINY
 from tests.e2e.server import fail_to_serve
 
@@ -52,14 +52,14 @@ def test_held_out_score(demo: tuple[str, Path]) -> None:
 
 def test_a_text_is_read_through_the_server(demo: tuple[str, Path]) -> None:
     """As transformers reads it, in float32; seen are 1e-6 and 5e-8 nats apart."""
-    served = Server(f"{demo[0]}/v1")
+    served = ServedModel(f"{demo[0]}/v1")
     read = passages.of_chats(evaluation.load_questions()[:20], served.tokenizer())
     assert read.same_ids(
         passages.of_chats(evaluation.load_questions()[:20], LocalTokenizer(str(TINY)))
     )
     found = served.measure(Work(passages=read, top=20)).outcome.likelihoods
     assert found is not None
-    expected = read_transformers(read, TINY, 20, dtype="float32")
+    expected = logprobs_from_transformers(read, TINY, 20, dtype="float32")
     comparison = compare(expected, found)
     print(f"{found.nll=} {expected.nll=} {comparison}")
     assert abs(found.nll - expected.nll) <= 1e-3

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lvllm.evaluation import passages, report, saved
+from lvllm.evaluation import passages, reference, report
 from lvllm.evaluation.likelihood import Comparison, Likelihoods
+from lvllm.evaluation.models import LocalModel, expert_bytes
 from lvllm.evaluation.report import Row, markdown, split_page, write_page
 from lvllm.evaluation.scoring import Result, Tally
-from lvllm.evaluation.subjects import Checkpoint, expert_bytes
 from tests.cli.test_cli import invoke
 from tests.e2e.generate import TINY
 
@@ -26,11 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "short.txt").write_text("What?")
     (folder / "empty.txt").write_text("")
     (folder / "page.md").write_text("no markers")
-    read = passages.of_text(folder / "text.txt", Checkpoint(str(TINY), "", "").tokenizer(), 32, 16)
+    read = passages.of_text(folder / "text.txt", LocalModel(str(TINY), "", "").tokenizer(), 32, 16)
     values = np.zeros((read.scored, 3), np.float32)
     for name, vocabulary in ((REFERENCE, 445), ("larger.npz", 446)):
         listed = Likelihoods(values[:, 0], values.astype(np.int32), values, vocabulary)
-        saved.save(folder / name, saved.Saved("model", read, listed))
+        reference.save(folder / name, reference.ReferenceRun("model", read, listed))
     for name, changes in (
         ("quantised", {"quantization_config": {"quant_method": "awq"}}),
         ("larger", {"vocab_size": 446}),

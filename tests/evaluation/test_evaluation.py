@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lvllm.evaluation import EvaluationError, Question, ask_server, load_questions, passages, score
 from lvllm.evaluation.likelihood import Likelihoods
+from lvllm.evaluation.models import ServedModel, ServerTokenizer
 from lvllm.evaluation.processes import Work
-from lvllm.evaluation.subjects import Server, ServerTokenizer
 
 
 def _question(task: str, answer: str) -> Question:
@@ -169,7 +169,7 @@ def test_what_goes_wrong_with_a_server_is_one_line(server: str) -> None:
 
 def _read(server: str, path: Path, text: str, top: int) -> Likelihoods:
     path.write_text(text)
-    served = Server(server)
+    served = ServedModel(server)
     work = Work(passages=passages.of_text(path, served.tokenizer(), 8, 4), top=top)
     likelihoods = served.measure(work).outcome.likelihoods
     assert likelihoods is not None
@@ -193,6 +193,6 @@ def test_what_goes_wrong_while_a_server_reads_is_one_line(server: str, tmp_path:
     with pytest.raises(EvaluationError, match="gives no prompt_logprobs: it is no vLLM server"):
         _read(server, path, "silent, what?", top=5)
     with pytest.raises(EvaluationError, match=r"^no server answers at http://127.0.0.1:9/v1$"):
-        Server("http://127.0.0.1:9/v1")
+        ServedModel("http://127.0.0.1:9/v1")
     with pytest.raises(EvaluationError, match=r"^no server answers at .*:9/tokenize$"):
         ServerTokenizer("http://127.0.0.1:9/v1", "x").encode("a", special=False)

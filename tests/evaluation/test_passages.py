@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvllm.evaluation import Question, passages, saved
+from lvllm.evaluation import Question, passages, reference
 from lvllm.evaluation.likelihood import Likelihoods
 
 BOS = 256
@@ -102,17 +102,17 @@ def likelihoods(count: int) -> Likelihoods:
 
 def test_a_reference_is_kept_whole(tmp_path: Path) -> None:
     read = passages.of_text(text_file(tmp_path, "some longer text"), Letters(), 6, 3)
-    kept = saved.Saved("model", read, likelihoods(read.scored))
+    kept = reference.ReferenceRun("model", read, likelihoods(read.scored))
     path = tmp_path / "kept"
-    saved.save(path, kept)
-    loaded = saved.load(path)
+    reference.save(path, kept)
+    loaded = reference.load(path)
     assert loaded.name == "model"
     assert loaded.passages.same_ids(read)
     assert replace(loaded.passages, ids=read.ids) == read
     assert loaded.likelihoods.vocabulary == 99
     for name in ("logprobs", "top_ids", "top_logprobs"):
         assert np.array_equal(getattr(loaded.likelihoods, name), getattr(kept.likelihoods, name))
-    saved.check(loaded, read, path)
+    reference.check(loaded, read, path)
 
 
 class Shifted(Letters):
@@ -133,10 +133,10 @@ def test_a_reference_of_something_else_is_refused(
 ) -> None:
     read = passages.of_text(text_file(tmp_path, "some longer text"), Letters(), 6, 3)
     path = tmp_path / "kept"
-    saved.save(path, saved.Saved("model", read, likelihoods(read.scored)))
+    reference.save(path, reference.ReferenceRun("model", read, likelihoods(read.scored)))
     other = passages.of_text(text_file(tmp_path, text), tokenizer, 6, stride)
     with pytest.raises(ValueError, match=message):
-        saved.check(saved.load(path), other, path)
+        reference.check(reference.load(path), other, path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut"])
@@ -144,8 +144,8 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path: Path, content: bytes) 
     path = tmp_path / "kept.npz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"kept\.npz is no reference saved by --save"):
-        saved.load(path)
+        reference.load(path)
     with path.open("wb") as file:
         np.savez(file, logprobs=np.zeros(3))
     with pytest.raises(ValueError, match=r"kept\.npz is no reference saved by --save"):
-        saved.load(path)
+        reference.load(path)

@@ -1,4 +1,4 @@
-"""What is measured: a checkpoint, one that is exported for it, or a server."""
+"""The models that can be measured: a checkpoint, one that is exported first, or a served model."""
 
 import json
 from collections.abc import Mapping
@@ -8,26 +8,27 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from lvllm.checkpoint.headers import read_header
-from lvllm.evaluation.backends import EvaluationError, ask_server
+from lvllm.evaluation.answers import ask_server
+from lvllm.evaluation.errors import EvaluationError, server_errors
+from lvllm.evaluation.logprobs import LOGPROBS_OF_A_PASSAGE, logprobs_from_server
 from lvllm.evaluation.passages import LocalTokenizer, Tokenizer
-from lvllm.evaluation.processes import Outcome, Work, run_apart, run_vllm
-from lvllm.evaluation.readers import MOST, read_server
+from lvllm.evaluation.processes import Outcome, Work, run_in_new_process, run_vllm
 
 EXPORTED = ("fp8", "int8", "int4", "mxfp4", "nvfp4")
 DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
 FORMATS = (*DTYPES, *EXPORTED)
-"""The engine's formats: a dtype to run the checkpoint in, or one to export it to."""
+"""The formats of the engine: dtypes in which a checkpoint can run, and formats to export it to."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An outcome, and the bytes of the routed experts, None where nobody can tell."""
+    """An outcome, and the bytes of the routed experts, which are None if they are not known."""
 
     outcome: Outcome
     expert_bytes: int | None
 
 
-class Subject(Protocol):
+class Model(Protocol):
     """A model that can be measured."""
 
     @property
@@ -36,19 +37,20 @@ class Subject(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     def check(self, work: Work) -> None:
-        """Raises ValueError if it cannot do it; costs nothing."""
+        """Raises ValueError if the model cannot do `work`. Nothing is loaded for that."""
 
     def vocabulary(self) -> int | None:
-        """How many tokens there are, None if nobody can tell."""
+        """How many tokens the vocabulary has, None if that is not known."""
 
     def measure(self, work: Work) -> Measured: ...
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A folder, run through vLLM; with `lvllm`, through LvLLM whatever the environment says.
+class LocalModel:
+    """A checkpoint folder that runs in vLLM.
 
-    `dtype` is a name of torch. Raises ValueError if it is no checkpoint.
+    With `lvllm` it runs with LvLLM; otherwise the environment decides. `dtype` is the name of a
+    torch dtype. Raises ValueError if the folder is no checkpoint.
     """
 
     folder: str
@@ -64,7 +66,7 @@ class Checkpoint:
         return LocalTokenizer(self.folder)
 
     def config(self) -> dict[str, Any]:
-        """Its config.json, overlaid with the part about text that models of several kinds have."""
+        """config.json, with the values of its `text_config`, if there is one, in front."""
         try:
             config: Any = json.loads((Path(self.folder) / "config.json").read_text())
             return {**config, **config.get("text_config", {})}
@@ -75,7 +77,7 @@ class Checkpoint:
         return self.config().get("vocab_size")
 
     def quantization(self) -> str | None:
-        """The name of the method it is quantised by, None if it is not."""
+        """The name of the quantisation method, None if the checkpoint is not quantised."""
         method = self.config().get("quantization_config", {}).get("quant_method")
         return None if method is None else str(method)
 
@@ -88,27 +90,27 @@ class Checkpoint:
                 f" more is generated: allowed are {most - 1}"
             )
         top = min(work.top, self.vocabulary() or work.top)
-        if longest * top > MOST:
+        if longest * top > LOGPROBS_OF_A_PASSAGE:
             raise ValueError(
                 f"--top {work.top}: of passages of {longest} tokens vLLM can list the"
-                f" {MOST // longest} most probable in each place"
+                f" {LOGPROBS_OF_A_PASSAGE // longest} most probable in each place"
             )
 
     def measure(self, work: Work) -> Measured:
-        outcome = run_apart(
+        outcome = run_in_new_process(
             self.name, run_vllm, self.folder, self.dtype, work, self.name, self.lvllm
         )
         return Measured(outcome, expert_bytes(Path(self.folder)))
 
 
 @dataclass(frozen=True)
-class Exported:
-    """`source` with its experts exported to `format`, in a folder that lasts for one measurement.
+class ExportedModel:
+    """`source` with its experts exported to `format`.
 
-    It lies where the environment's TMPDIR says.
+    The export lasts for one measurement. It is in a temporary folder, below TMPDIR.
     """
 
-    source: Checkpoint
+    source: LocalModel
     format: str
 
     @property
@@ -129,46 +131,47 @@ class Exported:
 
         with TemporaryDirectory(prefix="lvllm-eval-") as scratch:
             out = Path(scratch) / self.format
-            run_apart(self.name, export, Path(self.source.folder), out, format=self.format)
-            return Checkpoint(str(out), self.source.dtype, self.name, lvllm=True).measure(work)
+            run_in_new_process(self.name, export, Path(self.source.folder), out, format=self.format)
+            return LocalModel(str(out), self.source.dtype, self.name, lvllm=True).measure(work)
 
 
-class Server:
-    """A served model, by default the server's first. Raises EvaluationError if nobody answers."""
+class ServedModel:
+    """A model of an OpenAI-compatible server, by default the server's first.
+
+    Raises EvaluationError if no server answers.
+    """
 
     def __init__(self, base_url: str, model: str = "") -> None:
         import openai
 
         self.base_url = base_url
-        try:
+        with server_errors(base_url, "names no model"):
             client = openai.OpenAI(base_url=base_url, api_key="EMPTY")
             self.name = model or client.models.list().data[0].id
-        except openai.APIConnectionError:
-            raise EvaluationError(f"no server answers at {base_url}") from None
-        except openai.APIError as error:
-            raise EvaluationError(f"{base_url} names no model: {error.message}") from None
 
     def tokenizer(self) -> Tokenizer:
         return ServerTokenizer(self.base_url, self.name)
 
     def check(self, work: Work) -> None:
-        """The server refuses what is too much."""
+        """Nothing to check here: the server refuses what is too much for it."""
 
     def vocabulary(self) -> None:
-        """The server does not say."""
+        """None: the server does not say."""
 
     def measure(self, work: Work) -> Measured:
         answers, likelihoods = [], None
         if work.questions:
             answers = ask_server(work.questions, self.base_url, model=self.name)
         if work.passages:
-            likelihoods = read_server(work.passages, self.base_url, work.top, model=self.name)
+            likelihoods = logprobs_from_server(
+                work.passages, self.base_url, work.top, model=self.name
+            )
         return Measured(Outcome(answers, likelihoods), None)
 
 
 @dataclass(frozen=True)
 class ServerTokenizer:
-    """vLLM's `/tokenize`, which stands beside `/v1`."""
+    """The tokenizer behind a vLLM server's `/tokenize`, which is beside `/v1`, not below it."""
 
     base_url: str
     model: str
@@ -195,6 +198,6 @@ class ServerTokenizer:
 
 
 def expert_bytes(folder: Path) -> int:
-    """Bytes of the routed experts' tensors, scales and all, from the headers of the files."""
+    """Bytes of the routed experts' tensors, scales included, from the headers of the files."""
     tensors = (tensor for file in folder.glob("*.safetensors") for tensor in read_header(file))
     return sum(tensor.nbytes for tensor in tensors if ".experts." in tensor.name)

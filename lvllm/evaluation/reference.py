@@ -1,4 +1,7 @@
-"""A reference run in a file, for two models that do not fit beside each other or into one day."""
+"""The run of a reference model, saved to a file that later runs are compared with.
+
+So two models can be compared that take a day each, or that run on different machines.
+"""
 
 import json
 from dataclasses import dataclass
@@ -14,20 +17,20 @@ FORMAT = "lvllm eval reference 1"
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a reference model made of its passages."""
+class ReferenceRun:
+    """The log-probabilities that a reference model gave to the tokens of its passages."""
 
     name: str
     passages: Passages
     likelihoods: Likelihoods
 
 
-def save(path: Path, saved: Saved) -> None:
-    """Writes an .npz of 8 bytes for each log-probability and little else."""
-    passages, likelihoods = saved.passages, saved.likelihoods
+def save(path: Path, run: ReferenceRun) -> None:
+    """Write an .npz file, which takes 8 bytes for each listed token and little else."""
+    passages, likelihoods = run.passages, run.likelihoods
     about = {
         "format": FORMAT,
-        "name": saved.name,
+        "name": run.name,
         "source": passages.source,
         "digest": passages.digest,
         "cut": passages.cut,
@@ -46,8 +49,11 @@ def save(path: Path, saved: Saved) -> None:
         )
 
 
-def load(path: Path) -> Saved:
-    """Reads what `save` wrote. Raises ValueError for anything else, OSError as reading does."""
+def load(path: Path) -> ReferenceRun:
+    """Read what `save` wrote.
+
+    Raises ValueError if the file holds anything else, OSError if it cannot be read.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
@@ -64,21 +70,21 @@ def load(path: Path) -> Saved:
             likelihoods = Likelihoods(
                 file["logprobs"], file["top_ids"], file["top_logprobs"], about["vocabulary"]
             )
-            return Saved(about["name"], passages, likelihoods)
+            return ReferenceRun(about["name"], passages, likelihoods)
     except (ValueError, KeyError, TypeError, BadZipFile, EOFError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no reference saved by --save: {reason}") from None
 
 
-def check(saved: Saved, passages: Passages, path: Path) -> None:
-    """Raises ValueError, saying what differs, unless the reference read these passages."""
-    theirs = saved.passages
+def check(run: ReferenceRun, passages: Passages, path: Path) -> None:
+    """Raises ValueError, which says what differs, unless the reference read these passages."""
+    theirs = run.passages
     if theirs.cut != passages.cut:
         raise ValueError(f"{path} was made with {theirs.cut}; this run has {passages.cut}")
     if theirs.digest != passages.digest:
-        raise ValueError(f"{path} was made of another text: {theirs.source} of {saved.name}")
+        raise ValueError(f"{path} was made of another text: {theirs.source} of {run.name}")
     if not theirs.same_ids(passages):
         raise ValueError(
-            f"{path} was made with another tokenizer: that of {saved.name} makes other tokens of"
+            f"{path} was made with another tokenizer: that of {run.name} makes other tokens of"
             " the same text"
         )

@@ -1,40 +1,43 @@
-"""Three ways to have a model read passages. Each returns the likelihoods of the scored tokens.
+"""Three ways to get a model's log-probabilities of the tokens of passages.
 
-`top` is how many of the most probable tokens are listed in each place, at most the vocabulary.
+Each returns the `Likelihoods` of the scored tokens. `top` is how many of the most probable tokens
+are listed in each place; there are never more than the vocabulary has.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from lvllm.evaluation.backends import EvaluationError
+from lvllm.evaluation.errors import EvaluationError, server_errors
 from lvllm.evaluation.likelihood import Likelihoods
 from lvllm.evaluation.passages import Passages
 
-if TYPE_CHECKING:
-    from vllm import LLM
+LOGPROBS_OF_A_BATCH = 1 << 22
+"""How many log-probabilities vLLM is asked for at a time. It turns each of them into Python objects
+of some 110 bytes, so a batch of passages takes at most 0.5 GB.
+"""
+LOGPROBS_OF_A_PASSAGE = 1 << 24
+"""How many log-probabilities a single passage may have: 1.8 GB."""
 
-# vLLM turns each log-probability that it returns into Python objects of some 110 bytes in all: as
-# many passages are read at a time as stay below 0.5 GB of them.
-AT_A_TIME = 1 << 22
-# Of one passage at most this many: 1.8 GB.
-MOST = 1 << 24
-
-# One passage: log-probabilities [n - 1] of its tokens but the first, then ids and log-probabilities
-# [n - 1, K] of the most probable ones in their places.
-Read = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]
+PassageLogprobs = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]
+"""Log-probabilities [n - 1] of all tokens of a passage but the first one, then ids and
+log-probabilities [n - 1, K] of the most probable tokens in their places.
+"""
 
 
 def _collect(
-    passages: Passages, read: Iterator[Read], vocabulary: int | None, name: str
+    passages: Passages, read: Iterator[PassageLogprobs], vocabulary: int | None, name: str
 ) -> Likelihoods:
-    """Of each passage what is scored. Raises EvaluationError for values that are not finite."""
+    """Keep the scored tokens of each passage, and show the progress.
+
+    Raises EvaluationError for values that are not finite.
+    """
     parts = []
     shown = track(read, f"{name}: reading", len(passages.ids), console=Console(stderr=True))
     for number, (first, of_one) in enumerate(zip(passages.first, shown, strict=True)):
@@ -52,8 +55,10 @@ def _collect(
     return Likelihoods(logprobs, top_ids, top_logprobs, vocabulary)
 
 
-def read_vllm(passages: Passages, llm: "LLM", top: int, *, name: str = "model") -> Likelihoods:
-    """Reads with a `vllm.LLM` whose `max_logprobs` allows `top`."""
+def logprobs_from_vllm(
+    passages: Passages, llm: Any, top: int, *, name: str = "model"
+) -> Likelihoods:
+    """Ask a `vllm.LLM` in this process, whose `max_logprobs` must allow `top`."""
     from vllm import SamplingParams
 
     vocabulary = llm.model_config.get_vocab_size()
@@ -61,16 +66,16 @@ def read_vllm(passages: Passages, llm: "LLM", top: int, *, name: str = "model") 
     sampling = SamplingParams(
         temperature=0.0, max_tokens=1, prompt_logprobs=width, flat_logprobs=True, detokenize=False
     )
-    step = max(1, AT_A_TIME // (passages.longest * (width + 1)))
+    step = max(1, LOGPROBS_OF_A_BATCH // (passages.longest * (width + 1)))
 
-    def read() -> Iterator[Read]:
+    def read() -> Iterator[PassageLogprobs]:
         for start in range(0, len(passages.ids), step):
             prompts: list[Any] = [
                 {"prompt_token_ids": ids.tolist()} for ids in passages.ids[start : start + step]
             ]
             for output in llm.generate(prompts, sampling, use_tqdm=False):
                 flat: Any = output.prompt_logprobs
-                # Each row begins with the passage's own token, wherever it ranks.
+                # Each row begins with the passage's own token, whatever its rank is.
                 ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, width + 1)
                 values = np.array(flat.logprobs, dtype=np.float32).reshape(-1, width + 1)
                 yield values[:, 0], ids[:, 1:], values[:, 1:]
@@ -78,7 +83,7 @@ def read_vllm(passages: Passages, llm: "LLM", top: int, *, name: str = "model") 
     return _collect(passages, read(), vocabulary, name)
 
 
-def read_server(
+def logprobs_from_server(
     passages: Passages,
     base_url: str,
     top: int,
@@ -87,16 +92,16 @@ def read_server(
     api_key: str = "EMPTY",
     concurrency: int = 8,
 ) -> Likelihoods:
-    """Reads with a vLLM server, by the `prompt_logprobs` of its completions.
+    """Ask a vLLM server for the `prompt_logprobs` of completions.
 
-    The server's `--max-logprobs` (20 unless set) bounds `top`. Raises EvaluationError if the server
-    cannot be reached, refuses, or is not vLLM.
+    `top` is limited by the server's `--max-logprobs`, which is 20 unless set. Raises
+    EvaluationError if the server cannot be reached, refuses, or is not vLLM.
     """
     import openai
 
     client = openai.OpenAI(base_url=base_url, api_key=api_key)
 
-    def read(ids: NDArray[np.int32]) -> Read:
+    def read(ids: NDArray[np.int32]) -> PassageLogprobs:
         completion = client.completions.create(
             model=model,
             prompt=ids.tolist(),
@@ -108,7 +113,8 @@ def read_server(
         if not rows:
             raise EvaluationError(f"{base_url} gives no prompt_logprobs: it is no vLLM server")
         own = [row[str(token)]["logprob"] for row, token in zip(rows[1:], ids[1:], strict=True)]
-        # The passage's own token stands among the others, or beyond them by its rank.
+        # A row has the `top` most probable tokens, and the passage's own token if it is not one of
+        # them; then its rank is beyond `top`.
         tops = [sorted(row.items(), key=lambda item: item[1]["rank"])[:top] for row in rows[1:]]
         return (
             np.array(own, dtype=np.float32),
@@ -116,26 +122,24 @@ def read_server(
             np.array([[value["logprob"] for _, value in row] for row in tops], dtype=np.float32),
         )
 
-    try:
-        with ThreadPoolExecutor(concurrency) as pool:
-            return _collect(passages, pool.map(read, passages.ids), None, model)
-    except openai.APIConnectionError:
-        raise EvaluationError(f"no server answers at {base_url}") from None
-    except openai.APIError as error:
-        raise EvaluationError(f"{base_url} refused a passage: {error.message}") from None
+    with (
+        server_errors(base_url, "refused a passage"),
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
+        return _collect(passages, pool.map(read, passages.ids), None, model)
 
 
-def read_transformers(
+def logprobs_from_transformers(
     passages: Passages, model: Path | str, top: int, *, dtype: str = "bfloat16"
 ) -> Likelihoods:
-    """Reads with Hugging Face transformers on the CPU: the reference for the other two."""
+    """Ask Hugging Face transformers on the CPU, the reference for the other two ways."""
     import torch
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
 
     @torch.no_grad()
-    def read(ids: NDArray[np.int32]) -> Read:
+    def read(ids: NDArray[np.int32]) -> PassageLogprobs:
         tokens = torch.from_numpy(ids).long()
         logits = network(input_ids=tokens[None]).logits[0, :-1].float()
         logprobs = torch.log_softmax(logits, dim=-1)

@@ -1,24 +1,18 @@
-"""Three ways to put the questions to a model. Each returns the answers in the same order.
+"""Three ways to ask a model questions. Each returns the answers in the order of the questions.
 
-Decoding is greedy everywhere, so that one set of weights has one score.
+Decoding is always greedy, so that a set of weights has one score.
 """
 
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lvllm.evaluation.errors import server_errors
 from lvllm.evaluation.questions import Question
 
-if TYPE_CHECKING:
-    from vllm import LLM
-
-MAX_ANSWER_TOKENS = 64  # the longest right answer of the demo model's questions has 34
-
-
-class EvaluationError(Exception):
-    """The model could not be asked; the message is one line for the user."""
+MAX_ANSWER_TOKENS = 64  # The longest right answer to the demo model's questions has 34.
 
 
 def ask_server(
@@ -29,10 +23,10 @@ def ask_server(
     api_key: str = "EMPTY",
     concurrency: int = 16,
 ) -> list[str]:
-    """Asks an OpenAI-compatible server, `concurrency` questions at a time.
+    """Ask an OpenAI-compatible server, `concurrency` questions at a time.
 
-    `base_url` ends in `/v1`; `model` is the served name, by default the server's first. Raises
-    EvaluationError if the server cannot be reached or refuses a request.
+    `base_url` ends in `/v1`. `model` is the served name; without it the server's first model
+    answers. Raises EvaluationError if the server cannot be reached or refuses a request.
     """
     import openai
 
@@ -47,18 +41,14 @@ def ask_server(
         )
         return completion.choices[0].message.content or ""
 
-    try:
+    with server_errors(base_url, "refused a question"):
         name = model or client.models.list().data[0].id
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(ask, questions))
-    except openai.APIConnectionError:
-        raise EvaluationError(f"no server answers at {base_url}") from None
-    except openai.APIError as error:
-        raise EvaluationError(f"{base_url} refused a question: {error.message}") from None
 
 
-def ask_vllm(questions: Sequence[Question], llm: "LLM") -> list[str]:
-    """Asks a `vllm.LLM` in this process, all questions in one batch."""
+def ask_vllm(questions: Sequence[Question], llm: Any) -> list[str]:
+    """Ask a `vllm.LLM` in this process, all questions in one batch."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
@@ -74,9 +64,9 @@ def ask_transformers(
     dtype: str = "bfloat16",
     batch_size: int = 100,
 ) -> list[str]:
-    """Asks Hugging Face transformers on the CPU: the reference the other two are held against.
+    """Ask Hugging Face transformers on the CPU, the reference for the other two ways.
 
-    `model` is a checkpoint directory, `dtype` the name of a torch dtype.
+    `model` is a checkpoint folder, `dtype` the name of a torch dtype.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
