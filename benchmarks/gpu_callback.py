@@ -1,8 +1,8 @@
-"""What a call of the host costs a stream: CUDA's host functions against a mailbox.
+"""Times what a host call costs a stream: CUDA's host functions against a mailbox.
 
-A mailbox is two words of pinned memory. The GPU writes the one and waits for the other
-(cuStreamWriteValue32, cuStreamWaitValue32); a thread of the host spins on the first and answers in
-the second. Both ways do nothing in between. Timed by events, in a stream and in a graph.
+A mailbox is two words of pinned memory. The GPU writes the first word and waits for the second
+(cuStreamWriteValue32, cuStreamWaitValue32). A thread of the host polls the first word and answers
+in the second. Both do nothing in between. Events time them, in a stream and in a graph.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ extern "C" void answer(std::atomic<uint32_t>* words) {
 
 
 def helpers() -> ctypes.CDLL:
-    """`nothing` and `answer`, compiled."""
+    """Compile the functions `nothing` and `answer`."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "helpers.cpp"), Path(folder, "helpers.so")
         source.write_text(SOURCE)
@@ -58,16 +58,17 @@ def helpers() -> ctypes.CDLL:
 
 
 class Mailbox:
-    """Calls that a stream makes by `driver`, which is libcuda.
+    """Makes host calls of a stream through a mailbox.
 
     Args:
+        driver: libcuda.
         words: int32 [3 * LINE], pinned.
     """
 
     def __init__(self, driver: ctypes.CDLL, words: torch.Tensor) -> None:
         self._words = words.zero_()
-        # The second versions are those that graphs can hold. With unified addressing, pinned memory
-        # has the same address on the device.
+        # Graphs can only hold the second versions of these functions. With unified addressing,
+        # pinned memory has the same address on the device.
         self._write = driver.cuStreamWriteValue32_v2
         self._wait = driver.cuStreamWaitValue32_v2
         for function in (self._write, self._wait):
@@ -79,13 +80,13 @@ class Mailbox:
             )
 
     def call(self, stream: int) -> None:
-        """Raises RuntimeError with CUDA's code."""
+        """Queue a call. Raises RuntimeError with CUDA's code."""
         request = self._words.data_ptr()
         answer = request + 4 * LINE
         for code in (
             self._write(stream, request, 1, 0),
             self._wait(stream, answer, 1, EQUAL),
-            self._write(stream, answer, 0, 0),  # so that each call, and each replay, is the same
+            self._write(stream, answer, 0, 0),  # The next call or replay finds it unset.
         ):
             if code != 0:
                 raise RuntimeError(f"a stream's memory operation fails: CUresult {code}")
@@ -93,7 +94,7 @@ class Mailbox:
 
 @contextmanager
 def serving(library: ctypes.CDLL, words: torch.Tensor) -> Iterator[None]:
-    """A thread of the host answers meanwhile."""
+    """Let a thread of the host answer while the context is open."""
     library.answer.argtypes = (ctypes.c_void_p,)
     thread = Thread(target=library.answer, args=(words.data_ptr(),), daemon=True)
     thread.start()
@@ -105,7 +106,7 @@ def serving(library: ctypes.CDLL, words: torch.Tensor) -> Iterator[None]:
 
 
 def _microseconds(work: Callable[[], object], calls: int) -> float:
-    """Of a call, by events around all that `work` puts in the current stream; after a first run."""
+    """Time the calls that `work` puts in the current stream by events, in a second run."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     work()
     torch.cuda.synchronize()
@@ -117,7 +118,7 @@ def _microseconds(work: Callable[[], object], calls: int) -> float:
 
 
 def _both(call: Callable[[], object]) -> tuple[float, float]:
-    """In a stream, and in a graph."""
+    """Return the microseconds of a call in a stream and in a graph."""
 
     def several(count: int) -> None:
         for _ in range(count):
@@ -136,7 +137,10 @@ def _both(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def costs(accelerator: Accelerator) -> list[tuple[object, ...]]:
-    """Of each way: its name, and microseconds of a call in a stream and in a graph, or why not."""
+    """Return for both: the name, and a call's microseconds in a stream and in a graph.
+
+    If the driver has no mailboxes, the error takes the place of the mailbox's times.
+    """
     library = helpers()
     nothing = ctypes.cast(library.nothing, ctypes.c_void_p).value
     assert nothing is not None

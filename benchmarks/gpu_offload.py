@@ -1,14 +1,14 @@
-"""The parts of GPU offload, timed on a GPU without vLLM, each against what limits it.
+"""Times the parts of GPU offload without vLLM, each against what limits it.
 
     python -m benchmarks.gpu_offload [--formats bf16,int4] [--layers 4] [--shape 2048x768x128x8]
         [--trace FILE]
 
-Prints five tables: the bus (plain copies from and to pinned memory), what a call of the host costs
-as a host function and by a mailbox, conversion, prefill passes through the window against their
-copies alone and their products alone, and decoding steps in a CUDA graph against the engine's own
-time. Then when the copies and products of one pass ran; `--trace` keeps the profiler's trace of
-it. With `--accelerator host` it runs without a GPU, to no purpose but to be known to run, and to
-show the order of that pass.
+The benchmark prints five tables: the bus (plain copies from and to pinned memory), the cost of a
+host call as a host function and through a mailbox, conversion, prefill passes through the window
+against their copies and their products alone, and decoding steps in a CUDA graph against the
+engine's own time. Then it shows when the copies and products of one pass ran; `--trace` keeps the
+profiler's trace of the pass. With `--accelerator host` it runs on the stand-in, which only shows
+that it runs, and the order of that pass.
 """
 
 import argparse
@@ -34,7 +34,7 @@ GB = 1e9
 
 
 def seconds(accelerator: Accelerator, work: Callable[[], object], times: int = 5) -> float:
-    """Median of what `work` takes until the device is done, after a first run."""
+    """Return the median time until the device has done `work`, after a first run."""
     work()
     found = []
     for _ in range(times):
@@ -55,7 +55,7 @@ def table(title: str, header: tuple[str, ...], rows: Sequence[tuple[object, ...]
 
 
 def bus(accelerator: Accelerator, size: int) -> tuple[float, float]:
-    """Bytes a second to the device and from it, one copy at a time."""
+    """Return bytes per second to the device and from it, one copy at a time."""
     host = accelerator.pinned((size,), torch.uint8)
     device = accelerator.device_memory(size, accelerator.compute())
 
@@ -68,7 +68,7 @@ def bus(accelerator: Accelerator, size: int) -> tuple[float, float]:
 
 
 def make(format: str, shape: tuple[int, ...], count: int) -> list[ExpertLayer]:
-    """Layers of that shape, one after the other made from a random one's values."""
+    """Make layers of that shape, all from the values of one random layer."""
     hidden, intermediate, experts, _ = shape
     first = random_layer(Random(1), format, experts, hidden, intermediate)
     return [first.make() for _ in range(count)]
@@ -84,7 +84,7 @@ def batch(shape: tuple[int, ...], tokens: int, device: torch.device) -> tuple[to
 
 
 def conversion(accelerator: Accelerator, layer: ExpertLayer) -> float:
-    """Seconds to turn a whole layer's weights into matrices, some experts at a time."""
+    """Return the seconds to convert a whole layer to matrices, a few experts at a time."""
     copies = {name: tensor.to(accelerator.device) for name, tensor in layer.tensors.items()}
     step = max(1, layer.num_experts // 8)
 
@@ -103,7 +103,7 @@ def prefill(
     inputs: tuple[torch.Tensor, ...],
     ahead: int,
 ) -> tuple[float, float, float]:
-    """Seconds of a layer: of its copy, its products, and a pass over all layers divided by them."""
+    """Return seconds per layer: of its copy, of its products, and of a pass over all layers."""
     weights = {number: layer.tensors for number, layer in enumerate(layers)}
     window = PrefetchWindow(accelerator, weights, ahead)
 
@@ -126,9 +126,10 @@ def prefill(
 def decode(
     accelerator: Accelerator, layers: list[ExpertLayer], inputs: tuple[torch.Tensor, ...]
 ) -> tuple[float, float]:
-    """Seconds of a layer: of the engine alone, and in a graph of all layers (without CUDA: called).
+    """Return seconds per layer: of the engine alone, and in a graph of all layers.
 
-    The engine alone is called as often in a row, by a thread that does not sleep in between.
+    Without CUDA, the layers are called without a graph. The engine alone is called as often in a
+    row, by a thread that does not sleep in between.
     """
     topk = inputs[1].shape[1]
     exchange = Exchange(accelerator, len(inputs[0]), [(layers[0].hidden_size, topk)] * len(layers))

@@ -1,18 +1,19 @@
-"""Tokens a second of vLLM with layers on the GPU and on the host, beside its own ways to offload.
+"""Measures tokens per second of LvLLM with a GPU, against vLLM's own ways to offload.
 
     python -m benchmarks.gpu_serving [--shape qwen3-30b-a3b] [--layers 48] [--prefill 8192,32768]
         [--decode 1,4,16] [--only NAME,...] [--json FILE]
 
-Makes a Qwen3-MoE model of that shape with dummy weights, and runs a process for each configuration,
-one after the other: LvLLM with no, half and all MoE layers resident, and vLLM alone with the same
-experts offloaded by --offload-backend prefetch and by --cpu-offload-gb, and with none. Prompts are
-prefilled one at a time, and the first token counts; decoding steps are those of several requests at
-once, after their prompts. In brackets is how many times as fast as the faster of vLLM's ways to
-offload all experts that is, or, where none of them runs, as the first configuration that does.
+The benchmark makes a Qwen3-MoE model of that shape with dummy weights, and runs one configuration
+after the other, each in a process of its own: LvLLM with no, half and all MoE layers resident, and
+vLLM alone with the same experts offloaded by --offload-backend prefetch and by --cpu-offload-gb,
+and with none offloaded. Prompts are prefilled one at a time, up to their first token. Decoding
+steps have several requests at a time, after their prompts. The number in brackets compares with
+the faster of vLLM's ways to offload all experts or, if none of them runs, with the first
+configuration that runs.
 
-On vLLM's CPU platform, which offloads nothing, LvLLM's configurations run on the host stand-in: to
-no purpose but to be known to run. `--shape tiny --layers 4 --prefill 48,96 --decode 1,4 --threshold
-32 --vocabulary 512` takes two minutes there.
+On vLLM's CPU platform, which offloads nothing, LvLLM's configurations run on the stand-in. That
+only shows that the benchmark runs. `--shape tiny --layers 4 --prefill 48,96 --decode 1,4
+--threshold 32 --vocabulary 512` takes two minutes there.
 """
 
 import argparse
@@ -33,14 +34,14 @@ ROOT = Path(__file__).parents[1]
 HEAD = 128
 FOUND = "found "
 OFFLOADED = ("vLLM, all prefetched", "vLLM, all by cpu-offload-gb")
-"""What the brackets compare with."""
+"""The numbers in brackets compare with these configurations."""
 
 Results = dict[str, float]
-"""Tokens a second, by "prefill N" and "decode N"."""
+"""Tokens per second, by "prefill N" and "decode N"."""
 
 
 def write_config(folder: Path, shape: Shape, layers: int, vocabulary: int, length: int) -> None:
-    """Of a Qwen3-MoE with attention in the proportions of Qwen3-30B-A3B."""
+    """Write the config.json of a Qwen3-MoE with the attention proportions of Qwen3-30B-A3B."""
     heads = max(2, 2 * shape.hidden // HEAD)
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -72,10 +73,10 @@ def write_config(folder: Path, shape: Shape, layers: int, vocabulary: int, lengt
 def configurations(
     on_gpu: bool, layers: int, expert_gib: float, threshold: int, window: int
 ) -> dict[str, dict[str, Any]]:
-    """Names, and what differs: "enabled" is LvLLM's switch, "settings" are its settings, the rest
-    are arguments of `vllm.LLM`.
+    """Return the names of configurations, and how these differ.
 
-    `expert_gib` is the size of all experts.
+    "enabled" is LvLLM's switch, "settings" are its settings, and all others are arguments of
+    `vllm.LLM`. `expert_gib` is the size of all experts in GiB.
     """
     offload: dict[str, Any] = {
         "gpu_prefill_min_batch_size": threshold,
@@ -108,7 +109,7 @@ def configurations(
 
 
 def run(options: dict[str, Any]) -> Results:
-    """In a process of its own: load, and time each length and number of requests."""
+    """Load a model in this process, and time each length and number of requests."""
     from vllm import LLM, SamplingParams
 
     prefill, decode, tokens = (options.pop(key) for key in ("prefill", "decode", "tokens"))
@@ -147,7 +148,7 @@ def run(options: dict[str, Any]) -> Results:
 
 
 def measure(name: str, options: dict[str, Any], timeout: float) -> Results | str:
-    """What a configuration does, or the line that says why it does not."""
+    """Return the results of a configuration, or the line that says why it does not run."""
     enabled = options.pop("enabled", False)
     settings = options.pop("settings", None)
     if settings is not None:
@@ -165,7 +166,7 @@ def measure(name: str, options: dict[str, Any], timeout: float) -> Results | str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # to be ended with the processes that vLLM starts
+        start_new_session=True,  # vLLM's processes are ended with it.
     )
     try:
         said, _ = child.communicate(timeout=timeout)
@@ -184,7 +185,7 @@ def measure(name: str, options: dict[str, Any], timeout: float) -> Results | str
 
 
 def report(results: dict[str, Results | str]) -> str:
-    """A line a configuration."""
+    """Return a line for each configuration."""
     ran = {name: found for name, found in results.items() if not isinstance(found, str)}
     if not ran:
         return "\n".join(f"{name}: {why}" for name, why in results.items())

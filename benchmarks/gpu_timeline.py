@@ -1,7 +1,7 @@
-"""When copies and products of a streamed pass run: in characters, and as a trace of the profiler.
+"""Shows when copies and products of a streamed pass run, in characters and as a profiler's trace.
 
-On a GPU the times are the profiler's, by CUPTI. On the host stand-in they are those of its threads,
-whose copies are slowed down to about the time of the products: what is seen there is the order.
+On a GPU, the times come from PyTorch's profiler. On the stand-in, they are those of its threads,
+and copies are slowed down to about the time of the products, so only the order says something.
 """
 
 import json
@@ -24,11 +24,11 @@ WIDTH = 96
 COPY, COMPUTE = "copy", "compute"
 
 Spans = list[tuple[float, float]]
-"""Begin and end, in seconds, of what runs after each other or not."""
+"""Begin and end of pieces of work in seconds. They may overlap."""
 
 
 class TracedStandIn(StandInAccelerator):
-    """Notes when each piece of a copy runs."""
+    """A stand-in that notes when each piece of a copy runs."""
 
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
         super().__init__(delay)
@@ -52,7 +52,7 @@ def _pass(
     layers: list[ExpertLayer],
     inputs: tuple[torch.Tensor, ...],
 ) -> Spans:
-    """When the caller computed, which on a GPU says nothing."""
+    """Run a pass. Returns when the caller computed, which says nothing on a GPU."""
     spans: Spans = []
     for number, layer in enumerate(layers):
         staged = window.stage(number)
@@ -73,10 +73,10 @@ def _window(accelerator: Accelerator, layers: list[ExpertLayer], ahead: int) -> 
 def of_host(
     layers: list[ExpertLayer], inputs: tuple[torch.Tensor, ...], ahead: int
 ) -> dict[str, Spans]:
-    """A pass on the stand-in."""
+    """Time a pass on the stand-in."""
     start = time.perf_counter()
     streamed.run(layers[0], layers[0].tensors, *inputs)
-    # A copy comes in pieces, four a tensor, and each event is one more.
+    # A copy has four pieces for each tensor, and each of two events is one more.
     pieces = 4 * len(layers[0].tensors) + 2
     products = time.perf_counter() - start
     accelerator = TracedStandIn(delay=lambda: products / pieces)
@@ -87,7 +87,7 @@ def of_host(
 
 
 def of_trace(trace: Mapping[str, object]) -> dict[str, Spans]:
-    """What PyTorch's profiler has seen on the GPU."""
+    """Read the times on the GPU from a trace of PyTorch's profiler."""
     found: dict[str, Spans] = {COPY: [], COMPUTE: []}
     events = trace["traceEvents"]
     assert isinstance(events, list)
@@ -108,7 +108,7 @@ def timeline(
     ahead: int,
     trace: Path,
 ) -> dict[str, Spans]:
-    """Of a pass on the GPU, after a first one. Writes the trace, for chrome://tracing."""
+    """Time a second pass on the GPU. The trace file can be read by chrome://tracing."""
     from torch.profiler import ProfilerActivity, profile
 
     window = _window(accelerator, layers, ahead)
@@ -120,7 +120,7 @@ def timeline(
 
 
 def busy(spans: Spans) -> Spans:
-    """The same times without overlap, in order."""
+    """Return the same times in order, without overlap."""
     joined: Spans = []
     for begin, end in sorted(spans):
         if joined and begin <= joined[-1][1]:
@@ -139,7 +139,7 @@ def _within(spans: Spans, begin: float, end: float) -> Spans:
 
 
 def draw(times: dict[str, Spans]) -> str:
-    """A line of characters for each, and how much of the shorter is hidden behind the longer."""
+    """Draw a line of characters for each, and say how much of the shorter the longer hides."""
     joined = {name: busy(spans) for name, spans in times.items()}
     ends = [span for spans in joined.values() for span in spans]
     if not all(joined.values()):

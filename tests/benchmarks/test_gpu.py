@@ -1,4 +1,4 @@
-"""The benchmarks of GPU offload, as far as they run without a GPU."""
+"""Tests the benchmarks of GPU offload, as far as they run without a GPU."""
 
 import ctypes
 import json
@@ -54,7 +54,7 @@ def test_the_timeline_of_a_pass() -> None:
     times = gpu_timeline.of_host(layers, (x, ids, torch.ones(40, 2)), ahead=1)
     copied, computed = times["copy"], times["compute"]
     assert len(computed) == 3
-    # The first layer is there before it is computed; the third is copied after that has begun.
+    # The first layer is copied before it is computed. The third is copied after that has begun.
     assert copied[0][0] < computed[0][0] < copied[-1][1]
     assert gpu_timeline.draw(times).count("#") > 10
 

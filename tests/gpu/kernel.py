@@ -1,6 +1,6 @@
-"""The conversion kernel in Triton's interpreter, in a process of its own: it is chosen on import.
+"""Checks the conversion kernel in Triton's interpreter, which is chosen when it is imported.
 
-Run as `TRITON_INTERPRET=1 python -m tests.gpu.kernel SEED`.
+It needs a process of its own. Run it as `TRITON_INTERPRET=1 python -m tests.gpu.kernel SEED`.
 """
 
 import sys
@@ -44,7 +44,7 @@ def main() -> None:
                     for suffix in ("", "_scale", "_zero", "_global_scale")
                     if name + suffix in engine_layer.tensors
                 }
-                # In float32: the interpreter rounds to bfloat16 by cutting bits off.
+                # This uses float32, since the interpreter rounds to bfloat16 by cutting bits off.
                 got = convert_kernel.run(
                     format, engine_layer.group_size, parts, part, torch.float32
                 )

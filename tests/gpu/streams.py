@@ -1,4 +1,4 @@
-"""Stand-ins for tests of what waits for what."""
+"""Stand-ins for tests of the waits between streams."""
 
 import random
 import threading
@@ -10,7 +10,7 @@ from lvllm.gpu.stand_in import StandInAccelerator, StandInStream
 
 
 class Recorded(StandInAccelerator):
-    """Notes which host tensors are copied, in the order of the calls, and what is allocated."""
+    """A stand-in that notes which host tensors are copied, and how much memory is allocated."""
 
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
         super().__init__(delay)
@@ -27,7 +27,7 @@ class Recorded(StandInAccelerator):
 
 
 class RecordedAhead(Recorded):
-    """As on a GPU, the caller runs ahead: what it computes is done by a thread of its own."""
+    """A stand-in whose caller runs ahead, as on a GPU: a thread does the caller's computations."""
 
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
         super().__init__(delay)
@@ -38,7 +38,7 @@ class RecordedAhead(Recorded):
 
 
 def uneven(seed: int, longest: tuple[float, float]) -> Callable[[], float]:
-    """Random delays; `longest` in seconds, for a process's first stream and for all others."""
+    """Make random delays. `longest` is in seconds, for the first stream and for all others."""
     draw = random.Random(seed)
 
     def delay() -> float:

@@ -1,4 +1,4 @@
-"""The break-even of streaming: the rule on made-up numbers, measuring on a made-up clock."""
+"""Tests the break-even batch size: the rule on made-up numbers, measuring on a made-up clock."""
 
 import logging
 import re
@@ -30,12 +30,12 @@ times = st.floats(1e-5, 1, allow_nan=False)
 
 
 def straight(cpu: float, each: float, copy: float, products: float) -> Costs:
-    """Each token adds as much; the copy hides products, or the other way round."""
+    """Return linear costs. The longer of copy and products hides the shorter."""
     return lambda tokens: Point(tokens, cpu + each * tokens, max(copy, products * tokens))
 
 
 def first_gain(costs: Costs, most: int) -> int:
-    """The break-even, by trying: 0 for none."""
+    """Find the break-even by trying all batches; 0 if there is none."""
     return next((n for n in range(1, most + 1) if costs(n).gain >= 0), 0)
 
 
@@ -50,7 +50,7 @@ def test_the_break_even_is_found(
     assert abs(found - wanted) <= 1 + wanted // break_even.PRECISION
     assert len({point.tokens for point in points}) == len(points) <= 2 * most.bit_length() + 4
     largest = max(point.tokens for point in points)
-    assert largest == most or largest <= max(2, 4 * wanted)  # no long measuring
+    assert largest == most or largest <= max(2, 4 * wanted)  # Measuring is short.
 
 
 @given(st.integers(200, 5000), st.integers(0, 6))
@@ -84,14 +84,14 @@ def test_where_time_runs_out_the_line_goes_on(measured: int, wanted: int) -> Non
     [
         ([Point(1, 2, 1)], 9, 1),
         ([Point(1, 1, 1)], 1, 0),
-        ([Point(1, 1, 2)], 9, 0),  # nothing says where it might be
-        ([Point(1, 1, 2), Point(2, 1, 3)], 9, 0),  # further and further away
+        ([Point(1, 1, 2)], 9, 0),  # The break-even may be anywhere.
+        ([Point(1, 1, 2), Point(2, 1, 3)], 9, 0),  # The break-even gets further away.
         ([Point(1, 1, 2), Point(2, 1, 2)], 9, 0),
         ([Point(1, 1, 3), Point(2, 2, 3)], 2, 0),
         ([Point(1, 1, 4), Point(2, 2, 4)], 9, 4),
         ([Point(1, 1, 4), Point(2, 2, 4)], 3, 0),
-        ([Point(8, 9, 4), Point(4, 1, 4), Point(16, 20, 4)], 16, 6),  # in any order
-        ([Point(4, 5, 4), Point(8, 3, 4), Point(16, 7, 4)], 16, 10),  # the first was chance
+        ([Point(8, 9, 4), Point(4, 1, 4), Point(16, 20, 4)], 16, 6),  # Points may be in any order.
+        ([Point(4, 5, 4), Point(8, 3, 4), Point(16, 7, 4)], 16, 10),  # The first gain was chance.
     ],
 )
 def test_rule(points: list[Point], most: int, wanted: int) -> None:
@@ -105,7 +105,7 @@ def test_without_a_window_nothing_hides_the_copy() -> None:
 
 
 class Machine(StandInAccelerator):
-    """One whose clock is what it is asked to do, for a layer among others."""
+    """A machine with a made-up clock, which advances by the work that one layer is given."""
 
     def __init__(self, speeds: Any, layer: Any) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Machine(StandInAccelerator):
 
 
 def make(monkeypatch: pytest.MonkeyPatch, **speeds: float) -> Machine:
-    """`bus` in bytes a second; seconds a token of `cpu` and `products`."""
+    """Make a machine. `bus` is in bytes per second, `cpu` and `products` in seconds per token."""
     layer = random_layer(Random(5), "int4", 5, 64, 64).make()
     one = Machine(SimpleNamespace(**speeds), layer)
     monkeypatch.setattr(break_even, "time", SimpleNamespace(perf_counter=lambda: one.now))
@@ -152,7 +152,7 @@ def window_of(one: Machine, ahead: int) -> PrefetchWindow:
 
 
 def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's loggers hand nothing on to the root, to which caplog listens, if vLLM is there."""
+    """Let caplog hear vLLM's loggers, which pass nothing on to the root logger."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level(logging.INFO, "vllm.plugins.lvllm")
 
@@ -168,14 +168,14 @@ def test_a_layer_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A copy of 2 ms, 20 us a token on the CPU, 10 us streamed."""
+    """A copy takes 2 ms, a token 20 us on the CPU and 10 us streamed."""
     one = make(monkeypatch, bus=0, cpu=20e-6, products=10e-6)
     one._speeds.bus = one.layer.size() / 2e-3
     window = window_of(one, ahead)
     heard(caplog, monkeypatch)
     found = choose(MeasuredThreshold(torch.float16), window, one.layer, layers=4, most=2000)
     assert abs(found - wanted) <= wanted // 8
-    (line,) = {record.getMessage() for record in caplog.records}  # two of its handlers may hear
+    (line,) = {record.getMessage() for record in caplog.records}  # Two handlers may get it.
     assert line.startswith(f"LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is {found}: bus ")
     assert " MB in 2.00 ms; " in line
     assert " (12500 tokens/s through 4 layers), " in line
@@ -189,7 +189,7 @@ def test_a_layer_is_measured(
     assert all(
         len(set(row)) == len(row) for row in ([i for i in r if i >= 0] for r in ids.tolist())
     )
-    # The window is as new.
+    # The window works as a new one does.
     for number in (6, 7):
         views = window.stage(number)
         one.synchronize(one.compute())
@@ -223,19 +223,19 @@ def test_what_runs_from_graphs_is_not_streamed(
 
 @pytest.mark.parametrize("copy", [0.3, 0.9, 1.7, 3.0])
 def test_measuring_is_bounded(copy: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The break-even is known to be at so many seconds of the CPU, by 0.1 ms a token."""
+    """A token takes 0.1 ms on the CPU, so the break-even follows from the copy's seconds."""
     one = make(monkeypatch, bus=0, cpu=1e-4, products=1e-5)
     one._speeds.bus = one.layer.size() / copy
     warm_up = 2 * copy + 3 * break_even.WARM_UP * (1e-4 + 1e-5)
     found = choose(MeasuredThreshold(torch.bfloat16), window_of(one, 1), one.layer, 4, most=1 << 15)
     assert one.now <= warm_up + break_even.SECONDS
     assert len(one.batches) > 6
-    assert found == pytest.approx(copy / 1e-4, rel=0.01)  # all is straight here
+    assert found == pytest.approx(copy / 1e-4, rel=0.01)  # All costs are linear here.
     one.close()
 
 
 def test_ranks_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of different speeds, in threads: what is slowest decides for all."""
+    """Three ranks of different speeds, in threads. The slowest times decide for all of them."""
     ranks, local = [], threading.local()
     for cpu, copy, products in ((1e-5, 9e-3, 1e-6), (9e-5, 1e-3, 2e-6), (2e-5, 2e-3, 3e-6)):
         one = make(monkeypatch, bus=0, cpu=cpu, products=products)
@@ -269,6 +269,6 @@ def test_ranks_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
     assert len(chosen) == 3
     assert len(set(chosen.values())) == 1
-    assert abs(chosen[0] - 100) <= 100 // 8  # a copy of 9 ms against 90 us a token
+    assert abs(chosen[0] - 100) <= 100 // 8  # A copy takes 9 ms, a token 90 us.
     for one in ranks:
         one.close()

@@ -1,4 +1,4 @@
-"""What of CUDA can be tested without it: the calls that go past PyTorch, into a fake runtime."""
+"""Tests without CUDA the direct calls of the CUDA runtime, with a fake runtime."""
 
 import ctypes
 import os
@@ -82,7 +82,7 @@ const char* cudaGetErrorString(int code) { return code == 2 ? "out of memory" : 
 
 
 class Fake:
-    """The fake runtime, and what it was asked."""
+    """The fake runtime, and the calls that it got."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._code = ctypes.c_int.in_dll(library, "next_code")
@@ -104,7 +104,7 @@ class Fake:
 
 
 class Current:
-    """torch.cuda.device: the device that calls are made on."""
+    """Takes the place of torch.cuda.device, which sets the device of calls."""
 
     device: torch.device | None = None
 
@@ -122,7 +122,7 @@ class Current:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("cudart")
     (folder / "cudart.cpp").write_text(SOURCE)
-    # The file has another name: the soname alone is looked for.
+    # The file has another name, since only the soname is looked for.
     command = [os.environ.get("CXX", "g++"), "-shared", "-fPIC", f"-Wl,-soname,{SONAME}"]
     subprocess.run([*command, "-o", "runtime.so", "cudart.cpp"], cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "runtime.so"))
@@ -130,7 +130,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def fake(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    """A PyTorch that was built for CUDA 99.1 and has loaded its runtime."""
+    """Make PyTorch appear to be built for CUDA 99.1, with the fake runtime loaded."""
     runtime = Fake(library)
     monkeypatch.setattr(torch.version, "cuda", "99.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -168,7 +168,7 @@ def test_no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pages(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where the tensor's pages begin, and their bytes."""
+    """Return the address of the tensor's first page, and the bytes of its pages."""
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     return begin // PAGE * PAGE, -(-end // PAGE) * PAGE - begin // PAGE * PAGE
 
@@ -189,7 +189,7 @@ def test_whole_pages_are_pinned_once_and_kept(fake: Fake) -> None:
         ["unregister", str(begin)],
         ["register", str(begin), str(size_of_both), "0"],
     ]
-    assert fake.settled == [accelerator.device]  # copies from the first may have been under way
+    assert fake.settled == [accelerator.device]  # Copies of the first may be queued.
     address = memory.data_ptr()
     accelerator.unpin(large)
     assert fake.calls() == [
@@ -211,7 +211,7 @@ def test_whole_pages_are_pinned_once_and_kept(fake: Fake) -> None:
 
 
 def test_calls_are_made_on_the_device(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by a finaliser in a thread whose current device is another."""
+    """A finaliser may run in a thread whose current device is another one."""
     accelerator = CudaAccelerator()
     seen: list[torch.device | None] = []
 
@@ -233,7 +233,7 @@ def test_calls_are_made_on_the_device(fake: Fake, monkeypatch: pytest.MonkeyPatc
 
 
 def test_memory_of_another_engine(fake: Fake) -> None:
-    """Mapped read-only, it is registered as if it were not, and stays read-only."""
+    """It is mapped read-only. It is registered like other memory, and stays read-only."""
     engine.configure(shared=True)
     try:
         mine = bank.allocate((1, 5 * PAGE), torch.uint8)
@@ -276,7 +276,7 @@ def test_a_refusal_to_pin_is_one_line(
         " machine have more free memory"
     )
     assert not accelerator._pinned._kept
-    assert fake.last_error == 0  # PyTorch's next kernel does not take it for its own
+    assert fake.last_error == 0  # PyTorch does not blame its next kernel.
 
 
 def test_a_host_callback(fake: Fake) -> None:
@@ -294,7 +294,7 @@ def test_a_host_callback(fake: Fake) -> None:
 
 
 def test_streams_and_events_are_pytorchs(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call reaches the object that it should, with the other as its argument."""
+    """Each call reaches the right object, with the other one as its argument."""
     seen: list[object] = []
 
     @contextmanager

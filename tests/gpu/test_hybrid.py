@@ -1,4 +1,4 @@
-"""The CPU's part of a layer, on the host stand-in: the bits of a direct call, in stream order."""
+"""Tests layers on the CPU in stream order, on the stand-in: the bits are those of a direct call."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 37
 
 @contextmanager
 def on_host(kind: Any = StandInAccelerator, seconds: float = 3e-4) -> Iterator[Any]:
-    """A stand-in whose streams dawdle."""
+    """Open a stand-in whose streams have random delays."""
     draw = Draw(randrange(1 << 30))
     accelerator = kind(delay=lambda: draw.random() * seconds)
     yield accelerator
@@ -38,7 +38,7 @@ def make_layer(random: Random, format: str = "bf16", **more: Any) -> ExpertLayer
 
 
 def make_batch(random: Random, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Batch:
-    """Some slots are skipped."""
+    """Make a random batch. Some of its slots are skipped."""
     ids = random.integers(-1, EXPERTS, tokens, TOPK).to(torch.int32)
     return random.normal(tokens, HIDDEN).to(dtype), ids, random.uniform(0, 1, tokens, TOPK)
 
@@ -46,7 +46,7 @@ def make_batch(random: Random, tokens: int, dtype: torch.dtype = torch.bfloat16)
 def calls(
     accelerator: StandInAccelerator, layers: list[ExpertLayer], **more: Any
 ) -> list[HybridCall]:
-    """Of layers that share an exchange, whose copies run in a stream of their own."""
+    """Make the calls of layers that share an exchange, whose copies have a stream of their own."""
     sizes = [(HIDDEN, TOPK)]
     exchange = Exchange(accelerator, MOST, sizes, stream=accelerator.stream(), **more)
     return [HybridCall(exchange, layer, TOPK) for layer in layers]
@@ -86,7 +86,7 @@ def test_batches_larger_than_the_memory_go_in_parts() -> None:
         x, ids, weights = make_batch(random, 50)
         ids[:, 0] = 0
         assert torch.equal(call(x, ids, weights), layer(x, ids, weights))
-        # Each part says which of the batch's rows are its own.
+        # Each part reports its rows by their numbers in the whole batch.
         x[[3, 33]] = torch.nan
         engine.watch(log)
         try:
@@ -97,9 +97,9 @@ def test_batches_larger_than_the_memory_go_in_parts() -> None:
 
 
 class Deferred(StandInAccelerator):
-    """As on CUDA: the caller's stream is a thread, too, so that nothing is done when it is asked.
+    """A stand-in whose caller's stream is a thread, too: as on CUDA, no work is done at once.
 
-    `missing`: the wait that is left out, counted from 0.
+    `missing` is the wait that is left out, counted from 0.
     """
 
     missing: int | None = None
@@ -117,8 +117,9 @@ class Deferred(StandInAccelerator):
 
 
 def beside_shared_experts(accelerator: Deferred) -> bool:
-    """A layer between what makes x and what reads the result, and other experts meanwhile; whether
-    all was right.
+    """Run a layer between work that makes x and work that reads the result, beside other experts.
+
+    Returns whether the result is correct.
     """
     random = Random(randrange(1 << 30))
     layer, shared = make_layer(random), make_layer(random, "int8")
@@ -137,8 +138,8 @@ def beside_shared_experts(accelerator: Deferred) -> bool:
         accelerator.launch(lambda: beside.append(shared(*x_of_shared)), other)
     out = call(x, *batch[1:])
     accelerator.launch(lambda: seen.copy_(out), compute)
-    # Not by events, which may be the ones that are missing. A call of lk that came after its layer
-    # is gone would leave an error, which a later test would take for its own.
+    # This does not wait by events, since one of them may be missing. A call of lk after the end of
+    # its layer would leave an error, which a later test would find.
     done: list[None] = []
     streams: tuple[Any, ...] = (compute, other, call._exchange.stream)
     for stream in streams:
@@ -169,7 +170,7 @@ def test_arguments_of_ended_calls_are_used_again() -> None:
         call = HybridCall(exchange, layer, TOPK)
         for _ in range(2):
             results = []
-            for _ in range(12):  # none of which has to have ended when the next is queued
+            for _ in range(12):  # None of them has to end before the next is queued.
                 batch = make_batch(random, randrange(1, MOST))
                 results.append((batch, call(*batch)))
             accelerator.synchronize(accelerator.compute())
@@ -178,7 +179,7 @@ def test_arguments_of_ended_calls_are_used_again() -> None:
 
 
 class Recorder(StandInAccelerator):
-    """Keeps what is put in streams between `begin` and `end`, as the capture of a graph does."""
+    """Records what is put in streams instead of doing it, as the capture of a graph does."""
 
     recorded: list[Callable[[], None]] | None = None
 
@@ -205,7 +206,7 @@ class Recorder(StandInAccelerator):
 
 
 def test_graphs_keep_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured once, replayed among calls of other sizes, with new tokens each time."""
+    """Graphs are captured once, and replayed with new tokens among calls of other sizes."""
     random = Random(randrange(1 << 30))
     layers = [make_layer(random), make_layer(random, "int4")]
     with on_host(Recorder) as accelerator:
@@ -227,7 +228,7 @@ def test_graphs_keep_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
                 made.append(self)
 
         monkeypatch.setattr(hybrid, "_Argument", Counted)
-        # Another graph of a size has the same arguments.
+        # Another graph of the same size uses the same arguments.
         graphs.append(capture(8))
         assert not made
         for _ in range(6):
@@ -240,7 +241,7 @@ def test_graphs_keep_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
                     step()
                 for layer, out in zip(layers, outs, strict=True):
                     assert torch.equal(out, layer(*batch))
-        assert 0 < len(made) <= 2  # the parts of one batch at most
+        assert 0 < len(made) <= 2  # These are at most the parts of one batch.
 
 
 def test_errors_leave_nan_and_their_text() -> None:

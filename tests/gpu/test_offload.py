@@ -1,4 +1,4 @@
-"""The offloaded layers of a model: the path of each batch, and the operator."""
+"""Tests the offloaded layers of a model: the path of each batch, and the operator."""
 
 import gc
 import threading
@@ -26,7 +26,7 @@ EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 24
 
 
 class Pinning(StandInAccelerator):
-    """Knows what is pinned."""
+    """A stand-in that notes what is pinned."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -50,13 +50,13 @@ def accelerator() -> Iterator[Pinning]:
 
 
 class Model:
-    """What the layers of one have in common."""
+    """Takes the place of what the layers of a model have in common."""
 
 
 def model(
     accelerator: StandInAccelerator, numbers: tuple[int, ...], **settings: Any
 ) -> tuple[list[ExpertLayer], list[OffloadedLayer]]:
-    """Layers that were announced while the model was built, and then loaded."""
+    """Make the layers of a model, which are announced, loaded and then added."""
     random = Random(randrange(1 << 30))
     formats = ("bf16", "int4", "fp8")
     made = [
@@ -93,13 +93,13 @@ def test_path() -> None:
 def test_the_operator_computes_any_layer_of_a_model(accelerator: Pinning) -> None:
     made, kept = model(accelerator, (0, 2, 3))
     assert len({layer.offload for layer in kept}) == 1
-    for tokens in (1, MOST, 5, MOST + 9):  # ranks that share their experts send more than a batch
+    for tokens in (1, MOST, 5, MOST + 9):  # A batch of several ranks may be larger.
         for layer in made:
             x = batch(tokens)
             assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
     operator, arguments = torch.ops.lvllm.routed_experts.default, (*batch(3), made[1].handle)
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-    assert not accelerator.pins  # nothing is streamed
+    assert not accelerator.pins  # Nothing is streamed.
 
 
 def test_the_operator_in_a_compiled_function(accelerator: Pinning) -> None:
@@ -136,7 +136,7 @@ def test_long_batches_are_streamed(accelerator: Pinning, monkeypatch: pytest.Mon
             assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
     assert streamed_tokens == [12] * 3 + [10] * 3 + [MOST] * 3
 
-    # One that fails does not keep the next from running.
+    # The next batch can run after one that failed.
     def fail(*_: Any) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
@@ -181,13 +181,13 @@ def test_a_threshold_that_is_measured(
             x = batch(tokens)
             assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
     assert ways == ([10] * 3 + [MOST] * 3 if found else [])
-    assert (window() is not None) == bool(found)  # nor is the memory of its buffers kept
+    assert (window() is not None) == bool(found)  # Its buffers' memory is freed with it.
 
 
 def test_measuring_comes_to_an_end_and_streaming_with_it(
     accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the products are made up: they take no time, so that large batches may be streamed."""
+    """The products are made up and take no time, so large batches may be streamed."""
     monkeypatch.setattr(break_even, "SECONDS", 0.2)
     run = streamed.run
     monkeypatch.setattr(streamed, "run", lambda layer, tensors, x, *_: x)
@@ -204,7 +204,7 @@ def test_measuring_comes_to_an_end_and_streaming_with_it(
 def test_batches_of_concentrated_routing(
     accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While memory is measured, as many rows as there can be meet in the first matrices."""
+    """While memory is measured, all tokens have the same experts."""
     made, kept = model(accelerator, (1,), threshold=10)
     plain, seen = streamed.run, []
 
@@ -242,14 +242,14 @@ def test_an_offload_ends_with_its_layers(accelerator: Pinning) -> None:
     owners = [{id(layer.offload) for layer in layers} for layers in (kept, other, last)]
     assert all(len(owner) == 1 for owner in owners)
     assert len(set.union({id(given_up)}, *owners)) == 4
-    # The same where no number of one is the other's.
+    # The same holds if the two have no number in common.
     given_up = Offload.announce(9, Model(), lambda: Offload(accelerator, MOST))
     _, beside = model(accelerator, (2, 3))
     assert {id(layer.offload) for layer in beside}.isdisjoint({id(given_up)})
     del beside
     window = kept[0].window
     assert window is not None
-    accelerator.synchronize(window._copies)  # the next layer's is on its way
+    accelerator.synchronize(window._copies)  # The next layer is being copied.
     del made, kept, window
     gc.collect()
     assert offload() is None
@@ -258,7 +258,7 @@ def test_an_offload_ends_with_its_layers(accelerator: Pinning) -> None:
 
 def test_the_steps_of_every_model_are_watched() -> None:
     """A process may have a main model and a draft model."""
-    gc.collect()  # What other tests have left is marked no more.
+    gc.collect()  # The models of other tests are not marked any more.
     accelerator = RecordedAhead()
     late, gate = [threading.Event() for _ in range(3)], threading.Event()
 

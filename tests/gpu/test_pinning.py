@@ -1,4 +1,4 @@
-"""Pages are registered while tensors lie in them, with a device that is as strict as CUDA."""
+"""Tests the registration of pages, with a device that is as strict as CUDA."""
 
 import gc
 from collections import Counter
@@ -17,7 +17,7 @@ PAGE = 16
 
 
 class Device:
-    """Knows which ranges are registered. Refuses the next one when told to."""
+    """A device that knows which ranges are registered, and refuses the next one if told to."""
 
     def __init__(self) -> None:
         self.ranges: dict[int, int] = {}
@@ -49,7 +49,7 @@ def pages_of(address: int, size: int) -> set[int]:
 @settings(max_examples=200)
 @given(st.data())
 def test_tensors_come_and_go(data: st.DataObject) -> None:
-    """What lies in memory can be copied, and nothing else is registered."""
+    """Every tensor can be copied, and no other page is registered."""
     device = Device()
     ranges = PageRanges(device.register, device.unregister, device.settle, PAGE)
     here: Counter[tuple[int, int]] = Counter()
@@ -65,7 +65,7 @@ def test_tensors_come_and_go(data: st.DataObject) -> None:
             before = dict(device.ranges)
             inside = any(b <= tensor[0] and sum(tensor) <= b + size for b, size in before.items())
             device.refuses = data.draw(st.booleans(), "refused") and not inside
-            if device.refuses:  # what was there before can be registered again
+            if device.refuses:  # The ranges before can be registered again.
                 with pytest.raises(RuntimeError, match="no"):
                     ranges.add(*tensor)
                 assert device.ranges == before
@@ -74,12 +74,12 @@ def test_tensors_come_and_go(data: st.DataObject) -> None:
             here[tensor] += 1
         registered = [pages_of(begin, size) for begin, size in device.ranges.items()]
         assert set().union(*registered) == set().union(*(pages_of(*tensor) for tensor in here))
-        for tensor in here:  # a copy lies in one range
+        for tensor in here:  # A copy has to lie in one range.
             assert any(pages_of(*tensor) <= pages for pages in registered)
 
 
 def test_large_tensors_stay_as_they_are() -> None:
-    """Only what shares pages is registered anew."""
+    """Only tensors that share pages are registered anew."""
     device, calls = Device(), []
 
     def register(address: int, size: int) -> None:
@@ -97,7 +97,7 @@ def test_large_tensors_stay_as_they_are() -> None:
 
 
 def test_tensors_are_kept_and_may_leave_in_the_middle_of_another() -> None:
-    """As where a finaliser runs while a new model is loaded."""
+    """A finaliser may run while a new model is loaded."""
     first = [torch.zeros(n) for n in (3, 700, 5)]
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in first}
     seen = []
@@ -108,12 +108,12 @@ def test_tensors_are_kept_and_may_leave_in_the_middle_of_another() -> None:
             for tensor in first:
                 pinned.unpin(tensor)
             first.clear()
-            assert pinned._kept.keys() >= kept.keys()  # not while this goes on
+            assert pinned._kept.keys() >= kept.keys()  # Nothing leaves during this call.
 
     pinned = PinnedTensors(register, lambda address: None, lambda: None)
     for tensor in first:
         pinned.pin(tensor)
-    while len(seen) < 4:  # one on pages of its own
+    while len(seen) < 4:  # The last one has pages of its own.
         last = torch.zeros(1 << 20)
         pinned.pin(last)
     del tensor
@@ -125,7 +125,7 @@ def test_tensors_are_kept_and_may_leave_in_the_middle_of_another() -> None:
 
 
 def test_a_model_of_small_tensors() -> None:
-    """On the stand-in, which refuses what CUDA would: biases and scales that share pages."""
+    """Biases and scales share pages. The stand-in refuses what CUDA would refuse."""
     draw = Draw(randrange(1 << 30))
     accelerator = StandInAccelerator()
     tensors = [torch.zeros(draw.choice((1, 30, 500, 3000, 100_000))) for _ in range(200)]

@@ -1,4 +1,4 @@
-"""The host stand-in: a stream's order, events as CUDA's, errors, and the end of its threads."""
+"""Tests the stand-in: the order of streams, CUDA's events, errors, the end of its threads."""
 
 import ctypes
 import random
@@ -12,7 +12,7 @@ from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.stand_in import PIECES, WORD, StandInAccelerator
 
 LONG = 30.0
-"""Seconds that nothing here takes; waiting for that long is a failure."""
+"""Nothing here takes this many seconds. Waiting that long is a failure."""
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def host() -> Iterator[StandInAccelerator]:
 
 
 def until(gate: threading.Event) -> Callable[[], None]:
-    """Work that lasts until `gate` opens."""
+    """Return work that lasts until `gate` opens."""
 
     def wait() -> None:
         assert gate.wait(LONG)
@@ -49,7 +49,7 @@ def test_a_wait_is_for_the_last_record_before_it(host: StandInAccelerator) -> No
     event, gates = host.event(), [threading.Event(), threading.Event()]
     seen: list[str] = []
 
-    host.wait(event, waiting)  # never recorded: no wait
+    host.wait(event, waiting)  # It was never recorded, so nobody waits.
     host.synchronize(waiting)
     assert host.reached(event)
 
@@ -58,7 +58,7 @@ def test_a_wait_is_for_the_last_record_before_it(host: StandInAccelerator) -> No
     host.wait(event, waiting)
     host.launch(lambda: seen.append("after the first record"), waiting)
     host.launch(until(gates[1]), second)
-    host.record(event, second)  # the wait above is for the record before
+    host.record(event, second)  # The wait above is for the record before.
     assert not host.reached(event)
     gates[0].set()
     host.synchronize(waiting)
@@ -180,7 +180,7 @@ def test_an_error_in_a_thread_reaches_the_caller(host: StandInAccelerator, meet:
             pass
         with caught:
             (host.record if meet == "record" else host.wait)(event, host.stream())
-    # And every later one does; what came after the error is not done.
+    # Every later call raises it, too, and work after the error is not done.
     with pytest.raises(RuntimeError, match="list index out of range"):
         host.record(event, stream)
     assert not seen
@@ -198,7 +198,7 @@ def test_close_ends_threads_whatever_they_wait_for() -> None:
     def wait_for_ever() -> None:
         with pytest.raises(RuntimeError, match="closed"):
             host.wait(never, host.compute())
-        gate.set()  # so that the first stream's work ends
+        gate.set()  # The first stream's work ends now.
 
     caller = threading.Thread(target=wait_for_ever)
     caller.start()

@@ -1,4 +1,4 @@
-"""The expert block on copied weights, against float32 on dequantised ones."""
+"""Tests experts on copied weights, against float32 on dequantised weights."""
 
 import os
 import secrets
@@ -65,8 +65,8 @@ def test_it_computes_the_expert_block(
     assert got.shape == x.shape
     assert got.dtype == dtype
     want = layer.reference(x, ids, weights)
-    # Rounded to 8 bits of mantissa are weights, x times weight, products, activation and result,
-    # each at 2^-9 / sqrt(3) of its size; where few numbers are summed up, they may conspire.
+    # Weights, x times weight, products, activation and result are rounded to 8 bits of mantissa,
+    # each by 2^-9 / sqrt(3) of its size. In sums of few numbers, these errors may add up.
     bound = 8e-3 if want.numel() > 500 else 2e-2
     assert torch.linalg.norm(got.float() - want) <= bound * torch.linalg.norm(want) + 1e-6
 
@@ -108,7 +108,7 @@ def test_conversion_gives_the_products_of_weights_and_scales(
 
 
 def test_the_gpu_kernel_converts_to_the_same_bits() -> None:
-    """In Triton's interpreter, which has to be asked for before the kernel is imported."""
+    """It runs in Triton's interpreter, which must be chosen before the kernel is imported."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.kernel", str(secrets.randbelow(2**31))],
         cwd=Path(__file__).parents[2],

@@ -1,4 +1,4 @@
-"""The watchdog: what hangs is named, and what does not is left alone."""
+"""Tests the watchdog: it names a step that hangs, and does nothing otherwise."""
 
 import random
 import subprocess
@@ -19,14 +19,14 @@ from lvllm.gpu.window import PrefetchWindow
 from tests.gpu.streams import RecordedAhead
 
 SHORT = 1.0
-"""Seconds until the watchdog bites here."""
+"""The seconds that a step may take here."""
 LONG = 30.0
 
 LAYERS = {n: {"w13": torch.zeros(1000, dtype=torch.uint8)} for n in (3, 4, 7, 8)}
 
 
 class Lines(list[str]):
-    """What a watchdog said."""
+    """The lines that a watchdog ended with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_a_hanging_stream_is_named(
     step: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All later layers are late as well; the first in the chain is named."""
+    """All later layers are late, too. The first one is named."""
     watchdog, gate = Watchdog(accelerator, SHORT, lines.add), threading.Event()
     window = PrefetchWindow(accelerator, LAYERS, 1, watchdog)
     copy = accelerator.copy
@@ -110,7 +110,7 @@ def test_a_name_is_asked_for_when_it_is_late(accelerator: RecordedAhead, lines: 
 def test_what_happens_is_left_alone_and_the_thread_sleeps(
     accelerator: RecordedAhead, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdogs, "NUMBERS", 64)  # so that they are used again
+    monkeypatch.setattr(watchdogs, "NUMBERS", 64)  # Numbers are used again.
     watchdog = Watchdog(accelerator, LONG, lines.add)
     window = PrefetchWindow(accelerator, LAYERS, 2, watchdog)
     looks = list[float]()
@@ -126,7 +126,7 @@ def test_what_happens_is_left_alone_and_the_thread_sleeps(
         assert window._steps is not None
         window._steps.clear()
         assert not window._steps.waiting
-    # While something was due it slept; it did not look again and again.
+    # It slept while a step was due, and did not look again and again.
     assert len(looks) <= 1
     assert not lines
     watchdog.close()
@@ -140,7 +140,7 @@ def test_it_sleeps_for_good_when_nothing_is_due(accelerator: RecordedAhead, line
         steps.mark("layer 1: copy to the GPU")
         accelerator.synchronize(stream)
         with watchdog._changed:
-            watchdog._changed.notify()  # as if the time had come
+            watchdog._changed.notify()  # It wakes as if a step were late.
         until = time.monotonic() + LONG
         while not (watchdog._sleeps_for_good and not steps.waiting):
             assert time.monotonic() < until

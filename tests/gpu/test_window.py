@@ -1,4 +1,4 @@
-"""The prefetch window: what is computed reads exactly its layer, whatever is late."""
+"""Tests the prefetch window: each computation reads exactly its layer, whatever is late."""
 
 import random
 import threading
@@ -38,7 +38,7 @@ FORMATS: tuple[dict[str, torch.dtype], ...] = (
     {"w13": torch.uint8, "w2": torch.uint8, "w13_scale": torch.bfloat16, "w13_zero": torch.uint8},
     {"w13": torch.uint8, "w2": torch.uint8, "w13_scale": torch.float8_e4m3fn},
 )
-"""Names and dtypes of layers' tensors; scales and zero points may be missing."""
+"""The names and dtypes of a layer's tensors. Scales and zero points may be missing."""
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def padded(layer: Mapping[str, torch.Tensor]) -> int:
 
 
 def wrong(views: Mapping[str, torch.Tensor], layer: Weights, pause: float) -> list[str]:
-    """Names of views that do not hold the layer; they are read slowly, piece by piece, twice."""
+    """Return the names of views that do not hold the layer. They are read slowly, twice."""
     found = [name for name in layer if views[name].dtype != layer[name].dtype]
     found += [name for name in layer if views[name].shape != layer[name].shape]
     for _ in range(2):
@@ -76,7 +76,7 @@ def wrong(views: Mapping[str, torch.Tensor], layer: Weights, pause: float) -> li
 
 
 class Passes(RuleBasedStateMachine):
-    """Passes over layers of which some are streamed, that begin and end anywhere."""
+    """Passes over a model of which some layers are streamed. They begin and end anywhere."""
 
     @initialize(
         seed=st.integers(0, 1 << 32),
@@ -96,12 +96,12 @@ class Passes(RuleBasedStateMachine):
         pause: float,
     ) -> None:
         draw = random.Random(seed)
-        numbers = sorted(draw.sample(range(12), count))  # the others are resident
+        numbers = sorted(draw.sample(range(12), count))  # The others are resident.
         self.layers = {number: random_layer(draw) for number in numbers}
         self.at = -1
         self.staged: int | None = None
         self.coming: list[int] = []
-        """Fetched before they are asked for."""
+        """Layers that are copied before they are asked for."""
         self.pause = pause
         self.faults: list[tuple[int, list[str]]] = []
         kind = RecordedAhead if runs_ahead else Recorded
@@ -114,16 +114,16 @@ class Passes(RuleBasedStateMachine):
 
     @rule(step=st.sampled_from((1, 1, 1, 1, 1, 1, 2, 3)), reads=st.integers(1, 2))
     def compute_on(self, step: int, reads: int) -> None:
-        """The next layer, or, if the pass leaves some out, one further on."""
+        """Compute the next layer, or a later one: a pass may leave layers out."""
         self.at += step
-        if self.at >= 12:  # the pass is complete, its last layer perhaps not released
+        if self.at >= 12:  # The pass is complete. Its last layer may not be released.
             self.at = -1
         else:
             self.compute(reads)
 
     @rule(at=st.integers(0, 11))
     def begin_anew(self, at: int) -> None:
-        """The pass before just ends where it was, its last layer perhaps not released."""
+        """Begin a pass. The pass before ends where it was, and its layer may not be released."""
         self.at = at
         self.compute(1)
 
@@ -153,7 +153,7 @@ class Passes(RuleBasedStateMachine):
         views = self.window.stage(self.at)
         assert views.keys() == layer.keys()
         found = names(self.layers, self.accelerator.sources[copied:])
-        if self.staged == self.at:  # asked for once more
+        if self.staged == self.at:  # It is asked for once more.
             assert not found
         else:
             wanted = around(self.layers, self.at, self.ahead + 1)
@@ -202,7 +202,7 @@ def accelerator(request: pytest.FixtureRequest) -> Iterator[Recorded]:
 
 
 def names(layers: Mapping[int, Weights], tensors: list[torch.Tensor]) -> list[int]:
-    """The layers that these tensors belong to, each once for each run of them."""
+    """Return the layers of these tensors. A layer appears once for each run of its tensors."""
     of = {id(tensor): number for number, layer in layers.items() for tensor in layer.values()}
     found: list[int] = []
     for tensor in tensors:
@@ -212,7 +212,7 @@ def names(layers: Mapping[int, Weights], tensors: list[torch.Tensor]) -> list[in
 
 
 def around(layers: Mapping[int, Weights], first: int, count: int) -> list[int]:
-    """So many layers from `first` on, each once; after the last comes the first again."""
+    """Return `count` layers from `first` on, at most all. The first follows the last."""
     order = [*layers]
     place = order.index(first)
     return (order[place:] + order[:place])[:count]
@@ -228,9 +228,9 @@ def test_a_pass_copies_each_layer_once(accelerator: Recorded, ahead: int) -> Non
     for _ in range(3):
         for number in layers:
             views = window.stage(number)
-            assert window.stage(number) is views  # asked for once more
+            assert window.stage(number) is views  # It is asked for once more.
             wanted = around(layers, number, fetched)
-            # One layer each time, but for the very first.
+            # One layer is copied each time, except at the very first.
             expected += wanted[-1:] if expected else wanted
             assert names(layers, accelerator.sources) == expected
             found = list[str]()
@@ -252,7 +252,7 @@ def test_a_pass_may_begin_with_what_the_last_one_fetched(accelerator: Recorded) 
     window.stage(2)
     window.release(2)
     assert names(layers, accelerator.sources) == [0, 1, 2, 3, 4]
-    window.stage(4)  # a pass that leaves layer 3 out
+    window.stage(4)  # This pass leaves layer 3 out.
     window.release(4)
     assert names(layers, accelerator.sources) == [0, 1, 2, 3, 4, 0, 1]
     window.stage(0)
@@ -265,7 +265,7 @@ def test_a_pass_may_begin_with_what_the_last_one_fetched(accelerator: Recorded) 
 @pytest.mark.parametrize("how", ["release", "abort", "begin anew", "go on"])
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_what_is_being_read_is_not_overwritten(ahead: int, how: str) -> None:
-    """Whatever ends a layer, and though its reader has not even begun."""
+    """This holds whatever ends a layer, and even if its reader has not begun."""
     accelerator, gate = RecordedAhead(), threading.Event()
     layers = {number: random_layer(random.Random()) for number in range(5)}
     window = PrefetchWindow(accelerator, layers, ahead)
@@ -281,7 +281,7 @@ def test_what_is_being_read_is_not_overwritten(ahead: int, how: str) -> None:
         window.release(2)
     elif how == "abort":
         window.abort()
-    for number in (0, 1) if how == "begin anew" else (3, 4):  # into all buffers
+    for number in (0, 1) if how == "begin anew" else (3, 4):  # This writes all buffers.
         window.stage(number)
     time.sleep(0.02)
     gate.set()
@@ -291,7 +291,7 @@ def test_what_is_being_read_is_not_overwritten(ahead: int, how: str) -> None:
 
 
 def test_memory_that_is_still_in_use_is_not_written() -> None:
-    """A buffer may be memory that another tensor had, whose readers have not run yet."""
+    """A buffer may reuse the memory of another tensor whose readers have not run yet."""
     accelerator = RecordedAhead()
     before, gate = torch.full((4096,), 7, dtype=torch.uint8), threading.Event()
     seen: list[bool] = []

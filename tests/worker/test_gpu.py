@@ -1,4 +1,4 @@
-"""The GPU worker, without a GPU: when it looks for errors of callbacks, and how it measures."""
+"""Tests the GPU worker without a GPU: its checks for errors, and how it measures memory."""
 
 from random import randrange
 from typing import Any
@@ -17,7 +17,7 @@ from tests.experts import Random, random_layer
 
 
 class Later(AsyncModelRunnerOutput):
-    """An output that the host waits for; the callback runs by then, and not before."""
+    """An output that the host waits for. The callback runs by then, and not before."""
 
     def __init__(self, callback: Any) -> None:
         self._callback = callback

@@ -1,4 +1,4 @@
-"""Tests marked `gpu` run where there is one."""
+"""Skips tests marked `gpu` where there is no GPU."""
 
 import pytest
 import torch

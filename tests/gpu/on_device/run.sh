@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the engine, checks GPU offload and times it, on a machine with a CUDA GPU, PyTorch for it,
-# CMake, Ninja, pytest, hypothesis, rich, typer and a C++ compiler. Needs neither a network nor vLLM;
-# where vLLM is, whole models run, too.
+# Builds the engine, tests GPU offload and times it. The machine needs a CUDA GPU, PyTorch for CUDA,
+# CMake, Ninja, pytest, hypothesis, rich, typer and a C++ compiler, but neither a network nor vLLM.
+# If vLLM is installed, whole models run, too.
 #   tests/gpu/on_device/run.sh [FOLDER [STEP...]]
-# Logs go to FOLDER, by default $OUT or build/gpu. The steps are all, or some of: machine packages
-# build offload engine memcheck racecheck engine-speed offload-speed serving
-# Exit status 1 if a step failed; the tables come last all the same.
+# Logs go to FOLDER, which is $OUT or build/gpu by default. All steps run unless some are named:
+# machine packages build offload engine memcheck racecheck engine-speed offload-speed serving
+# The exit status is 1 if a step failed. The tables are printed at the end in any case.
 set -uo pipefail
 cd "$(dirname "$0")/../../.."
 logs=${1:-${OUT:-build/gpu}}
@@ -13,7 +13,7 @@ mkdir -p "$logs"
 steps=("${@:2}")
 failed=()
 
-step() { # NAME SECONDS COMMAND...: its output in a log, its last line here
+step() { # NAME SECONDS COMMAND...: runs a command with its output in a log, and prints the last line
   local name=$1 limit=$2 start=$SECONDS
   shift 2
   [ ${#steps[@]} -eq 0 ] || [[ " ${steps[*]} " == *" $name "* ]] || return 0
@@ -42,7 +42,7 @@ machine() {
   python3 -c 'import torch; print("PyTorch", torch.__version__, torch.cuda.get_device_name())'
 }
 
-packages() { # each that is missing is one line
+packages() { # prints a line for each package that is missing
   local missing=0 tool
   for tool in cmake ninja "${CXX:-g++}"; do
     command -v "$tool" || { echo "missing: $tool" && missing=1; }
@@ -64,7 +64,7 @@ PYTHON
 export -f machine packages
 
 pytest=(python3 -m pytest -q --confcutdir=tests/gpu/on_device -p no:cacheprovider)
-# One small pass of every path; compute-sanitizer slows kernels down a hundredfold.
+# compute-sanitizer slows kernels down a hundredfold, so it gets one small pass of every path.
 small=("${pytest[@]}" tests/gpu/on_device/test_offload.py -k 'cuda and (streamed_against_float32 or many_layers)')
 
 step machine 60 bash -c machine

@@ -1,7 +1,7 @@
-"""GPU offload on a real GPU, without vLLM: plain PyTorch and the engine.
+"""Tests GPU offload on a GPU, without vLLM.
 
-`tests/gpu/on_device/run.sh` runs these. What needs no CUDA in the tests runs on the host stand-in,
-too, so that they are known to be right where there is no GPU.
+`tests/gpu/on_device/run.sh` runs these tests. Tests that do not need CUDA run on the stand-in, too,
+so that they are known to be correct before they meet a GPU.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.experts import FORMATS, Layer, Random, random_layer
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 160, 12, 4
 BATCHES = [1, 2, 4, 8, *range(16, 257, 16)]
-"""That vLLM captures graphs for, up to 256 requests."""
+"""The batch sizes for which vLLM captures graphs, up to 256 requests."""
 
 
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -40,7 +40,7 @@ def cuda() -> Accelerator:
 def batch(
     random: Random, tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, ids and weights of `tokens` tokens."""
+    """Return x, ids and weights of `tokens` tokens."""
     x = random.normal(tokens, HIDDEN).to(device, torch.bfloat16)
     ids = random.normal(tokens, EXPERTS).topk(TOP_K).indices.int()
     ids[random.uniform(0, 1, tokens, TOP_K) < 0.1] = -1
@@ -48,12 +48,12 @@ def batch(
 
 
 def expected(layer: ExpertLayer, *arguments: torch.Tensor) -> torch.Tensor:
-    """The engine's own answer."""
+    """Return the engine's own result."""
     return layer(*(argument.cpu() for argument in arguments))
 
 
 def layers(random: Random, count: int) -> list[ExpertLayer]:
-    """Layers in formats that take turns."""
+    """Make layers, whose formats take turns."""
     made = [
         random_layer(random, FORMATS[i % len(FORMATS)], EXPERTS, HIDDEN, INTERMEDIATE)
         for i in range(count)
@@ -62,7 +62,7 @@ def layers(random: Random, count: int) -> list[ExpertLayer]:
 
 
 def hybrid(accelerator: Accelerator, made: list[ExpertLayer], tokens: int) -> list[HybridCall]:
-    """The layers as calls in a stream, for batches of up to `tokens`."""
+    """Make the layers' calls in a stream, for batches of up to `tokens`."""
     exchange = Exchange(accelerator, tokens, [(HIDDEN, TOP_K)] * len(made))
     return [HybridCall(exchange, layer, TOP_K) for layer in made]
 
@@ -96,7 +96,7 @@ def test_the_kernel_converts_to_the_bits_of_plain_pytorch(format: str, cuda: Acc
 
 
 def test_an_offload_of_many_layers(accelerator: Accelerator) -> None:
-    """Passes of random sizes, some streamed, some on the CPU, none waited for by the host."""
+    """Passes have random sizes. Some are streamed, and some run on the CPU."""
     random = Random(3)
     made = layers(random, 9)
     offload = Offload(accelerator, tokens=200, threshold=100, ahead=2)
@@ -117,13 +117,13 @@ def test_an_offload_of_many_layers(accelerator: Accelerator) -> None:
                 assert torch.equal(got.cpu(), want)
             else:
                 error = torch.linalg.norm(got.cpu().float() - want.float())
-                # int8 experts round activations to 8 bits on the CPU.
+                # On the CPU, int8 experts round activations to 8 bits.
                 assert error <= 2e-2 * torch.linalg.norm(want.float())
 
 
 def in_two_engines(layer: Layer) -> list[ExpertLayer]:
-    """The layer where all its tensors lie together in shared memory, and where that is mapped
-    read-only, as by another engine.
+    """Make a layer whose tensors lie together in shared memory, and a second one on a read-only
+    mapping of this memory, as another engine has it.
     """
     stored = {
         name: value.float() if "bias" in name else value
@@ -152,7 +152,7 @@ def in_two_engines(layer: Layer) -> list[ExpertLayer]:
 
 @pytest.mark.parametrize("format", ["bf16", "int4"])
 def test_experts_of_another_engine(accelerator: Accelerator, format: str) -> None:
-    """On both ways; pages with several tensors are pinned, read-only ones as well."""
+    """Both paths work. Pages with several tensors are pinned, and read-only pages, too."""
     random = Random(21)
     layer = random_layer(random, format, EXPERTS, HIDDEN, INTERMEDIATE, bias=True)
     made = in_two_engines(layer)
@@ -171,7 +171,7 @@ def test_experts_of_another_engine(accelerator: Accelerator, format: str) -> Non
 
 @pytest.mark.gpu
 def test_graphs_of_every_batch_size(cuda: Accelerator) -> None:
-    """Capture and replay with new values in the same places, layers of a model in each graph."""
+    """Capture the layers of a model, and replay each graph with new values in the same memory."""
     random = Random(9)
     made = layers(random, 3)
     calls = hybrid(cuda, made, 256)
