@@ -49,7 +49,8 @@ class ExpertFormat:
     """Bits of a weight, without its share of the scales."""
     computable = True
     """Whether the engine computes the weights as they are stored. If not, `tensors` may return more
-    than the arguments of `ExpertLayer`; `lvllm.engine.dequantize` says what.
+    than the arguments of `ExpertLayer` (`lvllm.engine.dequantize` says what), and in memory of its
+    own. `lvllm.moe.converted` then converts them, or moves them to engine memory.
     """
     arrives = True
     """Whether the model calls a parameter's loader for every tensor, so that they are counted."""
