@@ -60,6 +60,8 @@ lint: ## check format, lint, types, and that the generated documentation is curr
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
 	@$(RUN) -m lvllm.settings.variables | cmp - docs/configuration.md \
 		|| { echo 'error: docs/configuration.md is not current: run `make docs`' >&2; exit 1; }
+	@$(RUN) -m lvllm.patches | cmp - docs/patches.md \
+		|| { echo 'error: docs/patches.md is not current: run `make docs`' >&2; exit 1; }
 	@$(RUN) -m tests.e2e.table --check
 
 format: ## format all code in place
@@ -68,9 +70,10 @@ format: ## format all code in place
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-docs: install ## regenerate docs/configuration.md
+docs: install ## regenerate docs/configuration.md and docs/patches.md
 	@mkdir -p docs
 	$(RUN) -m lvllm.settings.variables > docs/configuration.md
+	$(RUN) -m lvllm.patches > docs/patches.md
 
 models-table: install ## rerun the tests of whole models and write the tables of docs/models.md
 	$(RUN) -m pytest $(SIDE_BY_SIDE) tests/e2e/test_exactness.py tests/e2e/test_formats.py \

@@ -1,6 +1,6 @@
 """The `vllm.general_plugins` entry point: inert unless LVLLM_MOE_NUMA_ENABLED=1.
 
-vLLM calls `register` in every process it starts, and may call it more than once in one.
+vLLM calls `register` in every process it starts, and may call it more than once in one process.
 """
 
 import os
@@ -10,64 +10,33 @@ from lvllm.settings import variables
 
 
 def register() -> None:
-    """Put LvLLM's expert layer in the place of vLLM's, and check every configuration.
+    """Give vLLM LvLLM's layers through its seams, and replace what has no seam.
 
-    An unusable setting ends the process with one line and exit code 1: SystemExit, since vLLM
-    prints any other exception as a traceback.
+    A wrong setting, or a vLLM that is not as the replacements expect, ends the process with one
+    line and exit code 1. The error is SystemExit, since vLLM prints any other exception as a
+    traceback.
     """
     try:
-        if not variables.enabled(os.environ):
-            return
-        from lvllm.settings.resolving import resolve
-
-        resolve(os.environ, None)  # the variables alone, before any configuration is read
-    except variables.SettingError as error:
-        raise SystemExit(f"lvllm: {error}") from None
-    from vllm.platforms import current_platform
-
-    from lvllm import patches
-    from lvllm.faults import process
-    from lvllm.loading import model_loader
-    from lvllm.patches import lora, segments
-    from lvllm.upstream import quantization_configs
-
-    _replace_routed_experts()
-    process.install()
-    lora.register()
-    quantization_configs.register()
-    model_loader.install()
-    segments.register()
-    if current_platform.is_cpu():
-        _complete_cpu_platform()
-    try:
-        patches.install("cpu" if current_platform.is_cpu() else "cuda")
+        if variables.enabled(os.environ):
+            _register()
     except LvllmError as error:
         raise SystemExit(f"lvllm: {error}") from None
 
 
-def _complete_cpu_platform() -> None:
-    """What vLLM's CPU platform lacks, and its others have or have no part in: on a GPU its own
-    linear layers, routers and pictures run. Its worker for GPUs is its own, so no step's output
-    tells of faults there.
-    """
-    from lvllm.faults import request
-    from lvllm.patches import collectives, picture_steps, pictures, routing
-    from lvllm.upstream import fp8_linear, integer_linear
+def _register() -> None:
+    from lvllm.settings.resolving import resolve
 
-    collectives.register()
-    request.register()
-    fp8_linear.register()
-    integer_linear.register()
-    picture_steps.register()
-    pictures.register()
-    routing.register()
+    resolve(os.environ, None)  # the variables alone, before any configuration is read
 
+    from vllm.platforms import current_platform
 
-def _replace_routed_experts() -> None:
-    from vllm.model_executor.custom_op import op_registry_oot
+    from lvllm import patches
+    from lvllm.upstream import expert_layers, integer_linear, quantization_configs
 
-    from lvllm.moe.routed_experts import REPLACED
-
-    for upstream, ours in REPLACED.items():
-        if upstream.__name__ not in op_registry_oot:
-            upstream.register_oot(ours)
+    # On a GPU vLLM's own linear layers, routers and pictures run.
+    is_cpu = current_platform.is_cpu()
+    expert_layers.register()
+    quantization_configs.register()
+    if is_cpu:
+        integer_linear.register()
+    patches.install("cpu" if is_cpu else "cuda")

@@ -7,6 +7,7 @@ import pytest
 import vllm.platforms
 
 from lvllm import plugin, prepare
+from lvllm.patches import Patch
 
 
 @pytest.fixture
@@ -32,14 +33,14 @@ def test_a_models_own_expert_class_is_refused_and_not_ignored(
     """Unless its layer is resident: then it is left to vLLM, as is any other."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from lvllm.moe import routed_experts
+    from lvllm.moe import resident
 
     class OwnExperts(RoutedExperts):
         pass
 
     plugin.register()
-    monkeypatch.setattr(routed_experts, "is_resident", lambda prefix: prefix.endswith(".1"))
-    monkeypatch.setattr(routed_experts, "_upstream_method", lambda *given: given)
+    monkeypatch.setattr(resident, "is_resident", lambda prefix: prefix.endswith(".1"))
+    monkeypatch.setattr(resident, "_upstream_method", lambda *given: given)
     layer: Any = object.__new__(OwnExperts)
     with pytest.raises(ValueError, match="experts of the class OwnExperts are not"):
         layer._get_quant_method("model.layers.0", None, None)
@@ -63,8 +64,15 @@ def test_what_only_the_cpu_platform_lacks(cpu: bool, monkeypatch: pytest.MonkeyP
         def check_and_update_config(cls, vllm_config: Any) -> None:
             checked.append(vllm_config)
 
+    def install(self: Patch) -> None:
+        if self.platform == "cpu":
+            completed.append(True)
+        else:
+            upstream_install(self)
+
+    upstream_install = Patch.install
     monkeypatch.setattr(vllm.platforms, "current_platform", Platform())
-    monkeypatch.setattr(plugin, "_complete_cpu_platform", lambda: completed.append(True))
+    monkeypatch.setattr(Patch, "install", install)
     plugin.register()
     assert bool(completed) == cpu
     monkeypatch.setattr(prepare, "prepare", lambda config: checked.append("prepared"))

@@ -22,11 +22,19 @@ def env(
         Path | None,
         typer.Option("--config", help="The YAML file that `vllm serve --config` gets."),
     ] = None,
+    patches: Annotated[
+        bool,
+        typer.Option("--patches", help="List what LvLLM replaces in vLLM instead."),
+    ] = False,
 ) -> None:
     """Print every setting, its value and its source (environment, config, default).
 
-    docs/configuration.md says what each one means.
+    docs/configuration.md says what each one means, and docs/patches.md why each replacement is
+    there.
     """
+    if patches:
+        Console().print(_patches())
+        return
     try:
         file = read_yaml(config_file) if config_file else {}
         settings = resolve(os.environ, section(file))
@@ -39,6 +47,16 @@ def env(
         value = setting.value if setting.value is not None else machine_defaults.get(key)
         table.add_row(setting.variable.name, _text(value, setting), setting.source)
     Console().print(table)
+
+
+def _patches() -> Table:
+    from lvllm.patches import patches
+
+    table = Table("target", "platform", "why", "can go when", show_lines=True)
+    table.columns[0].overflow = "fold"
+    for patch in patches():
+        table.add_row(patch.target, patch.platform or "all", patch.why, patch.until)
+    return table
 
 
 def _text(value: Any, setting: Setting) -> str:

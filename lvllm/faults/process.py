@@ -1,25 +1,27 @@
 """How an error that a worker meets ends the server: in one line, which the front process prints.
 
-vLLM starts its engine, and that its workers, as processes that say of an error no more than that
-there was one; each of them prints a traceback on the way. So the line goes around them, through a
-file without a name that the front process made, and each of them leaves quietly.
+vLLM starts its engine as a process, and the engine starts the workers. Each parent learns of a
+failed child only that it failed, and each process prints a traceback on the way. So the line
+travels in a file without a name that the front process made and all of them can open, and each
+process leaves quietly.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-__all__ = ["end", "end_now", "follow", "install", "prepare"]
+__all__ = ["end", "end_now", "follow", "in_one_line", "prepare"]
 
-# PROCESS:FILE DESCRIPTOR of the front process.
 _VARIABLE = "_LVLLM_FAILURE"
+"""The environment variable with PROCESS:FILE DESCRIPTOR of the front process."""
 
 
 def prepare() -> None:
-    """In the front process, before the others start."""
+    """In the front process, make the file before the others start."""
     if _front() != os.getpid():
         descriptor = os.memfd_create("lvllm-failure")
         os.environ[_VARIABLE] = f"{os.getpid()}:{descriptor}"
-    os.truncate(_path(), 0)  # what an earlier model of this process met
+    os.truncate(_path(), 0)  # an earlier model of this process may have failed
 
 
 def end(line: str) -> NoReturn:
@@ -31,10 +33,9 @@ def end(line: str) -> NoReturn:
 
 
 def end_now(line: str) -> NoReturn:
-    """End this process from any of its threads, whatever the others hang in.
+    """End this process from any of its threads, even where others hang.
 
-    The line is printed here, too: of a process that ends later than at the start, the front one
-    says only that it has.
+    The line is printed here as well, because the front process prints it only during the start.
     """
     line = " ".join(line.split())
     _report(line)
@@ -48,23 +49,16 @@ def follow() -> None:
         raise SystemExit(1)
 
 
-def install() -> None:
-    """Make vLLM end in that line, where it would say that a process failed."""
-    from vllm.v1.engine import utils
-    from vllm.v1.executor.multiproc_executor import WorkerProc
+def in_one_line(wait: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that waits for processes as `wait` does, and ends in the line of one.
 
-    _wrap(utils, "wait_for_engine_startup")  # the front process waits for the engine's
-    _wrap(WorkerProc, "wait_for_ready", staticmethod)  # the engine's for the workers
+    The front process prints the line, and any other leaves quietly. Where no process has left a
+    line, the exception of `wait` passes.
+    """
 
-
-def _wrap(owner: Any, name: str, kind: Any = lambda function: function) -> None:
-    upstream = getattr(owner, name)
-    if upstream.__module__ == __name__:
-        return
-
-    def wait(*arguments: Any, **options: Any) -> Any:
+    def wait_or_end(*arguments: Any, **options: Any) -> Any:
         try:
-            return upstream(*arguments, **options)
+            return wait(*arguments, **options)
         except Exception:
             line = _reported()
             if line is None:
@@ -73,7 +67,7 @@ def _wrap(owner: Any, name: str, kind: Any = lambda function: function) -> None:
                 raise SystemExit(f"lvllm: {line}") from None
             raise SystemExit(1) from None
 
-    setattr(owner, name, kind(wait))
+    return wait_or_end
 
 
 def _front() -> int | None:
@@ -82,15 +76,15 @@ def _front() -> int | None:
 
 
 def _report(line: str) -> bool:
-    """Leave the line for the front process; False if that is this one, or out of reach."""
+    """Leave the line for the front process; False if this is it, or it is out of reach."""
     if _front() in (None, os.getpid()):
         return False
     try:
-        # The first of several ranks that fail alike is enough.
+        # Several ranks may fail alike. Only the first line is read.
         with open(_path(), "a") as file:
             file.write(f"{line}\n")
     except OSError:
-        return False  # on another host, say
+        return False  # the front process may be on another host
     return True
 
 

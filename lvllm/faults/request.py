@@ -1,9 +1,9 @@
-"""How a request whose numbers went wrong ends: with an error that says where, and alone.
+"""How one request ends whose numbers went wrong: with an error that says where.
 
 A worker sends what happened along with a step's output. The scheduler ends those requests as it
-ends aborted ones, so that the tokens just sampled never leave; and in the front process the text
-reaches the client as an HTTP error 500. vLLM has a finish reason for it ("error") but no text, and
-no hook in the two places where one would be: they are wrapped here.
+ends aborted ones, so that the tokens just sampled never leave. The front process then answers the
+client with the text, as HTTP status 500. vLLM has a finish reason for this ("error") but no text
+and no hook, so `lvllm.patches.failures` calls this module from the two places where it is needed.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,16 @@ from vllm.exceptions import GenerationError, GracefulHTTPError
 
 from lvllm.log import logger
 
+__all__ = ["ExpertFault", "add_outputs", "end_requests", "fault_of", "faults_of", "set_faults"]
+
 _FAULTS = "lvllm_faults"
 
 
 class ExpertFault(GracefulHTTPError, GenerationError):
-    """Ends one request. A GracefulHTTPError passes vLLM's generate() as it is, and answers that
-    stream expect a GenerationError.
+    """The error that ends one request.
+
+    vLLM's generate() lets a GracefulHTTPError pass, and its streamed answers expect a
+    GenerationError, so this is both.
     """
 
     def __init__(self, message: str) -> None:
@@ -28,52 +32,18 @@ class ExpertFault(GracefulHTTPError, GenerationError):
 
 
 def set_faults(output: Any, faults: Mapping[str, str]) -> None:
-    """Attach to a step's output what happened to some of its requests, in one line each."""
+    """Attach to a step's output one line for each of its requests that went wrong."""
     setattr(output, _FAULTS, dict(faults))
 
 
-def register() -> None:
-    """Let schedulers end faulty requests and front processes tell their clients why."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.output_processor import RequestState
-
-    if Scheduler.update_from_output.__module__ == __name__:
-        return
-    update_from_output = Scheduler.update_from_output
-    make_request_output = RequestState.make_request_output
-
-    def update(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        ended = _end_requests(self, getattr(model_runner_output, _FAULTS, {}))
-        outputs = update_from_output(self, scheduler_output, model_runner_output)
-        _add_outputs(outputs, ended)
-        return outputs
-
-    def make(
-        self: Any,
-        new_token_ids: Any,
-        pooling_output: Any,
-        finish_reason: Any,
-        stop_reason: Any,
-        *arguments: Any,
-        **more: Any,
-    ) -> Any:
-        # Nothing else of vLLM's gives an error a text.
-        if str(finish_reason) == "error" and isinstance(stop_reason, str):
-            if self.queue is not None:
-                self.queue.put(ExpertFault(stop_reason))
-                return None
-            if pooling_output is not None:
-                raise ExpertFault(stop_reason)  # LLM.embed's outputs have no place for a reason
-        return make_request_output(
-            self, new_token_ids, pooling_output, finish_reason, stop_reason, *arguments, **more
-        )
-
-    Scheduler.update_from_output = update  # type: ignore[method-assign]
-    RequestState.make_request_output = make  # type: ignore[method-assign]
+def faults_of(output: Any) -> Mapping[str, str]:
+    """Return what `set_faults` attached, by the id of the request; most outputs have nothing."""
+    faults: Mapping[str, str] = getattr(output, _FAULTS, {})
+    return faults
 
 
-def _end_requests(scheduler: Any, faults: Mapping[str, str]) -> list[tuple[Any, str]]:
-    """End these requests, each with its text."""
+def end_requests(scheduler: Any, faults: Mapping[str, str]) -> list[tuple[Any, str]]:
+    """End these requests in vLLM's scheduler, and return each with its line."""
     from vllm.v1.request import RequestStatus
 
     ended = []
@@ -92,21 +62,32 @@ def _end_requests(scheduler: Any, faults: Mapping[str, str]) -> list[tuple[Any, 
     return ended
 
 
-def _add_outputs(outputs: dict[int, Any], ended: list[tuple[Any, str]]) -> None:
+def add_outputs(outputs: dict[int, Any], ended: list[tuple[Any, str]]) -> None:
+    """Add to a step's outputs, by client, one for each request that `end_requests` ended."""
     import torch
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
     for request, text in ended:
-        mine = outputs.setdefault(request.client_index, EngineCoreOutputs())
-        mine.outputs.append(
+        client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+        client.outputs.append(
             EngineCoreOutput(
                 request_id=request.request_id,
                 new_token_ids=[],
                 finish_reason=request.get_finished_reason(),
                 stop_reason=text,
-                # Requests for embeddings must have an output, whatever became of them.
+                # A request for embeddings must have an output, whatever became of it.
                 pooling_output=torch.empty(0) if request.pooling_params else None,
                 events=request.take_events(),
                 trace_headers=request.trace_headers,
             )
         )
+
+
+def fault_of(finish_reason: Any, stop_reason: Any) -> ExpertFault | None:
+    """Return the error of a request that ended so, or None.
+
+    Only `add_outputs` gives a text to a request that ends with an error.
+    """
+    if str(finish_reason) == "error" and isinstance(stop_reason, str):
+        return ExpertFault(stop_reason)
+    return None

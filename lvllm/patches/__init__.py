@@ -4,9 +4,38 @@ Each module fills one gap, and `lvllm.patches.registry` does the replacing. `lvl
 and docs/patches.md list the targets.
 """
 
-# Importing a module declares its replacements, which are installed in this order.
-from lvllm.patches import experts  # isort: skip
-from lvllm.patches import configuration  # isort: skip
+# Importing a module declares its replacements.
+from lvllm.patches import (
+    collectives,
+    configuration,
+    experts,
+    failures,
+    kernels,
+    loading,
+    lora,
+    picture_attention,
+    picture_steps,
+    pictures,
+    routing,
+    segments,
+)
 from lvllm.patches.registry import Patch, PatchError, install, patches
 
-__all__ = ["Patch", "PatchError", "configuration", "experts", "install", "patches"]
+__all__ = [
+    "Patch",
+    "PatchError",
+    "collectives",
+    "configuration",
+    "experts",
+    "failures",
+    "install",
+    "kernels",
+    "loading",
+    "lora",
+    "patches",
+    "picture_attention",
+    "picture_steps",
+    "pictures",
+    "routing",
+    "segments",
+]

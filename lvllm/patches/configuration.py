@@ -13,8 +13,8 @@ __all__ = ["check_every_configuration"]
     why="vLLM has no hook between its complete configuration and the start of its processes. Every"
     " way of starting passes this class method of the platform, the last part of vLLM that may"
     " change values.",
-    upstream="none, because nothing was proposed yet; docs/upstream/configuration-hook.md is the"
-    " draft",
+    upstream="https://github.com/vllm-project/vllm/issues/19161 (a wider proposal); draft:"
+    " docs/upstream/configuration-hook.md",
     until="plugins may register a function that gets the complete VllmConfig",
 )
 def check_every_configuration(original: Any) -> Any:

@@ -128,6 +128,7 @@ def check_all_rows(original: Any) -> Any:
 @patch(
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.track_weights_loading",
     signature="(self, model, loaded_weights, quantized=False)",
+    also=("(self, model, loaded_weights)",),
     why="vLLM's error about missing weights is a set of all their names below a traceback. LvLLM"
     " compares the names itself and names the first one in one line.",
     upstream="none, because only the form of the error differs",
@@ -138,14 +139,14 @@ def check_names(original: Any) -> Any:
     from lvllm.loading import completeness, model_loader
 
     def track_weights_loading(
-        self: Any, model: Any, loaded_weights: set[str] | None, quantized: bool = False
+        self: Any, model: Any, loaded_weights: set[str] | None, *args: Any, **options: Any
     ) -> None:
         if not model_loader.has_experts():
-            original(self, model, loaded_weights, quantized)
+            original(self, model, loaded_weights, *args, **options)
             return
         completeness.require_names(model, loaded_weights)
         try:
-            original(self, model, loaded_weights, quantized)
+            original(self, model, loaded_weights, *args, **options)
         except ValueError as error:  # vLLM may check more than LvLLM does, in words of its own
             raise CheckpointError(str(error)) from error
 

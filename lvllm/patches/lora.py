@@ -1,22 +1,27 @@
 """LoRA on everything but the experts.
 
-vLLM would wrap a layer's runner, to add adapters to its experts inside kernels of its own. With the
-experts left out of what it takes adapters for, one that has them is refused when it is loaded.
+To add adapters to experts, vLLM wraps their layer's runner and applies the adapters inside kernels
+of its own, which lk does not run.
 """
 
 from typing import Any
 
-__all__ = ["register"]
+from lvllm.patches.registry import patch
+
+__all__ = ["leave_out_experts"]
 
 
-def register() -> None:
-    """Take the experts from what vLLM supports adapters for."""
-    from vllm.lora import model_manager
+@patch(
+    "vllm.lora.model_manager:get_supported_lora_modules",
+    signature="(model)",
+    why="vLLM would wrap the runner of every layer of experts. Without the experts among the"
+    " supported modules, an adapter for experts is refused when it is loaded, and all other"
+    " adapters work.",
+    upstream="none, because vLLM's own experts do support adapters",
+    until="the method of a layer may say that it takes no adapters",
+)
+def leave_out_experts(original: Any) -> Any:
     from vllm.model_executor.layers.fused_moe import MoERunner
-
-    upstream = model_manager.get_supported_lora_modules
-    if upstream.__module__ == __name__:
-        return
 
     def get_supported_lora_modules(model: Any) -> list[str]:
         experts = {
@@ -24,6 +29,6 @@ def register() -> None:
             for name, module in model.named_modules()
             if isinstance(module, MoERunner)
         }
-        return [name for name in upstream(model) if name not in experts]
+        return [name for name in original(model) if name not in experts]
 
-    model_manager.get_supported_lora_modules = get_supported_lora_modules
+    return get_supported_lora_modules

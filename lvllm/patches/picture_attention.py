@@ -1,11 +1,12 @@
 """Attention between the tokens of a picture, whichever comes first: Gemma 4's sliding layers.
 
-vLLM 0.32's attention for CPUs leaves out which tokens are pictures, without a word, so that each
-would see only those before it. Its kernel does take a flag for each sequence, whether it is causal:
-here a sequence with a picture becomes several over the same cache, one of them the picture.
+vLLM's attention for CPUs ignores which tokens are pictures, without a word, so that each would see
+only the tokens before it. Its kernel does take a flag for each sequence that says whether it is
+causal. So a sequence with a picture becomes several over the same cache, one of them the picture.
 
-The kernel takes a window for both sides of such a sequence, and Gemma 4 for the left alone. That is
-the same up to the window's 1024 tokens, of which a picture has 280 unless more are asked for.
+For a sequence that is not causal the kernel applies the window to both sides, where Gemma 4 limits
+the left side alone. The result is the same for pictures of up to the window's 1024 tokens; a
+picture has 280 unless more are asked for.
 """
 
 from collections.abc import Iterator
@@ -13,44 +14,52 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
-__all__ = ["install", "split"]
+from lvllm.patches.registry import MODEL_LOADED, patch
+
+__all__ = ["Ranges", "split", "split_at_pictures"]
 
 Ranges = dict[int, list[tuple[int, int]]]
-"""By a sequence's place in the batch: the first and the last position of each picture."""
+"""For a sequence's place in the batch: the first and the last position of each picture."""
 
 
-def install() -> None:
-    """In a worker: let the CPU's attention have the pictures of Gemma 4."""
-    upstream = CPUAttentionMetadataBuilder.build
-    if upstream.__module__ == __name__:
-        return
-
+@patch(
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
+    signature="(self, common_prefix_len, common_attn_metadata, fast_build=False)",
+    why="vLLM's attention for CPUs ignores which tokens are pictures. In Gemma 4's sliding layers"
+    " the tokens of a picture see each other, so a sequence is split around its pictures.",
+    upstream="none, because nothing was proposed for CPUs;"
+    " https://github.com/vllm-project/vllm/pull/42175 did it for GPUs",
+    until="the attention for CPUs heeds mm_req_doc_ranges, as vLLM's others do",
+    platform="cpu",
+    when=MODEL_LOADED,
+)
+def split_at_pictures(original: Any) -> Any:
     def build(
         self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
         ranges = common_attn_metadata.mm_req_doc_ranges
         if ranges and _is_for_pictures(self):
             common_attn_metadata = split(common_attn_metadata, ranges)
-        return upstream(self, common_prefix_len, common_attn_metadata, fast_build)
+        return original(self, common_prefix_len, common_attn_metadata, fast_build)
 
-    CPUAttentionMetadataBuilder.build = build  # type: ignore[method-assign]
+    return build
 
 
 def _is_for_pictures(builder: Any) -> bool:
-    """Gemma 4's sliding layers have the flag. Its others, of another head size, are causal."""
+    """Whether the layers are Gemma 4's sliding ones. Its other layers are causal."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
     layers = get_layers_from_vllm_config(builder.vllm_config, Attention, builder.layer_names)
     return all(layer.mm_prefix_clamp_sliding_window for layer in layers.values())
 
 
 def split(batch: Any, ranges: Ranges) -> Any:
-    """`batch` (CommonAttentionMetadata), in which every picture is a sequence without causality.
+    """Return `batch` (CommonAttentionMetadata) with every picture as a non-causal sequence.
 
-    A sequence ends where its last query is, so the text before a picture sees nothing of it, and
-    the picture nothing of the text after it.
+    A sequence ends at its last query, so the text before a picture sees nothing of the picture, and
+    the picture sees nothing of the text after it.
     """
     starts, ends = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
     pieces = [
@@ -74,14 +83,14 @@ def split(batch: Any, ranges: Ranges) -> Any:
         seq_lens=torch.tensor(stops, dtype=batch.seq_lens.dtype),
         max_query_len=int(lengths.max()),
         block_table_tensor=batch.block_table_tensor[rows],
-        causal=torch.tensor(causal, dtype=torch.int32),  # as the kernel takes it
+        causal=torch.tensor(causal, dtype=torch.int32),  # the kernel takes a flag a sequence
     )
 
 
 def _pieces(
     first: int, end: int, pictures: list[tuple[int, int]]
 ) -> Iterator[tuple[int, int, bool]]:
-    """The queries [first, end) of a sequence in order: first, end, and whether it is causal."""
+    """Yield the queries [first, end) of a sequence in order: first, end, whether it is causal."""
     for start, last in sorted(pictures):
         start, stop = max(start, first), min(last + 1, end)
         if start >= stop:

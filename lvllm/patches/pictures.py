@@ -1,21 +1,25 @@
 """Pictures without torchvision, of which the default package index has no build for CPUs.
 
-transformers prepares pictures with Pillow where torchvision is missing. vLLM 0.32's models with
-vision import the variants for torchvision by name, and without it not even their text parts load.
+transformers prepares pictures with Pillow where torchvision is missing. vLLM's models with vision
+import the classes for torchvision by name, and without it not even their text parts load.
 """
 
 import importlib
-import sys
+from collections.abc import Callable
+from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
 from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
-__all__ = ["register"]
+from lvllm.patches import registry
+from lvllm.patches.registry import NOTHING, PICTURE_MODEL_IMPORTED, Unless, patch
 
-# transformers' families, with their classes for pictures and for videos. Others share them: Qwen3.5
-# has Qwen2-VL's for pictures and Qwen3-VL's for videos.
+__all__ = ["find_pillow_modules", "skip_strange_objects"]
+
+# transformers' families with their classes for pictures and for videos. Other families share them:
+# Qwen3.5 has the class of Qwen2-VL for pictures and that of Qwen3-VL for videos.
 PICTURES = {
     "gemma4": "Gemma4ImageProcessor",
     "glm4v": "Glm4vImageProcessor",
@@ -28,31 +32,49 @@ VIDEOS = {
     "qwen3_vl": "Qwen3VLVideoProcessor",
 }
 
-
-def register() -> None:
-    """Without torchvision, let vLLM find transformers' classes for Pillow in the others' places."""
-    _allow_numba()
-    if find_spec("torchvision") is None and not any(isinstance(f, _Pillow) for f in sys.meta_path):
-        sys.meta_path.insert(0, _Pillow())
+WITH_TORCHVISION = Unless("torchvision is installed", lambda: find_spec("torchvision") is not None)
+TORCHVISION_OPTIONAL = "vLLM's models import the classes of transformers for Pillow"
 
 
-def _allow_numba() -> None:
-    """vLLM prepares Kimi-K2.5's pictures with numba, and stops at its objects on CPUs.
+@patch(
+    "vllm.triton_utils.dispatcher:vars",
+    signature=NOTHING,
+    why="vLLM looks for kernels in the `vars` of all that loaded modules hold, and stops at an"
+    " object of numba's llvmlite, whose every attribute is a function, `__dict__` too. vLLM"
+    " prepares Kimi-K2.5's pictures with numba.",
+    upstream="none, because nothing was proposed yet",
+    until="vLLM's search passes objects whose `__dict__` is no mapping",
+    platform="cpu",
+    unless=Unless(
+        "vLLM, before 0.31, has no such search",
+        lambda: find_spec("vllm.triton_utils.dispatcher") is None,
+    ),
+)
+def skip_strange_objects(original: Any) -> Any:
+    def variables(value: Any) -> Any:
+        found = vars(value)
+        return found if isinstance(found, dict | MappingProxyType) else {}
 
-    It looks for kernels in what every loaded module has, and numba's llvmlite has an object of
-    which any attribute is a function, `__dict__` too.
-    """
-    dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
-    dispatcher.vars = _variables
+    return variables
 
 
-def _variables(value: Any) -> Any:
-    found = vars(value)
-    return found if isinstance(found, dict | MappingProxyType) else {}
+@patch(
+    "sys:meta_path",
+    signature="list",
+    why="vLLM's models for pictures import transformers' modules for torchvision. Without it these"
+    " modules are made from the ones for Pillow.",
+    upstream="none, because nothing was proposed yet; draft: docs/upstream/pillow-pictures.md",
+    until=TORCHVISION_OPTIONAL,
+    checked=("3.11", "3.14"),
+    platform="cpu",
+    unless=WITH_TORCHVISION,
+)
+def find_pillow_modules(original: Any) -> Any:
+    return [_PillowModules(), *original]
 
 
-class _Pillow(MetaPathFinder, Loader):
-    """Makes the modules for torchvision out of those for Pillow, when a model imports one."""
+class _PillowModules(MetaPathFinder, Loader):
+    """Finds the modules for torchvision, and fills them from the ones for Pillow."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return spec_from_loader(name, self) if name in MODULES else None
@@ -65,25 +87,59 @@ class _Pillow(MetaPathFinder, Loader):
         )
         public = {key: value for key, value in vars(pillow).items() if not key.startswith("__")}
         vars(module).update(public | {name: public[f"{name}Pil"]})
-        _replace_videos()
-
-
-def _replace_videos() -> None:
-    """A model's processor has one for videos, even where only pictures come."""
-    transformers = importlib.import_module("transformers")
-    utilities: Any = importlib.import_module("transformers.video_processing_utils")
-    for name in ("VideoProcessorMixin", "BaseVideoProcessor"):
-        setattr(transformers, name, getattr(utilities, name))
-    for family, name in VIDEOS.items():
-        package = importlib.import_module(f"transformers.models.{family}")
         try:
-            module: Any = importlib.import_module(f"{package.__name__}.video_processing_{family}")
-            base = getattr(module, name)
-        except NameError:  # Gemma 4's is defined in terms of torchvision
-            base = utilities.BaseVideoProcessor
-        found = type(name, (base,), {"preprocess": _refuse_videos})
-        for where in (package, transformers):
-            setattr(where, name, found)
+            registry.install("cpu", PICTURE_MODEL_IMPORTED)
+        except registry.PatchError as error:
+            raise SystemExit(f"lvllm: {error}") from None
+
+
+def _declare(target: str, signature: str, make: Callable[[Any], Any]) -> None:
+    """Declare the replacement of one of transformers' names for videos."""
+    patch(
+        target,
+        signature=signature,
+        why="A model's processor has a part for videos, even where only pictures come. Without"
+        " torchvision transformers has placeholders there, which vLLM's models cannot use.",
+        upstream="none, because nothing was proposed yet; draft: docs/upstream/pillow-pictures.md",
+        until=TORCHVISION_OPTIONAL,
+        checked=("5.19.0",),
+        platform="cpu",
+        when=PICTURE_MODEL_IMPORTED,
+        unless=WITH_TORCHVISION,
+    )(make)
+
+
+def _declare_all() -> None:
+    def from_utilities(name: str) -> Callable[[Any], Any]:
+        return lambda _: getattr(_utilities(), name)
+
+    def refusing(family: str) -> Callable[[Any], Any]:
+        return lambda _: _refusing_processor(family)
+
+    _declare("transformers:VideoProcessorMixin", NOTHING, from_utilities("VideoProcessorMixin"))
+    _declare("transformers:BaseVideoProcessor", "DummyObject", from_utilities("BaseVideoProcessor"))
+    for family, name in VIDEOS.items():
+        for package in (f"transformers.models.{family}", "transformers"):
+            _declare(f"{package}:{name}", "DummyObject", refusing(family))
+
+
+_declare_all()
+
+
+def _utilities() -> Any:
+    return importlib.import_module("transformers.video_processing_utils")
+
+
+@cache
+def _refusing_processor(family: str) -> type:
+    """Return a class for the family's videos that refuses them, in one line."""
+    name = VIDEOS[family]
+    try:
+        module = importlib.import_module(f"transformers.models.{family}.video_processing_{family}")
+        base = getattr(module, name)
+    except NameError:  # Gemma 4's is defined in terms of torchvision
+        base = _utilities().BaseVideoProcessor
+    return type(name, (base,), {"preprocess": _refuse_videos})
 
 
 def _refuse_videos(*_: Any, **__: Any) -> NoReturn:

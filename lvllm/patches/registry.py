@@ -31,6 +31,8 @@ from lvllm.errors import LvllmError
 __all__ = ["Patch", "PatchError", "Unless", "install", "patch", "patches"]
 
 AT_START = "at the start of every process"
+MODEL_LOADED = "in a CPU worker, once the model is loaded"
+PICTURE_MODEL_IMPORTED = "once a model for pictures is imported"
 VLLM = ("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 """The releases of vLLM in which every target was looked up. The tests run with 0.32.0."""
 NOTHING = "nothing"
@@ -183,13 +185,13 @@ def patches() -> Iterator[Patch]:
     yield from _patches.values()
 
 
-def install(platform: str) -> None:
-    """Install what is for this platform, "cpu" or "cuda", at the start of a process.
+def install(platform: str, when: str = AT_START) -> None:
+    """Install what is for this platform, "cpu" or "cuda", and this moment.
 
     Raises PatchError.
     """
     for declared in patches():
-        if declared.when == AT_START and declared.platform in (None, platform):
+        if declared.when == when and declared.platform in (None, platform):
             declared.install()
 
 

@@ -1,26 +1,36 @@
-"""Routing that vLLM's CPU platform lacks: sigmoid scores, or a correction bias, without groups."""
+"""Routing that vLLM's CPU platform lacks: sigmoid scores or a correction bias, without groups."""
 
+from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["register"]
+from lvllm.patches.registry import Unless, patch
+
+__all__ = ["route_in_one_group"]
 
 
-def register() -> None:
-    """Route ungrouped experts as a single group of all, which chooses and weighs the same.
+def _has_no_router() -> bool:
+    return find_spec("vllm.model_executor.layers.fused_moe.router.cpu_router") is None
 
-    vLLM 0.32's CPU router stops at an assertion for sigmoid scores without groups (MiniMax-M2,
-    Step-3.5), and leaves out a softmax's correction bias without a word (ERNIE-4.5).
-    """
-    try:
-        from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-    except ImportError:  # an older vLLM, whose CPU platform has the routers of all others
-        return
-    upstream = CPURouter.__init__
-    if upstream.__module__ == __name__:
-        return
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        upstream(self, *args, **kwargs)
+@patch(
+    "vllm.model_executor.layers.fused_moe.router.cpu_router:CPURouter.__init__",
+    signature="(self, top_k, global_num_experts, use_grouped_topk=False, num_expert_group=None,"
+    " topk_group=None, renormalize=True, scoring_func='softmax', routed_scaling_factor=1.0,"
+    " e_score_correction_bias=None, custom_routing_function=None, hash_indices_table=None,"
+    " eplb_state=None)",
+    why="vLLM's CPU router stops at an assertion for sigmoid scores without groups (MiniMax-M2,"
+    " Step-3.5), and leaves out a softmax's correction bias without a word (ERNIE-4.5). A single"
+    " group of all experts chooses and weighs the same.",
+    upstream="none, because nothing was proposed yet",
+    until="CPURouter takes sigmoid scores and a correction bias without groups",
+    platform="cpu",
+    unless=Unless(
+        "vLLM, before 0.30, has no CPURouter and routes on CPUs as on all others", _has_no_router
+    ),
+)
+def route_in_one_group(original: Any) -> Any:
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
         biased = self.e_score_correction_bias is not None
         plain = not self.use_grouped_topk and self.custom_routing_function is None
         if plain and (
@@ -30,4 +40,4 @@ def register() -> None:
             if not biased:
                 self.routed_scaling_factor = 1.0  # as in vLLM's router for these on GPUs
 
-    CPURouter.__init__ = __init__
+    return __init__

@@ -1,8 +1,9 @@
-"""Names of vLLM's shared-memory segments, taken away as soon as nobody needs them to attach.
+"""Shared-memory segments that lose their names as soon as all processes have attached.
 
-The queues between its processes, and on the CPU the buffers that ranks reduce in, lie in /dev/shm
-under names that their processes remove when they end in order. Killed ones leave them behind:
-160 to 240 MiB a queue. A segment without a name lives as long as a process has it mapped.
+vLLM's queues between processes, and on the CPU the buffers in which ranks reduce, lie in /dev/shm
+under names. Their processes remove the names when they end in order. Processes that are killed
+leave 160 to 240 MiB a queue behind. A segment without a name lives as long as a process has it
+mapped.
 """
 
 import os
@@ -10,36 +11,51 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["register"]
+from lvllm.patches.registry import patch
+
+__all__ = ["remove_group_names", "remove_queue_name"]
 
 FOLDER = Path("/dev/shm")
+UPSTREAM = (
+    "none, because nothing was proposed for these;"
+    " https://github.com/vllm-project/vllm/pull/51317 is about the same of KV offload"
+)
 
 
-def register() -> None:
-    """Remove names once all processes are known to be attached."""
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
-
-    ready = MessageQueue.wait_until_ready
-    join = _CPUSHMDistributed._init_cpu_shm
-    if ready.__module__ == __name__:
-        return
-
+@patch(
+    "vllm.distributed.device_communicators.shm_broadcast:MessageQueue.wait_until_ready",
+    signature="(self)",
+    why="A killed process leaves the memory of its message queues behind in /dev/shm, 160 to"
+    " 240 MiB each.",
+    upstream=UPSTREAM,
+    until="vLLM unlinks a queue's segment once all readers have attached",
+)
+def remove_queue_name(original: Any) -> Any:
     def wait_until_ready(self: Any) -> None:
-        ready(self)
-        # Who writes has now heard from all who read. Readers on other hosts have no buffer.
+        original(self)
+        # The writer has now heard from all readers. Readers on other hosts have no buffer.
         buffer = getattr(self, "buffer", None)
         if self._is_writer and buffer is not None and buffer.is_creator:
-            buffer.is_creator = False  # it would remove the name once more
+            buffer.is_creator = False  # vLLM would remove the name once more
             buffer.shared_memory.unlink()
 
-    def init_cpu_shm(self: Any) -> int:
-        handle = join(self)  # ends in a barrier: all ranks have joined
+    return wait_until_ready
+
+
+@patch(
+    "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed._init_cpu_shm",
+    signature="(self)",
+    why="A killed process leaves the buffers in which ranks on CPUs reduce behind in /dev/shm.",
+    upstream=UPSTREAM,
+    until="vLLM unlinks a group's segments once all ranks have joined",
+)
+def remove_group_names(original: Any) -> Any:
+    def _init_cpu_shm(self: Any) -> int:
+        handle: int = original(self)  # ends in a barrier, so all ranks have joined
         for name in os.listdir(FOLDER):
             if name.startswith(f"{self.group_name}_"):
-                with suppress(FileNotFoundError):  # each rank tries
+                with suppress(FileNotFoundError):  # every rank tries
                     os.unlink(FOLDER / name)
         return handle
 
-    MessageQueue.wait_until_ready = wait_until_ready
-    _CPUSHMDistributed._init_cpu_shm = init_cpu_shm  # type: ignore[method-assign]
+    return _init_cpu_shm

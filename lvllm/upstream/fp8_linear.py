@@ -7,14 +7,12 @@ dtype once, and multiplied like any others.
 from typing import Any
 
 import torch
-from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_BLOCK_KERNELS
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
     Fp8BlockScaledMMLinearKernel,
 )
 from vllm.model_executor.utils import replace_parameter
-from vllm.platforms.interface import PlatformEnum
 
-__all__ = ["DequantizedFp8Linear", "register"]
+__all__ = ["DequantizedFp8Linear"]
 
 
 class DequantizedFp8Linear(Fp8BlockScaledMMLinearKernel):
@@ -54,13 +52,3 @@ class DequantizedFp8Linear(Fp8BlockScaledMMLinearKernel):
     def apply_block_scaled_mm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Not called: weights have no scales any more."""
         raise NotImplementedError
-
-
-def register() -> None:
-    """Offer the kernel after upstream's own, which are taken wherever they run.
-
-    Upstream's `register_linear_kernel` knows no kernels of blocks.
-    """
-    kernels = _POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
-    if DequantizedFp8Linear not in kernels:
-        kernels.append(DequantizedFp8Linear)

@@ -11,7 +11,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from lvllm.faults import process
 from lvllm.faults.nonfinite import Watch, layers_of, open_watch
 from lvllm.faults.request import set_faults
-from lvllm.patches import picture_attention
+from lvllm.patches import PatchError, install
+from lvllm.patches.registry import MODEL_LOADED
 
 
 class HybridCPUWorker(CPUWorker):
@@ -26,7 +27,10 @@ class HybridCPUWorker(CPUWorker):
 
     def load_model(self, **arguments: Any) -> None:
         super().load_model(**arguments)
-        picture_attention.install()
+        try:
+            install("cpu", MODEL_LOADED)
+        except PatchError as error:
+            process.end(str(error))
         self._make_room_for_earlier_stages()
         config = self.parallel_config
         self._per_request = (

@@ -168,7 +168,7 @@ def test_an_adapter_with_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     model = torch.nn.ModuleDict({"o_proj": bare(LinearBase), "experts": bare(MoERunner)})
     assert sorted(getattr(model_manager, SUPPORTED)(model)) == ["experts", "o_proj"]
     for _ in range(2):
-        lora.register()
+        lora.leave_out_experts.install()
         assert getattr(model_manager, SUPPORTED)(model) == ["o_proj"]
 
 

@@ -35,18 +35,14 @@ def worker(line: str) -> subprocess.CompletedProcess[str]:
 
 
 def waiting(error: Exception | None) -> object:
-    """What waiting for processes gives, if upstream's own waiting raises this."""
+    """Return what waiting for processes gives if vLLM's own waiting raises this."""
 
-    class Owner:
-        @staticmethod
-        def wait() -> str:
-            if error is not None:
-                raise error
-            return "ready"
+    def wait() -> str:
+        if error is not None:
+            raise error
+        return "ready"
 
-    process._wrap(Owner, "wait", staticmethod)
-    process._wrap(Owner, "wait", staticmethod)  # plugins are loaded more than once
-    return Owner.wait()
+    return process.in_one_line(wait)()
 
 
 @pytest.mark.usefixtures("front")

@@ -12,8 +12,8 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
-from lvllm.faults import request
 from lvllm.faults.request import ExpertFault
+from lvllm.patches import failures
 
 TEXT = "model.layers.3.mlp.experts: expert 5 makes NaN or infinity of finite numbers"
 
@@ -26,8 +26,8 @@ def test_the_client_sees_status_500_and_the_layer() -> None:
 @pytest.fixture
 def make() -> Any:
     """RequestState.make_request_output, on a request with or without somebody who waits for it."""
-    request.register()
-    request.register()  # every process may load plugins more than once
+    failures.answer_with_the_fault.install()
+    failures.answer_with_the_fault.install()  # every process may load plugins more than once
     put: list[Exception] = []
 
     def call(waiting: bool, pooling_output: torch.Tensor | None) -> list[Exception]:

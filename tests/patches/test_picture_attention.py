@@ -1,4 +1,4 @@
-"""Sequences with pictures, taken apart for a kernel that is causal or not by sequence."""
+"""Sequences with pictures, split for a kernel that is causal or not for each sequence."""
 
 import random
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from lvllm.patches.picture_attention import Ranges, split
-from lvllm.patches.picture_steps import whole
 
 
 @dataclass
@@ -66,19 +65,6 @@ def test_a_token_sees_what_is_before_it_and_its_own_picture() -> None:
 def test_a_batch_whose_pictures_are_behind_stays_as_it_is() -> None:
     given = batch([1, 3], [20, 9])
     assert split(given, {0: [(2, 18)], 1: [(0, 5)]}) is given
-
-
-def test_no_step_ends_within_a_picture() -> None:
-    pictures = [(3, 10), (13, 5), (30, 4)]
-    assert whole(pictures, 0, 3) == 3
-    assert whole(pictures, 0, 9) == 3
-    assert whole(pictures, 3, 9) == 0  # not even one that begins with it
-    assert whole(pictures, 5, 7) == 0  # the rest of it, whose beginning was cached
-    assert whole(pictures, 3, 10) == 10
-    assert whole(pictures, 3, 12) == 10  # two that touch
-    assert whole(pictures, 3, 20) == 20
-    assert whole(pictures, 18, 14) == 12
-    assert whole(pictures, 34, 1) == 1
 
 
 def _together(pictures: list[tuple[int, int]], k: int, q: int) -> bool:

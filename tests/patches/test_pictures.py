@@ -10,8 +10,8 @@ from lvllm.patches import pictures
 
 def test_vllms_search_for_kernels_passes_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
-    monkeypatch.setattr(dispatcher, "vars", vars, raising=False)
+    monkeypatch.delattr(dispatcher, "vars", raising=False)
     strange: Any = importlib.import_module("llvmlite.binding.ffi").lib
     assert not hasattr(vars(strange), "get"), "vLLM's search no longer needs help"
-    pictures.register()
+    pictures.skip_strange_objects.install()
     dispatcher._rebind_kernels([])

@@ -19,8 +19,8 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_queue_works_without_its_name() -> None:
-    segments.register()
-    segments.register()  # plugins are loaded more than once
+    segments.remove_queue_name.install()
+    segments.remove_queue_name.install()  # plugins are loaded more than once
     writer = MessageQueue(1, 1, max_chunk_bytes=1 << 16, max_chunks=2)
     file = segments.FOLDER / writer.buffer.shared_memory.name
     assert file.exists()
@@ -45,8 +45,6 @@ def test_a_group_of_ranks_leaves_no_name(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(_CPUSHMDistributed, "_init_cpu_shm", join)
     monkeypatch.setattr(segments, "FOLDER", tmp_path)
-    # As upstream's, whatever the plugin did in this process before.
-    monkeypatch.setattr(MessageQueue, "wait_until_ready", lambda self: None)
-    segments.register()
+    segments.remove_group_names.install()
     assert _CPUSHMDistributed._init_cpu_shm(group) == 7  # type: ignore[arg-type]
     assert [file.name for file in tmp_path.iterdir()] == ["another"]
