@@ -1,15 +1,16 @@
-# Target torch_stable: the headers of PyTorch's stable ABI, and libtorch_cpu to resolve the C shim.
+# Defines the target torch_stable: the headers of PyTorch's stable ABI, and libtorch_cpu, which has
+# the C functions that the headers call.
 #
 # LK_TORCH_INCLUDE  list of include directories
 # LK_TORCH_LIBRARY  path of libtorch_cpu.so
-# Both are asked from the given interpreter where not set. find_package(Torch) is not used: it drags
-# in CUDA and every library of libtorch, and the binary needs only the one that holds the shim.
+# Where they are not set, the Python interpreter tells them. find_package(Torch) is not used, because
+# it adds CUDA and every library of libtorch, and the binary needs only libtorch_cpu.
 
 if(NOT LK_TORCH_INCLUDE OR NOT LK_TORCH_LIBRARY)
   if(NOT Python_EXECUTABLE)
     find_program(Python_EXECUTABLE NAMES python3 python REQUIRED)
   endif()
-  # Finding the package without importing it: importing torch takes seconds.
+  # This finds the package without importing it, because importing torch takes seconds.
   execute_process(
     COMMAND ${Python_EXECUTABLE} -c
             "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
@@ -42,5 +43,5 @@ endif()
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE ${LK_TORCH_INCLUDE})
 target_link_libraries(torch_stable INTERFACE ${LK_TORCH_LIBRARY})
-# Built against any newer PyTorch, the binary loads on 2.11 and later.
+# A binary that was built with any newer PyTorch also loads with 2.11 and later.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)

@@ -304,7 +304,7 @@ Tensor map_shared(int64_t descriptor, int64_t bytes) {
   return tensor_of(lk::map_shared(static_cast<int>(descriptor), bytes), bytes);
 }
 
-// {descriptor, offset, bytes}
+// Returns {descriptor, offset, bytes}.
 std::vector<int64_t> shared_place(int64_t address) {
   const lk::SharedPlace place = lk::shared_place(reinterpret_cast<const void*>(address));
   return {place.descriptor, place.offset, place.bytes};
@@ -338,7 +338,8 @@ std::string json(const List& values) {
   return text.str();
 }
 
-// {"isa", "binding", "power_saving", "nodes": [number, ...], "workers": [{"node", "cpus"}, ...]}
+// Returns JSON: {"isa", "binding", "power_saving", "nodes": [number, ...],
+// "workers": [{"node", "cpus"}, ...]}.
 std::string info() {
   const lk::EngineInfo info = lk::engine_info();
   std::vector<std::string> workers;
@@ -353,7 +354,7 @@ std::string info() {
          ", \"nodes\": " + json(info.plan.nodes) + ", \"workers\": " + json(workers) + "}";
 }
 
-// [{"id", "memory_bytes", "cores": [[cpu, ...], ...]}, ...]
+// Returns JSON: [{"id", "memory_bytes", "cores": [[cpu, ...], ...]}, ...].
 std::string topology() {
   std::vector<std::string> nodes;
   for (const lk::Node& node : lk::engine_topology().nodes) {
@@ -365,9 +366,10 @@ std::string topology() {
   return json(nodes);
 }
 
-// [{"id", "total_bytes", "free_bytes", "distances": [distance, ...]}, ...]: each NUMA node in
-// <sysfs>/devices/system/node by rising number; distances to the nodes of this list in its order,
-// or none if the kernel does not tell. The configured topology does not matter.
+// Returns JSON: [{"id", "total_bytes", "free_bytes", "distances": [distance, ...]}, ...], an entry
+// for each NUMA node in <sysfs>/devices/system/node, by rising number. Distances are those to the
+// nodes of this list, in its order; the list of distances is empty if the kernel does not tell. The
+// configured topology does not matter.
 std::string numa_memory(const std::string& sysfs) {
   std::vector<std::string> nodes;
   for (const lk::NodeMemory& node : lk::node_memory(sysfs)) {
@@ -398,8 +400,8 @@ std::vector<int64_t> page_nodes(const std::vector<int64_t>& addresses) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(lvllm, m) {
-  // The handle is a tensor, not an int: torch.compile lifts a tensor to a graph input, so no handle
-  // of a past process is baked into a cached graph.
+  // The handle is a tensor and not an int, because torch.compile makes a tensor a graph input. An
+  // int would become a constant, and a cached graph would keep the handle of an earlier process.
   m.def("expert_block(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor layer) -> Tensor");
   m.def(
       "layer_create(*, str format, str activation, int activation_bits, int group_size, "

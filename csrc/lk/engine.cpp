@@ -24,13 +24,14 @@ struct Engine {
   int64_t log_rows = 0;
 };
 
-// Never destroyed: workers may still be spinning, and tensors be released, while the process exits.
+// The engine is never destroyed: while the process exits, workers may still be spinning and tensors
+// may be released.
 Engine& engine() {
   static Engine* instance = [] {
     auto* created = new Engine;
-    // fork() copies the memory but not the workers. It waits for a running call, and the child
-    // forgets the pool (joining threads that do not exist would hang) and starts its own when
-    // asked.
+    // fork() copies the memory but not the workers. So it first waits for a running call, and the
+    // child forgets the pool (joining threads that do not exist would hang) and starts its own pool
+    // when it needs one.
     pthread_atfork([] { engine().mutex.lock(); }, [] { engine().mutex.unlock(); },
                    [] {
                      static_cast<void>(engine().pool.release());
@@ -52,8 +53,8 @@ const Kernels& kernels_of(const EngineOptions& options) {
   return choose_kernels(!options.isa.empty() ? options.isa : forced ? forced : "");
 }
 
-// The pool and the kernels, started if need be. The caller holds the mutex.
-ThreadPool& ready(Engine& e) {
+// Chooses the kernels and starts the pool if that has not happened yet. The caller holds the mutex.
+ThreadPool& started_pool(Engine& e) {
   if (!e.kernels) e.kernels = &kernels_of(e.options);
   if (!e.pool) e.pool = std::make_unique<ThreadPool>(topology_of(e.options), e.options.pool);
   return *e.pool;
@@ -69,8 +70,8 @@ const LayerSpec& layer_of(const Engine& e, int64_t handle) {
   return found->second;
 }
 
-// The same extents in pieces of at most `bytes`.
-std::vector<Extent> cut(const std::vector<Extent>& extents, int64_t bytes) {
+// The same extents, divided into pieces of at most `bytes`.
+std::vector<Extent> split(const std::vector<Extent>& extents, int64_t bytes) {
   std::vector<Extent> pieces;
   for (const Extent& extent : extents) {
     for (int64_t at = extent.begin; at < extent.end; at += bytes) {
@@ -80,18 +81,18 @@ std::vector<Extent> cut(const std::vector<Extent>& extents, int64_t bytes) {
   return pieces;
 }
 
-// Huge pages of shared memory are made here: they would have to be copied later.
-void* allocate_shared_bank(const RowLayout& layout, bool placed, bool interleaved,
+// Makes huge pages before anything is loaded: later, the kernel would have to copy the small pages.
+void* allocate_shared_bank(const RowLayout& layout, bool several_nodes, bool interleave_pages,
                            ThreadPool& pool) {
   const PoolPlan& plan = pool.plan();
-  const std::vector<int> nodes = placed && !interleaved ? plan.nodes : memory_nodes();
-  const bool divided = placed && !interleaved;
+  const std::vector<int> nodes = several_nodes && !interleave_pages ? plan.nodes : memory_nodes();
+  const bool divided = several_nodes && !interleave_pages;
   const int64_t page = divided ? placement_page(layout, plan.node_workers) : kHugePage;
   std::vector<Extent> extents{{0, layout.bytes(), 0}};
   if (divided) extents = plan_placement(layout, plan.node_workers, page);
-  // A piece for a thread; in turns: a page for a node.
-  extents = cut(extents, interleaved ? kHugePage : int64_t{128} << 20);
-  for (size_t i = 0; interleaved && i < extents.size(); ++i) {
+  // Without interleaving, threads take pieces of 128 MiB; with it, each node in turn gets a page.
+  extents = split(extents, interleave_pages ? kHugePage : int64_t{128} << 20);
+  for (size_t i = 0; interleave_pages && i < extents.size(); ++i) {
     extents[i].node = static_cast<int>(i % nodes.size());
   }
   void* memory = allocate_shared(layout.bytes());
@@ -100,7 +101,7 @@ void* allocate_shared_bank(const RowLayout& layout, bool placed, bool interleave
     const int node = nodes[extent.node];
     touch_on_node(memory, extent, node, page);
     const bool small = page == kHugePage && !make_huge(memory, extent);
-    if (small && placed) touch_on_node(memory, extent, node);
+    if (small && several_nodes) touch_on_node(memory, extent, node);
   });
   return memory;
 }
@@ -110,7 +111,7 @@ void* allocate_shared_bank(const RowLayout& layout, bool placed, bool interleave
 void configure(const EngineOptions& options) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  // Everything that can be wrong is found before the old pool goes.
+  // Everything that can be wrong is found before the old pool ends.
   const Topology topology = topology_of(options);
   const Kernels& kernels = kernels_of(options);
   plan_pool(topology, options.pool);
@@ -129,14 +130,14 @@ Topology engine_topology() {
 EngineInfo engine_info() {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  const ThreadPool& pool = ready(e);
+  const ThreadPool& pool = started_pool(e);
   return {e.kernels->isa, e.options.pool, pool.plan()};
 }
 
 int64_t create_layer(const LayerSpec& layer, bool ordered) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  if (!ordered) order_layer(layer, ready(e));
+  if (!ordered) order_layer(layer, started_pool(e));
   e.layers.emplace(e.next_handle, layer);
   return e.next_handle++;
 }
@@ -150,7 +151,7 @@ void destroy_layer(int64_t handle) {
 void restore_layer(int64_t handle) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  restore_layer(layer_of(e, handle), ready(e));
+  restore_layer(layer_of(e, handle), started_pool(e));
   e.layers.erase(handle);
 }
 
@@ -170,7 +171,7 @@ void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
                                 " elements, the layer's hidden size is " +
                                 std::to_string(layer.hidden));
   }
-  ThreadPool& pool = ready(e);
+  ThreadPool& pool = started_pool(e);
   const std::vector<Fault> faults = expert_block(layer, batch, *e.kernels, pool, e.workspace);
   if (e.log == nullptr) return;
   for (const Fault& fault : faults) {
@@ -185,24 +186,27 @@ void reserve(int64_t handle, int64_t tokens, int64_t topk) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
   const LayerSpec& layer = layer_of(e, handle);
-  ThreadPool& pool = ready(e);
+  ThreadPool& pool = started_pool(e);
   reserve_workspace(layer, tokens, topk, *e.kernels, pool, e.workspace);
 }
 
 void* allocate_bank(const RowLayout& layout) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  ThreadPool& pool = ready(e);
+  ThreadPool& pool = started_pool(e);
   const PoolPlan& plan = pool.plan();
-  // On one node pages come as the loader writes them: what is resident is what has been loaded.
-  const bool placed = e.options.topology.empty() && memory_nodes().size() > 1;
-  if (e.options.shared) return allocate_shared_bank(layout, placed, e.options.interleave, pool);
-  if (placed && e.options.interleave) {
+  // On one node the kernel makes pages when the loader writes them, so that no more is resident
+  // than has been loaded.
+  const bool several_nodes = e.options.topology.empty() && memory_nodes().size() > 1;
+  if (e.options.shared) {
+    return allocate_shared_bank(layout, several_nodes, e.options.interleave, pool);
+  }
+  if (several_nodes && e.options.interleave) {
     void* memory = allocate(layout.bytes());
     interleave(memory, layout.bytes(), memory_nodes());
     return memory;
   }
-  if (!placed || plan.nodes.size() == 1) return allocate(layout.bytes());
+  if (!several_nodes || plan.nodes.size() == 1) return allocate(layout.bytes());
   const int64_t page = placement_page(layout, plan.node_workers);
   void* memory = allocate(layout.bytes(), page);
   const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, page);

@@ -1,4 +1,5 @@
-// The process-wide engine: one pool, one workspace, one set of kernels, and the layers by handle.
+// The engine of this process: one pool, one workspace, one set of kernels, and the layers, each
+// with a handle.
 #pragma once
 
 #include <string>
@@ -12,11 +13,11 @@ namespace lk {
 
 struct EngineOptions {
   PoolOptions pool;
-  std::vector<int> cpus;    // run on these only; empty: all that the process may use
-  std::string topology;     // a synthetic machine, see parse_topology; empty: the real one
-  std::string isa;          // empty: LK_ISA from the environment, else the best this CPU runs
-  bool interleave = false;  // banks lie on all nodes in turns, not on those that compute them
-  bool shared = false;      // banks can be mapped by other processes
+  std::vector<int> cpus;    // the CPUs to run on; empty: all that the process may use
+  std::string topology;     // a made-up machine, see parse_topology; empty: the real one
+  std::string isa;          // empty: LK_ISA from the environment, else the fastest this CPU can run
+  bool interleave = false;  // pages of banks are on all nodes round-robin
+  bool shared = false;      // other processes can map banks
 };
 
 struct EngineInfo {
@@ -25,44 +26,47 @@ struct EngineInfo {
   PoolPlan plan;
 };
 
-// All functions may be called from any thread; calls take turns on one mutex, which costs some 20
-// ns when nobody else is there. The pool starts at the first use and is started anew in a forked
-// child. Errors are std::invalid_argument (wrong value), OutOfMemory, or std::runtime_error.
+// All functions may be called from any thread. Calls take turns on one mutex, which costs about 20
+// ns if no other call is running. The pool starts at its first use, and once more in a forked
+// child. Errors are std::invalid_argument for a wrong value, OutOfMemory, or std::runtime_error.
 
-// Takes effect at once; waits for a running call.
+// Waits for a running call, then takes effect. If it throws, nothing has changed.
 void configure(const EngineOptions& options);
 
-// The machine as configured: real or synthetic, after affinity, cpuset and the list of CPUs.
+// The machine as configured: the real or made-up one, with the CPUs that affinity, cpuset and
+// EngineOptions::cpus leave.
 Topology engine_topology();
 EngineInfo engine_info();
 
-// A number other than 0 that names the layer until it is destroyed. Its weights come row-major, are
-// put into the kernels' order in place, and stay the caller's; `ordered`: they come in that order
-// and are only read.
+// Returns a handle, a number other than 0, that names the layer until it is destroyed. The weights
+// come row-major, and this puts them into the kernels' order in place; they still belong to the
+// caller. With `ordered`, the weights are in that order already and are only read.
 int64_t create_layer(const LayerSpec& layer, bool ordered = false);
 void destroy_layer(int64_t handle);
-// Destroys the layer and puts its weights back into row-major order.
+// Puts the weights back into row-major order and destroys the layer.
 void restore_layer(int64_t handle);
 
-// Where run_layer notes rows of y that are not finite, until it is called again; null: nowhere.
-// The log is zero where nothing happened, is kept alive by the caller, and may lie in memory that
-// several processes share.
+// An entry of the log of rows of y that are not finite. An entry is zero where nothing happened.
 struct LoggedFault {
-  int64_t layer;   // handle; in the first entry: how many rows have been noted
+  int64_t layer;   // its handle; in the first entry, how many rows have been noted
   int64_t source;  // FaultSource
   int64_t expert;
 };
-// `log` has rows + 2 entries: a count, then one for each row, the last for all beyond them. The
-// first fault of a row is kept: those of later layers are its consequences.
+// Lets run_layer write to `log` until watch() is called again; null: to no log. The log has rows +
+// 2 entries: a count, one for each row, and one for all rows beyond them. It keeps the first fault
+// of a row, because faults in later layers are its consequences. The caller keeps the log alive; it
+// may be in memory that several processes share.
 void watch(LoggedFault* log, int64_t rows);
 
-// y of the batch; hidden is the x row length that the caller has, checked against the layer's.
+// Computes y of the batch. `hidden` is the length of the caller's rows of x, which must be the
+// layer's hidden size.
 void run_layer(int64_t handle, const Batch& batch, int64_t hidden);
 
-// From now on run_layer allocates nothing for up to so many tokens of the layer with 32-bit ids.
+// From now on, run_layer allocates nothing for batches of up to so many tokens with 32-bit ids.
 void reserve(int64_t handle, int64_t tokens, int64_t topk);
 
-// Memory for a bank of experts, its rows on the nodes that compute them. Free it with release().
+// Allocates memory for a bank of experts, with each row on the node that computes it. Free it with
+// release().
 void* allocate_bank(const RowLayout& layout);
 
 }  // namespace lk

@@ -13,14 +13,14 @@ struct Shared {
   std::atomic<int64_t> begun{0};
   std::atomic<int64_t> ended{0};
   std::atomic<int64_t> layer{0};
-  // Looked at after each step, and nearly always false.
+  // Python reads this after each step; it is nearly always false.
   std::atomic<bool> failed{false};
   std::mutex mutex;
   int64_t failed_layer = 0;
   char text[512] = {};
 };
 
-// Never destroyed: a driver's thread may call while the process exits.
+// The object is never destroyed, because a driver's thread may call while the process exits.
 Shared& shared() {
   static auto* instance = new Shared;
   return *instance;
@@ -65,7 +65,7 @@ HostCallError take_host_call_error() {
 
 HostCallProgress host_call_progress() {
   const Shared& s = shared();
-  // Read in this order, no call is seen to end before it began.
+  // `ended` is read first, so that no call seems to end before it began.
   const int64_t ended = s.ended.load();
   return {s.begun.load(), ended, s.layer.load(std::memory_order_relaxed)};
 }

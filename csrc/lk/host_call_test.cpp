@@ -19,7 +19,7 @@ namespace {
 
 using namespace test_values;
 
-// As a driver has it: a thread that knows nothing of the engine calls functions in order.
+// Stands for a driver's stream: a thread that knows nothing of the engine calls functions in order.
 class Stream {
  public:
   ~Stream() {
@@ -97,7 +97,7 @@ TEST_F(HostCalls, RunInOrderAndAgainWithTheBitsOfADirectCall) {
     for (int64_t turn = 1; turn <= 200; ++turn) {
       std::fill(batch.y.begin(), batch.y.end(), uint16_t{0});
       stream.queue(lk_run_host_call, &call);
-      // Only what the number promises: all that was written is seen.
+      // Reading this number must be enough to see all that the call wrote.
       while (call.ended.load(std::memory_order_acquire) != turn) std::this_thread::yield();
       ASSERT_EQ(batch.y, want) << *kind << " " << turn;
     }
@@ -164,7 +164,7 @@ TEST_F(HostCalls, LeaveNaNAndTheFirstErrorsText) {
   EXPECT_EQ(error.layer, handle);
   EXPECT_NE(error.text.find("topk_ids[2, 1] is 3"), std::string::npos) << error.text;
   EXPECT_EQ(take_host_call_error().layer, 0);
-  // Taken, it makes room for the next.
+  // Once an error is taken, the next one is kept.
   stream.queue(lk_run_host_call, &call);
   stream.synchronize();
   error = take_host_call_error();

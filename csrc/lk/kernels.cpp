@@ -32,7 +32,7 @@ struct Choice {
   const Kernels& (*kernels)();
 };
 
-// From the slowest to the fastest.
+// The instruction sets from the slowest to the fastest.
 constexpr Choice kChoices[] = {
     {"portable", [] { return true; }, portable_kernels},
 #if defined(__x86_64__)

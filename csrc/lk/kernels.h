@@ -1,4 +1,4 @@
-// The arithmetic of the expert block, one table of functions an instruction set.
+// The arithmetic of the expert block: one table of functions for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,83 +9,85 @@
 
 namespace lk {
 
-// How the weights of a matrix are stored, and whether activations meet them as 8-bit integers.
+// How the weights of a matrix are stored. Act8 formats also quantise activations to 8 bits.
 enum class Format {
   kBf16,
   kFp16,
-  kFp8,       // e4m3fn
-  kInt8,      // two's complement
-  kInt8Act8,  // the same, activations quantised to 8 bits
-  kInt4,      // value + 8, two a byte, even K in the low nibble
+  kFp8,   // e4m3fn
+  kInt8,  // two's complement
+  kInt8Act8,
+  kInt4,  // value + 8; a byte holds two weights, the one with even K in its low nibble
   kInt4Act8,
-  kInt4Zero,  // value + a zero point for each group
+  kInt4Zero,  // value + the group's zero point
   kInt4ZeroAct8,
   kFp4,  // e2m1
 };
 constexpr int kFormats = static_cast<int>(Format::kFp4) + 1;
 
-// Weights along K in the four bytes of a unit.
+// How many weights along K the four bytes of a unit hold.
 constexpr int unit_weights(Format format) {
   return format <= Format::kFp16 ? 2 : format <= Format::kInt8Act8 ? 4 : 8;
 }
 
+// The type of group scales. kFloatBlocks: float32, one scale for each block of 128 x 128 weights.
 enum class ScaleType { kNone, kBf16, kFp16, kFloat, kE8m0, kE4m3, kFloatBlocks };
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kSwigluOai, kSwigluStep, kRelu2 };
 struct ActivationSpec {
   Activation kind = Activation::kSilu;
-  float alpha = 1.702f;  // of kSwigluOai
-  float limit = 7.0f;    // of kSwigluOai and kSwigluStep
-  float beta = 1.0f;     // of kSwigluOai
+  float alpha = 1.702f;  // for kSwigluOai
+  float limit = 7.0f;    // for kSwigluOai and kSwigluStep
+  float beta = 1.0f;     // for kSwigluOai
 };
 constexpr bool has_gate(Activation activation) { return activation != Activation::kRelu2; }
 
 enum class Scalar { kBf16, kFp16 };  // element type of x and of the output
 
-// Activations are packed in blocks of 32, in zeros up to whole ones. Where they are quantised, a
-// block shares a scale, or up to eight blocks do.
+// Activations are packed in blocks of 32, padded with zeros. Where they are quantised, blocks of
+// 32, 64, 128 or 256 activations share a scale.
 constexpr int kActBlockLog2 = 5;
 constexpr int kMostActBlockLog2 = 8;
 constexpr int64_t kActBlock = int64_t{1} << kActBlockLog2;
 
 // Dot products of the rows of one tile with some rows of activations:
-// out[t * kTileRows + r] = sum over k of weights[r][k] * scale[r][k / group] * acts[t][k], summed
-// in an order that depends on k alone. So a token's result does not depend on the tokens beside it.
+// out[t * kTileRows + r] = sum over k of weights[r][k] * scale[r][k / group] * acts[t][k]. The
+// order of the sum depends only on k, so a token's result does not depend on the other tokens.
 struct MatmulArgs {
   const char* tile = nullptr;  // see tiles.h
-  const char* next = nullptr;  // the tile that is read next, to be prefetched; may be null
-  int64_t rows = 0;            // of the tile
+  const char* next = nullptr;  // the tile that is read next and is prefetched; may be null
+  int64_t rows = 0;            // in the tile
   int64_t k = 0;
   int64_t row_bytes = 0;
-  // Group scales: element [k / group][row] of the tile. kFloatBlocks: element [k / group] for rows
-  // before block_end, of the second array after it.
+  // Group scales: element [k / group][row] of the tile. With kFloatBlocks, element [k / group] of
+  // `scale` for rows before block_end, and of `next_block_scale` for the rows from there on.
   ScaleType scale_type = ScaleType::kNone;
   const void* scale = nullptr;
   const float* next_block_scale = nullptr;
   int64_t block_end = kTileRows;
   int64_t group = 0;                   // 0: no group scales
-  const uint8_t* zero = nullptr;       // as scale; only of the formats with zero points
-  const void* const* acts = nullptr;   // one packed row a token
-  int act_block_log2 = kActBlockLog2;  // as they were packed
+  const uint8_t* zero = nullptr;       // laid out like scale; only for formats with zero points
+  const void* const* acts = nullptr;   // a packed row for each token
+  int act_block_log2 = kActBlockLog2;  // as in pack()
   int64_t tokens = 0;
   float* out = nullptr;     // [tokens][kTileRows]
-  char* scratch = nullptr;  // kScratchBytes, on a cache line
+  char* scratch = nullptr;  // kScratchBytes, aligned to a cache line
 };
 
-// Scratch of a matmul: one block of unpacked weights, its scales and zero points as floats.
+// The scratch memory of a matmul holds one block of unpacked weights, and its scales and zero
+// points as floats.
 constexpr int64_t kUnpackedBytes = 64 * kTileRows * 4;
 constexpr int64_t kScratchBytes = kUnpackedBytes + 16 * kTileRows * 4;
 
 struct FormatKernels {
-  // Bytes of one packed row of k activations.
+  // Bytes of a packed row of k activations.
   int64_t (*act_row_bytes)(int64_t k);
-  // Packs activations [at, at + n) of a row of k. `at` is a multiple of 2^block_log2, and n too
-  // unless the row ends there. Formats that quantise them do it in blocks of that size.
+  // Packs activations [at, at + n) of a row of k. `at` is a multiple of 2^block_log2, and so is n
+  // unless the row ends there. Act8 formats quantise activations in blocks of that size.
   void (*pack)(const float* values, int64_t n, int64_t at, int64_t k, int block_log2, void* row);
   void (*matmul)(const MatmulArgs& args);
 };
 
-// What is left to do to a row of sums: value[i] * row_scale[i] * scale + bias[i].
+// What remains to be done with a row of sums: value[i] * row_scale[i] * scale + bias[i].
 struct Epilogue {
   const float* row_scale = nullptr;  // may be null
   float scale = 1.0f;
@@ -99,18 +101,18 @@ struct Sums {
 struct Kernels {
   const char* isa;
   FormatKernels formats[kFormats];
-  // values[i] = x[i] as float.
+  // values[i] = float(x[i]).
   void (*widen)(const void* x, Scalar type, int64_t n, float* values);
   // out[i] = sums[i] with its epilogue. `stream` stores past the caches where the alignment of
   // `out` allows it; end_stream must follow before other threads read `out`.
   void (*finish)(const Sums& sums, int64_t n, bool stream, float* out);
   void (*end_stream)();
-  // out[i] = activation(gate[i]) * up[i], both finished; gate is not read if the activation has
-  // none.
+  // out[i] = activation(gate[i]) * up[i], both with their epilogues. gate is not read if the
+  // activation has no gate.
   void (*activate)(const ActivationSpec& spec, const Sums& gate, const Sums& up, int64_t n,
                    float* out);
-  // out[h] = sum over j of weights[j] * rows[j * stride + h], in the order of j, skipping ids < 0.
-  // Returns whether all of out is finite: no NaN and no infinity.
+  // out[h] = sum over j of weights[j] * rows[j * stride + h], in the order of j and without the j
+  // whose ids[j] is negative. Returns whether `out` has no NaN and no infinity.
   bool (*combine)(const float* rows, int64_t stride, const float* weights, const int32_t* ids,
                   int topk, int64_t n, Scalar type, void* out);
 
@@ -119,16 +121,15 @@ struct Kernels {
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();       // F, BW, DQ, VL: Intel since Skylake-X
-const Kernels& avx512_vnni_kernels();  // and VNNI: Intel since Cascade Lake
-const Kernels& avx512_bf16_kernels();  // and BF16 and VBMI: AMD since Zen 4, Intel since Sapphire
-                                       // Rapids
+const Kernels& avx512_kernels();
+const Kernels& avx512_vnni_kernels();
+const Kernels& avx512_bf16_kernels();
 
-// The names of those that this CPU runs, the best one last.
+// The names of the kernels that this CPU can run, the fastest one last.
 std::vector<std::string> available_kernels();
 
-// The kernels of that name, or the best that this CPU runs if `isa` is empty. Throws
-// std::invalid_argument for another name or one this CPU cannot run.
+// The kernels of that name, or the fastest that this CPU can run if `isa` is empty. Throws
+// std::invalid_argument if there are none of that name, or if this CPU cannot run them.
 const Kernels& choose_kernels(const std::string& isa);
 
 }  // namespace lk

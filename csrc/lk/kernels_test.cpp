@@ -1,4 +1,4 @@
-// Every instruction set's kernels against the same arithmetic in double precision.
+// Compares the kernels of every instruction set with the same arithmetic in double precision.
 #include "lk/kernels.h"
 
 #include <gtest/gtest.h>
@@ -28,7 +28,7 @@ TEST(Conversions, Bf16RoundsToNearestEven) {
   EXPECT_TRUE(std::isnan(bf16_to_float(float_to_bf16(float_of(0x7f800001)))));
 }
 
-// All halves there are, and the values half-way between neighbours.
+// All numbers of fp16, and the numbers half-way between neighbours.
 TEST(Conversions, Fp16ThereAndBack) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const auto half = static_cast<uint16_t>(bits);
@@ -51,7 +51,7 @@ TEST(Conversions, Fp16ThereAndBack) {
   EXPECT_EQ(float_to_fp16(-1e-30f), 0x8000);
 }
 
-// Group scales of a product: whole_row stands for one group, as long as a row is when padded.
+// The group scales of a product. kWholeRow is one group, as long as a padded row.
 struct Scales {
   ScaleType type = ScaleType::kNone;
   int64_t group = 0;
@@ -73,7 +73,7 @@ std::vector<Scales> scales_of(Format format) {
   return all;
 }
 
-// An activation as a format meets it on an instruction set: as float, bf16 or in blocks of bytes.
+// Activations as an instruction set rounds them for a format: as float, bf16 or in blocks of bytes.
 std::vector<double> rounded(const std::string& isa, Format format, size_t block,
                             const std::vector<float>& x) {
   std::vector<double> values(x.begin(), x.end());
@@ -94,7 +94,7 @@ std::vector<double> rounded(const std::string& isa, Format format, size_t block,
   return values;
 }
 
-// A size of blocks of activations in which no group ends.
+// A random size of blocks of activations that divides the group size.
 int random_block_log2(int64_t group, Random& random) {
   int widest = kActBlockLog2;
   while (widest < kMostActBlockLog2 && group % (int64_t{2} << widest) == 0) ++widest;
@@ -105,7 +105,8 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-// A tile of weights with its scales and some tokens, all in memory that ends where it must.
+// A tile of weights with its scales, and some tokens, each in memory of exactly the needed size, so
+// that the sanitizers notice a read behind it.
 class Product {
  public:
   Product(const Kernels& kernels, Format format, int64_t rows, int64_t k, int64_t tokens,
@@ -135,12 +136,12 @@ class Product {
     acts_.resize(count);
     x_.resize(count);
     x_[token] = x;
-    // All ones are NaN as float and as bf16: what is not written would be noticed.
+    // All bits are ones, which is NaN as float and as bf16, so that what is not written is noticed.
     acts_[token].assign(format().act_row_bytes(k_), -1);
     format().pack(x.data(), k_, 0, k_, block_log2_, acts_[token].data());
   }
 
-  // To be called when row-major `weights` have changed.
+  // Must be called after row-major `weights` have changed.
   void order() {
     tile_ = weights;
     turn(tile_.data(), row_bytes(format_, k_), kUnitBytes);
@@ -187,7 +188,8 @@ class Product {
     return out;
   }
 
-  // Sums of all rows in double precision, and of their terms' sizes; both [tokens][rows].
+  // The sums of all rows in double precision, and the sums of their terms' magnitudes; both are
+  // [tokens][rows].
   void reference(std::vector<double>* sums, std::vector<double>* sizes) const {
     const int64_t tokens = x_.size();
     sums->assign(tokens * rows_, 0.0);
@@ -263,7 +265,7 @@ class Matmul : public testing::TestWithParam<Case> {
   const Kernels& kernels() const { return choose_kernels(std::get<0>(GetParam())); }
   Format format() const { return std::get<1>(GetParam()); }
 
-  // A product against the reference; the same bits for a token alone.
+  // Compares a product with the reference, and checks that a token alone gives the same bits.
   void check(int64_t rows, int64_t k, int64_t tokens, Scales scales, int64_t block_end) {
     SCOPED_TRACE(testing::Message() << "k " << k << ", rows " << rows << ", tokens " << tokens
                                     << ", scales " << static_cast<int>(scales.type) << " per "
@@ -293,8 +295,9 @@ class Matmul : public testing::TestWithParam<Case> {
   Random random_{1};
 };
 
-// Tails of K, ragged tiles and every split of tokens over passes. The lists have no common divisor,
-// so that each size of one list meets each of another.
+// Sizes of K that are no whole units or blocks, tiles of fewer rows, and every division of tokens
+// into passes. The lengths of the lists have no common divisor, so each size of one list is
+// combined with each of another.
 TEST_P(Matmul, Sizes) {
   constexpr int64_t kSizes[] = {1, 2, 3, 7, 31, 32, 33, 64, 100, 258, 2047};
   constexpr int64_t kRows[] = {64, 32, 45, 61, 13, 1, 47, 64};
@@ -318,13 +321,14 @@ TEST_P(Matmul, AnyNumberOfRows) {
   }
 }
 
-// All codes there are, at each place in a unit.
+// Every code, at each place in a unit.
 TEST_P(Matmul, Codes) {
   const int64_t k = unit_weights(format());
   const Scales scales = has_zero_points(format()) ? Scales{ScaleType::kFloat, 32} : Scales{};
   Product product(kernels(), format(), kTileRows, k, 0, scales, kTileRows, random_);
   product.set_token(0, std::vector<float>(k, 1.0f));
-  // What the group scale and the zero point make of a weight of 0 and of one of 1.
+  // fill() gives the product of weights that all have one code. With zero points, those of values 0
+  // and 1 give the offset and the factor of the group scale and the zero point.
   const auto fill = [&](uint32_t code) {
     for (int64_t r = 0; r < kTileRows; ++r) {
       for (int64_t i = 0; i < k; ++i) {
@@ -355,7 +359,7 @@ TEST_P(Matmul, Codes) {
         const uint32_t code = (first + r) & ((1u << code_bits(format())) - 1);
         const double want = code_value(format(), code);
         const float got = out[r];
-        // vdpbf16ps takes subnormal numbers for zeros.
+        // vdpbf16ps treats subnormal numbers as zeros.
         if (format() == Format::kBf16 && std::abs(want) < 0x1p-126 && got == 0) continue;
         const double bound = 1e-5 * std::abs(want) + (zero == 8 ? 1e-4 : 0);
         const bool right = std::isnan(want)   ? std::isnan(got)
@@ -371,13 +375,13 @@ TEST_P(Matmul, Codes) {
   }
 }
 
-// Rows are packed in pieces by those who make them.
+// The activations of the intermediate are packed tile by tile.
 TEST_P(Matmul, PackInPieces) {
   const FormatKernels& kernel = kernels().of(format());
   for (int64_t k : {1, 31, 32, 77, 300}) {
     const std::vector<float> x = random_floats(k, random_);
     for (int log2 = kActBlockLog2; log2 <= kMostActBlockLog2; ++log2) {
-      // Bytes that pad a row to cache lines are nobody's.
+      // Nobody writes the bytes that pad a row to cache lines.
       std::vector<char> at_once(kernel.act_row_bytes(k), 0);
       std::vector<char> in_pieces = at_once;
       kernel.pack(x.data(), k, 0, k, log2, at_once.data());
@@ -393,7 +397,7 @@ TEST_P(Matmul, PackInPieces) {
   }
 }
 
-// An activation that is no number makes no number of every row.
+// If one activation is NaN or infinity, the sums of all rows are not finite.
 TEST_P(Matmul, NonFiniteActivations) {
   const Scales scales = scales_of(format()).back();
   for (int64_t tokens : {1, 20}) {
@@ -420,7 +424,7 @@ class Rows : public testing::TestWithParam<std::string> {
   Random random_{2};
 };
 
-// All codes that a group scale can have.
+// Every code of an 8-bit group scale.
 TEST_P(Rows, ScaleCodes) {
   for (const auto& [type, group] : scales_of(Format::kFp4)) {
     for (uint32_t first = 0; first < 256; first += kTileRows) {
@@ -514,7 +518,7 @@ TEST_P(Rows, Activate) {
     kernels().activate(spec, {gated ? gate.data() : nullptr, {}}, {up.data(), {}}, n, out.data());
     for (int64_t i = 0; i < n; ++i) {
       const double want = activated(spec, gate[i], up[i]);
-      // Relative, and absolute for the tail of erf and where exp is cut off at e^-87.
+      // The bound is relative, plus an absolute part for 1 - erf and for exp, which ends at e^-87.
       const double bound = 3e-6 * std::abs(want) +
                            1e-6 * std::min(1.0, std::abs(double{gate[i]})) * (std::abs(up[i]) + 1);
       EXPECT_NEAR(out[i], want, bound) << static_cast<int>(spec.kind) << " of " << gate[i];
@@ -549,7 +553,7 @@ TEST_P(Rows, CombineSaysWhatIsNotFinite) {
   const std::vector<float> rows = random_floats(2 * kStride, random_);
   const float weights[2] = {1.0f, 1.0f};
   for (Scalar type : {Scalar::kBf16, Scalar::kFp16}) {
-    // The largest number that is rounded to a finite one, and the next float.
+    // The largest float that is rounded to a finite number, and the next float.
     const float largest = type == Scalar::kBf16 ? 0x1.fefffep127f : 0x1.ffdffep15f;
     const float beyond = std::nextafter(largest, kInfinity);
     for (int64_t n : {1, 31, 256, 600}) {
@@ -569,7 +573,7 @@ TEST_P(Rows, CombineSaysWhatIsNotFinite) {
         }
         EXPECT_TRUE(finite(at, largest, 1) && finite(at, -largest, 1)) << at << " of " << n;
       }
-      // What lies behind the row does not count.
+      // What is behind the row does not count.
       EXPECT_TRUE(finite(n, kInfinity, 1));
     }
   }

@@ -8,14 +8,14 @@
 namespace lk {
 namespace {
 
-constexpr int64_t kScaleBlockRows = 128;  // of kFloatBlocks
+constexpr int64_t kScaleBlockRows = 128;  // for kFloatBlocks
 constexpr int64_t kScaleBlockColumns = 128;
 
-// Rows of bytes of all experts that are reordered alike.
+// An array of a matrix with a row of bytes for each row of weights of all experts.
 struct RowArray {
   char* data;
   int64_t row_bytes;
-  int64_t unit;  // 0: rows keep their order, they are only de-interleaved
+  int64_t unit;  // of tiles; 0: rows are not put into tiles, only de-interleaved
 };
 
 std::vector<RowArray> arrays_of(const Matrix& m) {
@@ -38,6 +38,7 @@ void with_buffers(ThreadPool& pool, int64_t count, int64_t buffer_bytes, Work&& 
                  [&](int64_t index, int worker) { work(index, buffers[worker].data()); });
 }
 
+// Puts the arrays of a matrix into tile order, or back.
 void tile_matrix(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) {
   for (const RowArray& array : arrays_of(m)) {
     if (array.unit == 0) continue;
@@ -47,13 +48,13 @@ void tile_matrix(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) 
                    const int64_t tile = index % tiles;
                    char* begin = array.data + index / tiles * m.rows * array.row_bytes +
                                  tile_offset(tile, array.row_bytes);
-                   const auto turn = back ? untile_in_place : tile_in_place;
-                   turn(begin, tile_rows(tile, m.rows), array.row_bytes, array.unit, buffer);
+                   const auto reorder = back ? untile_in_place : tile_in_place;
+                   reorder(begin, tile_rows(tile, m.rows), array.row_bytes, array.unit, buffer);
                  });
   }
 }
 
-// Rows 0, 2, 4 ... of each expert, then rows 1, 3, 5 ...; or back.
+// Puts rows 0, 2, 4 ... of each expert before rows 1, 3, 5 ..., or back.
 void deinterleave(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) {
   for (const RowArray& array : arrays_of(m)) {
     const int64_t rows = 2 * m.rows;
@@ -61,9 +62,9 @@ void deinterleave(const Matrix& m, int64_t experts, bool back, ThreadPool& pool)
       char* data = array.data + expert * rows * array.row_bytes;
       std::memcpy(buffer, data, rows * array.row_bytes);
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t apart = row % 2 * m.rows + row / 2;
-        std::memcpy(data + (back ? row : apart) * array.row_bytes,
-                    buffer + (back ? apart : row) * array.row_bytes, array.row_bytes);
+        const int64_t sorted = row % 2 * m.rows + row / 2;
+        std::memcpy(data + (back ? row : sorted) * array.row_bytes,
+                    buffer + (back ? sorted : row) * array.row_bytes, array.row_bytes);
       }
     });
   }
@@ -101,7 +102,7 @@ MatmulArgs Matrix::product(int64_t expert, int64_t part, int64_t row) const {
   if (scale_type == ScaleType::kFloatBlocks) {
     const int64_t columns = ceil_div(k, kScaleBlockColumns);
     const int64_t first = part * rows + row;
-    // Interleaved rows of gate and up share their blocks: row r of a part was row 2 r + part.
+    // If gate and up came interleaved, they share blocks: row r of a part was row 2 r + part.
     const int64_t block = interleaved ? row / (kScaleBlockRows / 2) : first / kScaleBlockRows;
     const auto* scales = reinterpret_cast<const float*>(scale) +
                          (expert * ceil_div(parts * rows, kScaleBlockRows) + block) * columns;

@@ -1,4 +1,4 @@
-// One layer's experts: where their weights, scales and biases are, and the order that they are in.
+// The experts of one layer: where their weights, scales and biases are, and in which order.
 #pragma once
 
 #include <cstdint>
@@ -9,21 +9,23 @@
 
 namespace lk {
 
-// w13 (gate rows, then up rows: two parts; up rows alone: one) or w2 (one part) of all experts.
+// w13 or w2 of all experts. w13 has two parts, gate rows and then up rows, or one part, up rows, if
+// the activation has no gate. w2 has one part.
 struct Matrix {
-  char* weights = nullptr;  // [experts][parts][rows] rows of row_bytes, in tiles by part
+  char* weights = nullptr;  // [experts][parts][rows] rows of row_bytes; each part is cut into tiles
   int64_t parts = 1;
-  int64_t rows = 0;  // of one part
+  int64_t rows = 0;  // in one part
   int64_t k = 0;
   int64_t row_bytes = 0;
-  bool interleaved = false;  // the two parts' rows came as gate 0, up 0, gate 1, up 1 and so on
+  bool interleaved = false;  // the rows of both parts came as gate 0, up 0, gate 1, up 1 and so on
 
-  // Scales of groups along K, [experts][parts][rows][k / group] in tiles by part, one scale being
-  // the unit; or float [experts][parts * rows / 128][k / 128] as they come (kFloatBlocks).
+  // Scales of groups along K, [experts][parts][rows][k / group] in tiles like the weights', whose
+  // unit is one scale. With kFloatBlocks, [experts][parts * rows / 128][k / 128] in the
+  // checkpoint's order.
   ScaleType scale_type = ScaleType::kNone;
   char* scale = nullptr;
   int64_t group = 0;
-  uint8_t* zero = nullptr;  // as group scales
+  uint8_t* zero = nullptr;  // zero points, laid out like the group scales
 
   float* row_scale = nullptr;         // [experts][parts * rows]
   const float* part_scale = nullptr;  // [experts][parts], or [experts] if shared_part_scale
@@ -36,9 +38,9 @@ struct Matrix {
 
   // The tile whose first row is `row` of a part.
   const char* tile(int64_t expert, int64_t part, int64_t row) const;
-  // The arguments of its product that depend on the weights alone.
+  // The arguments for multiplying that tile, as far as they depend on the weights.
   MatmulArgs product(int64_t expert, int64_t part, int64_t row) const;
-  // What is left to do to sums of rows from `row` on.
+  // What remains to be done with the sums of the rows from `row` on.
   Epilogue epilogue(int64_t expert, int64_t part, int64_t row) const;
 };
 
@@ -53,8 +55,9 @@ struct LayerSpec {
   Matrix w2;
 };
 
-// Puts a layer that came row-major into the order that the kernels read, in place, and back.
+// Puts a row-major layer into the order that the kernels read, in place.
 void order_layer(const LayerSpec& layer, ThreadPool& pool);
+// Puts it back.
 void restore_layer(const LayerSpec& layer, ThreadPool& pool);
 
 }  // namespace lk

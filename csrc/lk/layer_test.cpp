@@ -15,21 +15,21 @@ using namespace test_values;
 
 constexpr int64_t kExperts = 2;
 
-// The bytes of one row of a product, gathered from its tile.
+// The bytes of one row, gathered from its tile.
 std::vector<char> gather_row(const MatmulArgs& args, int64_t row) {
   const int64_t whole = args.row_bytes / kUnitBytes * kUnitBytes;
-  const int64_t tail = args.row_bytes - whole;
+  const int64_t rest_bytes = args.row_bytes - whole;
   std::vector<char> bytes;
   for (int64_t at = 0; at < whole; at += kUnitBytes) {
     const char* unit = args.tile + at * args.rows + row * kUnitBytes;
     bytes.insert(bytes.end(), unit, unit + kUnitBytes);
   }
-  const char* rest = args.tile + whole * args.rows + row * tail;
-  bytes.insert(bytes.end(), rest, rest + tail);
+  const char* rest = args.tile + whole * args.rows + row * rest_bytes;
+  bytes.insert(bytes.end(), rest, rest + rest_bytes);
   return bytes;
 }
 
-// A weight as the kernels would find it.
+// The value of a weight, with the scales where the kernels read them.
 double value_of(const MatmulArgs& args, const Epilogue& epilogue, Format format,
                 const std::vector<char>& bytes, int64_t row, int64_t k) {
   const int64_t group = args.group == 0 ? 0 : k / args.group;
@@ -44,7 +44,7 @@ double value_of(const MatmulArgs& args, const Epilogue& epilogue, Format format,
   return value * (epilogue.row_scale ? epilogue.row_scale[row] : 1.0f) * epilogue.scale;
 }
 
-// The tile whose first row is `row` of a part, against the rows that came.
+// Compares the tile whose first row is `row` of a part with the rows that came.
 void check_product(const TestMatrix& test, const MatrixData& came, const Matrix& m, Format format,
                    int64_t expert, int64_t part, int64_t row) {
   SCOPED_TRACE(testing::Message() << "expert " << expert << ", part " << part << ", row " << row);
@@ -84,8 +84,8 @@ class Layer : public testing::TestWithParam<Kind> {};
 TEST_P(Layer, OrderedRowsAreWhereProductsLookAndComeBack) {
   const Kind& kind = GetParam();
   Random random(5);
-  // Of parts that are whole tiles and whole blocks of scales, and of such that are not: a block's
-  // rows then end within a tile, and reach from gate to up.
+  // Some sizes make whole tiles and whole blocks of scales. With others, the rows of a block end
+  // within a tile, or a block has rows of gate and up.
   for (const auto& [hidden, intermediate] :
        std::vector<std::pair<int64_t, int64_t>>{{128, 64}, {150, 90}, {258, 46}, {6, 2}}) {
     for (const char* topology :

@@ -21,11 +21,11 @@
 namespace lk {
 namespace {
 
-// From <linux/mempolicy.h>; libnuma would be one more package to ask the user for.
+// These are from <linux/mempolicy.h>. libnuma would be one more package that users have to install.
 constexpr int kPreferred = 1;
 constexpr int kInterleave = 3;
 constexpr int kMemsAllowed = 1 << 2;
-// From <linux/mman.h>, of Linux 6.1, which the C library's headers may be older than.
+// MADV_COLLAPSE, of Linux 6.1; the C library's headers may be older.
 constexpr int kCollapse = 25;
 
 // Masks of nodes have a bit for every number that the kernel can give a node, on any architecture
@@ -42,8 +42,8 @@ NodeMask mask_of(const std::vector<int>& nodes) {
 
 struct Area {
   int64_t size = 0;
-  int descriptor = -1;  // of memory that is shared
-  bool ours = true;     // and not another process's
+  int descriptor = -1;  // of allocate_shared
+  bool ours = true;     // false for another process's memory
 };
 
 struct Registry {
@@ -51,7 +51,7 @@ struct Registry {
   std::map<void*, Area> areas;
 };
 
-// Never destroyed: tensors may be released while the process exits.
+// The registry is never destroyed, because tensors may be released while the process exits.
 Registry& registry() {
   static auto* instance = new Registry;
   return *instance;
@@ -64,8 +64,8 @@ std::string gib(int64_t bytes) {
   return text.str();
 }
 
-// Bytes of our allocations that have pages already. Slow (a byte a page), so asked only when the
-// plain sum does not fit.
+// How many bytes of our allocations have pages already. This is slow (mincore writes a byte for
+// each page), so it is called only where the sum of all allocations does not fit.
 int64_t resident_bytes(const std::map<void*, Area>& areas) {
   const int64_t page = sysconf(_SC_PAGESIZE);
   int64_t pages = 0;
@@ -78,28 +78,28 @@ int64_t resident_bytes(const std::map<void*, Area>& areas) {
   return pages * page;
 }
 
-[[noreturn]] void fail(int64_t asked, int64_t promised, int64_t available) {
+[[noreturn]] void throw_out_of_memory(int64_t asked, int64_t promised, int64_t available) {
   std::string text = "cannot allocate " + gib(asked) + " for expert weights: " + gib(available) +
                      " of memory are free";
   if (promised > 0) text += ", of which " + gib(promised) + " are promised to earlier weights";
   throw OutOfMemory(text);
 }
 
-// Throws OutOfMemory unless there is room for so many bytes. mmap promises more than there is, and
-// the kernel kills the process when it cannot keep the promise; so the sum is done here, before a
-// minute of loading. The caller holds the mutex.
+// Throws OutOfMemory unless so many bytes are free. mmap promises more memory than there is, and
+// the kernel kills the process when it cannot keep the promise. So this checks it before a minute
+// of loading. The caller holds the mutex.
 void check_room(const Registry& all, int64_t bytes) {
   const int64_t available = available_bytes();
   int64_t promised = 0;
   for (const auto& [memory, area] : all.areas) promised += area.ours ? area.size : 0;
   if (promised + bytes <= available) return;
   promised = std::max<int64_t>(0, promised - resident_bytes(all.areas));
-  if (bytes > available - promised) fail(bytes, promised, available);
+  if (bytes > available - promised) throw_out_of_memory(bytes, promised, available);
 }
 
-// A range of addresses that starts on a huge page, without memory; null if there is none.
-char* reserve(int64_t size) {
-  // One huge page more; the ends are given back.
+// A range of addresses without memory, aligned to a huge page; null if there is none.
+char* reserve_addresses(int64_t size) {
+  // The range is one huge page longer at first, and what is not needed at its ends is given back.
   void* raw = mmap(nullptr, size + kHugePage, PROT_NONE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (raw == MAP_FAILED) return nullptr;
@@ -111,14 +111,14 @@ char* reserve(int64_t size) {
   return aligned;
 }
 
-[[noreturn]] void refuse(const char* what, int64_t bytes) {
+[[noreturn]] void throw_mapping_error(const char* what, int64_t bytes) {
   throw std::runtime_error("cannot " + std::string(what) + " " + gib(bytes) +
                            " of shared memory: " + std::strerror(errno));
 }
 
-// Maps the file at a range of its own; null if that fails.
+// Maps the file at a new range of addresses; null if that fails.
 char* map_file(int descriptor, int64_t size, int protection) {
-  char* memory = reserve(size);
+  char* memory = reserve_addresses(size);
   if (memory != nullptr &&
       mmap(memory, size, protection, MAP_SHARED | MAP_FIXED, descriptor, 0) != MAP_FAILED) {
     return memory;
@@ -176,8 +176,9 @@ int64_t cross_node_bytes(const RowLayout& layout, const std::vector<int>& node_w
 
 int64_t placement_page(const RowLayout& layout, const std::vector<int>& node_workers) {
   // Small pages cost up to a fifth of the decode speed (see allocate(); measured on a virtual
-  // machine, where page walks are slowest). Rows on another socket are read at roughly half speed,
-  // so that the two are even somewhere between an eighth and a fifth: a judgement, not measured.
+  // machine, where page walks are slowest). Rows on another socket are read at roughly half speed.
+  // So the two cost the same where between an eighth and a fifth of the rows are on the wrong node;
+  // this is an estimate, not a measurement.
   const std::vector<Extent> huge = plan_placement(layout, node_workers, kHugePage);
   const int64_t cross = cross_node_bytes(layout, node_workers, huge);
   return cross > layout.bytes() / 8 ? kSmallPage : kHugePage;
@@ -188,14 +189,14 @@ void* allocate(int64_t bytes, int64_t page_bytes) {
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
   check_room(all, bytes);
-  char* memory = reserve(size);
+  char* memory = reserve_addresses(size);
   if (memory == nullptr || mprotect(memory, size, PROT_READ | PROT_WRITE) != 0) {
     if (memory != nullptr) munmap(memory, size);
-    fail(bytes, 0, available_bytes());
+    throw_out_of_memory(bytes, 0, available_bytes());
   }
-  // On 4 KiB pages the walks of the page table show: 1 token of Qwen3-30B-A3B's shape in bf16 took
-  // 2.7 ms on one Zen 5 core, on huge pages 2.2 ms. The last, partly used huge page is left in
-  // small ones, so that what becomes resident is what was asked for.
+  // With 4 KiB pages, walks of the page table cost time: on one Zen 5 core, 1 token of
+  // Qwen3-30B-A3B's shape in bf16 took 2.7 ms, and 2.2 ms with huge pages. The last huge page is
+  // not full, so it is left in small pages: then no more becomes resident than was asked for.
   const int64_t huge = bytes / kHugePage * kHugePage;
   if (page_bytes == kSmallPage) {
     madvise(memory, size, MADV_NOHUGEPAGE);
@@ -212,7 +213,7 @@ void* allocate_shared(int64_t bytes) {
   const std::lock_guard lock(all.mutex);
   check_room(all, bytes);
   const int descriptor = memfd_create("lvllm-experts", MFD_CLOEXEC);
-  if (descriptor < 0) refuse("create", bytes);
+  if (descriptor < 0) throw_mapping_error("create", bytes);
   char* memory = nullptr;
   if (ftruncate(descriptor, size) == 0) {
     memory = map_file(descriptor, size, PROT_READ | PROT_WRITE);
@@ -221,7 +222,7 @@ void* allocate_shared(int64_t bytes) {
     const int error = errno;
     close(descriptor);
     errno = error;
-    refuse("map", bytes);
+    throw_mapping_error("map", bytes);
   }
   all.areas[memory] = {.size = size, .descriptor = descriptor};
   return memory;
@@ -242,13 +243,13 @@ SharedPlace shared_place(const void* address) {
 
 void* map_shared(int descriptor, int64_t bytes) {
   struct stat file{};
-  if (fstat(descriptor, &file) != 0) refuse("map", bytes);
+  if (fstat(descriptor, &file) != 0) throw_mapping_error("map", bytes);
   if (bytes < 1 || file.st_size < bytes || bytes % kHugePage != 0) {
     throw std::runtime_error("shared memory of " + std::to_string(file.st_size) + " bytes, not " +
                              std::to_string(bytes));
   }
   char* memory = map_file(descriptor, bytes, PROT_READ);
-  if (memory == nullptr) refuse("map", bytes);
+  if (memory == nullptr) throw_mapping_error("map", bytes);
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
   all.areas[memory] = {.size = bytes, .ours = false};
@@ -268,7 +269,7 @@ void release(void* memory) {
 void touch_on_node(void* memory, const Extent& extent, int node, int64_t page_bytes) {
   NodeMask before{};
   int policy = 0;
-  // The policy of the thread, not mbind: an mbind for each expert's share would split the mapping
+  // This changes the policy of the thread. An mbind for each expert's share would split the mapping
   // into more areas than the kernel allows a process (vm.max_map_count, 65530).
   const bool saved =
       syscall(SYS_get_mempolicy, &policy, before.data(), kNodeNumbers, nullptr, 0) == 0;
@@ -281,15 +282,15 @@ void touch_on_node(void* memory, const Extent& extent, int node, int64_t page_by
 }
 
 bool make_huge(void* memory, const Extent& extent) {
-  // The kernel's setting for shared memory (shmem_enabled) is "never" nearly everywhere; this asks
-  // for the pages whatever it says. A range that has no page at all is refused.
+  // The kernel's setting for huge pages in shared memory (shmem_enabled) is "never" nearly
+  // everywhere. MADV_COLLAPSE works whatever the setting is, but refuses a range without any page.
   const int64_t begin = round_up(extent.begin, kHugePage);
   const int64_t end = extent.end / kHugePage * kHugePage;
   return end <= begin || madvise(static_cast<char*>(memory) + begin, end - begin, kCollapse) == 0;
 }
 
 void interleave(void* memory, int64_t bytes, const std::vector<int>& nodes) {
-  // One mapping and one policy for the whole bank, so that the limit above is far.
+  // The whole bank is one mapping with one policy, so this does not come near vm.max_map_count.
   const NodeMask mask = mask_of(nodes);
   if (syscall(SYS_mbind, memory, bytes, kInterleave, mask.data(), kNodeNumbers, 0) != 0) {
     throw std::runtime_error("cannot interleave " + gib(bytes) + " over " +

@@ -21,7 +21,7 @@
 namespace lk {
 namespace {
 
-// Who owns a byte according to the plan.
+// The node that owns a byte according to the plan.
 int owner(const std::vector<Extent>& extents, int64_t byte) {
   for (const Extent& extent : extents) {
     if (byte >= extent.begin && byte < extent.end) return extent.node;
@@ -66,7 +66,8 @@ TEST_P(Placement, CoversTheBankAndFollowsTheRows) {
   }
 }
 
-// Counted row by row, and at most half a page a bound between two nodes.
+// Compares cross_node_bytes with a count row by row. The bytes are at most half a page for each
+// bound between two nodes.
 TEST_P(Placement, PutsLittleOnTheWrongNode) {
   const auto& [layout, workers, page] = GetParam();
   const std::vector<int64_t> rows = divide_rows(layout.rows, workers);
@@ -99,7 +100,7 @@ INSTANTIATE_TEST_SUITE_P(
                     PlacementCase{{2, 1, 3, 100}, {4, 0, 4}, 4096},
                     PlacementCase{{2, 1, 130, 57}, {1, 1, 1}, 4096}));
 
-// The experts of real models on 1, 2, 4, 8 and 32 nodes: w13 and w2, in bf16 and in 4 bits.
+// The experts of two real models on 1, 2, 4, 8 and 32 nodes: w13 and w2, in bf16 and in 4 bits.
 TEST(Placement, OfRealShapes) {
   for (const auto& [hidden, intermediate] :
        {std::pair<int64_t, int64_t>{2048, 768}, {7168, 2048}}) {
@@ -124,7 +125,7 @@ TEST(Placement, OfRealShapes) {
 }
 
 TEST(PlacementPage, HugeOnlyWhereANodeOwnsManyOfThem) {
-  // Half of one part of w13: 14 MiB of DeepSeek-V3's, 1.5 MiB of Qwen3-30B-A3B's, in bf16.
+  // In bf16, half of one part of w13 is 14 MiB for DeepSeek-V3 and 1.5 MiB for Qwen3-30B-A3B.
   EXPECT_EQ(placement_page({8, 2, 2048, 14336}, {8, 8}), kHugePage);
   EXPECT_EQ(placement_page({8, 2, 768, 4096}, {8, 8}), kSmallPage);
 }
@@ -160,7 +161,7 @@ TEST(Allocate, SmallPagesOnRequest) {
   release(memory);
 }
 
-// As allocate_bank does it, for every bank that has a plan: each page read back by move_pages.
+// Places banks as allocate_bank does, and reads the node of each page back.
 TEST(Allocate, EveryPageLiesWhereThePlanSays) {
   const Topology machine = detect_topology("/sys", allowed_cpus());
   const PoolPlan plan = plan_pool(machine, {});
@@ -198,7 +199,7 @@ TEST(Shared, OthersSeeWhatTheOwnerWritesAndItCountsOnce) {
   EXPECT_EQ(other[place.offset], 42);
   EXPECT_EQ(allocated_bytes() - before, 2 * kHugePage);
   EXPECT_THROW(shared_place(other), std::invalid_argument);  // its owner's alone to hand on
-  // It outlives the owner's mapping.
+  // The memory outlives the owner's mapping.
   release(memory);
   EXPECT_EQ(allocated_bytes(), before);
   EXPECT_EQ(other[place.offset], 42);
@@ -237,7 +238,7 @@ TEST(Shared, WrongPlacesAndSizesAreErrors) {
   release(plain);
 }
 
-// The bytes of an area of this process that it maps in huge pages of shared memory.
+// How many bytes of the mapping at `memory` are in huge pages of shared memory.
 int64_t huge_bytes_at(const char* memory) {
   std::ostringstream begin;
   begin << std::hex << reinterpret_cast<uintptr_t>(memory) << "-";
@@ -274,7 +275,7 @@ TEST(Shared, HugePagesForAllProcessesFromATouchedByteEach) {
   release(memory);
 }
 
-// The policy that the kernel has for an address: its number and its nodes.
+// The kernel's memory policy for an address: its number and its nodes.
 std::pair<int, std::vector<int>> policy_of(void* address) {
   constexpr int kNodeNumbers = 1024;
   constexpr int kOfAddress = 2;
@@ -288,7 +289,7 @@ std::pair<int, std::vector<int>> policy_of(void* address) {
   return {policy, nodes};
 }
 
-// On all nodes in turns, whoever writes the pages. On one node: all of them on it.
+// Pages come to all nodes round-robin, whichever thread writes them.
 TEST(Allocate, InterleavesOverAllNodes) {
   const std::vector<int> nodes = memory_nodes();
   ASSERT_FALSE(nodes.empty());

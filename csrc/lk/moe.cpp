@@ -15,22 +15,24 @@
 namespace lk {
 namespace {
 
-// Bytes of weights in one piece of work. Tiles that follow each other in memory read faster than
-// ones taken in turns: pieces of 1 MiB take 3 to 7% less time at 1 and 4 tokens than pieces of 128
-// KiB, and 15 to 23% less in int4, whose scales are a second stream.
+// Bytes of weights in one piece of work. A thread reads tiles faster if they follow each other in
+// memory: pieces of 1 MiB take 3 to 7% less time at 1 and 4 tokens than pieces of 128 KiB, and 15
+// to 23% less with int4, whose scales are a second stream.
 constexpr int64_t kPieceBytes = 1 << 20;
-// Pieces a worker should have, so that none waits long for the last one.
+// How many pieces each worker should get, so that no worker waits long for the last piece.
 constexpr int64_t kPiecesPerWorker = 8;
-// Tokens that pass over a tile at a time: their sums, 48 KiB a projection, stay in L2.
+// The most tokens that are multiplied with a tile at a time. Their sums, 48 KiB for each
+// projection, stay in L2.
 constexpr int64_t kTokenBlock = 192;
-// Experts' outputs that are more than this leave the caches before they are combined.
+// If the outputs of all experts have more bytes than this, they leave the caches before they are
+// combined.
 constexpr int64_t kCachedBytes = int64_t{16} << 20;
-// Of weights that a thread reads ahead while it waits for the others: a quarter of L2.
+// Bytes of weights that a thread prefetches while it waits for the others: a quarter of L2.
 constexpr int64_t kIdleBytes = 256 << 10;
-// Scratch for one pass; larger batches run in several passes over the weights.
+// Scratch memory of one pass. Larger batches take several passes over the weights.
 constexpr int64_t kPassBytes = int64_t{256} << 20;
 
-// The widest block of activations in which no group of weights ends; group 0 is no groups.
+// The largest block of activations whose size divides the group size; group 0 means no groups.
 int widest_block_log2(int64_t group) {
   int log2 = kMostActBlockLog2;
   while (log2 > kActBlockLog2 && group % (int64_t{1} << log2) != 0) --log2;
@@ -43,34 +45,35 @@ bool is_finite(uint16_t value, Scalar type) {
   return (value & special) != special;
 }
 
-// Some rows of one active expert; none if rows is 0.
+// A piece of work: some rows of one active expert. It is empty if rows is 0.
 struct Piece {
-  int64_t active = 0;  // index into the active experts
+  int64_t active = 0;  // index into Workspace::active
   int64_t row = 0;
   int64_t rows = 0;
 };
 
-// Rows of one node and how they are cut into pieces of one or several tiles. Never of a part of
-// one: two threads that read every other line of a tile took 1.5 times as long.
-struct Rows {
+// The rows of one node, and how they are divided into pieces of one or several tiles. A piece is
+// never a part of a tile: two threads that each read every other line of a tile took 1.5 times as
+// long.
+struct NodeRows {
   int64_t begin = 0;
   int64_t end = 0;
-  int64_t piece = 1;
+  int64_t piece_rows = 1;
 
-  int64_t pieces() const { return ceil_div(end - begin, piece); }
-  Piece cut(int64_t index) const {
-    const int64_t row = begin + index % pieces() * piece;
-    return {index / pieces(), row, std::min(piece, end - row)};
+  int64_t pieces() const { return ceil_div(end - begin, piece_rows); }  // of one expert
+  Piece piece(int64_t index) const {
+    const int64_t row = begin + index % pieces() * piece_rows;
+    return {index / pieces(), row, std::min(piece_rows, end - row)};
   }
 };
 
-// Reads weights into L2 while there is nothing else to do.
-class Reader {
+// Prefetches weights into L2 while a thread has nothing else to do.
+class IdlePrefetch {
  public:
-  explicit Reader(std::span<const char> weights)
+  explicit IdlePrefetch(std::span<const char> weights)
       : at_(weights.data()), end_(at_ + std::min<int64_t>(weights.size(), kIdleBytes)) {}
 
-  // Asks for the next 1 KiB; whether there was one.
+  // Prefetches the next 1 KiB. Returns false if nothing is left.
   bool operator()() {
     if (at_ >= end_) return false;
     for (int line = 0; line < 16; ++line, at_ += 64) __builtin_prefetch(at_, 0, 2);  // into L2
@@ -82,7 +85,7 @@ class Reader {
   const char* end_;
 };
 
-// One pass over the weights for at most pass_tokens tokens.
+// One pass over the weights, for at most pass_tokens() tokens.
 class Pass {
  public:
   Pass(const LayerSpec& layer, const Batch& batch, const Kernels& kernels, ThreadPool& pool,
@@ -100,7 +103,7 @@ class Pass {
         act_row_(format_.act_row_bytes(layer.hidden)),
         inter_row_(format_.act_row_bytes(layer.intermediate)) {}
 
-  // Grows the workspace; no size falls with fewer tokens.
+  // Grows the workspace. No size becomes larger with fewer tokens.
   void reserve() {
     ws_.expert_begin.resize(layer_.experts + 1);
     ws_.active.resize(layer_.experts);
@@ -112,28 +115,30 @@ class Pass {
     if (layer_.weight_on_input) ws_.ones.resize(batch_.topk);
   }
 
-  // Rows of faults are counted from `first`.
+  // Computes y and appends its faults. `first` is the number of the pass's first row.
   void run(int64_t first, std::vector<Fault>* faults) {
     reserve();
     group_by_expert();
     if (layer_.weight_on_input) std::fill_n(ws_.ones.data(), batch_.topk, 1.0f);
     plan();
     pool_.run(*this);
-    // Not where it happens: the threads would have to share a list that is nearly always empty.
+    // Faults are looked for only now: otherwise the threads would have to share a list, which is
+    // nearly always empty.
     if (!finite_.load(std::memory_order_relaxed)) find_faults(first, faults);
   }
 
+  // What each worker does: its share of all phases.
   void operator()(int worker) {
     const int node = pool_.plan().workers[worker].node;
     using Claim = Phase::Claim;
     pack_.run(pack_.first(node, nodes_), node, nodes_, [&](Claim now, Claim) { pack(now.index); });
     const Claim gate_up_first = gate_up_.first(node, nodes_);
-    pack_.wait(Reader(tiles(layer_.w13, piece(gate_up_rows_, gate_up_first))));
+    pack_.wait(IdlePrefetch(tiles(layer_.w13, piece(gate_up_rows_, gate_up_first))));
     gate_up_.run(gate_up_first, node, nodes_, [&](Claim now, Claim next) {
       gate_up(worker, piece(gate_up_rows_, now), piece(gate_up_rows_, next));
     });
     const Claim down_first = down_.first(node, nodes_);
-    gate_up_.wait(Reader(tiles(layer_.w2, piece(down_rows_, down_first))));
+    gate_up_.wait(IdlePrefetch(tiles(layer_.w2, piece(down_rows_, down_first))));
     down_.run(down_first, node, nodes_, [&](Claim now, Claim next) {
       down(worker, piece(down_rows_, now), piece(down_rows_, next));
     });
@@ -144,7 +149,7 @@ class Pass {
   }
 
  private:
-  // Counting sort of the slots by expert.
+  // Sorts the slots by expert, by counting.
   void group_by_expert() {
     int32_t* begin = ws_.expert_begin.data();
     int32_t* active = ws_.active.data();
@@ -160,28 +165,30 @@ class Pass {
       begin[expert] = sum;
     }
     begin[layer_.experts] = sum;
-    // Backwards, so that each expert's begin ends up where its slots begin, in the tokens' order.
+    // Going backwards, each expert's `begin` ends where its slots begin, and its slots are in the
+    // order of their tokens.
     for (int64_t slot = slots_; slot-- > 0;) {
       if (batch_.ids[slot] >= 0) slots[--begin[batch_.ids[slot]]] = static_cast<int32_t>(slot);
     }
   }
 
-  void plan_rows(const Matrix& matrix, Phase* phase, Rows* out) {
+  // Divides the rows of a matrix into pieces and adds them to the phase.
+  void plan_rows(const Matrix& matrix, Phase* phase, NodeRows* out) {
     const std::vector<int>& workers = pool_.plan().node_workers;
     for (int node = 0; node < nodes_; ++node) {
-      Rows& mine = out[node];
-      mine.begin = first_row(matrix.rows, workers, node);
-      mine.end = first_row(matrix.rows, workers, node + 1);
-      const int64_t fair =
-          tile_count(mine.end - mine.begin) * active_ / (kPiecesPerWorker * workers[node]);
-      const int64_t fitting = kPieceBytes / (matrix.parts * matrix.tile_bytes());
-      mine.piece = std::max<int64_t>(std::min(fair, fitting), 1) * kTileRows;
-      phase->set(node, active_ * mine.pieces());
+      NodeRows& rows = out[node];
+      rows.begin = first_row(matrix.rows, workers, node);
+      rows.end = first_row(matrix.rows, workers, node + 1);
+      const int64_t worker_tiles =
+          tile_count(rows.end - rows.begin) * active_ / (kPiecesPerWorker * workers[node]);
+      const int64_t most_tiles = kPieceBytes / (matrix.parts * matrix.tile_bytes());
+      rows.piece_rows = std::max<int64_t>(std::min(worker_tiles, most_tiles), 1) * kTileRows;
+      phase->set(node, active_ * rows.pieces());
     }
   }
 
   void plan() {
-    // x of one token is packed by whoever comes first; more are divided.
+    // All workers take the pieces of packing and combining from one queue, that of node 0.
     pack_.set(0, batch_.tokens);
     plan_rows(layer_.w13, &gate_up_, gate_up_rows_);
     plan_rows(layer_.w2, &down_, down_rows_);
@@ -200,29 +207,30 @@ class Pass {
     }
   }
 
-  // What a worker has for itself: sums of both parts for a block of tokens, and the kernels' own.
+  // A worker's scratch memory holds the kernels' own, and the sums of both parts for a block of
+  // tokens.
   int64_t block() const { return std::min(kTokenBlock, batch_.tokens * batch_.topk); }
-  // Rows whose sums have room there.
+  // How many rows have room for their sums, with so many tokens.
   int64_t run_rows(int64_t tokens) const {
     return std::max<int64_t>(block() / tokens, 1) * kTileRows;
   }
   int64_t sums_bytes() const { return block() * kTileRows * static_cast<int64_t>(sizeof(float)); }
   int64_t worker_bytes() const { return 2 * sums_bytes() + kScratchBytes; }
 
-  // The piece of a phase that was claimed, `rows` being each node's.
-  static Piece piece(const Rows* rows, Phase::Claim claim) {
-    return claim.index < 0 ? Piece() : rows[claim.node].cut(claim.index);
+  // The claimed piece; `rows` are the rows of each node.
+  static Piece piece(const NodeRows* rows, Phase::Claim claim) {
+    return claim.index < 0 ? Piece() : rows[claim.node].piece(claim.index);
   }
 
-  // The tiles of a piece of the first part of `matrix`, in memory one after the other.
+  // The tiles of a piece in the first part of `matrix`, which follow each other in memory.
   std::span<const char> tiles(const Matrix& matrix, const Piece& piece) const {
     if (piece.rows == 0) return {};
     return {matrix.tile(ws_.active[piece.active], 0, piece.row),
             static_cast<size_t>(piece.rows * matrix.row_bytes)};
   }
 
-  // Sums of the tiles of one part of a matrix, [tile][tokens][kTileRows]; `next` is read after
-  // them.
+  // Computes the sums of a piece's tiles in one part of a matrix, [tile][tokens][kTileRows]. `next`
+  // is read after them.
   void multiply(const Matrix& matrix, int64_t expert, int64_t part, const Piece& tiles,
                 const char* next, int act_block_log2, const void* const* acts, int64_t tokens,
                 char* scratch, float* sums) {
@@ -240,9 +248,9 @@ class Pass {
     }
   }
 
-  // Gate tiles, then up tiles, as many of each as the sums have room for: longer runs of what
-  // follows each other in memory.
-  void gate_up(int worker, const Piece& piece, const Piece& after) {
+  // Multiplies gate tiles, then up tiles, as many of each as there is room for sums: so the runs of
+  // tiles that follow each other in memory are long. `next_piece` is the worker's next piece.
+  void gate_up(int worker, const Piece& piece, const Piece& next_piece) {
     const Matrix& w13 = layer_.w13;
     const int64_t expert = ws_.active[piece.active];
     char* scratch = ws_.workers.data() + worker * worker_bytes();
@@ -253,9 +261,9 @@ class Pass {
     const void* acts[kTokenBlock];
     const int64_t end = piece.row + piece.rows;
     for (int64_t row = piece.row; row < end; row += run) {
-      const Piece mine{piece.active, row, std::min(run, end - row)};
+      const Piece part{piece.active, row, std::min(run, end - row)};
       const char* const next =
-          row + run < end ? w13.tile(expert, 0, row + run) : tiles(w13, after).data();
+          row + run < end ? w13.tile(expert, 0, row + run) : tiles(w13, next_piece).data();
       for (int64_t first = 0; first < slots; first += kTokenBlock) {
         const int64_t tokens = std::min(kTokenBlock, slots - first);
         for (int64_t t = 0; t < tokens; ++t) {
@@ -263,12 +271,12 @@ class Pass {
           acts[t] = ws_.acts.data() + slot / batch_.topk * act_row_;
         }
         if (w13.parts == 2) {
-          multiply(w13, expert, 0, mine, w13.tile(expert, 1, row), x_block_log2_, acts, tokens,
+          multiply(w13, expert, 0, part, w13.tile(expert, 1, row), x_block_log2_, acts, tokens,
                    scratch, gate);
         }
-        multiply(w13, expert, w13.parts - 1, mine, next, x_block_log2_, acts, tokens, scratch, up);
-        for (int64_t at = 0; at < mine.rows; at += kTileRows) {
-          activate(expert, row + at, std::min(kTileRows, mine.rows - at), first, tokens,
+        multiply(w13, expert, w13.parts - 1, part, next, x_block_log2_, acts, tokens, scratch, up);
+        for (int64_t at = 0; at < part.rows; at += kTileRows) {
+          activate(expert, row + at, std::min(kTileRows, part.rows - at), first, tokens,
                    gate + at * tokens, up + at * tokens);
         }
       }
@@ -286,7 +294,7 @@ class Pass {
       Sums g{gate + t * kTileRows, of_gate};
       Sums u{up + t * kTileRows, of_up};
       if (layer_.weight_on_input) {
-        // Scaling x by the router's weight scales the sums, without rounding x once more.
+        // The router's weight is to scale x. Scaling the sums instead does not round x once more.
         g.epilogue.scale *= batch_.weights[ws_.slots[at]];
         u.epilogue.scale *= batch_.weights[ws_.slots[at]];
       }
@@ -297,7 +305,8 @@ class Pass {
     }
   }
 
-  void down(int worker, const Piece& piece, const Piece& after) {
+  // Multiplies w2's tiles into the outputs of the experts.
+  void down(int worker, const Piece& piece, const Piece& next_piece) {
     const Matrix& w2 = layer_.w2;
     const int64_t expert = ws_.active[piece.active];
     char* scratch = ws_.workers.data() + worker * worker_bytes();
@@ -307,18 +316,17 @@ class Pass {
     const int64_t run = run_rows(end - ws_.expert_begin[expert]);
     const int64_t row_end = piece.row + piece.rows;
     for (int64_t row = piece.row; row < row_end; row += run) {
-      const Piece mine{piece.active, row, std::min(run, row_end - row)};
+      const Piece part{piece.active, row, std::min(run, row_end - row)};
       const char* const next =
-          row + run < row_end ? w2.tile(expert, 0, row + run) : tiles(w2, after).data();
-      // The tokens of a block pass over the tiles while these are in L2, then those of the next
-      // block.
+          row + run < row_end ? w2.tile(expert, 0, row + run) : tiles(w2, next_piece).data();
+      // Each block of tokens is multiplied with the same tiles, which are in L2 after the first.
       for (int64_t first = ws_.expert_begin[expert]; first < end; first += kTokenBlock) {
         const int64_t tokens = std::min(kTokenBlock, end - first);
         for (int64_t t = 0; t < tokens; ++t) acts[t] = ws_.inter.data() + (first + t) * inter_row_;
-        multiply(w2, expert, 0, mine, next, kActBlockLog2, acts, tokens, scratch, sums);
-        for (int64_t at = 0; at < mine.rows; at += kTileRows) {
+        multiply(w2, expert, 0, part, next, kActBlockLog2, acts, tokens, scratch, sums);
+        for (int64_t at = 0; at < part.rows; at += kTileRows) {
           const Epilogue epilogue = w2.epilogue(expert, 0, row + at);
-          const int64_t rows = std::min(kTileRows, mine.rows - at);
+          const int64_t rows = std::min(kTileRows, part.rows - at);
           for (int64_t t = 0; t < tokens; ++t) {
             kernels_.finish({sums + at * tokens + t * kTileRows, epilogue}, rows, stream_,
                             ws_.partial.data() + ws_.slots[first + t] * layer_.hidden + row + at);
@@ -329,6 +337,7 @@ class Pass {
     if (stream_) kernels_.end_stream();
   }
 
+  // Adds up the outputs of a token's experts, in a block of columns.
   void combine(int64_t index) {
     const int64_t token = index / combine_blocks_;
     const int64_t column = index % combine_blocks_ * kCombineColumns;
@@ -341,6 +350,7 @@ class Pass {
     if (!finite) finite_.store(false, std::memory_order_relaxed);
   }
 
+  // Appends the faults of all rows of y.
   void find_faults(int64_t first, std::vector<Fault>* faults) const {
     const auto finite = [&](const void* row) {
       const auto* values = static_cast<const uint16_t*>(row);
@@ -382,21 +392,21 @@ class Pass {
   const FormatKernels& format_;
   ThreadPool& pool_;
   Workspace& ws_;
-  // Blocks of x that are quantised together: as wide as the groups of weights allow. For normal
-  // values blocks of 256 instead of 32 cost 14% more error (1.33% of the result instead of 1.17%)
-  // and save seven of eight scalings of sums. The intermediate has more outliers: there blocks of
-  // 64 instead of 32 cost as much.
+  // The size of the blocks in which x is quantised, as large as the groups of weights allow. For
+  // normally distributed values, blocks of 256 instead of 32 cost 14% more error (1.33% of the
+  // result instead of 1.17%) and save seven of eight scalings of sums. The intermediate has more
+  // outliers: there, blocks of 64 instead of 32 already cost as much.
   const int x_block_log2_;
   const int nodes_;
   const int64_t slots_;
-  const bool stream_;        // partial is written past the caches
+  const bool stream_;        // whether `partial` is written past the caches
   const int64_t act_row_;    // bytes
   const int64_t inter_row_;  // bytes
   int64_t active_ = 0;
   int64_t combine_blocks_ = 0;
-  std::atomic<bool> finite_{true};  // all of y
-  Rows gate_up_rows_[kMaxNodes];
-  Rows down_rows_[kMaxNodes];
+  std::atomic<bool> finite_{true};  // whether all of y is
+  NodeRows gate_up_rows_[kMaxNodes];
+  NodeRows down_rows_[kMaxNodes];
   Phase pack_, gate_up_, down_, combine_;
 };
 
@@ -412,7 +422,7 @@ void check_ids(const LayerSpec& layer, const Batch& batch, const Id* ids) {
   }
 }
 
-// Tokens of one pass.
+// How many tokens one pass computes at most.
 int64_t pass_tokens(const LayerSpec& layer, const FormatKernels& format, int64_t topk) {
   const int64_t slot_bytes = layer.hidden * 4 + format.act_row_bytes(layer.intermediate) +
                              format.act_row_bytes(layer.hidden);

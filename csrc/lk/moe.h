@@ -1,4 +1,5 @@
-// The expert block: group tokens by expert, gate and up, activation, down, combine.
+// The expert block of a MoE layer: it groups tokens by expert, multiplies with gate and up, applies
+// the activation, multiplies with down, and combines the experts' outputs.
 #pragma once
 
 #include <cstdint>
@@ -11,40 +12,39 @@
 namespace lk {
 
 struct Batch {
-  Scalar type = Scalar::kBf16;  // of x and y
+  Scalar type = Scalar::kBf16;  // of the elements of x and y
   int64_t tokens = 0;
   int64_t topk = 0;
   const void* x = nullptr;  // [tokens, hidden], rows x_stride elements apart
   int64_t x_stride = 0;
   const int32_t* ids = nullptr;    // [tokens, topk]; -1 skips the slot
-  const int64_t* ids64 = nullptr;  // instead of ids
+  const int64_t* ids64 = nullptr;  // used instead of ids unless null
   const float* weights = nullptr;  // [tokens, topk]
   void* y = nullptr;               // [tokens, hidden]
-  int64_t first_row = 0;           // of y in the batch that the model runs, for the watch
+  int64_t first_row = 0;           // the number of y's first row in the log of watch()
 };
 
-// Where a row of y got its NaN or infinity from.
+// Where the NaN or infinity in a row of y comes from.
 enum class FaultSource {
-  kInput,   // x had one already
-  kRouter,  // a router's weight
-  kExpert,  // what an expert computed
-  kSum,     // none of these: the sum over the experts is too large for y's type
+  kInput,   // from x
+  kRouter,  // from a router's weight
+  kExpert,  // from an expert's output
+  kSum,     // from none of these: the sum over the experts is too large for y's type
 };
 struct Fault {
   int64_t row = 0;
   FaultSource source = FaultSource::kInput;
-  int64_t expert = -1;  // of kRouter and kExpert
+  int64_t expert = -1;  // for kRouter and kExpert
 
   bool operator==(const Fault&) const = default;
 };
 
-// Computes y. Returns the rows of y, in order, that are not finite. Throws std::invalid_argument,
-// before anything is computed, for an id that is no expert. Allocates only while the workspace
-// grows.
+// Computes y. Returns the rows of y that are not finite, in order. Throws std::invalid_argument for
+// an id that is no expert, before it computes anything. Allocates only where the workspace grows.
 std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, const Kernels& kernels,
                                 ThreadPool& pool, Workspace& workspace);
 
-// Grows the workspace to what expert_block wants for up to so many tokens, whose ids are 32-bit.
+// Grows the workspace to what expert_block needs for up to so many tokens with 32-bit ids.
 void reserve_workspace(const LayerSpec& layer, int64_t tokens, int64_t topk, const Kernels& kernels,
                        ThreadPool& pool, Workspace& workspace);
 

@@ -26,7 +26,7 @@ double widen(Scalar type, uint16_t value) {
   return type == Scalar::kBf16 ? bf16_to_float(value) : fp16_to_float(value);
 }
 
-// What an expert makes of one token, with its router's weight.
+// The output of an expert for one token, with the router's weight.
 std::vector<double> expert_output(const TestLayer& layer, int64_t expert,
                                   const std::vector<double>& x, double weight) {
   const LayerSpec& spec = layer.spec;
@@ -38,7 +38,7 @@ std::vector<double> expert_output(const TestLayer& layer, int64_t expert,
     double sum = 0;
     for (int64_t i = 0; i < spec.hidden; ++i) sum += w[i] * x[i];
     if (spec.weight_on_input) sum *= weight;
-    // De-interleaved with the rows.
+    // The bias was de-interleaved with the rows.
     if (spec.w13.bias) sum += spec.w13.bias[expert * parts * rows + row];
     sums.push_back(sum);
   }
@@ -95,9 +95,9 @@ TEST_P(ExpertBlockOf, MatchesTheReference) {
       squares += want[i] * want[i];
       error_squares += error * error;
     }
-    // bf16 is off by 0.17% of a value on average, by 2^-8 at most; it rounds y, and where CPUs
-    // multiply it, what the activation makes. Activations of 8 bits are off by up to 1/254 of the
-    // largest in 32, before both products.
+    // Rounding to bf16 changes a value by 0.17% on average and by 2^-8 at most. y is rounded to
+    // bf16, and on CPUs that multiply bf16 the intermediate is, too. Rounding activations to 8 bits
+    // changes them by up to 1/254 of the largest of 32, before both products.
     const double bound = is_act8(kind.format) ? 2e-2 : 4e-3;
     EXPECT_LT(std::sqrt(error_squares / squares), bound) << tokens;
     const double size = std::sqrt(squares / static_cast<double>(want.size()));
@@ -108,7 +108,8 @@ TEST_P(ExpertBlockOf, MatchesTheReference) {
   }
 }
 
-// Makes a NaN of one value of an expert, in everything that its matrix has, one at a time.
+// Sets one value of an expert to NaN: a weight, a group or row scale, or a part scale and a bias,
+// as `what` is 0, 1 or 2.
 void poison(const Kind& kind, const Extras& extras, TestMatrix& matrix, int64_t experts,
             int64_t expert, int what) {
   MatrixData& data = matrix.data;
@@ -216,7 +217,7 @@ INSTANTIATE_TEST_SUITE_P(All, ExpertBlockOf,
                            return std::get<0>(info.param) + "_" + std::get<1>(info.param).name;
                          });
 
-// Layers whose results are only compared with each other stay in the order that they came in.
+// Tests that only compare results with each other leave layers in the order that they came in.
 class ExpertBlock : public testing::Test {
  protected:
   void run(const TestLayer& layer, const Batch& batch) {
@@ -229,7 +230,7 @@ class ExpertBlock : public testing::Test {
   Workspace workspace_;
 };
 
-// Wide enough for each of 32 nodes to have rows, and cut into other pieces for each pool.
+// The layer has rows for each of 32 nodes, and each pool divides it into other pieces.
 TEST_F(ExpertBlock, SameBitsOnAnyPool) {
   for (const Kind& kind : kKinds) {
     const std::string name = kind.name;
@@ -303,7 +304,7 @@ TEST_F(ExpertBlock, AllocatesNothingForWhatIsReserved) {
 TEST_F(ExpertBlock, RefusesIdsThatAreNoExperts) {
   TestLayer layer(kind_, 3, 8, 8, random_);
   TestBatch test(kind_, layer, 4, 2, random_);
-  // The last would be expert 0 if it were cut to 32 bits.
+  // Cut to 32 bits, the last id would be expert 0.
   for (int64_t wrong : {int64_t{-2}, int64_t{3}, int64_t{1} << 30, int64_t{1} << 32}) {
     std::vector<int64_t> ids64(test.ids.begin(), test.ids.end());
     ids64[5] = wrong;
@@ -371,8 +372,8 @@ TEST_F(ExpertBlock, IdsOf64Bits) {
   EXPECT_EQ(test.y, want);
 }
 
-// More slots than the scratch of one pass may hold, and more tokens for each expert than pass over
-// a tile at a time: the same bits as from calls of a few tokens.
+// A batch has more slots than fit into the scratch memory of one pass, and more tokens for each
+// expert than are multiplied with a tile at a time. It gives the same bits as calls of 100 tokens.
 TEST_F(ExpertBlock, SeveralPasses) {
   constexpr int64_t kTokens = 1400;
   constexpr int64_t kTopk = 32;
@@ -381,7 +382,7 @@ TEST_F(ExpertBlock, SeveralPasses) {
   TestLayer layer(kind_, 2, kHidden, 34, random_);
   order_layer(layer.spec, pool_);
   TestBatch test(kind_, layer, kTokens, kTopk, random_);
-  // Few choices, in other places for each token.
+  // Each token has few experts, in random slots.
   for (int64_t slot = 0; slot < kTokens * kTopk; ++slot) {
     if (random_below(random_, kTopk) != 0) test.ids[slot] = -1;
   }
@@ -399,7 +400,7 @@ TEST_F(ExpertBlock, SeveralPasses) {
   }
   EXPECT_EQ(test.y, want);
 
-  // In the last pass, rows still count from the first token of all.
+  // In the last pass, rows are still counted from the first token of the batch.
   constexpr int64_t kRow = kTokens - 2;
   test.x[kRow * kHidden + 5] = 0x7fc0;
   test.ids[kRow * kTopk] = 1;

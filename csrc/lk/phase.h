@@ -1,4 +1,5 @@
-// Work of a job that comes in phases: pieces that threads claim, and the wait between two phases.
+// The work of a job that has phases: pieces of work that threads claim, and the wait at the end of
+// each phase.
 #pragma once
 
 #include <atomic>
@@ -9,13 +10,13 @@
 
 namespace lk {
 
-// Pieces of one node, claimed one by one.
+// The pieces of one node, which are claimed one by one.
 struct alignas(64) Queue {
   std::atomic<int64_t> next{0};
   int64_t count = 0;
 };
 
-// One phase: pieces divided among nodes, and how many are not done.
+// One phase: its pieces, divided among nodes, and how many of them are not done.
 struct Phase {
   Queue queues[kMaxNodes];
   Countdown left;
@@ -25,13 +26,14 @@ struct Phase {
     left.add(static_cast<uint32_t>(count));
   }
 
-  // A piece of work: number `index` of the queue of `node`; none left if index is negative.
+  // A piece of work: number `index` in the queue of `node`. Negative if no piece is left.
   struct Claim {
     int node = 0;
     int64_t index = -1;
   };
 
-  // The next piece for a worker: of its own node first, then of the others, from `claim.node` on.
+  // The next piece for a worker on `node` after its piece `last`. Pieces of its own node come
+  // first, then those of the following nodes.
   Claim claim(Claim last, int node, int nodes) {
     for (int tried = (last.node - node + nodes) % nodes; tried < nodes; ++tried) {
       const int from = (node + tried) % nodes;
@@ -45,21 +47,22 @@ struct Phase {
 
   Claim first(int node, int nodes) { return claim({node, 0}, node, nodes); }
 
-  // Runs `now`, which the worker has claimed, and then pieces until none is left. Each is claimed
-  // while the one before it runs, so that its first rows can be prefetched: piece(claim, next).
+  // Runs piece(claim, next) for `now`, which the worker has claimed, and then for more pieces until
+  // none is left. Each piece is claimed before the one ahead of it runs, so that piece() can
+  // prefetch the first rows of `next`.
   template <class Piece>
   void run(Claim now, int node, int nodes, Piece&& piece) {
-    uint32_t mine = 0;
+    uint32_t done = 0;
     while (now.index >= 0) {
       const Claim next = claim(now, node, nodes);
       piece(now, next);
-      ++mine;
+      ++done;
       now = next;
     }
-    if (mine != 0) left.subtract(mine);
+    if (done != 0) left.subtract(done);
   }
 
-  // Waits until all pieces are done; calls idle() meanwhile, until it returns false.
+  // Waits until all pieces are done. Meanwhile it calls idle() until that returns false.
   template <class Idle>
   void wait(Idle&& idle) {
     while (!left.zero() && idle()) {

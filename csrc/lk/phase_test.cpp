@@ -43,8 +43,8 @@ TEST(Phase, NodesWithoutWorkAreSkipped) {
   EXPECT_EQ(nodes_claimed(phase, 0, 4), std::vector<int>());
 }
 
-// A worker helps others only once its own node has nothing left to claim, and does all that there
-// is if nobody else comes.
+// A worker takes pieces of other nodes only when its own node has none left, and does all pieces if
+// no other worker comes.
 TEST(Phase, OthersAreHelpedLast) {
   Phase phase;
   for (int node = 0; node < 3; ++node) phase.set(node, 5);
@@ -59,8 +59,8 @@ TEST(Phase, OthersAreHelpedLast) {
   EXPECT_EQ(ran, wanted);
 }
 
-// Each piece is run once, and when a worker leaves the phase it sees what all of them wrote, though
-// it slept while the last piece took longer than any spinning.
+// Each piece runs once, and a worker that leaves the phase sees what all pieces wrote. The last
+// piece takes longer than workers spin, so they sleep.
 TEST(Phase, EveryPieceOnceAndDoneAfterTheWait) {
   constexpr int kNodes = 2;
   constexpr int kPieces = 50;
@@ -84,7 +84,7 @@ TEST(Phase, EveryPieceOnceAndDoneAfterTheWait) {
   }
 }
 
-// Whoever waits does something else until that is done or the last piece is.
+// A waiting thread calls idle() until that returns false or the last piece is done.
 TEST(Phase, IdleWhileOthersWork) {
   for (int most : {3, INT_MAX}) {
     Phase phase;

@@ -11,10 +11,11 @@ namespace lk {
 namespace {
 
 void pin(pthread_t thread, const std::vector<int>& cpus) {
-  // On the stack, since a call may pin: 8192 CPUs, as many as Linux knows on x86.
+  // The mask is on the stack, because a call may pin threads and must not allocate. It has 8192
+  // CPUs, the most that Linux supports on x86.
   cpu_set_t mask[8192 / CPU_SETSIZE] = {};
   for (int cpu : cpus) CPU_SET_S(cpu, sizeof(mask), mask);
-  // May fail if the cpuset shrank since the topology was read; the worker then runs anywhere.
+  // This may fail if the cpuset shrank since the topology was read; the worker then runs anywhere.
   pthread_setaffinity_np(thread, sizeof(mask), mask);
 }
 
@@ -28,14 +29,15 @@ PoolPlan plan_pool(const Topology& topology, const PoolOptions& options) {
     throw std::invalid_argument("threads is " + std::to_string(threads) + ", must be 1 to " +
                                 std::to_string(cpus) + ", the CPUs that this process may use");
   }
-  // Each node's share, in order of who is furthest below its fair part; ties go to the lower node.
+  // Workers are given out one by one, each to the node that is furthest below its fair share; of
+  // equal nodes, the lower one gets it.
   std::vector<int> share(topology.nodes.size(), 0);
   std::vector<int> limit(topology.nodes.size(), 0);
   for (size_t n = 0; n < topology.nodes.size(); ++n) {
     limit[n] = static_cast<int>(topology.nodes[n].cores.size());
   }
   for (int placed = 0; placed < threads; ++placed) {
-    if (placed == cores) {  // every core has a worker: from here on SMT siblings
+    if (placed == cores) {  // every core has a worker, so SMT siblings come next
       for (size_t n = 0; n < topology.nodes.size(); ++n) {
         limit[n] = 0;
         for (const Core& core : topology.nodes[n].cores) {
@@ -56,7 +58,7 @@ PoolPlan plan_pool(const Topology& topology, const PoolOptions& options) {
     if (share[n] == 0) continue;
     const Node& node = topology.nodes[n];
     std::vector<int> whole_node;
-    std::vector<int> order;  // first CPUs of all cores, then their siblings
+    std::vector<int> order;  // the first CPUs of all cores, then their siblings
     for (const Core& core : node.cores) {
       whole_node.insert(whole_node.end(), core.cpus.begin(), core.cpus.end());
     }
@@ -102,7 +104,7 @@ ThreadPool::~ThreadPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-// Makes the caller, who is on `cpu`, the worker of that CPU.
+// Makes the caller, which is on `cpu`, the worker of that CPU.
 void ThreadPool::take_place(int cpu) {
   const auto runs_here = [&](int worker) {
     const std::vector<int>& cpus = plan_.workers[worker].cpus;
@@ -125,7 +127,7 @@ void ThreadPool::run(Function function, void* context) {
   if (pinned_) take_place(sched_getcpu());
   function_ = function;
   context_ = context;
-  // 0 means closed, so the counter steps over it when it wraps.
+  // In open_, 0 means that no job is open, so the counter skips 0 when it wraps.
   uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
   if (epoch == 0) epoch = 1;
   open_.store(epoch);
@@ -134,9 +136,9 @@ void ThreadPool::run(Function function, void* context) {
 
   function(context, worker_of_[0]);
 
-  // A worker counts itself in before it looks whether the job is open, and here the job is closed
-  // before the count is read. In the single order of these operations one of the two sees the
-  // other.
+  // A worker adds itself to active_ before it reads whether the job is open. Here the job is closed
+  // before active_ is read. All these operations have a single order, so one of the two threads
+  // sees what the other did.
   open_.store(0);
   active_.wait();
 }

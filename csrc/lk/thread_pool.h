@@ -1,4 +1,4 @@
-// Who runs: pinned workers that the calling thread joins as one of them.
+// A pool of pinned workers. The calling thread works as one of them.
 #pragma once
 
 #include <atomic>
@@ -12,23 +12,23 @@
 namespace lk {
 
 enum class Binding {
-  kCpuCore,   // each worker on one core of its own
-  kNumaNode,  // each worker on any core of its node
+  kCpuCore,   // each worker has a CPU of its own
+  kNumaNode,  // each worker may run on all CPUs of its node
 };
 
 struct PoolOptions {
   int threads = 0;  // 0: one for each physical core
   Binding binding = Binding::kCpuCore;
-  bool power_saving = false;  // sleep at once instead of spinning first
+  bool power_saving = false;  // workers sleep at once instead of spinning first
 };
 
 struct Worker {
-  int node = 0;           // index into ThreadPool::nodes()
+  int node = 0;           // index into PoolPlan::nodes
   std::vector<int> cpus;  // where it may run
 };
 
-// The plan of a pool: which node and CPUs each worker gets. Workers are divided among nodes in
-// proportion to their cores; first one a core, then SMT siblings. Nodes without a worker are left
+// Which node and CPUs each worker gets. Workers are divided among nodes in proportion to the nodes'
+// cores. SMT siblings get workers only when every core has one. Nodes without a worker are left
 // out. Throws std::invalid_argument if there are more threads than CPUs, or if they are on more
 // than kMaxNodes nodes.
 struct PoolPlan {
@@ -39,8 +39,9 @@ struct PoolPlan {
 PoolPlan plan_pool(const Topology& topology, const PoolOptions& options);
 
 // A job is a function that claims pieces of work until none is left. Each worker calls it at most
-// once, and one that wakes up too late is not waited for: on a machine whose cores are shared, a
-// call ends when the work does, not when the slowest thread has been scheduled.
+// once, and nobody waits for a worker that wakes up too late. So on a machine whose cores are
+// shared with other programs, a call ends when the work is done, and not when the slowest thread
+// has been scheduled.
 class ThreadPool {
  public:
   ThreadPool(const Topology& topology, const PoolOptions& options);
@@ -51,13 +52,13 @@ class ThreadPool {
   const PoolPlan& plan() const { return plan_; }
   int size() const { return static_cast<int>(plan_.workers.size()); }
 
-  // Calls job(worker) on the calling thread and on those workers that come in time; returns when no
-  // worker is inside. Not reentrant; callers take turns. `job` must not throw.
+  // Calls job(worker) on the calling thread and on the workers that come in time. Returns when no
+  // worker is inside. It is not reentrant, and callers take turns. `job` must not throw.
   //
-  // The caller is not pinned: threads that it creates later (OpenMP's, Python's) would inherit one
-  // core as their whole machine. It stands in for the worker of the core that it is on, and the
-  // thread that was this worker takes its place; otherwise both would share that core, and a call
-  // of 1 ms is over before the kernel moves one of them.
+  // The caller is not pinned, because threads that it creates later (OpenMP's, Python's) would
+  // inherit its single core. Instead the caller becomes the worker of the core that it is on, and
+  // the thread that was this worker takes the caller's former place. Otherwise both would share
+  // that core, and a call of 1 ms is over before the kernel moves one of them.
   template <class Job>
   void run(Job& job) {
     run([](void* context, int worker) { (*static_cast<Job*>(context))(worker); },
@@ -78,10 +79,11 @@ class ThreadPool {
   std::vector<int> worker_of_;  // which worker each thread is; the caller is thread 0
   Function function_ = nullptr;
   void* context_ = nullptr;
-  // On cache lines of their own: workers spin on the first while others count in and out.
-  alignas(64) std::atomic<uint32_t> epoch_{0};  // counts jobs; the futex that workers sleep on
-  alignas(64) std::atomic<uint32_t> open_{0};   // the epoch of the job that may be entered, or 0
-  Countdown active_;                            // workers inside a job, or about to look
+  // These have cache lines of their own, because workers spin on the first while other workers
+  // change the others.
+  alignas(64) std::atomic<uint32_t> epoch_{0};  // counts jobs; workers sleep on this futex
+  alignas(64) std::atomic<uint32_t> open_{0};   // the epoch of the job that workers may enter, or 0
+  Countdown active_;                            // workers inside a job or about to read open_
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;  // threads 1, 2, ...

@@ -71,7 +71,7 @@ TEST(PlanPool, NeverMoreThreadsThanCpus) {
   }
 }
 
-// Machines of all kinds, and how many workers each node gets by default: one a core.
+// Machines of all kinds, and how many workers each node gets by default: one for each core.
 struct Machine {
   const char* name;
   Topology topology;
@@ -127,7 +127,8 @@ TEST_P(Machines, AnyNumberOfThreadsIsDividedInProportion) {
                                      [&](const Node& n) { return n.id == plan.nodes[i]; });
       const int node_cores = static_cast<int>(node->cores.size());
       EXPECT_LE(plan.node_workers[i], node_cores);
-      // Rounded up at most; a node can be short by more only where others were rounded up to 1.
+      // A share is rounded up at most. It is rounded down by more than 1 only where other nodes
+      // were rounded up to 1.
       EXPECT_LE((plan.node_workers[i] - 1) * cores, threads * node_cores);
     }
   }
@@ -150,7 +151,7 @@ INSTANTIATE_TEST_SUITE_P(
                 parse_topology("4 nodes x 4,0,2,0 cores x 2 threads"),
                 {0, 2},
                 {4, 2}},
-        // CPUs 0-7 are node 0, 8-15 node 1; of core 1 only the second thread is left.
+        // CPUs 0-7 are on node 0 and 8-15 on node 1; core 1 has only its second thread left.
         Machine{"cpuset without some cores",
                 restrict_topology(parse_topology("2 nodes x 4 cores x 2 threads"),
                                   {0, 1, 3, 8, 9, 10, 11, 15}),
@@ -165,7 +166,7 @@ INSTANTIATE_TEST_SUITE_P(
 TEST(DivideRows, WholeTilesInProportion) {
   EXPECT_EQ(divide_rows(100, {1}), (std::vector<int64_t>{0, 100}));
   EXPECT_EQ(divide_rows(256, {3, 1}), (std::vector<int64_t>{0, 192, 256}));
-  // Too few tiles for everyone; the last one ragged.
+  // There are fewer tiles than nodes, and the last tile has one row.
   EXPECT_EQ(divide_rows(65, {1, 1, 1, 1}), (std::vector<int64_t>{0, 0, 64, 64, 65}));
   EXPECT_EQ(divide_rows(63, {2, 2}), (std::vector<int64_t>{0, 0, 63}));
   EXPECT_EQ(divide_rows(0, {2, 2}), (std::vector<int64_t>{0, 0, 0}));
@@ -201,7 +202,8 @@ TEST(DivideRows, LessThanATileFromTheExactShare) {
 
 class Pool : public testing::TestWithParam<std::tuple<int, bool>> {};
 
-// Every piece is done once, whoever comes, over many jobs in quick succession and after pauses.
+// Every piece is done once, whichever workers come, in many jobs in quick succession and after
+// pauses.
 TEST_P(Pool, DoesEveryPieceOnce) {
   const auto [threads, power_saving] = GetParam();
   PoolOptions options;
@@ -237,7 +239,7 @@ double cpu_seconds() {
   return time.tv_sec + time.tv_nsec * 1e-9;
 }
 
-// CPU time, not time: at most 1% of a core from 100 ms after the last job on.
+// From 100 ms after the last job on, the workers take at most 1% of the CPU time of a core.
 TEST(ThreadPool, IdleWorkersSleep) {
   for (bool power_saving : {false, true}) {
     PoolOptions options;
@@ -256,7 +258,7 @@ TEST(ThreadPool, CallerAndWorkersNeverShareACpu) {
   const std::vector<int> cpus = allowed_cpus();
   ThreadPool pool(detect_topology("/sys", cpus), {});
   for (int cpu : cpus) {
-    // A thread that sits on each CPU in turn calls.
+    // The calling thread is on each CPU in turn.
     std::vector<int> where;
     std::thread caller([&] {
       cpu_set_t mask;
@@ -276,7 +278,7 @@ TEST(ThreadPool, CallerAndWorkersNeverShareACpu) {
     caller.join();
     EXPECT_EQ(std::set<int>(where.begin(), where.end()).size(), where.size());
     for (int worker = 0; worker < pool.size(); ++worker) {
-      // The caller may sit on an SMT sibling, which no worker has.
+      // The caller may be on an SMT sibling, which no worker has.
       EXPECT_TRUE(where[worker] == cpu || where[worker] == pool.plan().workers[worker].cpus.at(0));
     }
   }

@@ -5,8 +5,8 @@
 namespace lk {
 namespace {
 
-// out[c][r] = in[r][c] for elements of type T. Blocks of 16 x 16 keep both sides in few cache
-// lines.
+// out[c][r] = in[r][c] for elements of type T. Working in blocks of 16 x 16 keeps both sides in few
+// cache lines.
 template <class T>
 void transpose(const char* in, int64_t in_stride, char* out, int64_t out_stride, int64_t rows,
                int64_t columns) {
@@ -41,21 +41,21 @@ void transpose(int64_t unit, const char* in, int64_t in_stride, char* out, int64
 
 void tile_in_place(char* tile, int64_t rows, int64_t row_bytes, int64_t unit, char* buffer) {
   const int64_t units = row_bytes / unit;
-  const int64_t tail = row_bytes % unit;
+  const int64_t rest = row_bytes % unit;
   std::memcpy(buffer, tile, rows * row_bytes);
   transpose(unit, buffer, row_bytes, tile, rows * unit, rows, units);
-  for (int64_t r = 0; tail != 0 && r < rows; ++r) {
-    std::memcpy(tile + rows * units * unit + r * tail, buffer + r * row_bytes + units * unit, tail);
+  for (int64_t r = 0; rest != 0 && r < rows; ++r) {
+    std::memcpy(tile + rows * units * unit + r * rest, buffer + r * row_bytes + units * unit, rest);
   }
 }
 
 void untile_in_place(char* tile, int64_t rows, int64_t row_bytes, int64_t unit, char* buffer) {
   const int64_t units = row_bytes / unit;
-  const int64_t tail = row_bytes % unit;
+  const int64_t rest = row_bytes % unit;
   std::memcpy(buffer, tile, rows * row_bytes);
   transpose(unit, buffer, rows * unit, tile, row_bytes, units, rows);
-  for (int64_t r = 0; tail != 0 && r < rows; ++r) {
-    std::memcpy(tile + r * row_bytes + units * unit, buffer + rows * units * unit + r * tail, tail);
+  for (int64_t r = 0; rest != 0 && r < rows; ++r) {
+    std::memcpy(tile + r * row_bytes + units * unit, buffer + rows * units * unit + r * rest, rest);
   }
 }
 

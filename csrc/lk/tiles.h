@@ -1,12 +1,12 @@
 // The order of weights in memory: tiles of 64 rows, transposed in units of four bytes.
 //
-// A matrix of `rows` rows of row_bytes bytes is cut into tiles of kTileRows rows, the last of which
-// may have less. In a tile of n rows come the first four bytes of all n rows, then the next four
-// of all n, and so on; what is left of rows that are no multiple of four bytes stands at the end,
-// row after row. So a vector of 64 bytes holds as many weights along K of 16 rows: outputs lie in
-// vector lanes, nothing is summed across a vector, and one multiplication applies 16 group scales.
-// Four vectors side by side make four independent sums, enough for the latency of an FMA, of one
-// linear stream. AMX wants its B operand in the same order.
+// A matrix of `rows` rows of row_bytes bytes is cut into tiles of kTileRows rows; the last tile may
+// have fewer. A tile of n rows holds the first four bytes of all n rows, then the next four bytes
+// of all n rows, and so on. If row_bytes is no multiple of four, the remaining bytes are at the end
+// of the tile, row after row. So a vector of 64 bytes holds the same weights along K for 16 rows:
+// outputs are in vector lanes, nothing is summed across a vector, and one multiplication applies 16
+// group scales. Four vectors side by side make four independent sums, enough to hide the latency of
+// an FMA, from one linear stream of memory. AMX wants its B operand in the same order.
 #pragma once
 
 #include <cstdint>
@@ -15,19 +15,20 @@
 
 namespace lk {
 
-constexpr int64_t kLanes = 16;     // rows in one vector
-constexpr int64_t kUnitBytes = 4;  // of a row, side by side
+constexpr int64_t kLanes = 16;     // rows in a vector
+constexpr int64_t kUnitBytes = 4;  // consecutive bytes of a row
 
-// Where a tile begins, in bytes from the first, and how many rows it has.
+// Where a tile begins, in bytes from the first tile.
 inline int64_t tile_offset(int64_t tile, int64_t row_bytes) { return tile * kTileRows * row_bytes; }
+// How many rows a tile has.
 inline int64_t tile_rows(int64_t tile, int64_t rows) {
   const int64_t left = rows - tile * kTileRows;
   return left < kTileRows ? left : kTileRows;
 }
 inline int64_t tile_count(int64_t rows) { return ceil_div(rows, kTileRows); }
 
-// Turns one tile of row-major bytes into tile order, or back. unit is kUnitBytes for weights; for
-// scales and zero points the size of an element. `buffer` holds the tile while it is turned.
+// Puts one tile of row-major bytes into tile order, or back. `unit` is kUnitBytes for weights, and
+// the size of an element for scales and zero points. `buffer` has room for a copy of the tile.
 void tile_in_place(char* tile, int64_t rows, int64_t row_bytes, int64_t unit, char* buffer);
 void untile_in_place(char* tile, int64_t rows, int64_t row_bytes, int64_t unit, char* buffer);
 

@@ -16,8 +16,8 @@ TEST(Tiles, OrderAndBack) {
         std::vector<char> matrix(rows * bytes);
         for (char& value : matrix) value = static_cast<char>(random());
         std::vector<char> want;
-        const int64_t tail = bytes % unit;
-        for (int64_t at = 0; at < bytes - tail; at += unit) {
+        const int64_t rest = bytes % unit;
+        for (int64_t at = 0; at < bytes - rest; at += unit) {
           for (int64_t row = 0; row < rows; ++row) {
             const auto from = matrix.begin() + row * bytes + at;
             want.insert(want.end(), from, from + unit);
@@ -25,7 +25,7 @@ TEST(Tiles, OrderAndBack) {
         }
         for (int64_t row = 0; row < rows; ++row) {
           const auto end = matrix.begin() + (row + 1) * bytes;
-          want.insert(want.end(), end - tail, end);
+          want.insert(want.end(), end - rest, end);
         }
         std::vector<char> tile = matrix;
         std::vector<char> buffer(tile.size());

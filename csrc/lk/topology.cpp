@@ -35,7 +35,7 @@ int parse_number(const std::string& text, const std::string& whole) {
   return value;
 }
 
-// Groups CPUs by core. The key is the lowest sibling, whether or not that one is allowed.
+// Groups CPUs by core. A core is identified by its lowest sibling, even if that is not allowed.
 std::vector<Core> group_cores(const fs::path& sysfs, const std::vector<int>& cpus) {
   std::map<int, Core> cores;
   for (int cpu : cpus) {
@@ -86,8 +86,8 @@ std::vector<int> parse_cpu_list(const std::string& text) {
 }
 
 std::vector<int> allowed_cpus() {
-  // A mask larger than cpu_set_t's 1024 CPUs, since sched_getaffinity fails if the kernel's is
-  // larger.
+  // The mask is larger than cpu_set_t with its 1024 CPUs, because sched_getaffinity fails if the
+  // kernel's mask is larger than the given one.
   constexpr int kMaxCpus = 8192;
   cpu_set_t* mask = CPU_ALLOC(kMaxCpus);
   const size_t size = CPU_ALLOC_SIZE(kMaxCpus);

@@ -127,7 +127,7 @@ TEST(DetectTopology, CpusetThatCutsCoresInHalfAndDropsANode) {
   sysfs.node(0, {0, 1, 4, 5});
   sysfs.node(1, {2, 3, 6, 7});
   for (int core = 0; core < 4; ++core) sysfs.core({core, core + 4});
-  // Core 0 whole, of core 1 only the second sibling, nothing of node 1.
+  // Core 0 is whole, core 1 has only its second sibling, and node 1 has nothing.
   const Topology topology = detect_topology(sysfs.path(), {0, 4, 5});
   ASSERT_EQ(topology.nodes.size(), 2u);
   EXPECT_EQ(cores_of(topology.nodes[0]), (Cores{{0, 4}, {5}}));

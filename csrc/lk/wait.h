@@ -1,5 +1,5 @@
 // How a thread waits for another: it spins, then sleeps on a futex. It never yields: sched_yield is
-// a system call a turn, and a core that is given away for good is worth more to who needs it.
+// a system call in every turn, and sleeping gives the core away for longer.
 #pragma once
 
 #include <linux/futex.h>
@@ -13,11 +13,12 @@
 
 namespace lk {
 
-// A futex wake-up costs about 50 us on a virtual machine, so waits shorter than that are spun.
-// Between calls no longer: attention and the other work between two MoE layers need these cores.
+// A futex wake-up costs about 50 us on a virtual machine, so a thread spins that long before it
+// sleeps. Between calls it does not spin longer, because attention and other work between two MoE
+// layers need these cores.
 constexpr auto kIdleSpin = std::chrono::microseconds(50);
-// Inside a call the wait is for a piece of work that already runs, or for a thread that lost its
-// core, which stays away for milliseconds.
+// Inside a call, a thread waits for a piece of work that is already running, or for a thread that
+// lost its core, which takes milliseconds.
 constexpr auto kBusySpin = std::chrono::microseconds(200);
 
 inline void cpu_pause() {
@@ -28,7 +29,7 @@ inline void cpu_pause() {
 #endif
 }
 
-// Spins until done() or until patience ends; whether it was done.
+// Spins until done() returns true or `patience` is over. Returns whether it was done.
 template <class Done>
 bool spin_until(Done&& done, std::chrono::microseconds patience) {
   for (int turn = 0; turn < 32; ++turn) {  // about 1 us before the clock is looked at
@@ -53,16 +54,17 @@ inline void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX);
 }
 
-// A count that some threads take down while others wait for zero. What was written before
-// subtract() is seen after wait().
+// A count that some threads lower while others wait for zero. What a thread wrote before subtract()
+// is visible after wait().
 class alignas(64) Countdown {
  public:
   void add(uint32_t count) { left_.fetch_add(count); }
 
   // The object must outlive the last subtract(), not only the last wait().
   void subtract(uint32_t count) {
-    // The sleeper counts itself before it looks at left_ again, and here left_ goes down before the
-    // sleepers are counted: in the single order of these operations one of the two sees the other.
+    // A waiting thread adds itself to sleepers_ before it reads left_ again. Here left_ is lowered
+    // before sleepers_ is read. All these operations have a single order, so one of the two threads
+    // sees what the other did.
     if (left_.fetch_sub(count) == count && sleepers_.load() != 0) futex_wake_all(left_);
   }
 

@@ -1,4 +1,5 @@
-// Scratch memory that only grows, so that a call allocates nothing once its size has been seen.
+// Scratch memory that only grows, so that a call allocates nothing if it is no larger than an
+// earlier one.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +8,7 @@
 
 namespace lk {
 
-// An array of T on a cache line of its own. resize() forgets the contents.
+// An array of T that is aligned to cache lines. resize() loses the contents.
 template <class T>
 class Scratch {
  public:
@@ -36,16 +37,16 @@ class Scratch {
 };
 
 struct Workspace {
-  // A slot is one (token, choice) pair, numbered token * topk + choice.
-  Scratch<int32_t> ids;           // ids that came as int64
-  Scratch<int32_t> expert_begin;  // [experts + 1] where an expert's slots begin in `slots`
+  // A slot is a pair of a token and one of its experts, with the number token * topk + choice.
+  Scratch<int32_t> ids;           // ids that the caller gave as int64
+  Scratch<int32_t> expert_begin;  // [experts + 1]: where an expert's slots begin in `slots`
   Scratch<int32_t> active;        // experts with at least one slot
   Scratch<int32_t> slots;         // slots in the order of their experts
-  Scratch<char> acts;             // x as the kernels want it, a row a token
-  Scratch<char> inter;            // activated intermediate, a row a slot in the order of `slots`
-  Scratch<float> partial;         // [slot][hidden] output of each expert
-  Scratch<float> ones;            // combine weights where the router's went into x
-  Scratch<char> workers;          // what each worker needs for itself
+  Scratch<char> acts;             // a packed row of x for each token
+  Scratch<char> inter;            // a packed row of the intermediate for each slot, as in `slots`
+  Scratch<float> partial;         // [slot][hidden]: the output of each expert
+  Scratch<float> ones;            // weights to combine with, where the router's weights scale x
+  Scratch<char> workers;          // the scratch memory of each worker
 };
 
 }  // namespace lk

@@ -15,7 +15,7 @@ std::atomic<int64_t> count{0};
 }
 
 #if LK_COUNTS_ALLOCATIONS
-// Inlined beside an operator new that is not, free() looks like a mistake to GCC.
+// If only one of new and delete is inlined, GCC warns that malloc or free does not match.
 void* operator new(size_t size) {
   ++count;
   if (void* memory = std::malloc(size)) return memory;

@@ -1,13 +1,13 @@
-// Counts what the tests allocate, to see that the hot path does not.
+// Counts allocations, so that tests can check that the hot path makes none.
 #pragma once
 
 #include <cstdint>
 
 namespace lk {
 
-// False under a sanitizer, which brings an operator new of its own.
+// Whether allocations are counted: not under a sanitizer, which has its own operator new.
 bool counts_allocations();
-// Calls of operator new so far, in any thread.
+// How many times operator new was called so far, by all threads.
 int64_t allocations();
 
 }  // namespace lk

@@ -13,7 +13,7 @@
 
 namespace lk::test_values {
 
-// What a matrix has beside its weights. Zero points come with their formats.
+// What a matrix has beside its weights. Only the format decides whether it has zero points.
 struct Extras {
   ScaleType scale_type = ScaleType::kNone;
   int64_t group = 0;
@@ -38,7 +38,7 @@ struct MatrixData {
   bool operator==(const MatrixData&) const = default;
 };
 
-// Rows of all experts as a checkpoint has them: row-major, maybe interleaved.
+// A random matrix of all experts as a checkpoint has it: row-major, maybe interleaved.
 class TestMatrix {
  public:
   TestMatrix(Format format, int64_t experts, int64_t parts, int64_t rows, int64_t k,
@@ -82,7 +82,7 @@ class TestMatrix {
   TestMatrix(const TestMatrix&) = delete;
   TestMatrix& operator=(const TestMatrix&) = delete;
 
-  // The matrix that has its arrays in `data`.
+  // The matrix, which points to the arrays in `data`.
   Matrix spec() {
     Matrix m = spec_;
     m.weights = data.weights.data();
@@ -94,7 +94,7 @@ class TestMatrix {
     return m;
   }
 
-  // Which row of its expert a part's row was.
+  // The place that a row of a part had in its expert when it came.
   int64_t row_as_it_came(int64_t part, int64_t row) const {
     return spec_.interleaved ? 2 * row + part : part * spec_.rows + row;
   }
@@ -133,7 +133,7 @@ class TestMatrix {
   Matrix spec_;
 };
 
-// A kind of layer, without its size.
+// A kind of layer; its size is chosen elsewhere.
 struct Kind {
   const char* name = "";
   Format format = Format::kBf16;
@@ -151,7 +151,8 @@ struct TestLayer {
       : w13(kind.format, experts, has_gate(kind.activation.kind) ? 2 : 1, intermediate, hidden,
             kind.interleaved, kind.w13, random),
         w2(kind.format, experts, 1, hidden, intermediate, false, kind.w2, random) {
-    // A bias counts as much as the sum that it is added to: see TestBatch for w13.
+    // The biases of w2 are as large as the sums that they are added to, like those of w13 (see
+    // TestBatch).
     for (float& bias : w2.data.bias) bias *= static_cast<float>(w2.size);
     spec.format = kind.format;
     spec.activation = kind.activation;
@@ -180,7 +181,7 @@ constexpr Extras groups_of(int64_t group, ScaleType type, bool bias = false) {
   return {.scale_type = type, .group = group, .bias = bias};
 }
 
-// Each format with its kinds of scales, each activation, with and without interleaving.
+// Every format with its kinds of scales, every activation, with and without interleaving.
 inline const Kind kKinds[] = {
     {.name = "bf16"},
     {.name = "bf16_biases", .w13 = kWithBias, .w2 = kWithBias},
@@ -248,9 +249,10 @@ inline const Kind kKinds[] = {
     {.name = "nvfp4", .format = Format::kFp4, .w13 = kNvScales, .w2 = kNvScales},
 };
 
-// Tokens for a layer, and some skipped slots.
+// A batch of random tokens for a layer; some of its slots are skipped.
 struct TestBatch {
-  // x is so small that sums of w13 are normal numbers: where activations bend.
+  // x is scaled so that the sums of w13 have a standard deviation of 1, where activations are not
+  // linear.
   TestBatch(const Kind& kind, const TestLayer& layer, int64_t tokens, int64_t topk, Random& random)
       : x(tokens * layer.spec.hidden),
         y(x.size(), 0xffff),

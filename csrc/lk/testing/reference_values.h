@@ -1,6 +1,5 @@
-// For tests: random weights in every format, and what they are worth, one value at a time in double
-// precision. Nothing here is shared with the kernels but the conversions, which have a test of
-// their own.
+// Random weights in every format, and their values, computed one at a time in double precision. The
+// kernels share only the conversions in float16.h with this, and those have a test of their own.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +44,7 @@ inline int64_t bytes_of(ScaleType type) {
   return matrix.scale_bytes();
 }
 
-// A float with `fraction` bits after an exponent of `exponent` bits, without infinities and NaNs.
+// The value of a float with `fraction` bits after `exponent` bits, without infinities and NaNs.
 inline double small_float(uint32_t code, int exponent, int fraction, int bias) {
   const uint32_t low = code & ((1u << fraction) - 1);
   const int high = static_cast<int>(code >> fraction & ((1u << exponent) - 1));
@@ -65,7 +64,7 @@ T element(const void* array, int64_t index) {
   return value;
 }
 
-// What a code of a format is worth, of int4 with a zero point of 8.
+// The value of a code of a format; for int4, with a zero point of 8.
 inline double code_value(Format format, uint32_t code) {
   switch (format) {
     case Format::kBf16:
@@ -135,7 +134,7 @@ inline uint32_t random_below(Random& random, uint32_t end) {
   return std::uniform_int_distribution<uint32_t>(0, end - 1)(random);
 }
 
-// Random finite weights: normal where the format is wide, else any code.
+// Random finite weights: normally distributed in the 16-bit formats, any code in the others.
 inline std::vector<char> random_weights(Format format, int64_t rows, int64_t k, Random& random) {
   const int64_t bytes = row_bytes(format, k);
   std::vector<char> weights(rows * bytes);
@@ -170,7 +169,7 @@ inline std::vector<float> random_floats(int64_t count, Random& random) {
   return values;
 }
 
-// What an activation makes of a gate and an up value.
+// The activation of a gate and an up value.
 inline double activated(const ActivationSpec& spec, double gate, double up) {
   switch (spec.kind) {
     case Activation::kSilu:
