@@ -1,7 +1,7 @@
 """How much memory a model's weights need, from the headers of its files and its config.json.
 
-This needs neither vLLM nor the weights. The sums are lower bounds: nothing is added for the
-interpreter and for buffers, about 1 GiB a rank. What does not fit by these sums cannot fit.
+This needs neither vLLM nor the weights. The sums are lower bounds: they leave out each rank's
+interpreter and buffers, about 1 GiB. So a model that does not fit by these sums cannot fit.
 """
 
 import re
@@ -27,17 +27,17 @@ _DRAFTS = re.compile(r"^(?:model\.)?mtp\.")
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a model takes on this host, of all ranks together."""
+    """The bytes that a model takes on this host, for all ranks together."""
 
     experts: int
     others: int
     """All weights but the routed experts."""
     kv_cache: int
     experts_int4: int
-    """What the experts would take with LVLLM_MOE_USE_WEIGHT=INT4."""
+    """Bytes that the experts would take with LVLLM_MOE_USE_WEIGHT=INT4."""
     prefill_engine: int = 0
-    """What a second engine takes beside the experts: its other weights, its KV cache, and the size
-    of that KV cache once more for what is on its way to the first engine.
+    """Bytes that a second engine takes beside the experts: its other weights, its KV cache, and as
+    much as that KV cache again for keys and values on their way to the first engine.
     """
 
     @property
@@ -66,8 +66,8 @@ def needed(
         use: LVLLM_MOE_USE_WEIGHT.
         layers: the number of decoder layers. Later layers are drafts, for speculative decoding.
         drafts: whether the drafts are loaded.
-        resident: layers whose experts vLLM holds as they are stored, and not the engine. vLLM then
-            holds the drafts' experts too. None: there is no accelerator.
+        resident: the resident layers, whose experts vLLM holds in the checkpoint's format. vLLM
+            then holds the drafts' experts too. None: there is no accelerator.
         section: `quantization_config` of config.json.
     """
     count = _Weights(section)
@@ -94,7 +94,7 @@ class _Weights:
     """Counts the weights that tensors of routed experts hold."""
 
     def __init__(self, section: Section | None) -> None:
-        # A format that LvLLM does not read is refused elsewhere; here its integers count as 8 bits.
+        # A format that LvLLM does not read is refused elsewhere. Here its integers count as 8 bits.
         self._format = formats.describe(section) or unquantized.DESCRIPTOR
         self._section = section or {}
         self._stored: dict[str, formats.Stored] = {}
@@ -102,7 +102,8 @@ class _Weights:
     def __call__(self, tensor: TensorInfo) -> int:
         if not self._format.holds_weights(tensor.name):
             return 0
-        # A layer's experts are stored alike, and a model may have 100 000 of their tensors.
+        # All experts of a layer are stored alike, so the answer for expert 0 is kept for all. A
+        # model may have 100 000 tensors of experts.
         module = _EXPERT_NUMBER.sub(".experts.0.", tensor.name.rpartition(".")[0])
         if module not in self._stored:
             self._stored[module] = self._format.of_module(self._section, module)

@@ -1,10 +1,11 @@
-"""Whether a model fits into this host's memory, checked before any weight is read.
+"""Check whether a model fits into this host's memory, before any weight is read.
 
-A host with too little memory would otherwise learn of it minutes later, when the kernel kills a
-process. What the model needs is `memory_need`'s; what is free comes from the kernel. Page cache
-counts as free, since the kernel gives it up; the memory cgroup's limit counts, too.
+Without this check, too little memory would show only minutes later, when the kernel kills a
+process. `memory_need` says how much the model needs, and the kernel says how much is free. Page
+cache counts as free, since the kernel gives it up. The limit of the memory cgroup counts as well.
 """
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 
 from lvllm import engine
 from lvllm.checkpoint.headers import Checkpoint, CheckpointError
-from lvllm.engine import bank
+from lvllm.engine import bank, raw_ops
 from lvllm.machine.memory_need import Need, folder_of, needed
 from lvllm.settings.variables import SettingError, UseWeight
 from lvllm.units import gib
@@ -43,28 +44,29 @@ ONE_ENGINE = "LVLLM_PREFILL_ENGINE=0"
 
 @dataclass(frozen=True)
 class Room:
-    """Free bytes."""
+    """Free memory, in bytes."""
 
     total: int
-    """What the host has, or its memory cgroup if that allows less."""
+    """The free bytes of the host, or of this process's memory cgroup if that allows less."""
     nodes: Mapping[int, int]
-    """What each NUMA node with memory has."""
+    """The free bytes of each NUMA node that has memory."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a rank's memory comes from."""
+    """The NUMA nodes that hold a rank's memory."""
 
     workers: Mapping[int, int]
-    """Engine threads on each node; the nodes get rows of the experts in proportion."""
+    """The number of engine threads on each node. Each node holds rows of the experts in proportion.
+    """
     home: int
-    """The node that vLLM binds all other memory of the rank to."""
+    """The node that holds all other memory of the rank, because vLLM binds the rank to it."""
 
 
 def node_shares(
     need: Need, ranks: Sequence[Rank], free: Mapping[int, int], interleaved: bool
 ) -> dict[int, Need]:
-    """What each of the nodes, with `free` bytes each, would hold."""
+    """What each NUMA node would hold of the model; `free` has the free bytes of each node."""
     spread = _round_robin(need.experts, free) if interleaved else {}
     shares = {}
     for node in free:
@@ -86,12 +88,13 @@ def _round_robin(size: int, free: Mapping[int, int]) -> dict[int, int]:
     for full, node in enumerate(nodes):
         shares[node] = min(size // (len(nodes) - full), free[node])
         size -= shares[node]
-    shares[nodes[-1]] += size  # What fits on no node counts for the one with the most room.
+    # Bytes that fit on no node count for the node with the most room.
+    shares[nodes[-1]] += size
     return shares
 
 
 def shortage(need: Need, room: Room, ranks: Sequence[Rank], interleaved: bool) -> str | None:
-    """One line that says what has too little room, with the numbers; None if all fits."""
+    """One line that says where memory is too small, with the numbers; None if the model fits."""
     if need.total > room.total:
         return (
             f"the model takes {gib(need.total)} of memory ({need.describe()}),"
@@ -111,11 +114,11 @@ def shortage(need: Need, room: Room, ranks: Sequence[Rank], interleaved: bool) -
 def place(need: Need, room: Room, ranks: Sequence[Rank], may_interleave: bool) -> bool:
     """Whether the experts' pages must be interleaved over the nodes.
 
-    They are if a node has too little memory for all rows that it computes.
+    That is so if a node has too little memory for all rows that it computes.
 
     Raises:
-        SettingError: if the model does not fit, with what it takes, what is free, and the settings
-            that would make it fit.
+        SettingError: if the model does not fit. The text names the size it needs, the free size,
+            and the settings that would make it fit.
     """
     if shortage(need, room, ranks, False) is None:
         return False
@@ -174,18 +177,18 @@ def check(
     held: bool = False,
     prefill_kv_cache: int | None = None,
 ) -> bool:
-    """Whether the experts of this model are to be interleaved over this host's NUMA nodes.
+    """Whether the experts' pages must be interleaved over this host's NUMA nodes.
 
-    Where the sizes cannot be known (no safetensors files yet), the answer is `may_interleave`, and
-    memory is only checked when it is allocated.
+    If the sizes are unknown (there are no safetensors files yet), the answer is `may_interleave`,
+    and memory is only checked when it is allocated.
 
     Args:
         vllm_config: vLLM's configuration, which names the model and its KV cache.
         use: LVLLM_MOE_USE_WEIGHT.
         may_interleave: LVLLM_ENABLE_NUMA_INTERLEAVE.
         engine_cpus: the logical CPUs of each local rank's engine.
-        omp_cpus: those of each local rank's OpenMP threads.
-        accelerator: what computes the `resident` layers. What a GPU ("cuda") holds is not counted.
+        omp_cpus: the logical CPUs of each local rank's OpenMP threads.
+        accelerator: LVLLM_ACCELERATOR. Weights that a GPU ("cuda") holds are not counted.
         resident: the layers whose experts the accelerator holds.
         held: whether another engine has the experts in memory, or is about to, and shares them.
         prefill_kv_cache: bytes of a prefill engine's KV cache; None: there is no such engine. It
@@ -203,7 +206,8 @@ def check(
     if held:
         need = replace(need, experts=0, experts_int4=0)
     if prefill_kv_cache is not None:
-        # If the prefill engine runs on a GPU, this host's memory holds only what is on its way.
+        # If the prefill engine runs on a GPU, this host's memory holds only keys and values that
+        # are on their way to the first engine.
         own = 0 if accelerator == "cuda" else need.others + prefill_kv_cache
         need = replace(need, prefill_engine=own + prefill_kv_cache)
 
@@ -222,12 +226,12 @@ def check(
 
 
 def check_built(model: torch.nn.Module, kv_cache: int) -> None:
-    """Check a model without files: its parameters must fit beside `kv_cache` bytes.
+    """Check a model that has no files: its parameters must fit beside `kv_cache` bytes.
 
-    Most of the parameters have no pages yet, so they are not part of what the process takes now.
+    Most of the parameters have no pages yet, so they do not count in this process's memory so far.
 
     Raises:
-        MemoryError: if they do not fit, with the numbers.
+        MemoryError: if the model does not fit. The text has the numbers.
     """
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -246,16 +250,17 @@ def check_built(model: torch.nn.Module, kv_cache: int) -> None:
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that this process takes, without page cache (RssAnon)."""
+    """Bytes of memory that this process uses, without page cache (the kernel's RssAnon)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 def _check_reserve(cache: Any, need: Need, ranks: Sequence[Rank]) -> None:
-    """Refuse weights that leave no room for a KV cache whose size is not set.
+    """Raise SettingError if the weights leave no room for a KV cache whose size is not set.
 
-    vLLM then gives a rank a share of its node's memory, and the cache what the weights leave of it.
-    That they leave nothing vLLM would say only after loading.
+    If the size is not set, vLLM gives each rank a share of its node's memory, and the KV cache gets
+    the part that the weights leave. vLLM itself would report only after loading that nothing is
+    left.
     """
     from vllm.utils.cpu_resource_utils import get_memory_node_info
 
@@ -275,9 +280,9 @@ def _check_reserve(cache: Any, need: Need, ranks: Sequence[Rank]) -> None:
 def _need_of(
     vllm_config: Any, use: UseWeight | None, ranks: int, resident: Collection[int] | None
 ) -> Need | None:
-    """What the model takes on this host; None if its files are missing or not readable.
+    """The bytes that the model takes on this host; None if its files are missing or not readable.
 
-    The loader says what is wrong with the files.
+    In that case the loader will report what is wrong with the files.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     folder = folder_of(model.model, model.revision)
@@ -295,8 +300,8 @@ def _need_of(
         resident=resident,
         section=model.model_arch_config.quantization_config,
     )
-    # Tensor, pipeline and expert parallel ranks divide the weights. Data parallel ranks share the
-    # experts, and each has a copy of the rest.
+    # Tensor, pipeline and expert parallel ranks divide all weights. Data parallel replicas divide
+    # only the experts, and each replica has a copy of all other weights.
     here = ranks / (parallel.world_size * parallel.data_parallel_size)
     return Need(
         int(need.experts * here),
@@ -307,7 +312,7 @@ def _need_of(
 
 
 def free_on_nodes(
-    root: Path = Path("/sys/devices/system/node"), allowed: Collection[int] | None = None
+    sysfs: Path = Path("/sys"), allowed: Collection[int] | None = None
 ) -> dict[int, int]:
     """Free bytes of each NUMA node with memory that this process may use.
 
@@ -315,15 +320,10 @@ def free_on_nodes(
     may use, by default those of its cpuset. The result is empty without NUMA information.
     """
     if allowed is None:
-        from vllm.utils.cpu_resource_utils import get_memory_affinity
-
-        allowed = get_memory_affinity()
-    free = {}
-    for file in sorted(root.glob("node*/meminfo")):
-        lines = (line.split() for line in file.read_text().splitlines())
-        kib = {line[2].rstrip(":"): int(line[3]) for line in lines if len(line) >= 4}
-        number = int(file.parent.name.removeprefix("node"))
-        if kib.get("MemTotal") and number in allowed:
-            reclaimable = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
-            free[number] = 1024 * sum(kib.get(name, 0) for name in reclaimable)
-    return free
+        allowed = raw_ops.memory_nodes()
+    nodes = json.loads(raw_ops.numa_memory(str(sysfs)))
+    return {
+        node["id"]: node["free_bytes"]
+        for node in nodes
+        if node["total_bytes"] and node["id"] in allowed
+    }

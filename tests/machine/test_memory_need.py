@@ -1,4 +1,4 @@
-"""What a model's weights need, from the headers of made-up files."""
+"""The memory that a model's weights need, from the headers of made-up files."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I32": 4, "F16": 2}
 
 
 def write_sparse(file: Path, tensors: Tensors) -> None:
-    """A safetensors file of these dtypes and shapes that takes no disk."""
+    """Write a safetensors file of these dtypes and shapes that takes no disk space."""
     header: dict[str, object] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -64,7 +64,8 @@ def test_bytes_of_formats(
     rest: Tensors = {
         "model.embed_tokens.weight": ("BF16", [100, 128]),
         "model.layers.0.mlp.shared_experts.up_proj.weight": ("BF16", [10, 128]),
-        "model.layers.4.self_attn.o_proj.weight": ("BF16", [1000, 128]),  # drafts
+        # These two belong to drafts.
+        "model.layers.4.self_attn.o_proj.weight": ("BF16", [1000, 128]),
         "mtp.layers.0.mlp.experts.0.up_proj.weight": ("BF16", [1000, 128]),
     }
     of_experts = {f"model.layers.3.mlp.experts.7.{name}": what for name, what in expert.items()}

@@ -1,4 +1,4 @@
-"""What a model needs and what is there, on made-up hosts."""
+"""Whether a model fits into the memory of a host, on made-up hosts."""
 
 import re
 from pathlib import Path
@@ -33,10 +33,10 @@ def refusal(*arguments: object) -> str:
 
 
 @pytest.mark.parametrize("may_interleave", [False, True])
-def test_what_fits_is_placed_by_rows(may_interleave: bool) -> None:
+def test_a_model_that_fits_is_not_interleaved(may_interleave: bool) -> None:
     assert not place(need(10, 4, 2), room(16, 16), ONE_NODE, may_interleave)
     assert not place(need(16, 4, 2), room(24, 14, 8), TWO_NODES, may_interleave)
-    # No NUMA information: the total is all that counts.
+    # Without NUMA information only the total counts.
     assert not place(need(16), room(16), ONE_NODE, may_interleave)
 
 
@@ -71,12 +71,12 @@ def test_when_nothing_helps() -> None:
     assert message.endswith(
         "no setting makes it fit; with LVLLM_MOE_USE_WEIGHT=INT4 and no KV cache it takes 40.00 GiB"
     )
-    # 4-bit experts already: they do not become smaller.
+    # Experts that already have 4 bits do not become smaller.
     assert "INT4 makes" not in refusal(need(20, int4=20), room(16, 16), ONE_NODE, False)
 
 
-def test_a_node_that_is_too_small_is_for_interleaving() -> None:
-    """30 GiB of experts: 15 on each node, of which one has but 12 free."""
+def test_pages_are_interleaved_if_a_node_is_too_small() -> None:
+    """Each node would hold 15 GiB of the experts' 30 GiB, but one has only 12 GiB free."""
     model, host = need(30, 2), room(52, 40, 12)
     message = refusal(model, host, TWO_NODES, False)
     assert message == (
@@ -84,19 +84,19 @@ def test_a_node_that_is_too_small_is_for_interleaving() -> None:
         " 12.00 GiB are free on it: LVLLM_ENABLE_NUMA_INTERLEAVE=1 makes it fit"
     )
     assert place(model, host, TWO_NODES, True)
-    # Pages in turns pass over a node that is full: 12 GiB on it, 18 on the other.
+    # Round-robin skips a node that is full: 12 GiB lie on that node, and 18 GiB on the other.
     shares = node_shares(model, TWO_NODES, host.nodes, True)
     assert [share.experts // GIB for share in shares.values()] == [18, 12]
 
 
 def test_one_node_computes_and_others_have_the_memory() -> None:
-    """All workers on node 0, a second and a third node with memory only."""
+    """All workers are on node 0. The second and the third node have only memory."""
     host = room(60, 20, 20, 20)
     ranks = [Rank({0: 8}, 0)]
     assert "INTERLEAVE=1 makes it fit" in refusal(need(30), host, ranks, False)
     assert place(need(30), host, ranks, True)
     assert not place(need(18), host, ranks, True), "what fits on its node stays there"
-    # Interleaved, a third of the experts lies beside all the rest.
+    # With interleaving, node 0 holds a third of the experts and all other weights.
     assert place(need(30, 10), host, ranks, True)
     message = refusal(need(30, 9, 3), host, ranks, True)
     assert message.startswith("NUMA node 0 would hold 22.00 GiB")
@@ -117,15 +117,15 @@ def test_ranks_share_a_host() -> None:
 
 
 def test_free_memory_of_nodes(tmp_path: Path) -> None:
-    """Page cache counts as free, pages of tmpfs do not; a node without memory is none."""
+    """Page cache counts as free, and pages of tmpfs do not. A node without memory is left out."""
     for node, fields in (
         (0, {"MemTotal": 900, "MemFree": 100, "Active(file)": 20, "Inactive(file)": 30,
              "Shmem": 500, "SReclaimable": 7}),
         (1, {"MemTotal": 0, "MemFree": 0}),
         (10, {"MemTotal": 64, "MemFree": 64}),
     ):  # fmt: skip
-        folder = tmp_path / f"node{node}"
-        folder.mkdir()
+        folder = tmp_path / f"devices/system/node/node{node}"
+        folder.mkdir(parents=True)
         lines = [f"Node {node} {name}:  {kib} kB" for name, kib in fields.items()]
         (folder / "meminfo").write_text("\n".join([*lines, f"Node {node} HugePages_Total: 0"]))
     assert free_on_nodes(tmp_path, range(64)) == {0: 157 * 1024, 10: 64 * 1024}
@@ -143,7 +143,7 @@ def test_this_machine_has_what_its_nodes_have() -> None:
             for file in Path("/sys/devices/system/node").glob("node*/meminfo")
         )
         available = machine["MemAvailable"] - (machine["MemTotal"] - on_nodes)
-        # The kernel keeps some back, and others allocate meanwhile.
+        # The kernel keeps a reserve, and other processes allocate meanwhile.
         assert sum(free.values()) == pytest.approx(available, rel=0.15, abs=2 * GIB)
 
 
