@@ -1,4 +1,4 @@
-"""What the ranks of a parallel run have of their own: experts, cores, and each other's tokens."""
+"""How the ranks of a parallel run divide experts and cores, and how they exchange tokens."""
 
 import os
 import sys
@@ -31,7 +31,8 @@ def test_ranks_compute_each_expert_once(ranks: int, placement: Any) -> None:
     weights, ids = torch.randn(TOKENS, EXPERTS).softmax(-1).topk(TOPK)
     ids = ids.int()
     ids[4], ids[7, 1] = -1, -1  # a row that pads the batch
-    method = HybridMoEMethod.__new__(HybridMoEMethod)
+    method = HybridMoEMethod.__new__(HybridMoEMethod)  # The constructor needs a whole vLLM.
+    method.offload = None
 
     def rank_of(expert_map: torch.Tensor | None, mine: Any) -> torch.Tensor:
         layer = ExpertLayer(format="bf16", w13=w13[mine].bfloat16(), w2=w2[mine].bfloat16())
@@ -55,7 +56,7 @@ def test_ranks_compute_each_expert_once(ranks: int, placement: Any) -> None:
 @pytest.mark.parametrize(
     ("replica", "local_rank", "expected"), [(None, 1, 1), (0, 1, 1), (1, 0, 2), (2, 1, 5)]
 )
-def test_replicas_of_a_host_have_cores_of_their_own(
+def test_workers_of_a_host_are_numbered_through_all_replicas(
     replica: int | None, local_rank: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parallel = SimpleNamespace(data_parallel_rank_local=replica, local_world_size=2)
@@ -71,7 +72,7 @@ def test_replicas_of_a_host_have_cores_of_their_own(
     [
         (1, 1, 0, None, 1),
         (1, 0, 0, None, 1),
-        (4, 2, 0, None, 2),  # of `vllm serve`
+        (4, 2, 0, None, 2),  # started by `vllm serve`
         (4, 1, 1, 1, 4),  # started one by one
         (4, 1, 3, 1, 2),  # on the second of two hosts
     ],
@@ -122,9 +123,9 @@ def test_rows_are_gathered_and_their_sums_scattered(sizes: tuple[int, ...], tmp_
     in_processes(len(sizes), work)
 
 
-def test_a_step_without_requests_has_attention_of_numbers() -> None:
-    """Its rows go through the experts of all replicas."""
-    collectives.register()
+def test_a_step_without_requests_has_attention_of_zeros() -> None:
+    """The rows of such a step go through the experts of all replicas, so they must not be NaN."""
+    collectives.clear_dummy_attention.install()
     attention: Any = object.__new__(CPUAttentionBackendImpl)
     output = torch.full((TOKENS, HIDDEN), float("nan"))
     assert attention.forward(None, *[None] * 5, output=output) is output
