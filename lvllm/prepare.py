@@ -1,8 +1,9 @@
-"""The front process, before any weight is read: check everything, and tell the workers.
+"""Check a start in the front process before any weight is read, and configure the workers.
 
-All that may stop a start is checked here: the settings, the model, the checkpoint's headers, the
-memory. The result is a `HybridConfig` in vLLM's configuration. This module and the plugin are the
-only ones that know all the others.
+The front process is the one that builds vLLM's configuration and starts the workers. Everything
+that may stop a start is checked here: the settings, the model, the checkpoint's headers and the
+memory. The result is a `HybridConfig` in vLLM's configuration. Only this module and the plugin
+import all other parts of LvLLM.
 """
 
 import os
@@ -24,7 +25,7 @@ from lvllm.settings.variables import UseWeight
 __all__ = ["final_settings", "prepare", "replicas_here"]
 
 SHAREABLE = ("auto", "hf", "safetensors", "mistral")
-"""Load formats whose experts engines can share: those that pass through a parameter's loader."""
+"""The load formats whose experts engines can share, because they use the parameters' loaders."""
 
 
 def prepare(vllm_config: Any) -> None:
@@ -35,7 +36,7 @@ def prepare(vllm_config: Any) -> None:
     if vllm_config.model_config is None or RESOLVED in vllm_config.additional_config:
         return
     if _is_one_of_several_api_servers(vllm_config.parallel_config):
-        return  # Its parent process has checked already, and the engines take memory by now.
+        return  # The parent process has checked everything, and the engines take memory by now.
     config = final_settings(vllm_config, cpus.this_machine(), gpu_distance.of_gpus())
     _check_checkpoint(vllm_config)
     process.prepare()
@@ -45,7 +46,7 @@ def prepare(vllm_config: Any) -> None:
     if config.accelerator != "cuda":
         _prepare_cpu_platform(vllm_config, config)
     elif vllm_config.parallel_config.worker_cls == GPU_WORKER:
-        # LvLLM's worker is vLLM's, but it ends a step with an error that a callback of lk has met.
+        # LvLLM's worker does the same as vLLM's, and raises an error that a callback of lk met.
         vllm_config.parallel_config.worker_cls = "lvllm.worker.gpu.HybridGPUWorker"
         _keep_streamed_batches_out_of_graphs(
             vllm_config.compilation_config, config.gpu_prefill_min_batch_size
@@ -59,7 +60,8 @@ def final_settings(
 ) -> HybridConfig:
     """Resolve and check the settings for this model on this `machine`.
 
-    `distance` gives how far a local rank's GPU is from a part of the machine.
+    distance(rank, part) says how far a local rank's GPU is from a part of the machine; None: there
+    are no GPUs.
 
     Raises SettingError for a setting that the model, the machine or this version of LvLLM
     cannot honour.
@@ -142,14 +144,14 @@ def replicas_here(parallel: Any) -> int:
     """How many data-parallel replicas run on this host."""
     if parallel.data_parallel_rank_local is None:
         return max(1, int(parallel.data_parallel_size_local))
-    # The replicas are started one by one, with VLLM_DP_RANK. How many will run here nobody knows:
-    # at most all from this host's first one on.
+    # The replicas are started one by one, with VLLM_DP_RANK, so their number on this host is not
+    # known. At most it is all replicas from the first one of this host on.
     first = parallel.data_parallel_rank - parallel.data_parallel_rank_local
     return int(parallel.data_parallel_size - first)
 
 
 def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | None:
-    """The name under which engines share the experts of this model; None: they do not."""
+    """The name under which engines share this model's experts; None: they do not share them."""
     model, share = vllm_config.model_config, settings["share_experts"]
     with_own_prefill_engine_only = not share.value
     if with_own_prefill_engine_only:
@@ -168,14 +170,14 @@ def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | Non
 
 
 def _check_checkpoint(vllm_config: Any) -> None:
-    """Read the headers in a local folder; what must be downloaded is checked when it is read."""
+    """Read the headers of the files in a local folder. Downloaded files are checked when loaded."""
     folder, load_format = Path(vllm_config.model_config.model), vllm_config.load_config.load_format
     if not is_moe(vllm_config.model_config) or not folder.is_dir():
         return
     if any(folder.glob("*/*.safetensors")) and not any(folder.glob("*.safetensors")):
-        return  # Some models keep their weights in folders below, which vLLM knows.
+        return  # Some models keep their weights in subfolders, which vLLM's loader knows.
     if load_format == "auto" and any(folder.glob("consolidated*.safetensors")):
-        # vLLM prefers Mistral's own format where a folder has both.
+        # vLLM prefers Mistral's own format where a folder has both formats.
         index = "consolidated.safetensors.index.json"
         Checkpoint.open(folder, "consolidated*.safetensors", index)
     elif load_format in ("auto", "hf", "safetensors"):
@@ -183,8 +185,10 @@ def _check_checkpoint(vllm_config: Any) -> None:
 
 
 def _is_one_of_several_api_servers(parallel: Any) -> bool:
-    """With data parallelism there are as many API servers as replicas, and each builds the
-    configuration anew. The process that starts them has the rank -1.
+    """Whether this is an API server beside others, and not the process that starts them.
+
+    With data parallelism there are as many API servers as replicas, and each builds the
+    configuration again. The process that starts them has the rank -1.
     """
     return parallel._api_process_count > 1 and parallel._api_process_rank >= 0
 
@@ -193,8 +197,9 @@ def _keep_streamed_batches_out_of_graphs(compilation: Any, threshold: int | str)
     """Cut vLLM's captured graph sizes to those below the threshold.
 
     A batch that runs from a captured graph is computed on the CPU, so a larger size would keep
-    batches from being streamed. One size is always left, since vLLM's graphs cannot do with none. A
-    measured threshold comes too late for this cut; it is never below the captured sizes.
+    batches from being streamed. One size is always left, since vLLM's graphs need at least one. A
+    threshold that is still to be measured needs no cut, because it will lie above the captured
+    sizes.
     """
     if isinstance(threshold, str):
         return
@@ -206,22 +211,22 @@ def _keep_streamed_batches_out_of_graphs(compilation: Any, threshold: int | str)
 
 
 def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:
-    """What vLLM's CPU platform is told, with and without a stand-in for the GPU."""
+    """Configure vLLM's CPU platform, for runs without an accelerator and with `host` as one."""
     if vllm_config.parallel_config.worker_cls == CPU_WORKER:
-        # LvLLM's worker is vLLM's with a watch over the experts' output.
+        # LvLLM's worker does the same as vLLM's, and watches the experts' output for NaN.
         vllm_config.parallel_config.worker_cls = "lvllm.worker.cpu.HybridCPUWorker"
-    # Attention between the tokens of a picture needs all of them in one step, as vLLM has it on
-    # GPUs.
+    # Attention between the tokens of a picture needs all of them in one step. On GPUs vLLM sees to
+    # that itself.
     if vllm_config.model_config.is_mm_prefix_lm:
         vllm_config.scheduler_config.disable_chunked_mm_input = True
-    # vLLM binds the OpenMP threads of rank n to the n-th list. Its own division ("auto") wants a
-    # NUMA node a rank and keeps a core free. Ours gives PyTorch the cores that lk computes on,
-    # since the two take turns.
+    # vLLM binds the OpenMP threads of rank n to the n-th list of CPUs. vLLM's own lists ("auto")
+    # need a NUMA node for each rank and keep a core free. Ours give PyTorch the cores that lk
+    # computes on, since the two never compute at the same time.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
         ",".join(map(str, own)) for own in config.omp_cpus
     )
-    # Since lk and OpenMP take turns on the same cores, OpenMP's threads must not spin for
-    # milliseconds after their part. With this value they spin for about 10 us: decoding a model of
-    # 2 GiB on 2 cores went from 88 to 120 tokens per second. Sleeping at once
-    # (OMP_WAIT_POLICY=passive) gave 102, since wake-ups inside attention cost as much.
+    # For the same reason OpenMP's threads must not spin for milliseconds after their part. With
+    # this value they spin for about 10 us: decoding a model of 2 GiB on 2 cores went from 88 to 120
+    # tokens per second. With threads that sleep at once (OMP_WAIT_POLICY=passive) it was 102, since
+    # waking them inside attention takes time too.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

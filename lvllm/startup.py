@@ -1,4 +1,4 @@
-"""In a worker process: start the engine once, on the CPUs that the front process chose for it."""
+"""Start the engine once in a worker process, on the CPUs that the front process chose for it."""
 
 import os
 from functools import lru_cache
@@ -14,10 +14,10 @@ __all__ = ["host_rank", "start_engine"]
 
 
 def host_rank() -> int:
-    """This worker's number among those of this host, one data-parallel replica after the other.
+    """This worker's number among all workers of this host, counted replica by replica.
 
-    vLLM's CPU platform counts local ranks from 0 in each replica; its CUDA platform counts through
-    all replicas, as here.
+    vLLM's CPU platform numbers local ranks from 0 in each data-parallel replica. Its CUDA platform
+    numbers them through all replicas, as this function does.
     """
     rank = int(get_world_group().local_rank)
     if not current_platform.is_cpu():
@@ -27,7 +27,7 @@ def host_rank() -> int:
 
 
 def start_engine(rank: int) -> engine.EngineInfo:
-    """Start the engine's threads for the worker with this `host_rank`, and say what it runs on.
+    """Start the engine's threads for the worker with this `host_rank`; return what they run on.
 
     Every layer of a model calls this; the first call starts the threads.
     """
@@ -41,7 +41,7 @@ def start_engine(rank: int) -> engine.EngineInfo:
 
 
 def _rank_of_all() -> int:
-    """This worker's number in its whole engine, one data-parallel replica after the other."""
+    """This worker's number among the workers of all hosts, counted replica by replica."""
     parallel = get_current_vllm_config().parallel_config
     rank: int = get_world_group().rank_in_group
     return int(parallel.data_parallel_rank * parallel.world_size + rank)

@@ -1,8 +1,9 @@
-"""Experts computed in another format than the checkpoint's, converted layer by layer while loading.
+"""Convert experts to another format than the checkpoint's, layer by layer while loading.
 
 A layer's parameters lie in ordinary memory, which takes pages only as the loader writes. Once the
-layer's last tensor is there, its experts are converted one by one into engine memory, and the
-parameters' memory is freed. So the peak is the converted model and the layers being loaded.
+layer's last tensor is loaded, its experts are converted one by one into the engine's memory, and
+the parameters' memory is freed. The peak is therefore the converted model and the layers that are
+being loaded.
 """
 
 from collections.abc import Callable
@@ -26,78 +27,85 @@ from lvllm.units import ceil_div
 __all__ = ["Conversion", "Converted", "choose"]
 
 
-MOST_BYTES = 1 << 30
-"""Bytes that all threads together may take; each takes four times its matrix's size in float32."""
+MAX_SCRATCH_BYTES = 1 << 30
+"""Bytes that all threads together may take for intermediate results. Each thread takes four times
+the size of its matrix in float32."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is wanted of a model's experts.
-
-    TO_DTYPE: the model's dtype; INT4: 4-bit groups of 32; KEEP: what the checkpoint has if the
-    engine computes that, and else the model's dtype.
-    """
+    """How a model's experts are to be converted."""
 
     target: UseWeight
+    """TO_DTYPE is the model's dtype. INT4 is 4-bit integers in groups of 32. KEEP is the
+    checkpoint's format if the engine computes it, and otherwise the model's dtype."""
     device: str
-    """Where the arithmetic is done."""
+    """The device that does the arithmetic: "cpu" or "cuda"."""
     cpus: tuple[int, ...]
-    """Where its threads run, if that is the CPU."""
+    """The logical CPUs for the threads of the conversion, if the device is the CPU."""
     dummy: bool
-    """Whether weights are made up instead of loaded."""
+    """Whether weights are made up instead of loaded (vLLM's load format `dummy`)."""
 
 
-def choose(source: ExpertFormat, wanted: Conversion, prefix: str) -> ExpertFormat:
-    """What the experts of the layer called `prefix`, stored as `source`, are computed in."""
-    fits = {
+def choose(source: ExpertFormat, conversion: Conversion, prefix: str) -> ExpertFormat:
+    """The format in which a layer's experts are computed: `source`, or a conversion of it.
+
+    `source` is the checkpoint's format, and `prefix` the layer's name.
+    """
+    needs_no_conversion = {
         UseWeight.KEEP: source.computable,
         UseWeight.TO_DTYPE: source.bits == 16,
         UseWeight.INT4: source.bits == 4 and source.computable,
     }
-    return source if fits[wanted.target] else Converted(source, wanted, prefix)
+    if needs_no_conversion[conversion.target]:
+        return source
+    return Converted(source, conversion, prefix)
 
 
 class Converted(ExpertFormat):
-    """Experts stored as `source`, computed as is wanted. KEEP: what the engine does not compute of
-    a source may show only when it is loaded.
+    """Experts that the checkpoint stores as `source` and that are converted after loading.
+
+    With KEEP, only the loaded tensors show whether the engine computes them as they are: act-order,
+    for example, may have left the groups in order.
     """
 
-    def __init__(self, source: ExpertFormat, wanted: Conversion, prefix: str) -> None:
+    def __init__(self, source: ExpertFormat, conversion: Conversion, prefix: str) -> None:
         self.source = source
-        self.wanted = wanted
+        self.conversion = conversion
         self.prefix = prefix
-        self.bits = 4 if wanted.target == UseWeight.INT4 else 16
+        self.bits = 4 if conversion.target == UseWeight.INT4 else 16
         self.arrives = source.arrives
         self.loaded: list[torch.nn.Parameter] = []
-        self.room: dict[str, torch.Tensor] = {}
+        self.results: dict[str, torch.Tensor] = {}
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
         self.shape, self.dtype, self.attributes = shape, dtype, attributes
-        if self.wanted.target != UseWeight.KEEP:
-            self._make_room()  # now: what does not fit should be said before weights are read
-        if not self.wanted.dummy:
+        if self.conversion.target != UseWeight.KEEP:
+            # If the memory does not suffice, the error should come before any weight is read.
+            self._allocate_results()
+        if not self.conversion.dummy:
             self._create(layer)
 
     def _create(self, layer: Module) -> None:
         ordinary = replace(self.shape, allocate=_ordinary)
         before = set(layer.parameters(recurse=False))
         self.source.create_weights(layer, ordinary, self.dtype, self.attributes)
-        # What else the layer has, biases, stays as it is.
+        # Only the source's parameters are freed later. Others, such as biases, stay.
         self.loaded = [p for p in layer.parameters(recurse=False) if p not in before]
 
     def _convert(self, layer: Any) -> dict[str, Any]:
-        """What is made of the layer, which keeps nothing of what it was loaded into."""
-        # Detached: what is kept must not be emptied with the parameters.
+        """The converted weights of a loaded layer, whose parameters are freed."""
+        # The tensors are detached, so that freeing the parameters leaves tensors that are kept.
         tensors = {
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in self.source.tensors(layer).items()
         }
-        if self.wanted.target == UseWeight.KEEP and computable(tensors):
-            made = self._moved(tensors)
+        if self.conversion.target == UseWeight.KEEP and computable(tensors):
+            converted = self._copied(tensors)
         else:
-            if self.wanted.target == UseWeight.KEEP:
+            if self.conversion.target == UseWeight.KEEP:
                 logger.info_once(
                     "LvLLM: lk has no %d-bit format for experts in groups of this size or order;"
                     " they are computed in %s. LVLLM_MOE_USE_WEIGHT=INT4 takes less memory, and"
@@ -105,67 +113,68 @@ class Converted(ExpertFormat):
                     self.source.bits,
                     str(self.dtype).removeprefix("torch."),
                 )
-            made = self._made(tensors)
+            converted = self._converted(tensors)
         del tensors
-        empty(self.loaded)  # before the engine orders what is made of it
-        return made
+        empty(self.loaded)  # now, because the engine needs memory when it reorders the result
+        return converted
 
     def tensors(self, layer: Any) -> dict[str, Any]:
-        if self.wanted.dummy:
-            # vLLM would have filled the parameters of all layers at once.
+        if self.conversion.dummy:
+            # The parameters are created only now, because vLLM would have filled those of all
+            # layers at once.
             self._create(layer)
             for parameter in self.loaded:
                 initialize_single_dummy_weight(parameter)
         return self._convert(layer)
 
-    def _moved(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The same weights in engine memory."""
-        moved = dict(tensors)
+    def _copied(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The same tensors, with the weights copied into the engine's memory."""
+        copied = dict(tensors)
         for name, parts, _, _ in self.shape.matrices:
             stored = tensors[name]
-            moved[name] = self.shape.allocate(stored.shape, stored.dtype, parts=parts)
-            moved[name].copy_(stored)
-        return moved
+            copied[name] = self.shape.allocate(stored.shape, stored.dtype, parts=parts)
+            copied[name].copy_(stored)
+        return copied
 
-    def _make_room(self) -> None:
-        """Engine memory for what a conversion makes."""
-        int4 = self.wanted.target == UseWeight.INT4
+    def _allocate_results(self) -> None:
+        """Allocate the engine's memory for the converted w13 and w2."""
+        int4 = self.conversion.target == UseWeight.INT4
         dtype = torch.uint8 if int4 else self.dtype
         for name, parts, rows, columns in self.shape.matrices:
             size = (self.shape.experts, rows, columns // 2 if int4 else columns)
-            self.room[name] = self.shape.allocate(size, dtype, parts=parts)
+            self.results[name] = self.shape.allocate(size, dtype, parts=parts)
 
-    def _made(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The weights converted, and what else the source has."""
-        of_weights = ("", "_scale", "_zero", "_order", "_global_scale")
-        left = {f"{name}{suffix}" for name in ("w13", "w2") for suffix in of_weights}
-        left |= {"format", "group_size"}
-        made = {name: value for name, value in tensors.items() if name not in left}
-        if not self.room:
-            self._make_room()
-        for name, room in self.room.items():
-            if self.wanted.target == UseWeight.INT4:
-                scale = self._int4(tensors, name, room)
-                made |= {"format": "int4", "group_size": INT4_GROUP, f"{name}_scale": scale}
+    def _converted(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The converted weights, and the source's other tensors, such as biases, as they are."""
+        suffixes = ("", "_scale", "_zero", "_order", "_global_scale")
+        replaced = {f"{name}{suffix}" for name in ("w13", "w2") for suffix in suffixes}
+        replaced |= {"format", "group_size"}
+        converted = {name: value for name, value in tensors.items() if name not in replaced}
+        if not self.results:
+            self._allocate_results()
+        for name, result in self.results.items():
+            if self.conversion.target == UseWeight.INT4:
+                scale = self._fill_int4(tensors, name, result)
+                converted |= {"format": "int4", "group_size": INT4_GROUP, f"{name}_scale": scale}
             else:
-                made["format"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
-                self._to_dtype(tensors, name, room)
-        made |= self.room
-        self.room = {}
-        return made
+                converted["format"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+                self._fill_values(tensors, name, result)
+        converted |= self.results
+        self.results = {}
+        return converted
 
-    def _int4(self, tensors: dict[str, Any], name: str, codes: torch.Tensor) -> torch.Tensor:
-        """Fill in the codes; returns the scales."""
+    def _fill_int4(self, tensors: dict[str, Any], name: str, codes: torch.Tensor) -> torch.Tensor:
+        """Quantise all experts into `codes` [E, rows, columns / 2], and return their scales."""
         experts, rows, pairs = codes.shape
         groups = ceil_div(2 * pairs, INT4_GROUP)
         scales = torch.empty((experts, rows, groups), dtype=torch.bfloat16)
 
         def quantize_one(expert: int) -> None:
-            weight = values(tensors, name, expert, self.wanted.device)
+            weight = values(tensors, name, expert, self.conversion.device)
             # Zeros in the last group change neither its scale nor its other codes.
-            whole = F.pad(weight, (0, groups * INT4_GROUP - 2 * pairs))
+            padded = F.pad(weight, (0, groups * INT4_GROUP - 2 * pairs))
             try:
-                code, scale = quantize.int4(whole, INT4_GROUP)
+                code, scale = quantize.int4(padded, INT4_GROUP)
             except ValueError as error:  # NaN or infinity
                 raise ValueError(f"{self.prefix}: {name} of expert {expert}: {error}") from None
             codes[expert].copy_(code[:, :pairs])
@@ -174,27 +183,30 @@ class Converted(ExpertFormat):
         self._for_each_expert(quantize_one)
         return scales
 
-    def _to_dtype(self, tensors: dict[str, Any], name: str, out: torch.Tensor) -> None:
-        """Fill in the values."""
+    def _fill_values(self, tensors: dict[str, Any], name: str, out: torch.Tensor) -> None:
+        """Dequantise all experts into `out` [E, rows, columns], which has the model's dtype."""
 
         def convert_one(expert: int) -> None:
-            out[expert].copy_(values(tensors, name, expert, self.wanted.device))
+            out[expert].copy_(values(tensors, name, expert, self.conversion.device))
 
         self._for_each_expert(convert_one)
 
-    def _for_each_expert(self, do: Callable[[int], None]) -> None:
-        """Calls it for each, on several threads if the arithmetic is the CPU's."""
+    def _for_each_expert(self, convert: Callable[[int], None]) -> None:
+        """Call convert(expert) for each expert, on several threads if the CPU computes."""
         largest = max(rows * columns for _, _, rows, columns in self.shape.matrices)
-        threads = min(len(self.wanted.cpus), MOST_BYTES // (16 * largest), self.shape.experts)
-        if self.wanted.device != "cpu":
+        cpus = self.conversion.cpus
+        threads = min(len(cpus), MAX_SCRATCH_BYTES // (16 * largest), self.shape.experts)
+        if self.conversion.device != "cpu":
             threads = 1
-        with thread_pool.pool(max(1, threads), self.wanted.cpus) as pool:
-            for _ in pool.map(do, range(self.shape.experts)):
-                pass  # or raises what was raised there
+        with thread_pool.pool(max(1, threads), cpus) as pool:
+            for _ in pool.map(convert, range(self.shape.experts)):
+                pass  # Taking the result raises an error that the thread met.
 
 
 def _ordinary(size: Any, dtype: torch.dtype, *, parts: int) -> torch.Tensor:
-    """As `bank.allocate`, without counting: memory that is promised and freed before it is all
-    written.
+    """A tensor in ordinary memory, with the arguments of `bank.allocate`.
+
+    It does not count towards the engine's memory: it is freed before pages of all layers' tensors
+    have been written.
     """
     return torch.empty(size, dtype=dtype)

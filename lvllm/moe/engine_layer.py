@@ -1,4 +1,4 @@
-"""A layer's loaded weights become an `ExpertLayer`: made here, or shared by another engine."""
+"""Make an `ExpertLayer` of weights that this process loaded, or that another engine shares."""
 
 from typing import Any
 
@@ -12,11 +12,13 @@ __all__ = ["make", "make_of_shared"]
 
 
 def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> ExpertLayer:
-    """The engine's view of the weights and biases of vLLM's `layer`.
+    """The engine's layer for the loaded weights and biases of vLLM's `layer`.
 
     `tensors` are the arguments of `ExpertLayer` that hold the weights (`ExpertFormat.tensors`);
-    `activation_bits` is the setting LK_ACTIVATION_BITS. Engines that share experts are offered the
-    layer. Raises ValueError if a bias is missing or not finite.
+    `activation_bits` is the setting LK_ACTIVATION_BITS. If this engine shares its experts, the
+    other engines can map the layer from now on.
+
+    Raises ValueError if a bias is missing or not finite.
     """
     stored = dict(tensors)
     if layer.moe_config.has_bias:
@@ -29,16 +31,16 @@ def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> Ex
     if owner is None:
         return _expert_layer(layer, stored)
     stored = owner.moved(stored)
-    made = _expert_layer(layer, stored)
-    owner.publish(layer.layer_name, stored, made)
-    return made
+    expert_layer = _expert_layer(layer, stored)
+    owner.publish(layer.layer_name, stored, expert_layer)
+    return expert_layer
 
 
 def make_of_shared(layer: Any, follower: sharing.Follower) -> ExpertLayer:
-    """The engine's view of what another process has loaded for `layer`."""
-    made = _expert_layer(layer, follower.stored(layer.layer_name), ordered=True)
-    follower.until(made)
-    return made
+    """The engine's layer for the weights that another process has loaded for vLLM's `layer`."""
+    expert_layer = _expert_layer(layer, follower.stored(layer.layer_name), ordered=True)
+    follower.until(expert_layer)
+    return expert_layer
 
 
 def _expert_layer(layer: Any, stored: dict[str, Any], **options: Any) -> ExpertLayer:

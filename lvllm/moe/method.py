@@ -23,18 +23,18 @@ from lvllm.settings.configuration import HybridConfig
 
 
 class HybridMoEMethod(FusedMoEMethodBase):
-    """Makes a layer's weights in engine memory and computes them with lk.
+    """Allocates a layer's weights in the engine's memory and computes the layer with lk.
 
-    `weight_format` says how the checkpoint stores the weights. Raises ValueError for a layer that
-    lk cannot compute, such as one with an unknown activation.
+    `weight_format` says how the checkpoint stores the weights. The constructor raises ValueError
+    for a layer that lk cannot compute, such as one with an unknown activation.
     """
 
-    # Otherwise vLLM would move the weights to the GPU and back around
-    # process_weights_after_loading.
+    # With True, vLLM would move the weights to the GPU before process_weights_after_loading, and
+    # back afterwards.
     requires_device_loading = False
 
     arrivals: Arrivals | None = None
-    """The count of the checkpoint's tensors, where the model hands them over one by one."""
+    """Counts the loaded tensors; None where the model does not load them one by one."""
 
     def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
         super().__init__(moe)
@@ -42,10 +42,10 @@ class HybridMoEMethod(FusedMoEMethodBase):
         config, rank = HybridConfig.current(), startup.host_rank()
         self.activation_bits = config.activation_bits
         self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        wanted = Conversion(
+        conversion = Conversion(
             config.use_weight, config.quantize_on, config.engine_cpus[rank], self.dummy
         )
-        self.weight_format = choose(weight_format, wanted, prefix)
+        self.weight_format = choose(weight_format, conversion, prefix)
         info = startup.start_engine(rank)
         self.follower = sharing.follower()
         self.offload = offloading.join(prefix)
@@ -96,7 +96,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
                 complete=lambda: self._hand_over(layer),
             )
             attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
-        with torch.device("cpu"):  # vLLM builds a model for a GPU under the GPU's device.
+        with torch.device("cpu"):  # Where vLLM uses a GPU, that GPU is the default device here.
             self._register(layer, shape, params_dtype, attributes)
         if self.arrivals is not None:
             self.arrivals.expect(parts)
@@ -109,10 +109,12 @@ class HybridMoEMethod(FusedMoEMethodBase):
             add_biases(layer, shape, dtype, attributes)
 
     def _hand_over(self, layer: Any) -> None:
-        """Hand the loaded weights to the engine, which has some of them elsewhere, and free the
-        parameters: float32 scales of all layers would take an eighth of what 4-bit weights take.
+        """Hand the loaded weights to the engine, and free the parameters.
+
+        The engine has copies of some tensors, such as scales in another dtype. The float32 scales
+        of all layers would otherwise take an eighth of what 4-bit weights take.
         """
-        # While vLLM builds and loads a model, the default dtype is the model's.
+        # While vLLM builds and loads a model, the model's dtype is PyTorch's default dtype.
         with set_default_torch_dtype(torch.float32):
             layer.engine = engine_layer.make(
                 layer, self.weight_format.tensors(layer), self.activation_bits
@@ -125,8 +127,8 @@ class HybridMoEMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Complete the layer after vLLM has loaded all weights.
 
-        Raises LayerError if the checkpoint lacks any of the weights, or if another engine that was
-        loading them has ended.
+        Raises LayerError if the checkpoint lacks any of the weights. If another engine loads the
+        shared experts and ends before they are complete, this raises LayerError too.
         """
         if self.follower is not None:
             layer.engine = engine_layer.make_of_shared(layer, self.follower)
@@ -136,12 +138,12 @@ class HybridMoEMethod(FusedMoEMethodBase):
                     delattr(layer, name)
         if self.arrivals is not None and not self.dummy:
             self.arrivals.require_all()
-        if not hasattr(layer, "engine"):  # No arrivals said when these weights were complete.
+        if not hasattr(layer, "engine"):  # Without a complete count, the handover is still due.
             self._hand_over(layer)
         if self.offload is not None:
-            offload, number = self.offload
+            offload, layer_number = self.offload
             layer.offloaded = offload.add(
-                number,
+                layer_number,
                 layer.layer_name,
                 layer.engine,
                 topk=self.moe.experts_per_token,
@@ -149,7 +151,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
             )
 
     def get_fused_moe_quant_config(self, layer: Module) -> FusedMoEQuantConfig:  # type: ignore[override]
-        """Activations reach the engine unquantised, whatever the weights are."""
+        """No quantisation: the engine takes 16-bit activations, whatever the weights' format is."""
         return FusedMoEQuantConfig.make()
 
     @property
@@ -166,13 +168,13 @@ class HybridMoEMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Run the routed experts of `layer` on x [M, H] -> [M, H], same dtype.
+        """Run the routed experts of `layer` on x [M, H]. The result is [M, H] in x's dtype.
 
-        topk_ids [M, k] are global expert ids; -1 stands for no expert, which the engine skips.
-        Under expert parallelism the ids of other ranks' experts become -1 too.
+        topk_ids [M, k] are the model's expert ids. An id of -1 stands for no expert, and the engine
+        skips it. With expert parallelism the ids of other ranks' experts become -1 too.
         """
         if layer.expert_map is not None:
-            # vLLM's routers give -1 to padded rows, and as an index -1 would mean the last expert.
+            # vLLM's routers give padded rows the id -1, which as an index would be the last expert.
             topk_ids = layer.expert_map[topk_ids].where(topk_ids >= 0, -1)
         if self.offload is None:
             return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)

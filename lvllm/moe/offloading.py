@@ -1,4 +1,4 @@
-"""GPU offload of a model that is being built: what LvLLM's settings and vLLM's say about it."""
+"""Set up GPU offload for a model that is being built, from LvLLM's settings and vLLM's."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ __all__ = ["join"]
 def join(prefix: str) -> tuple[Offload, int] | None:
     """Announce the experts called `prefix` to the `Offload` of their model.
 
-    Gives that and the layer's number, or None without an accelerator. Raises ValueError for a layer
-    whose name has no number.
+    Returns the `Offload` and the layer's number, or None without an accelerator. Raises ValueError
+    for a layer whose name has no number.
     """
     config = HybridConfig.current()
     if config.accelerator == "none":
@@ -52,10 +52,10 @@ def _make(config: HybridConfig) -> Offload:
 
 
 def _slowest(seconds: Sequence[float]) -> Sequence[float]:
-    """The largest of each time among the ranks that hold parts of the same layers.
+    """For each measured time, the largest among the ranks that hold parts of the same layers.
 
-    Those are the ranks of all replicas that divide the experts or their rows, within one stage of
-    the pipeline. All of them call this together.
+    These are the ranks, of all replicas, that divide the experts or their rows within one stage of
+    the pipeline. All of them must call this together.
     """
     group, largest = get_ep_group(), torch.tensor(seconds, dtype=torch.float64)
     if group.world_size > 1:

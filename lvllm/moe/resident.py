@@ -1,4 +1,4 @@
-"""Resident layers: experts that stay on the accelerator, with vLLM's own method."""
+"""Resident layers: MoE layers whose experts stay on the accelerator, with vLLM's own method."""
 
 from typing import Any
 
@@ -15,14 +15,15 @@ from lvllm.settings.configuration import HybridConfig
 __all__ = ["is_resident", "resident_method"]
 
 _upstream_method = RoutedExperts._get_quant_method
-"""vLLM's own choice of a method, before `lvllm.plugin` puts a refusal into its place."""
+"""vLLM's own function. `lvllm.patches.experts` replaces it in vLLM's class."""
 
 
 def is_resident(prefix: str) -> bool:
-    """Whether the experts called `prefix`, of the model that is being built, stay with vLLM.
+    """Whether vLLM computes the experts called `prefix` of the model that is being built.
 
-    With an accelerator, the layers that LVLLM_GPU_RESIDENT_MOE_LAYERS names do, and all layers of a
-    draft model: its few layers run for every token, and some have the same numbers as the model's.
+    Without an accelerator it computes none. With one, it computes the layers that
+    LVLLM_GPU_RESIDENT_MOE_LAYERS names, and all layers of a draft model. A draft's few layers run
+    for every token, and some have the same numbers as layers of the model itself.
     """
     config = HybridConfig.current()
     if config.accelerator == "none":
@@ -31,7 +32,7 @@ def is_resident(prefix: str) -> bool:
 
 
 def _is_draft() -> bool:
-    """Whether the model that is being built is a draft: vLLM tags it so for its compiler."""
+    """Whether the model that is being built is a draft; vLLM's compiler tag says so."""
     return backends.model_tag != "backbone"
 
 
@@ -40,17 +41,18 @@ def resident_method(
 ) -> FusedMoEMethodBase:
     """vLLM's own method for the experts of `layer`, called `prefix`.
 
-    Raises LayerError where vLLM has none on its platform.
+    Raises LayerError where vLLM cannot compute these experts on its platform.
     """
     try:
         if current_platform.is_cpu() and not moe_config.is_act_and_mul:
-            # vLLM refuses these experts there; a patch lifts that for lk.
+            # vLLM itself would refuse these experts, but a patch lifts that refusal for lk.
             raise NotImplementedError("its kernels need a gate")
         if current_platform.is_cpu() and moe_config.moe_parallel_config.use_ep:
-            # The kernels take any expert for one of this rank's, and read behind their memory.
+            # The kernels do not know that a rank holds only some experts, so they would read beyond
+            # the end of the weights.
             raise NotImplementedError("its kernels know no expert parallelism")
         if current_platform.is_cpu() and moe_config.is_lora_enabled:
-            # vLLM takes Triton's kernels for them, and does not ask whether there are any.
+            # vLLM would use Triton kernels here, without checking that Triton is installed.
             raise NotImplementedError("of its kernels those for models with LoRA need a GPU")
         return _upstream_method(layer, prefix, quant_config, moe_config)
     except Exception as error:

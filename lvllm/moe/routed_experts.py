@@ -1,6 +1,7 @@
-"""The out-of-tree layers: vLLM's routed experts, with LvLLM's method in place of vLLM's.
+"""The classes that replace vLLM's routed experts, with LvLLM's method in place of vLLM's.
 
-Registration goes by class name, so a model's own subclass is replaced by one of ours.
+vLLM registers replacements (out-of-tree layers) by class name. So each subclass of RoutedExperts
+that a model brings along needs a replacement of its own.
 """
 
 from typing import Any
@@ -24,9 +25,9 @@ __all__ = ["REPLACED", "HybridExperts", "HybridRoutedExperts"]
 class HybridExperts:
     """Routed experts whose weights lie in the engine's memory, unless their layer is resident.
 
-    The names of the weights and the whole of loading stay vLLM's. Only the quantisation method
-    differs, and through it where parameters are made and what computes on them. A resident layer
-    has vLLM's own method.
+    The names of the weights and the way they are loaded stay vLLM's. Only the quantisation method
+    differs: it allocates the parameters and computes on them. A resident layer has vLLM's own
+    method.
     """
 
     resident: bool
@@ -43,7 +44,10 @@ class HybridExperts:
     def _narrow_expert_data_for_padding(
         self, expert_data: torch.Tensor, loaded_weight: torch.Tensor, *more: Any, **options: Any
     ) -> torch.Tensor:
-        """vLLM takes a tensor that is too small, since some of its kernels pad; lk pads nothing."""
+        """Refuse a tensor that is smaller than its parameter, unless the layer is resident.
+
+        vLLM takes it, because some of its kernels pad the weights. lk pads nothing.
+        """
         if self.resident:
             narrow = super()._narrow_expert_data_for_padding  # type: ignore[misc]
             narrowed: torch.Tensor = narrow(expert_data, loaded_weight, *more, **options)
@@ -66,7 +70,7 @@ class HybridGptOssExperts(HybridExperts, GptOssRoutedExperts):
         self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
         if not is_resident(prefix):
-            # vLLM takes the constants of OpenAI's own checkpoints, but config.json may have others.
+            # vLLM uses the constants of OpenAI's checkpoints, but config.json may have others.
             config = get_current_vllm_config().model_config.hf_config
             moe_config.swiglu_alpha = getattr(config, "swiglu_alpha", None)
             moe_config.swiglu_limit = getattr(config, "swiglu_limit", None)
@@ -82,4 +86,4 @@ REPLACED: dict[type[RoutedExperts], type[RoutedExperts]] = {
     GptOssRoutedExperts: HybridGptOssExperts,
     TransformersRoutedExperts: HybridTransformersExperts,
 }
-"""vLLM's classes, and the classes that take their place."""
+"""For each of vLLM's classes, the class that replaces it."""

@@ -1,6 +1,6 @@
 """The settings in their final form, which the front process hands to every worker.
 
-Workers parse nothing and decide nothing: what they need to know is in a `HybridConfig`, which
+Workers parse nothing and decide nothing. All they need to know is in a `HybridConfig`, which
 travels inside vLLM's `additional_config`.
 """
 
@@ -25,14 +25,14 @@ class PrefillEngine:
     """Which prompts a second engine prefills, and where."""
 
     min_tokens: int
-    """Prompts of at least this many tokens go to the second engine; tokens that the prefix cache
-    has do not count."""
+    """Prompts of at least this many tokens go to the second engine. Tokens that are in the prefix
+    cache do not count."""
     gpu: int | None
     """The second engine's GPU, as CUDA numbers them; None: the decoding engine's GPU."""
 
 
 class HybridConfig(BaseModel):
-    """What a worker needs to know; every value is final."""
+    """All settings that a worker needs; every value is final."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,5 +75,5 @@ class HybridConfig(BaseModel):
 
     @classmethod
     def carried(cls, vllm_config: Any) -> Self:
-        """What the front process has left in an engine's configuration."""
+        """The settings that the front process has put into an engine's configuration."""
         return cls.model_validate(vllm_config.additional_config[RESOLVED])

@@ -1,4 +1,4 @@
-"""The settings of GPU offload, checked against vLLM's platform, the model and each other."""
+"""Check the settings of GPU offload against vLLM's platform, the model and each other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["accelerator", "check"]
 
 
 def accelerator(setting: Setting) -> Accelerator:
-    """LVLLM_ACCELERATOR, or its default on vLLM's platform.
+    """The value of LVLLM_ACCELERATOR, or its default on vLLM's platform.
 
     Raises SettingError for an accelerator that does not belong to the platform.
     """
@@ -37,7 +37,7 @@ def accelerator(setting: Setting) -> Accelerator:
 
 
 def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any) -> None:
-    """Raises SettingError for a setting of GPU offload that has no use or no meaning here."""
+    """Raise SettingError for a setting of GPU offload that is impossible or without effect here."""
     model = vllm_config.model_config
     layers: list[int] = []
     if model.get_num_experts():
@@ -75,8 +75,10 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
 
 
 def _draft_layers(vllm_config: Any) -> list[int]:
-    """The numbers of the layers for multi-token prediction that follow the model's own, if they are
-    used. They are resident whether or not LVLLM_GPU_RESIDENT_MOE_LAYERS names them.
+    """The numbers of the layers for multi-token prediction, if they are used.
+
+    These layers follow the model's own. They are resident whether or not
+    LVLLM_GPU_RESIDENT_MOE_LAYERS names them.
     """
     speculative = vllm_config.speculative_config
     if speculative is None or speculative.method != "mtp":
@@ -98,21 +100,21 @@ def _check_cuda(vllm_config: Any) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     offload = vllm_config.offload_config
     one_batch = "lk computes one batch at a time"
-    one_front = "the processes in front would each give all CPUs to their own ranks"
+    one_server = "each of several servers would give all CPUs to its own ranks"
     one_mover = "weights are moved by LvLLM"
     for name, value, allowed, reason in (
         ("enable-dbo", parallel.enable_dbo, False, one_batch),
         ("ubatch-size", parallel.ubatch_size, 0, one_batch),
-        # The other backends hand tokens straight to kernels on the GPU.
+        # The other backends pass tokens directly to kernels on the GPU.
         (
             "all2all-backend",
             parallel.all2all_backend,
             "allgather_reducescatter",
-            "lk is given all tokens of its experts by that one alone",
+            "only that backend passes all tokens of a rank's experts to lk",
         ),
-        ("data-parallel-backend", parallel.data_parallel_backend, "mp", one_front),
-        ("data-parallel-external-lb", parallel.data_parallel_external_lb, False, one_front),
-        ("data-parallel-hybrid-lb", parallel.data_parallel_hybrid_lb, False, one_front),
+        ("data-parallel-backend", parallel.data_parallel_backend, "mp", one_server),
+        ("data-parallel-external-lb", parallel.data_parallel_external_lb, False, one_server),
+        ("data-parallel-hybrid-lb", parallel.data_parallel_hybrid_lb, False, one_server),
         ("cpu-offload-gb", offload.uva.cpu_offload_gb, 0, one_mover),
         ("offload-group-size", offload.prefetch.offload_group_size, 0, one_mover),
         ("enable-sleep-mode", model.enable_sleep_mode, False, "lk's memory stays in use"),

@@ -1,6 +1,7 @@
-"""What of vLLM's configuration experts on the CPU cannot serve: refused before weights are read.
+"""Check vLLM's configuration for anything that experts on the CPU cannot serve.
 
-Each function raises SettingError in one line that names the setting, its value and what is allowed.
+This happens before weights are read. Each check raises SettingError in one line that names the
+setting, its value and what is allowed.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ def is_moe(model: Any) -> bool:
 
 
 def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
-    """The model and how vLLM is to run it."""
+    """Check the model, and the workers and scheduler that are to run it."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if not is_moe(model):
         return
@@ -58,7 +59,7 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
 
 
 def check_features(vllm_config: Any, accelerator: Accelerator) -> None:
-    """vLLM's features that need experts on a GPU, or a GPU at all."""
+    """Refuse features of vLLM that need the experts on a GPU, or that need a GPU at all."""
     lora = vllm_config.lora_config
     targets = (lora and lora.target_modules) or ()
     experts = [name for name in targets if "experts" in name.split(".")]
@@ -78,7 +79,7 @@ def check_features(vllm_config: Any, accelerator: Accelerator) -> None:
 def check_weights(
     settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any
 ) -> None:
-    """LVLLM_MOE_USE_WEIGHT and LVLLM_MOE_QUANT_ON_GPU for this model on this machine."""
+    """Check LVLLM_MOE_USE_WEIGHT and LVLLM_MOE_QUANT_ON_GPU for this model on this machine."""
     model = vllm_config.model_config
     wanted, on_gpu = settings["moe_use_weight"], settings["moe_quant_on_gpu"]
     quantization = model.model_arch_config.quantization_config
@@ -95,7 +96,7 @@ def check_weights(
                 "it does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is"
                 " 0"
             )
-        # A process that has asked CUDA cannot fork workers that use it, so it is asked only where
-        # the workers use no CUDA.
+        # Once a process has initialised CUDA, the workers that it forks cannot use CUDA. So CUDA is
+        # asked only where the workers do not use it.
         if accelerator != "cuda" and not torch.cuda.is_available():
             raise on_gpu.refuse("there is no GPU; allowed is 0")

@@ -1,4 +1,4 @@
-"""Where the value of each setting comes from: environment over YAML over default."""
+"""Resolve each setting: the environment wins over YAML, and YAML over the default."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,14 @@ SECTION = "additional_config.lvllm"
 
 @dataclass(frozen=True)
 class Setting:
-    """A resolved value; `written` and `source` are the text and the place that it came from."""
+    """A setting and its value."""
 
     variable: Variable
     value: Any
     source: str
+    """Where the value came from: "environment", "config" or "default"."""
     written: object = None
+    """The value as the user wrote it; None for a default."""
 
     def refuse(self, reason: str) -> SettingError:
         """An error about this setting: one line with its name, its value and `reason`."""
@@ -29,7 +31,7 @@ class Setting:
 
 
 def resolve(environ: Mapping[str, str], section: object) -> dict[str, Setting]:
-    """Every setting by key, from the environment and the `additional_config.lvllm` section.
+    """All settings by their keys, from the environment and the `additional_config.lvllm` section.
 
     Raises SettingError for an unknown name or a value that is not allowed.
     """

@@ -1,4 +1,4 @@
-"""Every setting of LvLLM: its name, type, default, range and meaning, in one place.
+"""All settings of LvLLM in one place: the name, type, default, range and meaning of each.
 
 A setting is an environment variable (`LK_THREADS=8`) or a key of the vLLM configuration
 (`additional_config.lvllm.lk_threads: 8`). If both are given, the variable wins. This module
@@ -36,14 +36,14 @@ class SettingError(LvllmError):
 
 
 def parse_switch(text: str) -> bool:
-    """`0` or `1`."""
+    """Parse `0` or `1`."""
     if text not in ("0", "1"):
         raise ValueError
     return text == "1"
 
 
 def parse_choice(*choices: str) -> Callable[[str], str]:
-    """A parser of one of `choices`."""
+    """A function that takes one of `choices` as it is, and raises ValueError for any other text."""
 
     def parse(text: str) -> str:
         if text not in choices:
@@ -54,7 +54,10 @@ def parse_choice(*choices: str) -> Callable[[str], str]:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Layer indices and ascending ranges: `0`, `0-1`, `0,9`, `0,1,8-9` -> sorted, unique."""
+    """Parse layer indices and ascending ranges, such as `0`, `0-1`, `0,9` or `0,1,8-9`.
+
+    The result is sorted, and names each layer once.
+    """
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
@@ -68,7 +71,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def parse_whole(minimum: int, *words: str) -> Callable[[str], int | str]:
-    """A parser of whole numbers of at least `minimum`, in plain decimal digits, or of `words`."""
+    """A function that parses a whole number of at least `minimum`, or takes one of `words`.
+
+    A number has plain decimal digits only.
+    """
 
     def parse(text: str) -> int | str:
         if text in words:
@@ -81,7 +87,10 @@ def parse_whole(minimum: int, *words: str) -> Callable[[str], int | str]:
 
 
 def parse_long_prompt(text: str) -> int | str:
-    """`0`, `auto`, or tokens: `1`, meant as a switch, would take every prompt."""
+    """Parse `0`, `auto` or a number of tokens.
+
+    `1` is refused, because a user who means it as a switch would get every prompt moved.
+    """
     return text if text == "auto" else 0 if text == "0" else parse_whole(2)(text)
 
 
@@ -301,7 +310,7 @@ def parse(variable: Variable, value: object, where: str) -> Any:
     if is_unset(value):
         return variable.default
     if isinstance(value, bool):
-        value = int(value)  # YAML's true/false
+        value = int(value)  # YAML has true and false.
     if isinstance(value, list):
         value = ",".join(str(item) for item in value)
     text = str(value).strip()
@@ -312,13 +321,16 @@ def parse(variable: Variable, value: object, where: str) -> Any:
 
 
 def suggest(name: str, known: Collection[str]) -> str:
-    """What to say about an unknown `name`."""
+    """A hint about an unknown `name`: the most similar known name, or else all known names."""
     near = get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
 
 
 def check_names(environ: Mapping[str, str]) -> None:
-    """Refuse a variable that looks like one of ours and is not: a typo would be ignored."""
+    """Raise SettingError for an unknown variable whose name begins with LVLLM_ or LK_.
+
+    Otherwise a misspelt variable would have no effect, without a word.
+    """
     known = {variable.name for variable in VARIABLES}
     for name in sorted(environ):
         if name.startswith(("LVLLM_", "LK_")) and name not in known:

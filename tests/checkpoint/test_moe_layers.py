@@ -1,4 +1,4 @@
-"""Which layers of a model have experts."""
+"""Which layers of a model have experts, and how their numbers are read and written."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Experts converted while loading: what they mean, and what is made of that."""
+"""Converting experts while loading: the values of each stored format, and the converted weights."""
 
 import os
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ NAME = "model.layers.3.mlp.experts"
 
 
 class Stored(ExpertFormat):
-    """Experts as `tensors` has them; one parameter for each, that is loaded as it is."""
+    """A checkpoint format whose parameters are the given `tensors`, loaded as they are."""
 
     def __init__(self, tensors: dict[str, Any], bits: int = 8) -> None:
         self.held = tensors
@@ -42,19 +42,19 @@ class Stored(ExpertFormat):
         return {name: getattr(layer, name, given) for name, given in self.held.items()}
 
 
-def wanted(target: UseWeight, dummy: bool = False) -> Conversion:
+def conversion(target: UseWeight, dummy: bool = False) -> Conversion:
     return Conversion(target, "cpu", tuple(os.sched_getaffinity(0)), dummy)
 
 
 def convert(source: ExpertFormat, target: UseWeight, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The arguments of `ExpertLayer` that are made of a source, and its layer."""
+    """The arguments of `ExpertLayer` after converting `source`, and the layer's module."""
     layer = torch.nn.Module()
-    made = Converted(source, wanted(target), NAME)
-    made.create_weights(layer, Shape(EXPERTS, HIDDEN, INTERMEDIATE, 2), dtype, {})
-    # As while vLLM loads a model.
+    converted = Converted(source, conversion(target), NAME)
+    converted.create_weights(layer, Shape(EXPERTS, HIDDEN, INTERMEDIATE, 2), dtype, {})
+    # While vLLM loads a model, the model's dtype is PyTorch's default dtype.
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return made.tensors(layer), layer
+        return converted.tensors(layer), layer
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -64,7 +64,8 @@ def arguments(format: str, seed: int, **more: Any) -> dict[str, Any]:
     return {name: value for name, value in layer.arguments.items() if name != "activation"}
 
 
-def meant(tensors: dict[str, Any], name: str) -> torch.Tensor:
+def values_of_all(tensors: dict[str, Any], name: str) -> torch.Tensor:
+    """The values of all experts' w13 or w2: float32 [E, rows, columns]."""
     return torch.stack([values(tensors, name, expert) for expert in range(EXPERTS)])
 
 
@@ -84,11 +85,14 @@ def test_values_are_what_the_engine_computes_with(format: str, more: dict[str, A
     for name in ("w13", "w2"):
         wanted = layer.dequantised(name)
         # nvfp4 has two scales, and the order of multiplication decides the last bit.
-        torch.testing.assert_close(meant(layer.arguments, name), wanted, rtol=2e-7, atol=0)
+        torch.testing.assert_close(values_of_all(layer.arguments, name), wanted, rtol=2e-7, atol=0)
 
 
 def random_integers(bits: int, size: int, zero: bool, order: bool) -> dict[str, Any]:
-    """What the engine does not compute: `integers.tensors` of random weights; and their meaning."""
+    """What `integers.tensors` returns for random experts whose groups lk does not compute.
+
+    The entry "wanted" has the float values of w13 and w2.
+    """
     random = Random()
     codes, scales, zeros, orders, wanted = {}, {}, {}, {}, {}
     for name, parts, rows, columns in Shape(EXPERTS, HIDDEN, INTERMEDIATE, 2).matrices:
@@ -119,14 +123,14 @@ def random_integers(bits: int, size: int, zero: bool, order: bool) -> dict[str, 
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize(("bits", "size"), [(4, 8), (4, 16), (8, 16)])
-def test_integers_that_the_engine_has_no_format_for(
+def test_keep_converts_integers_that_the_engine_does_not_compute(
     bits: int, size: int, zero: bool, order: bool
 ) -> None:
     tensors = random_integers(bits, size, zero, order)
     wanted = tensors.pop("wanted")
     assert not computable(tensors)
     for name in ("w13", "w2"):
-        assert torch.equal(meant(tensors, name), wanted[name])
+        assert torch.equal(values_of_all(tensors, name), wanted[name])
     made, _ = convert(Stored(tensors, bits), UseWeight.KEEP)
     for name in ("w13", "w2"):
         assert torch.equal(made[name], wanted[name].bfloat16())
@@ -134,22 +138,21 @@ def test_integers_that_the_engine_has_no_format_for(
 
 
 @pytest.mark.parametrize(("size", "group"), [(96, 32), (192, 64), (512, 128), (64, 64)])
-def test_groups_that_the_engines_divide(size: int, group: int) -> None:
-    """Their scales stand several times."""
+def test_large_groups_become_several_groups_of_the_engine(size: int, group: int) -> None:
+    """Each of these groups has a copy of the large group's scale."""
     random, columns = Random(), 2 * size
     codes = random.integers(0, 256, 2, 5, columns // 2).to(torch.uint8)
     scale = random.uniform(0.5, 1.5, 2, 5, 2).bfloat16()
     zero = random.integers(0, 16, 2, 5, 2).to(torch.uint8)
-    of = {"w13": codes}, {"w13": scale.float()}, {"w13": zero}
-    found = integers.tensors(4, size, *of, {})
+    found = integers.tensors(4, size, {"w13": codes}, {"w13": scale.float()}, {"w13": zero}, {})
     assert found["group_size"] == group
     assert found["w13_scale"].dtype == torch.bfloat16
     got = dequantise("int4", codes, found["w13_scale"], found["w13_zero"], group_size=group)
     assert torch.equal(got, dequantise("int4", codes, scale, zero, group_size=size))
 
 
-def test_an_order_that_is_none() -> None:
-    """Of the second of two processes: the groups from the middle on, one after another."""
+def test_act_order_whose_groups_are_in_order() -> None:
+    """The tensors are those of the second of two processes, whose groups begin in the middle."""
     random = Random()
     codes = random.integers(0, 256, 2, 6, 32).to(torch.uint8)
     scale = random.uniform(0.5, 1.5, 2, 6, 4)
@@ -161,8 +164,8 @@ def test_an_order_that_is_none() -> None:
         integers.tensors(4, 32, {"w2": codes}, {"w2": scale}, {}, {"w2": index + index % 2})
 
 
-def test_what_turns_out_to_be_the_engines_is_kept() -> None:
-    """As act-order whose groups follow one another."""
+def test_keep_leaves_weights_that_the_engine_computes() -> None:
+    """With act-order, only the loaded tensors show that their groups follow one another."""
     tensors = arguments("int4", 5, zero=True)
     made, _ = convert(Stored(tensors, 4), UseWeight.KEEP)
     assert made.keys() == tensors.keys()
@@ -178,42 +181,42 @@ def test_to_dtype(format: str, dtype: torch.dtype) -> None:
     made, _ = convert(Stored(tensors), UseWeight.TO_DTYPE, dtype)
     assert made["format"] == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     for name in ("w13", "w2"):
-        assert torch.equal(made[name], meant(tensors, name).to(dtype))
+        assert torch.equal(made[name], values_of_all(tensors, name).to(dtype))
         assert torch.equal(made[f"{name}_bias"], tensors[f"{name}_bias"])
         assert f"{name}_scale" not in made
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp16", "fp8", "int8", "nvfp4"])
-def test_int4_is_the_values_quantised(format: str) -> None:
-    """And a last group of 16 columns, of 80 and of 48, is one that is filled with zeros."""
+def test_int4_quantises_the_values(format: str) -> None:
+    """Rows of 80 and of 48 columns end in a group of 16, which zeros fill up to 32."""
     tensors = arguments(format, 2)
     made, _ = convert(Stored(tensors), UseWeight.INT4)
     assert made["format"] == "int4"
     assert made["group_size"] == 32
     for name, columns in (("w13", HIDDEN), ("w2", INTERMEDIATE)):
-        whole = F.pad(meant(tensors, name), (0, -columns % 32))
-        codes, scale = quantize.int4(whole, 32)
+        padded = F.pad(values_of_all(tensors, name), (0, -columns % 32))
+        codes, scale = quantize.int4(padded, 32)
         assert torch.equal(made[name], codes[..., : columns // 2])
         assert torch.equal(made[f"{name}_scale"], scale)
 
 
-def test_int4_of_a_share_is_a_share_of_int4() -> None:
-    """Of w2's columns, as tensor parallelism cuts them in whole groups."""
+def test_int4_of_half_the_columns_is_half_of_the_int4_codes() -> None:
+    """Tensor parallelism cuts w2's columns in whole groups, so the cut changes no code."""
     weight = Random().normal(5, 128)
     codes, scale = quantize.int4(weight, 32)
     for part in (0, 1):
-        of_part = weight[:, 64 * part : 64 * part + 64]
-        got, its_scale = quantize.int4(of_part, 32)
-        assert torch.equal(got, codes[:, 32 * part : 32 * part + 32])
-        assert torch.equal(its_scale, scale[:, 2 * part : 2 * part + 2])
+        half = weight[:, 64 * part : 64 * part + 64]
+        half_codes, half_scale = quantize.int4(half, 32)
+        assert torch.equal(half_codes, codes[:, 32 * part : 32 * part + 32])
+        assert torch.equal(half_scale, scale[:, 2 * part : 2 * part + 2])
 
 
-def test_what_was_loaded_is_freed() -> None:
+def test_loaded_parameters_are_freed() -> None:
     _, layer = convert(Stored(arguments("fp8", 3)), UseWeight.INT4)
     assert {name for name, p in layer.named_parameters() if p.numel()} == {"w13_input_scale"}
 
 
-def test_weights_that_are_no_numbers_are_named() -> None:
+def test_an_expert_with_nan_is_named() -> None:
     tensors = arguments("bf16", 4)
     tensors["w2"][1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=rf"^{NAME}: w2 of expert 1: .*NaN"):
@@ -235,21 +238,23 @@ def test_weights_that_are_no_numbers_are_named() -> None:
         (4, True, "TO_DTYPE", "TO_DTYPE"),
     ],
 )
-def test_choice(bits: int, computed: bool, setting: str, target: str | None) -> None:
+def test_which_experts_are_converted(
+    bits: int, computed: bool, setting: str, target: str | None
+) -> None:
     source: Any = SimpleNamespace(bits=bits, computable=computed, arrives=True)
-    chosen = choose(source, wanted(UseWeight(setting)), NAME)
+    chosen = choose(source, conversion(UseWeight(setting)), NAME)
     if target is None:
         assert chosen is source
     else:
         assert isinstance(chosen, Converted)
-        assert chosen.wanted.target == UseWeight(target)
+        assert chosen.conversion.target == UseWeight(target)
 
 
 @pytest.mark.parametrize("target", [UseWeight.INT4, UseWeight.TO_DTYPE])
-def test_made_up_weights_are_made_a_layer_at_a_time(target: UseWeight) -> None:
-    """No parameter before `tensors`: vLLM fills those of all layers at once."""
+def test_dummy_weights_are_made_layer_by_layer(target: UseWeight) -> None:
+    """There is no parameter before `tensors`, since vLLM would fill those of all layers at once."""
     layer = torch.nn.Module()
-    made = Converted(Unquantized(), wanted(target, dummy=True), NAME)
-    made.create_weights(layer, Shape(EXPERTS, HIDDEN, INTERMEDIATE, 2), torch.bfloat16, {})
+    converted = Converted(Unquantized(), conversion(target, dummy=True), NAME)
+    converted.create_weights(layer, Shape(EXPERTS, HIDDEN, INTERMEDIATE, 2), torch.bfloat16, {})
     assert not list(layer.parameters())
-    assert made.tensors(layer)["w13"].float().abs().max() > 0
+    assert converted.tensors(layer)["w13"].float().abs().max() > 0

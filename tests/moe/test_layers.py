@@ -1,4 +1,4 @@
-"""vLLM's own expert layer with LvLLM in it, by itself: what the models that run here do not reach.
+"""Single layers of experts: cases that no model of the other tests has.
 
 A layer is built by vLLM's factory, filled through vLLM's loader from a checkpoint's tensors, and
 called through vLLM's runner and router.
@@ -38,7 +38,7 @@ from lvllm.upstream.quantization_configs import CompressedConfig, GptqConfig
 from tests.experts import Layer, Random
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19
-# vLLM's arguments of a layer, and what they are to mean.
+# By activation: the arguments of vLLM's layer, and the arguments of `ExpertLayer` that they become.
 LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "silu": ({}, {}),
     "silu_with_limit": (
@@ -62,10 +62,10 @@ LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def vllm_config(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
-    """A process of one rank with the plugin loaded, configured for a model in bfloat16."""
+    """vLLM's configuration for a bfloat16 model, in a process of one rank that has the plugin."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
-        # Restored afterwards: preparing a configuration sets it for the worker processes.
+        # Preparing a configuration sets this variable for the workers; `patch` restores it.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
         plugin.register()
         arguments = {"model": str(qwen3_moe), "skip_tokenizer_init": True, "enforce_eager": True}
@@ -80,7 +80,7 @@ def vllm_config(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def tensors(random: Random, gate: str, up: str | None, bias: bool) -> dict[str, torch.Tensor]:
-    """An experts module's part of a checkpoint, under the names that it has there."""
+    """A checkpoint's tensors of one layer's experts, by their names below the layer's name."""
     stored = {}
     for expert in range(EXPERTS):
         for name, rows, columns in (
@@ -100,7 +100,7 @@ def tensors(random: Random, gate: str, up: str | None, bias: bool) -> dict[str, 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) -> None:
-    arguments, meaning = LAYERS[name]
+    arguments, expected_arguments = LAYERS[name]
     random = Random(randrange(1 << 30))
     gate, _, up = arguments.get("ckpt_names", ("gate_proj", "down_proj", "up_proj"))
     stored = tensors(random, gate, up, bias)
@@ -140,12 +140,12 @@ def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) ->
         of_layer["w2_bias"] = stacked(("down_proj",), "bias")
     weights, ids = logits.float().softmax(-1).topk(TOPK)
     weights = weights / weights.sum(-1, keepdim=True)
-    expected = Layer(of_layer | meaning).reference(x, ids, weights)
-    # Of the result's own rounding to bfloat16, 1.7e-3, and of what avx512_bf16 rounds before.
+    expected = Layer(of_layer | expected_arguments).reference(x, ids, weights)
+    # Rounding the result to bfloat16 makes an error of 1.7e-3. avx512_bf16 rounds earlier, too.
     assert (out.float() - expected).norm() <= 5e-3 * expected.norm()
 
 
-def factory(prefix: str, **arguments: Any) -> Any:
+def make_experts(prefix: str, **arguments: Any) -> Any:
     return FusedMoEFactory(
         num_experts=EXPERTS,
         top_k=TOPK,
@@ -159,9 +159,9 @@ def factory(prefix: str, **arguments: Any) -> Any:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_experts_of_a_model_that_is_built_on_a_gpu(bias: bool, vllm_config: VllmConfig) -> None:
-    """They lie in host memory wherever the rest does; the meta device is in a GPU's place."""
+    """The experts lie in host memory all the same. The meta device stands for the GPU here."""
     with set_current_vllm_config(vllm_config), torch.device("meta"):
-        layer = factory(f"built.{bias}.mlp.experts", has_bias=bias)
+        layer = make_experts(f"built.{bias}.mlp.experts", has_bias=bias)
         assert torch.empty(1).is_meta
     devices = {name: tensor.device.type for name, tensor in layer.named_parameters()}
     assert len(devices) == 2 + 2 * bias
@@ -170,7 +170,7 @@ def test_experts_of_a_model_that_is_built_on_a_gpu(bias: bool, vllm_config: Vllm
 
 @pytest.fixture
 def resident(vllm_config: VllmConfig) -> Iterator[None]:
-    """The layers 2 and 4 are, of the host in a GPU's place."""
+    """The layers 2 and 4 are resident; the accelerator is the host."""
     found = vllm_config.additional_config[RESOLVED]
     offloaded = {"accelerator": "host", "gpu_resident_moe_layers": [2, 4]}
     vllm_config.additional_config[RESOLVED] = found | offloaded
@@ -181,27 +181,27 @@ def resident(vllm_config: VllmConfig) -> Iterator[None]:
 
 @pytest.mark.usefixtures("resident")
 def test_resident_layers_are_left_to_vllm() -> None:
-    """And take none of the engine's memory. What drafts is resident whatever its number is."""
+    """They take none of the engine's memory. All layers of a draft are resident."""
     before = bank.allocated_bytes()
     for prefix in ("language_model.model.layers.2.mlp.experts", "backbone.layers.4.mixer.experts"):
-        layer = factory(prefix)
+        layer = make_experts(prefix)
         assert type(layer.quant_method) is UnquantizedFusedMoEMethod
         too_large = layer.w13_weight.data[0, :7]
         kept = layer._narrow_expert_data_for_padding(too_large, too_large[:5], 0)
         assert len(kept) == 5, "vLLM's kernels may pad"
     with set_model_tag("eagle_head"):
-        draft = factory("model.layers.3.mlp.experts")
+        draft = make_experts("model.layers.3.mlp.experts")
     assert type(draft.quant_method) is UnquantizedFusedMoEMethod
     assert bank.allocated_bytes() == before
-    layer = factory("again.layers.3.mlp.experts")
+    layer = make_experts("again.layers.3.mlp.experts")
     assert isinstance(layer.quant_method, HybridMoEMethod)
     assert bank.allocated_bytes() > before
 
 
-# Experts that lk computes, and vLLM's kernels on its CPU platform, or any, do not.
+# lk computes these experts. vLLM has no kernels for them on its CPU platform, or none at all.
 ORDERED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "actorder": "group"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
-NOT_VLLMS: dict[str, Callable[[], dict[str, Any]]] = {
+UNSUPPORTED_BY_VLLM: dict[str, Callable[[], dict[str, Any]]] = {
     "without_gate": lambda: {"activation": "relu2_no_mul", "ckpt_names": ("up", "down", None)},
     "nvfp4": lambda: {"quant_config": ModelOptNvFp4Config("NVFP4", True)},
     "gptq": lambda: {"quant_config": GptqConfig.from_config(GPTQ)},
@@ -220,19 +220,19 @@ NOT_VLLMS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("resident")
-@pytest.mark.parametrize("why", NOT_VLLMS)
+@pytest.mark.parametrize("why", UNSUPPORTED_BY_VLLM)
 def test_resident_layers_that_vllm_cannot_compute(why: str) -> None:
     prefix = f"{why}.layers.4.mlp.experts"
     with pytest.raises(ValueError, match=r"where they are to be resident: ") as caught:
-        factory(prefix, **NOT_VLLMS[why]())
+        make_experts(prefix, **UNSUPPORTED_BY_VLLM[why]())
     said = str(caught.value)
     assert said.startswith(f"{prefix}: vLLM cannot compute these experts on cpu")
     assert said.endswith("; leave 4 out of LVLLM_GPU_RESIDENT_MOE_LAYERS")
     print(said)
 
 
-def test_resident_layers_divided_by_experts() -> None:
-    """vLLM's kernels for CPUs would read behind the weights of the experts that a rank holds."""
+def test_resident_layers_with_expert_parallelism() -> None:
+    """vLLM's kernels for CPUs would read beyond the end of the weights that a rank holds."""
     parallel = SimpleNamespace(use_ep=True)
     moe: Any = SimpleNamespace(is_act_and_mul=True, moe_parallel_config=parallel)
     with pytest.raises(ValueError, match=r"know no expert parallelism; leave 4 out of LVLLM_GPU"):
@@ -240,7 +240,7 @@ def test_resident_layers_divided_by_experts() -> None:
 
 
 def test_resident_layers_of_a_model_with_lora() -> None:
-    """vLLM would start, and find no Triton at the first request."""
+    """Without this error vLLM would start, and find at the first request that it has no Triton."""
     parallel = SimpleNamespace(use_ep=False)
     moe: Any = SimpleNamespace(
         is_act_and_mul=True, moe_parallel_config=parallel, is_lora_enabled=True
@@ -259,7 +259,7 @@ def test_resident_layers_of_a_model_with_lora() -> None:
         ("swigluoai_uninterleave", None, "'swigluoai_uninterleave' is not supported"),
     ],
 )
-def test_what_the_engine_has_not_is_refused(name: str, limit: float | None, message: str) -> None:
+def test_unsupported_activations_are_refused(name: str, limit: float | None, message: str) -> None:
     moe = SimpleNamespace(
         activation=MoEActivation.from_str(name),
         swiglu_alpha=None,
@@ -271,8 +271,8 @@ def test_what_the_engine_has_not_is_refused(name: str, limit: float | None, mess
     assert "\n" not in str(caught.value)
 
 
-def test_loaded_layers_keep_what_the_engine_computes_on_alone(vllm_config: VllmConfig) -> None:
-    """Codes and 16-bit scales, whatever they were loaded into, as soon as a layer is complete."""
+def test_a_complete_layer_keeps_only_the_engines_tensors(vllm_config: VllmConfig) -> None:
+    """The engine keeps codes and 16-bit scales; the parameters that were loaded are freed."""
     how = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     groups = {"group_0": {"targets": ["Linear"], "weights": how}}
     random, sizes = Random(randrange(1 << 30)), {"gate_proj": 64, "up_proj": 64, "down_proj": 96}
@@ -280,10 +280,10 @@ def test_loaded_layers_keep_what_the_engine_computes_on_alone(vllm_config: VllmC
     for expert in range(EXPERTS):
         for name, rows in sizes.items():
             columns = 64 if name == "down_proj" else 96
-            of = f"{expert}.{name}.weight"
-            stored[f"{of}_packed"] = random.integers(-(1 << 31), 1 << 31, rows, columns // 8).int()
-            stored[f"{of}_scale"] = random.uniform(0.1, 1, rows, columns // 32).bfloat16()
-            stored[f"{of}_shape"] = torch.tensor([rows, columns])
+            key = f"{expert}.{name}.weight"
+            stored[f"{key}_packed"] = random.integers(-(1 << 31), 1 << 31, rows, columns // 8).int()
+            stored[f"{key}_scale"] = random.uniform(0.1, 1, rows, columns // 32).bfloat16()
+            stored[f"{key}_shape"] = torch.tensor([rows, columns])
     with set_current_vllm_config(vllm_config):
         layer = FusedMoEFactory(
             num_experts=EXPERTS,
@@ -297,7 +297,7 @@ def test_loaded_layers_keep_what_the_engine_computes_on_alone(vllm_config: VllmC
             ),
         ).routed_experts
         list(layer.load_weights(stored.items()))
-        # Optional parameters, the weights' shapes, may come after all others.
+        # The weights' shapes are optional parameters, which may be loaded after all others.
         loaded_into = {name for name, data in layer.named_parameters() if data.numel()}
         assert loaded_into == {"w13_weight_shape", "w2_weight_shape"}
         kept = layer.engine.tensors
@@ -305,7 +305,7 @@ def test_loaded_layers_keep_what_the_engine_computes_on_alone(vllm_config: VllmC
         for scale in (kept["w13_scale"], kept["w2_scale"]):
             assert scale.dtype == torch.bfloat16
             assert scale.untyped_storage().nbytes() == scale.nbytes
-        # What comes again is left: the engine has its own order by now.
+        # Tensors that are loaded again are ignored, since the engine has reordered the weights.
         codes = kept["w13"].clone()
         list(layer.load_weights(stored.items()))
         assert torch.equal(layer.engine.tensors["w13"], codes)

@@ -1,4 +1,4 @@
-"""Settings resolved from environment and YAML, and checked against a model by vLLM itself."""
+"""Resolve settings from environment and YAML, and check them with a model's vLLM configuration."""
 
 import json
 import os
@@ -63,11 +63,11 @@ def test_a_bad_yaml_value_is_refused_even_when_the_variable_wins() -> None:
 
 @pytest.fixture
 def configure(qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that builds vLLM's configuration as `vllm serve` does, LvLLM enabled."""
+    """A function that builds vLLM's configuration as `vllm serve` does, with LvLLM enabled."""
     from lvllm import plugin
 
     monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
-    # Restored afterwards: preparing a configuration sets it for the worker processes.
+    # Preparing a configuration sets this variable for the workers; monkeypatch restores it.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
 
     def build(environment: dict[str, str] | None = None, **arguments: Any) -> Any:
@@ -141,7 +141,7 @@ def test_refusals_are_one_line_and_exit_code_1(
     assert "\n" not in message
 
 
-def test_int4_of_4_bit_experts(configure: Any, qwen3_moe: Path, tmp_path: Path) -> None:
+def test_int4_of_4_bit_experts_is_refused(configure: Any, qwen3_moe: Path, tmp_path: Path) -> None:
     shutil.copytree(qwen3_moe, tmp_path / "awq")
     path = tmp_path / "awq" / "config.json"
     how = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
@@ -153,7 +153,7 @@ def test_int4_of_4_bit_experts(configure: Any, qwen3_moe: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_arithmetic_on_a_gpu_that_is_not_there(configure: Any) -> None:
+def test_quantising_on_a_missing_gpu_is_refused(configure: Any) -> None:
     with pytest.raises(SystemExit, match=r"LVLLM_MOE_QUANT_ON_GPU='1': there is no GPU; allowed"):
         configure({"LVLLM_MOE_USE_WEIGHT": "INT4", "LVLLM_MOE_QUANT_ON_GPU": "1"})
 
@@ -214,7 +214,7 @@ def test_workers_get_the_settings_of_gpu_offload(
 
 
 def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its worker becomes ours, and nothing is bound that only its CPU platform binds."""
+    """LvLLM's GPU worker replaces vLLM's. OpenMP's threads are bound on the CPU platform only."""
     from lvllm.machine import gpu_distance
 
     built = configure({"LVLLM_GPU_RESIDENT_MOE_LAYERS": ""})
@@ -240,7 +240,7 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
         variables.SettingError, match=r"worker-cls='vllm.*CPUWorker' is not allowed"
     ):
         prepared("0,2", CPU_WORKER)
-    # What a GPU holds, a host without memory for it need not have.
+    # The host needs no memory for experts that the GPU holds.
     monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
     resolved = prepared("0,2")
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("cuda", (0, 2))
@@ -248,9 +248,9 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
     with pytest.raises(variables.SettingError, match=r"the model takes 0\.00 GiB of memory"):
         prepared("0")
-    # Batches that are to be streamed are not run from graphs, which are computed on the CPU.
+    # Batches that run from graphs are computed on the CPU, so graphs are for smaller batches only.
     compilation = built.compilation_config
-    for threshold, left in (
+    for threshold, sizes in (
         ("", [1, 8, 16, 24]),
         ("17", [1, 8, 16]),
         ("16", [1, 8]),
@@ -262,20 +262,20 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", threshold)
         monkeypatch.setenv("LVLLM_SHARE_EXPERTS", threshold and "1")
         assert (prepared("0,2").shared_experts is not None) == bool(threshold)
-        assert compilation.cudagraph_capture_sizes == left
-        assert compilation.max_cudagraph_capture_size == left[-1]
+        assert compilation.cudagraph_capture_sizes == sizes
+        assert compilation.max_cudagraph_capture_size == sizes[-1]
 
 
-def test_weights_that_leave_no_kv_cache(configure: Any) -> None:
+def test_weights_that_leave_no_room_for_a_kv_cache(configure: Any) -> None:
     with pytest.raises(SystemExit, match=r"weights take 0\.00 GiB: kv-cache-memory-bytes sets"):
         configure(gpu_memory_utilization=1e-6)
     configure(gpu_memory_utilization=1e-6, kv_cache_memory_bytes=1 << 20)
 
 
-def test_only_the_process_that_starts_the_engines_asks_for_room(
+def test_only_the_process_that_starts_the_engines_checks_the_memory(
     configure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several API servers read the configuration each, while the engines fill the memory."""
+    """Several API servers build the configuration again, while the engines fill the memory."""
     monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
     servers = {"_api_process_count": 2, "data_parallel_size": 2}
     with pytest.raises(SystemExit, match=r"the model takes 0\.00 GiB of memory"):
@@ -289,7 +289,7 @@ def test_only_the_process_that_starts_the_engines_asks_for_room(
 def test_pages_are_interleaved_where_a_node_is_too_small(
     configure: Any, monkeypatch: pytest.MonkeyPatch, free: int, interleaved: bool
 ) -> None:
-    """The workers' node has `free` bytes for experts, another node has plenty."""
+    """The workers' node has `free` bytes for experts, and another node has plenty."""
     home = engine.topology().nodes[0].id
     nodes = {home: free, home + 1: 1 << 40}
     monkeypatch.setattr(memory_plan, "free_on_nodes", lambda: nodes)
@@ -306,7 +306,7 @@ def test_pages_are_interleaved_where_a_node_is_too_small(
 
 
 def test_shared_experts(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines that share have a name in common; what is in memory already needs no room."""
+    """Engines that share experts use the same name. Experts in memory need no further memory."""
 
     def name(built: Any) -> str | None:
         return HybridConfig.model_validate(built.additional_config[RESOLVED]).shared_experts
@@ -333,8 +333,9 @@ def test_shared_experts(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoding engine has the connector and no use for GPU offload's buffers; the other one's
-    settings travel with it. Both find each other's experts, and no other server does.
+    """The decoding engine gets the connector, and no GPU offload. The prefill engine's settings
+    travel in the connector's. The two engines share experts with each other and with no other
+    server.
     """
     offload = {
         "LVLLM_ACCELERATOR": "host",
@@ -372,7 +373,9 @@ def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> No
         ),
     ],
 )
-def test_what_a_prefill_engine_cannot_serve(configure: Any, arguments: Any, message: str) -> None:
+def test_configurations_that_a_prefill_engine_cannot_serve(
+    configure: Any, arguments: Any, message: str
+) -> None:
     if "kv_transfer_config" in arguments:
         from vllm.config import KVTransferConfig
 
@@ -437,7 +440,10 @@ def test_the_prefill_engines_gpu(configure: Any) -> None:
 
 
 def test_memory_of_both_engines(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The KV cache of the largest prompt twice: layers x keys and values x heads x size x bytes."""
+    """The prefill engine needs the KV cache of the largest prompt twice.
+
+    Its size is 3 layers x keys and values x 2 heads x 32 elements x 2 bytes x 128 tokens.
+    """
     kv_cache = 2 * 3 * 2 * 2 * 32 * 2 * 128
     others = 1 << 30
     plain = memory_plan._need_of

@@ -1,8 +1,8 @@
 """The files of examples/configs, read as `vllm serve --config FILE` reads them.
 
-vLLM's parser alone is too kind for that: it takes abbreviated names, drops an unknown
-`name: false`, and looks at nothing inside speculative_config and additional_config before it has
-the model. `check` refuses these too. Nothing is downloaded, and no model is run.
+vLLM's parser alone would miss mistakes: it accepts abbreviated names, drops an unknown
+`name: false`, and does not look inside speculative_config and additional_config before it has the
+model. `check` refuses these mistakes, too. Nothing is downloaded, and no model is run.
 """
 
 import re
@@ -27,7 +27,7 @@ CONFIGS = REPOSITORY / "examples" / "configs"
 
 
 class Family(NamedTuple):
-    """What the `config.json` of a file's model says: `architectures` and `model_type`."""
+    """`architectures` and `model_type` in the `config.json` of a file's model."""
 
     architecture: str
     model_type: str
@@ -57,18 +57,18 @@ FAMILIES = {
     "step-3.5-flash": Family("Step3p5ForCausalLM", "step3p5"),
 }
 
-# Draft layers that are a checkpoint of their own.
+# Draft models that have a checkpoint of their own.
 DRAFTS = {
     "google/gemma-4-26B-A4B-it-assistant": Family("Gemma4AssistantForCausalLM", "gemma4_assistant"),
 }
 
-# A setting that a file leaves off: a comment that is nothing but `name: value`.
+# Files contain settings that are switched off: comments of the form `name: value`.
 OFF = re.compile(r"^# (?=[a-z][\w.-]*: \S+$)", re.MULTILINE)
 
 
 @cache
 def _parser() -> Any:
-    """vLLM's command line, as far as `vllm serve` is concerned."""
+    """vLLM's parser for the arguments of `vllm serve`."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -78,7 +78,7 @@ def _parser() -> Any:
 
 
 def parse(file: Path) -> Namespace:
-    """The arguments of `vllm serve --config file`; ValueError for what vLLM itself refuses."""
+    """The arguments of `vllm serve --config file`. Raises ValueError if vLLM refuses the file."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     try:
@@ -90,7 +90,7 @@ def parse(file: Path) -> Namespace:
 
 
 def written(text: str) -> dict[str, Any]:
-    """The settings of a file by the names that vLLM's arguments have, `a.b: c` as `a: {b: c}`."""
+    """The settings in a file's text, by vLLM's names; `a.b: c` becomes `a: {b: c}`."""
     names = re.findall(r"^([\w.-]+):", text, re.MULTILINE)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{twice} is written twice")
@@ -106,13 +106,13 @@ def written(text: str) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """Sizes such as 16G as numbers."""
+    """A size such as "16G" as a number of bytes; any other value as it is."""
     match = re.fullmatch(r"([0-9]+)G", value) if isinstance(value, str) else None
     return int(match[1]) << 30 if match else value
 
 
 def _same(wanted: Any, got: Any) -> bool:
-    """Whether an argument has the value that is written; type for type, since True == 1."""
+    """Whether an argument has the written value. Types are compared as well, since True == 1."""
     if isinstance(wanted, Mapping):
         inner = got.get if isinstance(got, Mapping) else lambda name: getattr(got, name, None)
         return all(_same(value, inner(name)) for name, value in wanted.items())
@@ -124,7 +124,7 @@ def _same(wanted: Any, got: Any) -> bool:
 
 
 def check(file: Path) -> Namespace:
-    """The arguments that `file` gives; ValueError for anything in it that would not take effect."""
+    """The arguments that `file` gives. Raises ValueError if anything in it would have no effect."""
     settings = written(file.read_text())
     arguments = parse(file)
     for name, value in settings.items():
@@ -142,7 +142,7 @@ def check(file: Path) -> Namespace:
 
 
 def _check_parsers(arguments: Namespace) -> None:
-    """Both parsers are in vLLM's registries, and their modules load."""
+    """Check that vLLM knows the parsers of tool calls and reasoning, and can import them."""
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
@@ -160,7 +160,7 @@ def _check_parsers(arguments: Namespace) -> None:
 
 
 def _check_speculative(section: Mapping[str, Any]) -> None:
-    """Names are fields of vLLM's SpeculativeConfig, the method is one of its methods."""
+    """Check the names against the fields of vLLM's SpeculativeConfig, and the method's name."""
     from pydantic import TypeAdapter
     from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
 
@@ -173,17 +173,17 @@ def _check_speculative(section: Mapping[str, Any]) -> None:
 
 
 def switched_on(text: str) -> str:
-    """The file with the settings that it leaves off."""
+    """The text of a file in which all settings are switched on."""
     return OFF.sub("", text)
 
 
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
-    """The name of a file."""
+    """The name of a file, without its suffix."""
     return request.param
 
 
-def test_every_file_has_its_row() -> None:
+def test_every_file_has_a_family() -> None:
     assert {file.stem for file in CONFIGS.glob("*.yaml")} == set(FAMILIES)
 
 
@@ -199,7 +199,7 @@ def test_vllm_gets_what_is_written(family: str) -> None:
     assert arguments.served_model_name
 
 
-def test_what_is_off_could_be_on(family: str, tmp_path: Path) -> None:
+def test_settings_that_are_off_are_valid(family: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(switched_on((CONFIGS / f"{family}.yaml").read_text()))
     check(file)
@@ -237,7 +237,7 @@ def test_vllm_has_the_draft_layers(family: str) -> None:
 
 
 def test_the_cache_holds_the_requests(family: str) -> None:
-    """A file says how many KiB a token takes, and sets aside what its requests need."""
+    """A file says how many KiB a token takes, and its KV cache has room for all its requests."""
     text = (CONFIGS / f"{family}.yaml").read_text()
     settings = written(text)
     if "kv_cache_memory_bytes" not in settings:
@@ -288,7 +288,7 @@ def test_the_check_refuses_mistakes(old: str, new: str, tmp_path: Path) -> None:
         check(file)
 
 
-def test_the_check_takes_what_is_right(tmp_path: Path) -> None:
+def test_the_check_accepts_a_correct_file(tmp_path: Path) -> None:
     text = switched_on((CONFIGS / "glm-4-moe.yaml").read_text())
     file = tmp_path / "config.yaml"
     file.write_text(text + "additional_config.lvllm.lk_threads: 8\ntrust-remote-code: false\n")

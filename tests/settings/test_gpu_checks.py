@@ -1,4 +1,4 @@
-"""The settings of GPU offload against made-up models on made-up platforms."""
+"""Checks of the settings of GPU offload, with made-up models and platforms."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ def config(
     sleep: bool = False,
     **parallel: Any,
 ) -> SimpleNamespace:
-    """As much of a VllmConfig as is looked at: a model with `layers` layers, the first dense."""
+    """The parts of a VllmConfig that are checked. The first `first_dense` layers are dense."""
     text = SimpleNamespace(num_hidden_layers=layers, first_k_dense_replace=first_dense)
     speculative = None
     if drafts is not None:
@@ -69,7 +69,7 @@ def refusal(call: Callable[..., object], *arguments: Any, **named: Any) -> str:
     return str(caught.value)
 
 
-def test_what_is_allowed() -> None:
+def test_allowed_settings() -> None:
     check("none", config())
     check("host", config(), resident_moe_layers="3-5,7")
     check("cuda", config(), resident_moe_layers="3-7")
@@ -83,7 +83,7 @@ def test_what_is_allowed() -> None:
 
 @pytest.mark.parametrize("accelerator", ["none", "host", "cuda"])
 @pytest.mark.parametrize(
-    ("model", "named", "those"),
+    ("model", "layers", "reason"),
     [
         (config(), "2-4", "layer 2 of M has no routed experts; those that have are 3-7"),
         (config(), "8", "layer 8 of M has no routed experts; those that have are 3-7"),
@@ -91,11 +91,11 @@ def test_what_is_allowed() -> None:
         (config(experts=0), "0", "layer 0 of M has no routed experts; those that have are none"),
     ],
 )
-def test_layers_by_the_models_own_numbers(
-    accelerator: Any, model: Any, named: str, those: str
+def test_resident_layers_without_experts_are_refused(
+    accelerator: Any, model: Any, layers: str, reason: str
 ) -> None:
-    said = refusal(check, accelerator, model, resident_moe_layers=named)
-    assert said == f"LVLLM_GPU_RESIDENT_MOE_LAYERS={named!r}: {those}"
+    said = refusal(check, accelerator, model, resident_moe_layers=layers)
+    assert said == f"LVLLM_GPU_RESIDENT_MOE_LAYERS={layers!r}: {reason}"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,9 @@ def test_layers_by_the_models_own_numbers(
         ),
     ],
 )  # fmt: skip
-def test_settings_without_a_use(accelerator: Any, model: Any, given: Any, said: str) -> None:
+def test_settings_without_effect_are_refused(
+    accelerator: Any, model: Any, given: Any, said: str
+) -> None:
     assert said in refusal(check, accelerator, model, **given)
 
 
@@ -138,7 +140,7 @@ def test_settings_without_a_use(accelerator: Any, model: Any, given: Any, said: 
         ("enable-sleep-mode=True", {"sleep": True}),
     ],
 )
-def test_what_experts_beside_a_gpu_cannot_be_part_of(name: str, fields: Fields) -> None:
+def test_features_that_do_not_work_with_experts_on_the_cpu(name: str, fields: Fields) -> None:
     said = refusal(check, "cuda", config(**fields))
     assert said.startswith(f"{name} is not allowed with LVLLM_MOE_NUMA_ENABLED=1 on vLLM's CUDA")
     assert "; allowed is " in said
@@ -146,7 +148,7 @@ def test_what_experts_beside_a_gpu_cannot_be_part_of(name: str, fields: Fields) 
     check("cuda", config(experts=0, **fields))
 
 
-def test_openmps_threads_beside_a_gpu() -> None:
+def test_yaml_cannot_set_openmp_threads_on_the_cuda_platform() -> None:
     section = {"omp_num_threads": 2}
     said = refusal(check, "cuda", config(), section, resident_moe_layers="3-7")
     assert said.startswith("additional_config.lvllm.omp_num_threads='2': on vLLM's CUDA platform")

@@ -1,4 +1,4 @@
-"""Parsing of single settings and the documentation made from them."""
+"""Parsing of single settings, and the page that is generated from them."""
 
 import pytest
 from hypothesis import given
