@@ -26,7 +26,7 @@ from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.convert import convert
 from lvllm.gpu.devices import open_accelerator
-from lvllm.gpu.hybrid import Exchange, HybridCall
+from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.window import PrefetchWindow
 from tests.experts import Random, random_layer
 
@@ -132,8 +132,10 @@ def decode(
     row, by a thread that does not sleep in between.
     """
     topk = inputs[1].shape[1]
-    exchange = Exchange(accelerator, len(inputs[0]), [(layers[0].hidden_size, topk)] * len(layers))
-    calls = [HybridCall(exchange, layer, topk) for layer in layers]
+    buffers = PinnedBuffers(
+        accelerator, len(inputs[0]), [(layers[0].hidden_size, topk)] * len(layers)
+    )
+    calls = [HybridCall(buffers, layer, topk) for layer in layers]
 
     def step() -> None:
         for call in calls:

@@ -18,7 +18,14 @@ from lvllm.gpu import streamed
 from lvllm.gpu.offloaded_layer import OffloadedLayer
 from lvllm.gpu.window import PrefetchWindow
 
-__all__ = ["MeasuredThreshold", "Point", "choose", "search", "streamed_seconds", "threshold"]
+__all__ = [
+    "MeasuredThreshold",
+    "Point",
+    "measure_threshold",
+    "search",
+    "streamed_seconds",
+    "threshold",
+]
 
 # vLLM shows the loggers of this name. This package works without vLLM.
 logger = logging.getLogger("vllm.plugins.lvllm")
@@ -122,7 +129,7 @@ def _around(points: Sequence[Point]) -> tuple[Point | None, list[Point]]:
     return ordered[slower[-1]], ordered[slower[-1] + 1 :]
 
 
-def choose(
+def measure_threshold(
     measured: MeasuredThreshold,
     window: PrefetchWindow,
     layer: OffloadedLayer,

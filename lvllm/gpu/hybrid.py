@@ -18,14 +18,14 @@ from lvllm.gpu.accelerator import Accelerator, Stream
 from lvllm.gpu.watchdog import Steps
 
 __all__ = [
-    "EXCHANGE_BYTES",
-    "Exchange",
+    "PINNED_BYTES",
     "HybridCall",
+    "PinnedBuffers",
     "raise_host_call_error",
     "running_host_call",
 ]
 
-EXCHANGE_BYTES = 64 << 20
+PINNED_BYTES = 64 << 20
 """The limit of pinned memory. A larger batch is computed in parts, and each part reads the experts'
 weights again. lk itself divides a batch every 256 MiB of scratch memory, which are fewer tokens if
 a token has two experts or more.
@@ -44,7 +44,7 @@ class _Argument:
         return bool(raw_ops.host_call_ended(self.address) >= calls)
 
 
-class Exchange:
+class PinnedBuffers:
     """Pinned memory for the largest batch. All layers of a model share it, since the work that they
     put in a stream runs one after the other.
 
@@ -65,7 +65,7 @@ class Exchange:
         layers: Iterable[tuple[int, int]],
         stream: Stream | None = None,
         steps: Steps | None = None,
-        limit: int = EXCHANGE_BYTES,
+        limit: int = PINNED_BYTES,
     ) -> None:
         hidden, topk = (max(sizes) for sizes in zip(*layers, strict=True))
         self.accelerator, self.stream, self.steps = accelerator, stream, steps
@@ -113,22 +113,22 @@ class HybridCall:
     as an id that is no expert, the result is NaN, and `raise_host_call_error` raises the error.
 
     Args:
-        exchange: the pinned memory of the model.
+        buffers: the pinned memory of the model.
         layer: the layer's experts; the engine refuses calls after the layer's end.
         topk: experts per token.
         name: the layer's name, for the watchdog and for errors.
     """
 
     def __init__(
-        self, exchange: Exchange, layer: ExpertLayer, topk: int, name: str = "layer"
+        self, buffers: PinnedBuffers, layer: ExpertLayer, topk: int, name: str = "layer"
     ) -> None:
-        self._exchange, self._accelerator, self.name = exchange, exchange.accelerator, name
+        self._buffers, self._accelerator, self.name = buffers, buffers.accelerator, name
         self._handle = int(layer.handle)
         self._function: int = raw_ops.host_call_function()
         # A graph keeps the address of its argument for good, so an argument that was captured is
         # used for no other batch.
         self._captured: dict[tuple[object, ...], _Argument] = {}
-        raw_ops.reserve(self._handle, exchange.rows, topk)
+        raw_ops.reserve(self._handle, buffers.rows, topk)
         _calls[self._handle] = self
 
     def __call__(
@@ -142,18 +142,18 @@ class HybridCall:
         ids = topk_ids.to(torch.int32).contiguous()
         weights = topk_weights.to(torch.float32).contiguous()
         compute = self._accelerator.compute()
-        stream = self._exchange.stream
+        stream = self._buffers.stream
         if stream is None:
             stream = compute
         else:
-            self._accelerator.record(self._exchange.begin, compute)
-            self._accelerator.wait(self._exchange.begin, stream)
-        for first in range(0, len(x), self._exchange.rows):
-            rows = slice(first, first + self._exchange.rows)
+            self._accelerator.record(self._buffers.begin, compute)
+            self._accelerator.wait(self._buffers.begin, stream)
+        for first in range(0, len(x), self._buffers.rows):
+            rows = slice(first, first + self._buffers.rows)
             self._queue(x[rows], ids[rows], weights[rows], out[rows], first, stream)
         if stream is not compute:
-            self._accelerator.record(self._exchange.end, stream)
-            self._accelerator.wait(self._exchange.end, compute)
+            self._accelerator.record(self._buffers.end, stream)
+            self._accelerator.wait(self._buffers.end, compute)
         return out
 
     def _queue(
@@ -165,13 +165,13 @@ class HybridCall:
         first: int,
         stream: Stream,
     ) -> None:
-        """Queue a batch that fits in the exchange. It begins at row `first` of the whole batch."""
+        """Queue a batch that fits in the buffers. It begins at row `first` of the whole batch."""
         shape = (*x.shape, ids.shape[1], x.dtype)
-        host_x, host_ids, host_weights, host_out = views = self._exchange.views(*shape)
+        host_x, host_ids, host_weights, host_out = views = self._buffers.views(*shape)
         copy, capturing = self._accelerator.copy, self._accelerator.capturing()
         argument = self._captured.get((first, *shape)) if capturing else None
         if argument is None:
-            argument = _Argument() if capturing else self._exchange.take_argument()
+            argument = _Argument() if capturing else self._buffers.take_argument()
             raw_ops.host_call_fill(argument.address, self._handle, *views, first)
         copy(host_x, x, stream)
         copy(host_ids, ids, stream)
@@ -181,7 +181,7 @@ class HybridCall:
         if capturing:
             self._captured[(first, *shape)] = argument
         else:
-            self._exchange.give_back(argument, self.name)
+            self._buffers.give_back(argument, self.name)
 
 
 _calls: weakref.WeakValueDictionary[int, HybridCall] = weakref.WeakValueDictionary()

@@ -7,7 +7,7 @@ from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu import break_even
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.break_even import MeasuredThreshold
-from lvllm.gpu.hybrid import Exchange, HybridCall, raise_host_call_error, running_host_call
+from lvllm.gpu.hybrid import HybridCall, PinnedBuffers, raise_host_call_error, running_host_call
 from lvllm.gpu.offloaded_layer import OffloadedLayer
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
 from lvllm.gpu.window import PrefetchWindow
@@ -107,7 +107,7 @@ class Offload:
     def _share(self, layers: list[OffloadedLayer]) -> None:
         """Allocate what all layers of the model share, and hand it to them."""
         watchdog = self._watchdog
-        exchange = Exchange(
+        buffers = PinnedBuffers(
             self.accelerator,
             self._tokens,
             {(layer.experts.hidden_size, layer.topk) for layer in layers},
@@ -116,7 +116,7 @@ class Offload:
             steps=watchdog.steps() if watchdog else None,
         )
         for layer in layers:
-            layer.call = HybridCall(exchange, layer.experts, layer.topk, layer.name)
+            layer.call = HybridCall(buffers, layer.experts, layer.topk, layer.name)
         if not self._streams:
             return
         weights = {layer.number: layer.experts.tensors for layer in layers}
@@ -125,7 +125,9 @@ class Offload:
         if isinstance(threshold, MeasuredThreshold):
             by_size = sorted(layers, key=OffloadedLayer.size)
             median = by_size[len(layers) // 2]
-            threshold = break_even.choose(threshold, window, median, len(layers), self._tokens)
+            threshold = break_even.measure_threshold(
+                threshold, window, median, len(layers), self._tokens
+            )
             raise_host_call_error()
         if threshold == 0:
             # The window's memory is freed here, before vLLM measures what is left. The experts stay

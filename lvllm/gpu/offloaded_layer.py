@@ -13,23 +13,27 @@ from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.hybrid import HybridCall, raise_host_call_error
 from lvllm.gpu.window import PrefetchWindow
 
-__all__ = ["OffloadedLayer", "Path", "choose_path", "concentrated_routing"]
+__all__ = ["ComputePath", "OffloadedLayer", "choose_path", "concentrated_routing"]
 
 
-class Path(Enum):
+class ComputePath(Enum):
     """Where a batch of an offloaded layer is computed."""
 
     CPU = auto()
     STREAMED = auto()
 
 
-def choose_path(tokens: int, capturing: bool, threshold: int) -> Path:
+def choose_path(tokens: int, capturing: bool, threshold: int) -> ComputePath:
     """Return STREAMED for batches of at least `threshold` tokens; a threshold of 0 turns it off.
 
     A batch that is being captured in a graph is computed on the CPU. Graphs are for decoding, and
     each replay of a graph would copy the weights again.
     """
-    return Path.STREAMED if threshold and tokens >= threshold and not capturing else Path.CPU
+    return (
+        ComputePath.STREAMED
+        if threshold and tokens >= threshold and not capturing
+        else ComputePath.CPU
+    )
 
 
 class OffloadedLayer:
@@ -79,7 +83,7 @@ class OffloadedLayer:
         Raises RuntimeError if an earlier host call in any stream met an error.
         """
         capturing = self.accelerator.capturing()
-        if choose_path(len(x), capturing, self.threshold) is Path.STREAMED:
+        if choose_path(len(x), capturing, self.threshold) is ComputePath.STREAMED:
             return self._run_streamed(x, topk_ids, topk_weights)
         out = self.call(x, topk_ids, topk_weights)
         if not capturing:

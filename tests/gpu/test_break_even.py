@@ -16,7 +16,7 @@ from lvllm.gpu import break_even, streamed
 from lvllm.gpu.break_even import (
     MeasuredThreshold,
     Point,
-    choose,
+    measure_threshold,
     search,
     streamed_seconds,
     threshold,
@@ -173,7 +173,9 @@ def test_a_layer_is_measured(
     one._speeds.bus = one.layer.size() / 2e-3
     window = window_of(one, ahead)
     heard(caplog, monkeypatch)
-    found = choose(MeasuredThreshold(torch.float16), window, one.layer, layers=4, most=2000)
+    found = measure_threshold(
+        MeasuredThreshold(torch.float16), window, one.layer, layers=4, most=2000
+    )
     assert abs(found - wanted) <= wanted // 8
     (line,) = {record.getMessage() for record in caplog.records}  # Two handlers may get it.
     assert line.startswith(f"LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is {found}: bus ")
@@ -204,7 +206,12 @@ def test_a_cpu_that_is_always_faster(
 ) -> None:
     one = make(monkeypatch, bus=1e6, cpu=1e-6, products=1e-7)
     heard(caplog, monkeypatch)
-    assert choose(MeasuredThreshold(torch.bfloat16), window_of(one, 1), one.layer, 4, most=100) == 0
+    assert (
+        measure_threshold(
+            MeasuredThreshold(torch.bfloat16), window_of(one, 1), one.layer, 4, most=100
+        )
+        == 0
+    )
     assert re.search(r"=auto is 0 \(off\): .*; 100 tokens take it 0.10 ms", caplog.text)
     one.close()
 
@@ -216,7 +223,7 @@ def test_what_runs_from_graphs_is_not_streamed(
     one = make(monkeypatch, bus=0, cpu=9e-5, products=1e-6)
     one._speeds.bus = one.layer.size() / 9e-3
     auto = MeasuredThreshold(torch.bfloat16, least=least)
-    found = choose(auto, window_of(one, 1), one.layer, 4, most=4000)
+    found = measure_threshold(auto, window_of(one, 1), one.layer, 4, most=4000)
     assert found == pytest.approx(chosen, rel=1 / break_even.PRECISION)
     one.close()
 
@@ -227,7 +234,9 @@ def test_measuring_is_bounded(copy: float, monkeypatch: pytest.MonkeyPatch) -> N
     one = make(monkeypatch, bus=0, cpu=1e-4, products=1e-5)
     one._speeds.bus = one.layer.size() / copy
     warm_up = 2 * copy + 3 * break_even.WARM_UP * (1e-4 + 1e-5)
-    found = choose(MeasuredThreshold(torch.bfloat16), window_of(one, 1), one.layer, 4, most=1 << 15)
+    found = measure_threshold(
+        MeasuredThreshold(torch.bfloat16), window_of(one, 1), one.layer, 4, most=1 << 15
+    )
     assert one.now <= warm_up + break_even.SECONDS
     assert len(one.batches) > 6
     assert found == pytest.approx(copy / 1e-4, rel=0.01)  # All costs are linear here.
@@ -260,7 +269,7 @@ def test_ranks_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
         auto = MeasuredThreshold(torch.bfloat16, slowest)
         one = ranks[rank]
-        chosen[rank] = choose(auto, window_of(one, 1), one.layer, 4, most=4000)
+        chosen[rank] = measure_threshold(auto, window_of(one, 1), one.layer, 4, most=4000)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ranks))]
     for thread in threads:

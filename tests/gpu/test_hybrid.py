@@ -16,7 +16,7 @@ from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.engine.ops import raw_ops
 from lvllm.gpu import hybrid
 from lvllm.gpu.accelerator import Event, Stream
-from lvllm.gpu.hybrid import Exchange, HybridCall
+from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.stand_in import StandInAccelerator
 from tests.experts import FORMATS, Random, random_layer
 
@@ -46,10 +46,10 @@ def make_batch(random: Random, tokens: int, dtype: torch.dtype = torch.bfloat16)
 def calls(
     accelerator: StandInAccelerator, layers: list[ExpertLayer], **more: Any
 ) -> list[HybridCall]:
-    """Make the calls of layers that share an exchange, whose copies have a stream of their own."""
+    """Make the calls of layers that share an buffers, whose copies have a stream of their own."""
     sizes = [(HIDDEN, TOPK)]
-    exchange = Exchange(accelerator, MOST, sizes, stream=accelerator.stream(), **more)
-    return [HybridCall(exchange, layer, TOPK) for layer in layers]
+    buffers = PinnedBuffers(accelerator, MOST, sizes, stream=accelerator.stream(), **more)
+    return [HybridCall(buffers, layer, TOPK) for layer in layers]
 
 
 def test_any_format_and_batch_and_layers_in_turns() -> None:
@@ -141,7 +141,7 @@ def beside_shared_experts(accelerator: Deferred) -> bool:
     # This does not wait by events, since one of them may be missing. A call of lk after the end of
     # its layer would leave an error, which a later test would find.
     done: list[None] = []
-    streams: tuple[Any, ...] = (compute, other, call._exchange.stream)
+    streams: tuple[Any, ...] = (compute, other, call._buffers.stream)
     for stream in streams:
         accelerator.launch(lambda: done.append(None), stream)
     while len(done) < len(streams):
@@ -166,8 +166,8 @@ def test_arguments_of_ended_calls_are_used_again() -> None:
     random = Random(randrange(1 << 30))
     layer = make_layer(random)
     with on_host(Deferred) as accelerator:
-        exchange = Exchange(accelerator, MOST, [(HIDDEN, TOPK)])
-        call = HybridCall(exchange, layer, TOPK)
+        buffers = PinnedBuffers(accelerator, MOST, [(HIDDEN, TOPK)])
+        call = HybridCall(buffers, layer, TOPK)
         for _ in range(2):
             results = []
             for _ in range(12):  # None of them has to end before the next is queued.
@@ -175,7 +175,7 @@ def test_arguments_of_ended_calls_are_used_again() -> None:
                 results.append((batch, call(*batch)))
             accelerator.synchronize(accelerator.compute())
             assert all(torch.equal(out, layer(*batch)) for batch, out in results)
-        assert len(exchange._arguments) <= 12
+        assert len(buffers._arguments) <= 12
 
 
 class Recorder(StandInAccelerator):

@@ -16,7 +16,7 @@ from lvllm.gpu import break_even, streamed
 from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.hybrid import raise_host_call_error
 from lvllm.gpu.offload import Offload, mark_step
-from lvllm.gpu.offloaded_layer import OffloadedLayer, Path, choose_path, concentrated_routing
+from lvllm.gpu.offloaded_layer import ComputePath, OffloadedLayer, choose_path, concentrated_routing
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.gpu.watchdog import Watchdog
 from tests.experts import Random, random_layer
@@ -81,11 +81,11 @@ def batch(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_path() -> None:
     for tokens, capturing, threshold, way in (
-        (1, False, 0, Path.CPU),
-        (9000, False, 0, Path.CPU),
-        (99, False, 100, Path.CPU),
-        (100, False, 100, Path.STREAMED),
-        (100, True, 100, Path.CPU),
+        (1, False, 0, ComputePath.CPU),
+        (9000, False, 0, ComputePath.CPU),
+        (99, False, 100, ComputePath.CPU),
+        (100, False, 100, ComputePath.STREAMED),
+        (100, True, 100, ComputePath.CPU),
     ):
         assert choose_path(tokens, capturing, threshold) is way
 
@@ -157,7 +157,7 @@ def test_a_threshold_that_is_measured(
 ) -> None:
     measured = []
 
-    def choose(*arguments: Any) -> int:
+    def measure(*arguments: Any) -> int:
         measured.append(arguments)
         return found
 
@@ -166,7 +166,7 @@ def test_a_threshold_that_is_measured(
         return layer(*x)
 
     ways = list[int]()
-    monkeypatch.setattr(break_even, "choose", choose)
+    monkeypatch.setattr(break_even, "measure_threshold", measure)
     monkeypatch.setattr(streamed, "run", run)
     auto = MeasuredThreshold(torch.bfloat16)
     made, kept = model(accelerator, (1, 2, 5), threshold=auto, ahead=1)

@@ -15,7 +15,7 @@ from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.convert import convert
 from lvllm.gpu.devices import open_accelerator
-from lvllm.gpu.hybrid import Exchange, HybridCall
+from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.offload import Offload
 from lvllm.gpu.window import PrefetchWindow
 from tests.experts import FORMATS, Layer, Random, random_layer
@@ -63,8 +63,8 @@ def layers(random: Random, count: int) -> list[ExpertLayer]:
 
 def hybrid(accelerator: Accelerator, made: list[ExpertLayer], tokens: int) -> list[HybridCall]:
     """Make the layers' calls in a stream, for batches of up to `tokens`."""
-    exchange = Exchange(accelerator, tokens, [(HIDDEN, TOP_K)] * len(made))
-    return [HybridCall(exchange, layer, TOP_K) for layer in made]
+    buffers = PinnedBuffers(accelerator, tokens, [(HIDDEN, TOP_K)] * len(made))
+    return [HybridCall(buffers, layer, TOP_K) for layer in made]
 
 
 @pytest.mark.parametrize("format", FORMATS)
