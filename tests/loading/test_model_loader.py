@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lvllm import formats, patches
 from lvllm.checkpoint.headers import Checkpoint, CheckpointError
-from lvllm.errors import LayerError, LvllmError, TensorError, naming_layer
+from lvllm.errors import LayerError, TensorError, naming_layer
 from lvllm.loading import in_hand, model_loader
 from lvllm.loading.file_tensor import FileTensor
 from lvllm.loading.reader import Reader
@@ -113,16 +113,6 @@ def test_an_error_over_a_layer_names_no_tensor(tmp_path: Path) -> None:
     next(read(tmp_path, a=torch.rand(4)))
     assert in_hand.tensor() is not None
     assert model_loader.describe(LayerError("layer 3: too little")) == "layer 3: too little"
-
-
-@pytest.mark.parametrize("kind", [ValueError, MemoryError])
-def test_what_the_engine_raises_about_a_layer_names_it(kind: type[Exception]) -> None:
-    with pytest.raises(LayerError, match=r"^layers\.3: too little$"), naming_layer("layers.3"):
-        raise kind("too little")
-    with pytest.raises(LayerError, match=r"^layers\.3\.w2: no$"), naming_layer("layers.3"):
-        raise kind("layers.3.w2: no")
-    with pytest.raises(LvllmError, match=r"^LVLLM_X=1$"), naming_layer("layers.3"):
-        raise LvllmError("LVLLM_X=1")
 
 
 def test_loading_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
