@@ -1,7 +1,7 @@
 """Memory for expert weights: huge pages, with each row on the NUMA node that computes it.
 
-There is one copy of the weights: the loader writes into these tensors, the engine computes on them,
-and weights are streamed to a GPU from them.
+There is one copy of the weights. The loader writes into these tensors, the engine computes on them,
+and the weights are streamed to a GPU from them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ __all__ = [
 def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> torch.Tensor:
     """A zeroed CPU tensor of shape [E, rows, ...] in the engine's memory.
 
-    Pages come when they are written. On a machine with several NUMA nodes each node's share of an
-    expert's rows is written at once instead, so that it lies on that node, unless
-    `engine.configure` has been told to interleave. The memory goes back to the machine when the
-    tensor's storage is freed; shared memory, when no other process maps it either.
+    On a machine with one NUMA node, a page takes memory only once it is written. With several nodes
+    all rows are written here, so that each node's share of an expert's rows lies on that node,
+    unless `engine.configure` has been told to interleave. The memory goes back to the machine when
+    the tensor's storage is freed. Shared memory stays as long as another process maps it.
 
     Args:
-        shape: E experts, rows an expert, then any further dimensions.
+        shape: the number of experts, the rows of each expert, then any further dimensions.
         dtype: any fixed-size dtype.
-        parts: how many blocks of rows are divided among the nodes, each by itself: 2 for w13, since
-            a gate row and its up row are needed together, 1 for w2.
+        parts: the number of matrices that follow each other in the rows: 2 for w13, 1 for w2. Each
+            matrix is divided among the nodes by itself, so a gate row and its up row, which are
+            needed together, lie on the same node.
 
     Raises:
         ValueError: if the rows cannot be cut into that many parts.
-        MemoryError: with the size asked for, what is free, and the settings that need less.
+        MemoryError: if there is too little memory. The text names the size asked for, the free
+            size, and the settings that need less.
     """
     if len(shape) < 2 or any(size < 1 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}, wanted [experts, rows, ...] of positive sizes")
@@ -57,7 +59,7 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> tor
 
 
 def allocated_bytes() -> int:
-    """Bytes of this memory in use, in whole huge pages, without what `map_shared` gave."""
+    """Bytes of the engine's memory in use, in whole huge pages, without memory of `map_shared`."""
     size: int = raw_ops.allocated_bytes()
     return size
 
@@ -75,22 +77,21 @@ def shared_place(tensor: torch.Tensor) -> tuple[int, int, int]:
 def map_shared(descriptor: int, size: int) -> torch.Tensor:
     """Map the memory that another process's `shared_place` gave, as uint8 [size].
 
-    Writing to it ends the process.
-
-    Raises RuntimeError if the memory is smaller.
+    The memory is read-only: writing to it ends the process. Raises RuntimeError if the memory is
+    smaller than `size`.
     """
     memory: torch.Tensor = raw_ops.map_shared(descriptor, size)
     return memory
 
 
 def available_bytes() -> int:
-    """Bytes that the machine, or the memory cgroup of this process, can still give."""
+    """Bytes that are free on the machine, or in this process's memory cgroup if that is less."""
     size: int = raw_ops.available_bytes()
     return size
 
 
 def page_nodes(tensor: torch.Tensor, *, step: int = 4096) -> list[int]:
-    """The NUMA node of every step-th byte of a tensor's memory, -1 where no page is yet."""
+    """The NUMA node of every step-th byte of a tensor; -1 where no page has been written yet."""
     start = tensor.data_ptr()
     addresses = list(range(start, start + tensor.numel() * tensor.element_size(), step))
     nodes: list[int] = raw_ops.page_nodes(addresses)

@@ -1,14 +1,14 @@
-"""The values of stored experts, in float32.
+"""Dequantise stored experts to float32.
 
-The input is the arguments of `ExpertLayer` that hold weights. Three more kinds of weights are
-understood here, which the engine does not compute:
+The functions take the arguments of `ExpertLayer` that hold weights. They also understand three
+kinds of weights that the engine does not compute:
 
 - int8 with w13_scale [E, rows, groups] and w13_zero [E, rows, groups], and w2 alike;
 - int4 and int8 with w13_order int32 [E, 2, columns] (for gate and up) and w2_order [E, 1, columns],
-  which give the group of each column where the columns of a group do not follow one another;
+  which give the group of each column if the columns of a group do not follow one another;
 - int4 in groups of any size.
 
-All operations are elementwise, so that every device gives the same bits.
+All operations are elementwise, so the result has the same bits on every device.
 """
 
 from typing import Any
@@ -37,26 +37,27 @@ def computable(tensors: dict[str, Any]) -> bool:
 def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu") -> torch.Tensor:
     """The values of one expert's w13 or w2: float32 [rows, columns] on `device`."""
 
-    def of(suffix: str) -> torch.Tensor | None:
-        whole: torch.Tensor | None = tensors.get(name + suffix)
-        return None if whole is None else whole[expert].to(device)
+    def of_expert(suffix: str) -> torch.Tensor | None:
+        of_all: torch.Tensor | None = tensors.get(name + suffix)
+        return None if of_all is None else of_all[expert].to(device)
 
-    stored, scale, zero, order = of(""), of("_scale"), of("_zero"), of("_order")
+    stored, scale = of_expert(""), of_expert("_scale")
+    zero, order = of_expert("_zero"), of_expert("_order")
     assert stored is not None
     format = tensors["format"]
     if format in ("bf16", "fp16"):
         return stored.float()
     assert scale is not None
     if format == "fp8":
-        return stored.float() * _of_blocks(scale, *stored.shape)
+        return stored.float() * _fp8_scale(scale, *stored.shape)
     if format == "mxfp4":
-        return _e2m1(stored) * _along(_exponents(scale), 2 * stored.shape[1], 32)
+        return _e2m1(stored) * _by_column(_e8m0(scale), 2 * stored.shape[1], 32)
     if format == "nvfp4":
-        by_part = of("_global_scale")
-        assert by_part is not None
-        by_part = by_part.view(-1, 1, 1)
+        global_scale = of_expert("_global_scale")
+        assert global_scale is not None
+        by_part = global_scale.view(-1, 1, 1)
         scale = (scale.float().unflatten(0, (len(by_part), -1)) * by_part).flatten(0, 1)
-        return _e2m1(stored) * _along(scale, 2 * stored.shape[1], 16)
+        return _e2m1(stored) * _by_column(scale, 2 * stored.shape[1], 16)
     codes = stored.float() if format == "int8" else nibbles(stored).float()
     columns = codes.shape[1]
     scale = scale.view(len(scale), -1)
@@ -66,14 +67,17 @@ def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu")
     if zero is None:
         centred = codes - (0.0 if format == "int8" else 8.0)
     else:
-        centred = codes - _along(zero.view(scale.shape), columns, size, order)
-    return centred * _along(scale, columns, size, order)
+        centred = codes - _by_column(zero.view(scale.shape), columns, size, order)
+    return centred * _by_column(scale, columns, size, order)
 
 
-def _along(
+def _by_column(
     scale: torch.Tensor, columns: int, size: int, order: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The scale of each column: [rows, groups] -> float32 [rows, columns]."""
+    """The scale or zero point of each column: [rows, groups] -> float32 [rows, columns].
+
+    A group has `size` columns, unless `order` [parts, columns] gives the group of each column.
+    """
     scale = scale.float()
     if order is None:
         return scale.repeat_interleave(size, dim=1)[:, :columns]
@@ -81,8 +85,8 @@ def _along(
     return torch.cat([part[:, groups] for part, groups in zip(parts, order, strict=True)])
 
 
-def _of_blocks(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Scales of fp8 blocks, rows or a tensor, in a shape that broadcasts to [rows, columns]."""
+def _fp8_scale(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The scale of blocks, of rows or of the whole matrix, broadcastable to [rows, columns]."""
     if scale.dim() < 2:
         return scale.view(-1, 1)
     scale = scale.repeat_interleave(weight_formats.BLOCK, dim=0)[:rows]
@@ -90,7 +94,7 @@ def _of_blocks(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 [rows, columns / 2] -> codes [rows, columns], the even ones from the low nibbles."""
+    """Unpack uint8 [rows, columns / 2] to codes [rows, columns], the low nibbles first."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
@@ -99,7 +103,10 @@ def _e2m1(packed: torch.Tensor) -> torch.Tensor:
     return table.float()[nibbles(packed).int()]
 
 
-def _exponents(scale: torch.Tensor) -> torch.Tensor:
-    """e8m0 codes as float32: a code is the exponent's bits, and 0 alone is a subnormal number."""
+def _e8m0(scale: torch.Tensor) -> torch.Tensor:
+    """e8m0 codes as float32. A code has the bits of a float32's exponent.
+
+    Only the code 0, which is 2^-127, is a subnormal number and needs other bits.
+    """
     bits = scale.int() << 23
     return torch.where(scale == 0, torch.full_like(bits, 1 << 22), bits).view(torch.float32)

@@ -1,7 +1,8 @@
 """ExpertLayer: the routed experts of one layer, in every format that the engine computes.
 
-E experts, H hidden, I intermediate, g group size along K, M tokens, k experts a token. K is the
-dimension that a projection sums over: H for w13, I for w2.
+In the shapes, E is the number of experts, H the hidden size, I the intermediate size, M the number
+of tokens, and k the number of experts for each token. K is the dimension that a projection sums
+over: H for w13, I for w2. g is the group size along K.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ class ExpertLayer:
         w13_global_scale, w2_global_scale: nvfp4 only, float32 factors of the scales: [E, 2] for
             gate and up ([E, 1] without a gate), and [E].
         w13_bias, w2_bias: bfloat16, float16 or float32, [E, 2I] and [E, H]; optional.
-        group_size: of int4: 32, 64 or 128; None or -1: one scale a row.
+        group_size: int4 only: 32, 64 or 128; None or -1: each row has one scale.
         activation: "silu", "gelu" (exact) and "gelu_tanh" compute f(gate) * up.
             "swigluoai" computes (up + beta) * gate * sigmoid(alpha * gate), where gate is first
             limited to at most `swiglu_limit`, and up to between minus and plus `swiglu_limit`
             (gpt-oss; DeepSeek-V4 has alpha 1 and beta 0). "swiglustep" computes silu(gate), limits
             it to at most `swiglu_limit`, and multiplies it with up, limited to between minus and
             plus that (Step-3.5). "relu2" computes relu(up)^2, without a gate.
-        swiglu_alpha, swiglu_beta: of swigluoai.
-        swiglu_limit: of swigluoai and swiglustep.
+        swiglu_alpha, swiglu_beta: the constants of swigluoai.
+        swiglu_limit: the limit of swigluoai and swiglustep.
         interleaved: the rows of w13, its scales, zero points and bias are gate 0, up 0, gate 1, ...
         activation_bits: 16 or 8, for int8 and int4. With 8, activations are rounded to 8 bits, in
             blocks along K with a float32 scale each. A block of x has 32, 64, 128 or 256 elements:
             the largest of these that divides g, or 256 without groups. A block of the intermediate
             has 32. On CPUs without VNNI activations keep 16 bits. None: the variable
-            LK_ACTIVATION_BITS decides; without it, int8 has 8 and the other formats 16.
+            LK_ACTIVATION_BITS decides; without it, int8 takes 8 and the other formats take 16.
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
         ordered: the tensors belong to another layer and are in the engine's order already, so they
             are only read.
@@ -64,12 +65,13 @@ class ExpertLayer:
     copy. `bank.allocate` gives memory that is fast to compute on.
 
     Sums are in float32. The relative Frobenius error against float32 on dequantised weights is
-    below 3e-3, most of it the rounding of the result (3.5e-3 for float16 x where the CPU multiplies
-    bfloat16); below 1.5e-2 with 8-bit activations. A token's result depends neither on threads and
-    NUMA nodes nor on the other tokens in the batch.
+    below 3e-3, and most of it comes from rounding the result. It is below 3.5e-3 for float16 x
+    where the CPU multiplies bfloat16, and below 1.5e-2 with 8-bit activations. A token's result
+    depends neither on threads and NUMA nodes nor on the other tokens in the batch.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted.
+        ValueError: for an argument that is not allowed. The text names the argument, its value and
+            what is wanted.
     """
 
     def __init__(
@@ -151,9 +153,10 @@ class ExpertLayer:
         self.activation_bits = bits
         self.num_experts, self.hidden_size, self.intermediate_size = experts, hidden, intermediate
         self.parts = parts
-        """Projections in w13: 2, gate and up, or 1."""
+        """The number of projections in w13: 2 (gate and up), or 1 without a gate."""
         self.group_size = group
-        """Columns that share a scale: all of a row without groups, 0 where no columns do."""
+        """How many columns share a scale: at least a whole row for int4 without groups; 0 for
+        formats that have no groups."""
         self.swiglu = (swiglu_alpha, swiglu_beta, swiglu_limit)
         self.apply_router_weight_on_input = apply_router_weight_on_input
         # The engine keeps only pointers, so these references keep the memory alive.
@@ -185,8 +188,8 @@ class ExpertLayer:
         )
         self._ordered = ordered
         self.handle = torch.tensor(handle, dtype=torch.int64, device="cpu")
-        """int64 scalar that names the layer to `torch.ops.lvllm.expert_block`."""
-        # The engine forgets the layer before the tensors go.
+        """int64 scalar that identifies the layer for `torch.ops.lvllm.expert_block`."""
+        # The engine must forget the layer before the tensors are freed.
         self._finalizer = weakref.finalize(self, raw_ops.layer_destroy, handle)
         self._finalizer.atexit = False
 
@@ -197,7 +200,7 @@ class ExpertLayer:
 
         Args:
             x: [M, H] bfloat16 or float16; each row contiguous.
-            topk_ids: [M, k] int32 or int64; -1 skips the slot.
+            topk_ids: [M, k] int32 or int64; an id of -1 stands for no expert.
             topk_weights: [M, k] float32.
 
         Returns:
@@ -215,7 +218,9 @@ class ExpertLayer:
         return {name: tensor for name, tensor in self._tensors.items() if tensor is not None}
 
     def release(self) -> None:
-        """Put all tensors back into the order that they came in, and end the layer.
+        """Put all tensors back into their original order, and end the layer.
+
+        An `ordered` layer leaves the tensors as they are.
 
         Raises:
             ValueError: if the layer was released before.

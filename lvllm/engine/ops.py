@@ -1,4 +1,4 @@
-"""torch.ops.lvllm: loads the engine's operators into PyTorch."""
+"""Load the engine's operators into PyTorch, as torch.ops.lvllm."""
 
 from pathlib import Path
 

@@ -11,7 +11,8 @@ The docstring of `ExpertLayer` describes each format.
 
 `weight` is bfloat16, float16 or float32 [..., K] on any device. All functions round to nearest
 even, and raise ValueError for NaN, infinity and a K that is no multiple of the group size. They
-work block by block: beside their result they take 4 MiB a thread on the CPU, and 0.3 GiB on a GPU.
+work block by block, so beside their result they take only 4 MiB for each thread on the CPU, and
+0.3 GiB on a GPU.
 
 The result has the same bits on every device, because only three kinds of operations are used:
 those that round each element by itself, exact ones (maxima, powers of two), and sums in a fixed
@@ -61,9 +62,9 @@ def int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Ten
     """Symmetric 4-bit weights: codes uint8 [..., K/2], scale bfloat16 [..., K/group_size].
 
     A byte holds two codes, the even K in the low nibble; a weight is (code - 8) * scale. There is
-    one more code below 8 than above. A scale has the sign that puts the group's largest weight
-    there, which takes 10% off the squared error. Each size of INT4_LARGEST gives a set of codes and
-    the scale that fits these codes best; the scale with the least squared error is taken.
+    one more code below 8 than above it. A scale has the sign that puts the group's largest weight
+    below 8, which takes 10% off the squared error. Each size of INT4_LARGEST gives a set of codes
+    and the scale that fits these codes best; the scale with the least squared error is taken.
     """
     groups = _groups(weight, group_size)
     codes = groups.new_empty((len(groups), group_size // 2), dtype=torch.uint8)
@@ -143,8 +144,9 @@ def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """e2m1 codes with powers of two as scales, as OCP Microscaling Formats 1.0 defines them.
 
     Codes are uint8 [..., K/2], the even K in the low nibble; scales are uint8 [..., K/32], the
-    exponent plus 127. The exponent is the one of the group's largest weight less 2, as the standard
-    has it, or one more, which does not clip that weight: the one with the smaller squared error.
+    exponent plus 127. Two exponents are tried, and the one with the smaller squared error is taken:
+    the exponent of the group's largest weight less 2, as the standard says, and one more than that,
+    with which that weight is not clipped.
     """
     groups = _groups(weight, 32)
     codes = groups.new_empty((len(groups), 16), dtype=torch.uint8)
@@ -195,7 +197,7 @@ def nvfp4(
 
 
 def nvfp4_global_scale(*weights: torch.Tensor) -> torch.Tensor:
-    """The global scale with which e4m3 scales reach the largest of these weights; a float32."""
+    """The smallest global scale, a float32, with which e4m3 scales reach the largest weight."""
     largest = torch.stack([torch.maximum(w.amax(), -w.amin()).float() for w in weights]).amax()
     _check_finite(largest)
     scale = largest * (1 / (E4M3_LARGEST * E2M1_LARGEST))
@@ -243,16 +245,17 @@ def _shaped(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _elements(weight: torch.Tensor) -> int:
-    """How many weights to work on at a time: as many as stay in a core's cache, or fill a GPU."""
+    """How many weights to work on at a time: as many as fit in the cores' caches, or fill a GPU."""
     return torch.get_num_threads() << 18 if weight.device.type == "cpu" else 1 << 24
 
 
 def _columns(groups: torch.Tensor, count: int) -> Iterator[tuple[Any, ...]]:
-    """Some groups at a time: their slice, and `count` float32 buffers of [group_size, groups].
+    """Iterate over some groups at a time.
 
-    The first buffer holds the groups. They lie along the last dimension, so that each operation
-    works on vectors of groups. The buffers are used again and again: new ones would cost as much in
-    page faults as 20 operations on them.
+    Yields their slice, and `count` float32 buffers of [group_size, groups]. The first buffer holds
+    the groups, the others are scratch space. The groups lie along the last dimension, so that each
+    operation works on vectors of groups. The buffers are used again and again: new ones would cost
+    as much in page faults as 20 operations on them.
     """
     total, size = groups.shape
     step = max(1, _elements(groups) // size)
@@ -266,9 +269,9 @@ def _columns(groups: torch.Tensor, count: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _sum(terms: torch.Tensor) -> torch.Tensor:
-    """The sum over the first dimension, [n, m] -> [m], in place.
+    """The sum over the first dimension, [n, m] -> [m], which overwrites `terms`.
 
-    Halves are added to each other, because the order in which libraries add differs by device.
+    The terms are added in halves, and not by PyTorch's sum, whose order differs by device.
     """
     left = len(terms)
     while left > 1:
@@ -294,8 +297,8 @@ def _best_e2m1(buffers: list[torch.Tensor], units: list[torch.Tensor]) -> torch.
     second = errors[1] < errors[0]
     x.div_(torch.where(second, units[1], units[0]))
     _to_e2m1(torch.abs(x, out=size), step, value)
-    # The values 0, 0.5, 1, 1.5, 2, 3, 4, 6 have the codes 0 to 7; the code of a negative value is
-    # larger by 8.
+    # The values 0, 0.5, 1, 1.5, 2, 3, 4, 6 have the codes 0 to 7. A code is the smallest of
+    # 2 * value, value + 2 and value / 2 + 4. The code of a negative value is larger by 8.
     torch.mul(value, 2, out=size)
     torch.minimum(size, torch.add(value, 2, out=step), out=size)
     torch.minimum(size, value.mul_(0.5).add_(4), out=size)

@@ -1,4 +1,4 @@
-"""The engine of this process, which all layers share: its threads, its machine, its watch."""
+"""The engine of this process, which all layers share: configuration, machine and NaN watch."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class Node:
     """A NUMA node as this process may use it."""
 
     id: int
-    """The kernel's number."""
+    """The node's number in the kernel."""
     cores: tuple[tuple[int, ...], ...]
-    """The CPUs of each physical core: the first, then its SMT siblings. Empty: memory only."""
+    """The CPUs of each physical core, first the main one, then its SMT siblings. A node without
+    cores has only memory."""
     memory_bytes: int
 
     @property
@@ -48,7 +49,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Topology:
-    """The machine after the cgroup's cpuset and the process's CPU affinity."""
+    """The part of the machine that the cgroup's cpuset and the process's CPU affinity allow."""
 
     nodes: tuple[Node, ...]
 
@@ -98,20 +99,24 @@ def configure(
     Weights stay in the memory in which they were allocated, so call this before `bank.allocate`.
 
     Args:
-        threads: how many workers, the calling thread included; default one a physical core.
+        threads: the number of workers, the calling thread included; by default one for each
+            physical core.
         binding: "CPU_CORE" pins each worker to a core, "NUMA_NODE" to the cores of its node.
         power_saving: workers sleep as soon as a call ends, instead of spinning for 50 us first.
-        cpus: run on these CPUs only; default all that the process may use.
-        topology: a made-up machine for tests, "2 nodes x 3 cores x 2 threads" or, uneven,
-            "2 nodes x 3,1 cores x 2 threads": its threads are not pinned, memory is not placed.
-        isa: one of `ISAS`; default the variable LK_ISA, else the best that the CPU runs.
+        cpus: run on these CPUs only; by default on all that the process may use.
+        topology: a made-up machine for tests, such as "2 nodes x 3 cores x 2 threads" or, with
+            uneven nodes, "2 nodes x 3,1 cores x 2 threads". Then threads are not pinned, and memory
+            is not placed on nodes.
+        isa: one of `ISAS`; by default the value of the variable LK_ISA, or the best that the CPU
+            runs.
         interleave: `bank.allocate` spreads pages over all NUMA nodes round-robin, instead of
             placing each row's pages on the node that computes the row.
         shared: `bank.allocate` gives memory that other processes can map, in huge pages from
             Linux 6.1 on.
 
     Raises:
-        ValueError: naming the argument, what came and what is allowed.
+        ValueError: for an argument that is not allowed. The text names the argument, its value and
+            what is allowed.
     """
     check_choice("binding", binding, get_args(Binding))
     if threads is not None and threads < 1:
@@ -134,12 +139,13 @@ def watch(log: torch.Tensor | None) -> None:
     """From now on, note in `log` which rows of the engine's output hold NaN or infinity.
 
     Args:
-        log: int64 [rows + 2, 3], zero at first, in any memory; None ends the watch. log[0, 0]
-            counts the rows noted. log[1 + r] is (handle, reason, expert): the first layer in which
-            row r went wrong, or 0 for none. log[rows + 1] stands for all rows beyond. The reason is
-            0 if the input was not finite, 1 if the router's weight for the expert was not, 2 if the
-            expert's output was not, and 3 if the sum of all experts was not finite in x's dtype.
-            The expert is -1 for the reasons 0 and 3.
+        log: int64 [rows + 2, 3] in host memory, also shared memory, and zero at first; None ends
+            the watch. log[0, 0] counts the rows noted. log[1 + r] is (handle, reason, expert) of
+            the first layer in which row r was not finite; the handle 0 stands for none.
+            log[rows + 1] is for all rows from `rows` on. The reason is 0 if the input was not
+            finite, 1 if the router's weight for the expert was not, 2 if the expert's output was
+            not, and 3 if the sum of all experts was not finite in x's dtype. The expert is -1 for
+            the reasons 0 and 3.
 
     Raises:
         ValueError: for another dtype or shape.

@@ -6,14 +6,15 @@ GPU can undo it after the copy. The bytes stay the same, and only their order di
 - The rows of a matrix are its parts, one after the other: for w13 the gate rows and the up rows.
 - Each part is cut in tiles of 64 rows; the last one may have fewer.
 - A row is cut in units: 4 bytes of weights, or one element of scales or zero points. A tile of n
-  rows holds unit 0 of its n rows, then unit 1 of its n rows, and so on; where the row is no whole
-  number of units, the leftover bytes of each row follow, row after row.
+  rows holds unit 0 of its n rows, then unit 1 of its n rows, and so on. If a row is no whole number
+  of units, the leftover bytes of each row follow, row after row.
 
-Interleaved rows (gate 0, up 0, gate 1, ...) are put apart, with the gate rows first, and so are
+Interleaved rows (gate 0, up 0, gate 1, ...) are separated, with the gate rows first, and so are
 their row scales and float32 biases. Otherwise row scales, biases, and the scales of blocks and of
 tensors stay as they are.
 
-So 64 consecutive bytes hold 4 bytes along K of 16 outputs, and each output has its own vector lane.
+With this order 64 consecutive bytes, a vector register of AVX-512, hold 4 bytes along K of each of
+16 outputs. Each output is then summed in its own element of a vector.
 """
 
 from collections.abc import Iterator
@@ -37,13 +38,13 @@ def to_tiles(
     """A copy of a row-major tensor whose memory is in the engine's order.
 
     Args:
-        tensor: [E, rows, columns] of any dtype, contiguous. Its shape and dtype are kept, though an
-            element of the result is no longer at its own place.
-        parts: matrices that follow each other in the rows: 2 for w13 of a gated activation and its
-            scales, else 1.
+        tensor: [E, rows, columns] of any dtype, contiguous. The result has the same shape and
+            dtype, although its indices no longer say where an element belongs.
+        parts: the number of matrices that follow each other in the rows: 2 for w13 of a gated
+            activation and its scales, else 1.
         unit_bytes: 4 for weights, the size of an element for scales and zero points.
-        interleaved: the rows are gate 0, up 0, gate 1, up 1, ... (parts is 2): the result has the
-            gate rows first.
+        interleaved: whether the rows are gate 0, up 0, gate 1, up 1, ..., with 2 parts. The result
+            has the gate rows first.
     """
     tiles = torch.empty_like(tensor)
     for row_view, tile_view in _views(tensor, tiles, parts, unit_bytes, interleaved):
@@ -71,7 +72,7 @@ def _views(
     """Pairs of views of equal shape that show the same weights in both orders."""
     experts, all_rows, columns = rows.shape
     row_bytes = columns * rows.element_size()
-    # Whole units move as one integer; bytes only where a row ends within a unit.
+    # A unit is copied as one integer, or byte by byte if rows are no whole number of units.
     step = 1 if row_bytes % unit_bytes else unit_bytes
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[step]
     unit, length, part_rows = unit_bytes // step, row_bytes // step, all_rows // parts

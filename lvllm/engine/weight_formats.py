@@ -1,6 +1,6 @@
 """How each weight format is stored, and the checks of the tensors that hold it.
 
-A check raises ValueError with one line: the argument, what came and what is wanted.
+A check raises ValueError with one line, which names the argument, its value and what is wanted.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class WeightFormat:
 
     weight: torch.dtype
     values: int = 1
-    """How many weights an element holds: 2 in 4-bit formats, the even K in the low nibble."""
+    """How many weights an element holds: 2 in 4-bit formats, with the even K in the low nibble."""
     scale: tuple[torch.dtype, ...] = ()
     """The dtypes that scales may have; empty where the format has no scales."""
     group_size: int | None = None
-    """The group size, where the format fixes it."""
+    """The group size, if the format has only one."""
     activation_bits: tuple[int, ...] = (16,)
-    """The bits to which activations may be rounded; the default comes first."""
+    """The numbers of bits that activations may have; the default is the first one."""
 
 
 FORMATS = {
@@ -47,25 +47,25 @@ ACTIVATION_BITS = "LK_ACTIVATION_BITS"
 """The variable that chooses between activations of 8 and of 16 bits."""
 
 GROUP_SIZES = (32, 64, 128)
-"""The group sizes of int4. It may also have one scale a row."""
+"""The group sizes of int4. Alternatively, each row of int4 weights has one scale."""
 
 DTYPES = {name: stored.weight for name, stored in FORMATS.items()}
 """The dtype of the weights in each format that the engine computes."""
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raises ValueError unless the argument called `name` is one of `allowed`."""
+    """Raise ValueError unless the argument called `name` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, must be one of {', '.join(map(str, allowed))}")
 
 
 def activation_bits(format: str, given: int | None) -> int:
-    """The bits of a layer's activations.
+    """The number of bits of a layer's activations.
 
-    Where no bits are given, the variable LK_ACTIVATION_BITS decides, as LK_ISA decides the
-    instruction set: both work for the engine without vLLM too.
+    If no number is given, the variable LK_ACTIVATION_BITS decides, as LK_ISA decides the
+    instruction set. Both variables also work for the engine without vLLM.
 
-    Raises ValueError for bits that the format does not have, or a variable that is not 8 or 16.
+    Raises ValueError if the format does not allow the number, or if the variable is not 8 or 16.
     """
     if given is not None:
         allowed = FORMATS[format].activation_bits
@@ -78,16 +78,16 @@ def activation_bits(format: str, given: int | None) -> int:
 
 
 def preferred_activation_bits(format: str, wanted: int | None) -> int:
-    """The bits of a layer's activations, where one setting is for layers of all formats.
+    """The number of bits of a layer's activations, if one setting applies to layers of all formats.
 
-    A format that knows only 16 bits keeps them. None stands for the format's default.
+    A format that allows only 16 bits ignores the setting. None stands for the format's default.
     """
     allowed = FORMATS[format].activation_bits
     return wanted if wanted in allowed else allowed[0]
 
 
 def group_size(format: str, given: int | None, largest: int) -> int:
-    """The group size as the engine takes it: `largest` for one group a row, 0 for no groups."""
+    """The group size for the engine: `largest` if each row is one group, 0 without groups."""
     if format != "int4":
         fixed = FORMATS[format].group_size
         if given not in (None, fixed):
@@ -110,7 +110,10 @@ def check_scale(
     shape: tuple[int, int, int],
     group: int,
 ) -> torch.Tensor | None:
-    """The scale as the engine takes it: int4 with one scale a row has the shape [E, rows, 1]."""
+    """Check a scale, and return it in the engine's shape.
+
+    The shape is the one given, except for int4 with one scale for each row: [E, rows, 1].
+    """
     dtypes = FORMATS[format].scale
     check_presence(name, scale, format, wanted=bool(dtypes))
     if scale is None:

@@ -1,4 +1,4 @@
-"""The watch over the experts' output: which requests of a step met NaN or infinity, and where.
+"""Find the requests of a step whose experts met NaN or infinity, and the layer where it happened.
 
 The engine writes the first faulty layer of each row of a batch into a log (`engine.watch`). The
 ranks of one host share the memory of their logs: a fault of one rank reaches the others only as
@@ -21,12 +21,12 @@ INPUT, ROUTER, EXPERT, SUM = range(4)
 
 @dataclass(frozen=True)
 class Layer:
-    """What a message says about a layer."""
+    """The properties of a layer that a message about it needs."""
 
     name: str
     dtype: str
     experts: tuple[int, ...] | None
-    """The model's numbers of the experts that the rank holds; None: the rank holds all experts."""
+    """The numbers, in the model, of the experts that the rank holds; None: it holds all experts."""
 
     def describe(self, source: int, expert: int) -> str:
         number = expert if self.experts is None or expert < 0 else self.experts[expert]
@@ -63,9 +63,9 @@ class Watch:
         logs: int64 [ranks, steps, rows + 2, 3], zero at first. `steps` is one more than the number
             of steps that may be under way at a time, since a rank clears its log of a step while
             others still read the log of the step before.
-        seen: how many ranks, from the first on, have done a step when this rank has done it;
-            default all. In a pipeline the later stages have not, and their logs still say what an
-            older step met.
+        seen: how many ranks, from the first on, have completed a step when this rank completes it;
+            None: all. In a pipeline the ranks of later stages have not, so their logs still show an
+            older step.
     """
 
     def __init__(
@@ -78,48 +78,51 @@ class Watch:
         self._layers, self._logs, self._step = layers, logs[:seen], 0
         # These views are made once, since making them would be most of the cost of a step.
         self._mine = list(logs[rank])
-        # For each step, the counts of the ranks seen.
+        # For each step: a view of the numbers of faulty rows that the seen ranks counted.
         self._counts = list(self._logs.numpy()[:, :, 0, 0].T)
         self._rank = rank
 
     def start(self) -> None:
-        """Begin a step: what the engine computes from now on is watched."""
+        """Begin a step. From now on the engine's output is watched."""
         self._step = (self._step + 1) % self._logs.shape[1]
         if self._counts[self._step][self._rank]:
             self._mine[self._step].zero_()
         engine.watch(self._mine[self._step])
 
     def stop(self) -> bool:
-        """End a step, and say whether a rank noted anything.
+        """End a step, and return whether any rank noted a fault.
 
-        What is computed from now on is not watched: those are drafts, which the model checks later.
+        The output of drafts, which are computed after this, is not watched: the model itself checks
+        the drafted tokens in a later step.
         """
         engine.watch(None)
         return bool(self._counts[self._step].any())
 
     def faults(self, spans: Iterable[tuple[str, int]]) -> dict[str, str]:
-        """What happened to each request in this step, in one line; only those that were hit.
+        """The requests of this step that met a fault, each with one line that describes it.
 
-        `spans` are the requests and how many rows each has, in the order of the batch. Rows behind
-        the last request are padded rows.
+        `spans` has the requests and the number of rows of each, in the order of the batch. Rows
+        after the last request are padded rows.
         """
         logs = self._logs[:, self._step]
-        hit = {}
+        found = {}
         first = 0
         for request, rows in spans:
             entries = logs[:, 1 + first : 1 + first + rows]
             if entries[..., 0].any():
-                hit[request] = self._first(entries)
+                found[request] = self._first(entries)
             first += rows
-        return hit
+        return found
 
     def any_fault(self) -> str:
-        """The text of one fault of this step."""
+        """One line that describes a fault of this step."""
         return self._first(self._logs[:, self._step, 1:])
 
     def _first(self, entries: torch.Tensor) -> str:
-        """The fault to name. One that arose in a layer comes before one that was in a layer's
-        input, because ranks without a part in the faulty layer see only its effect on the next one.
+        """One line that describes the first of several faults.
+
+        Faults that arose in a layer come before faults in a layer's input, because ranks without a
+        part in the faulty layer see only its effect on the next layer's input.
         """
         found = entries[..., 0].nonzero().tolist()
         faults = [(rank, *entries[rank, row].tolist()) for rank, row in found]
@@ -129,7 +132,7 @@ class Watch:
 
 
 def shared_zeros(shape: Sequence[int], path: str) -> torch.Tensor:
-    """A tensor in the memory of a file, int64, the same in every process that opens the file."""
+    """An int64 tensor in the memory of a file, which all processes that open the file share."""
     size = torch.Size(shape).numel()
     return torch.from_file(path, shared=True, size=size, dtype=torch.int64).view(tuple(shape))
 
@@ -137,10 +140,11 @@ def shared_zeros(shape: Sequence[int], path: str) -> torch.Tensor:
 def open_watch(
     layers: dict[int, Layer], rows: int, steps: int, group: Any = None, seen: int | None = None
 ) -> Watch:
-    """The watch of a rank: alone, or with all ranks of vLLM's `group` on one host.
+    """The watch of a rank that is alone, or that shares logs with the ranks of vLLM's `group`.
 
-    The ranks of a group call this together. `rows` is the size of the largest batch, `steps` how
-    many steps may be under way at a time, `seen` is the argument of `Watch`.
+    The ranks of a group must be on one host, and must call this together. `rows` is the number of
+    rows of the largest batch, and `steps` the number of steps that may be under way at a time.
+    `seen` is the argument of `Watch`.
     """
     ranks = 1 if group is None else group.world_size
     shape = (ranks, steps + 1, rows + 2, 3)
@@ -150,7 +154,7 @@ def open_watch(
     torch.distributed.all_gather_object(everyone, layers, group=group.cpu_group)
     path = None
     if group.rank_in_group == 0:
-        # Pages come when they are written, and nearly all of them never are.
+        # The file takes memory only for pages that are written, and nearly all of them never are.
         file, path = tempfile.mkstemp(prefix="lvllm-watch-", dir="/dev/shm")
         os.truncate(file, torch.Size(shape).numel() * torch.int64.itemsize)
         os.close(file)

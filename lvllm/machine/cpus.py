@@ -9,8 +9,8 @@ from lvllm import engine
 Core = Sequence[int]
 Machine = Sequence[Sequence[Core]]
 
-# The API server, the scheduler and the operating system need somewhere to run; on a machine of
-# four cores or fewer, giving them a core of their own costs more than sharing does.
+# The API server, the scheduler and the operating system need cores, too. On a machine of four cores
+# or fewer, giving them a core of their own costs more than sharing one does.
 SPARE_CORES = 4
 
 
@@ -20,14 +20,14 @@ def this_machine() -> Machine:
 
 
 def default_threads(machine: Machine, ranks: int) -> int:
-    """Engine threads of each of `ranks` ranks when LK_THREADS is not set; at least 1."""
+    """The number of engine threads of each rank if LK_THREADS is not set; at least 1."""
     cores = sum(len(node) for node in machine)
     usable = cores if cores <= SPARE_CORES else cores - SPARE_CORES
     return max(1, usable // ranks)
 
 
 def divide(machine: Machine, ranks: int) -> list[Machine]:
-    """The nodes, or pieces of nodes, of each rank.
+    """Divide the machine among ranks: each gets whole nodes, or a piece of a node.
 
     Ranks get whole nodes where there are enough nodes, so that no rank reads the memory of
     another rank's node. Otherwise the ranks that share a node divide its cores.
@@ -51,9 +51,9 @@ def divide(machine: Machine, ranks: int) -> list[Machine]:
 def assign(shares: Sequence[Machine], distance: Callable[[int, Machine], int]) -> list[Machine]:
     """Reorder `shares` so that each rank's share is near its GPU.
 
-    The shares keep their sizes: where all GPUs are at one node, the cores of the other nodes are
-    used all the same. `distance` gives how far a rank's GPU is from a share; the nearest pair is
-    matched first.
+    The shares themselves do not change. So if all GPUs are at one node, the cores of the other
+    nodes are used all the same. distance(rank, share) says how far the rank's GPU is from a share.
+    The nearest pair is matched first.
     """
     ranks = range(len(shares))
     pairs = sorted((distance(rank, shares[n]), rank, n) for rank in ranks for n in ranks)
@@ -65,7 +65,7 @@ def assign(shares: Sequence[Machine], distance: Callable[[int, Machine], int]) -
 
 
 def choose(share: Machine, threads: int) -> list[int]:
-    """`threads` logical CPUs of a rank's `share`, evenly over its nodes.
+    """Choose `threads` logical CPUs of a rank's `share`, as many on each node.
 
     The rows of weights are divided evenly among the nodes, so the nodes should be equally strong.
     The second logical CPU of a core is taken only when all cores have one thread: it shares the

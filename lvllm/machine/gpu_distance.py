@@ -1,4 +1,4 @@
-"""How far parts of this machine are from its GPUs, by the kernel's NUMA distances."""
+"""The distances between this machine's CPUs and its GPUs, from the kernel's NUMA distances."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from lvllm.machine.cpus import Machine
 __all__ = ["between_nodes", "of_gpus"]
 
 UNKNOWN = 1 << 16
-"""Farther than any known distance, so that such a rank takes the share that others leave."""
+"""A distance beyond all known ones. A rank with this distance gets the share that others leave."""
 
 
 def of_gpus() -> Callable[[int, Machine], int] | None:
@@ -27,10 +27,9 @@ def of_gpus() -> Callable[[int, Machine], int] | None:
 
     def distance(rank: int, share: Machine) -> int:
         try:
-            home = current_platform.get_device_numa_node(
-                rank
-            )  # This asks NVML, which starts no CUDA.
-        except Exception:  # Fewer GPUs than ranks, say, which vLLM reports later.
+            # vLLM asks NVML, which does not initialise CUDA.
+            home = current_platform.get_device_numa_node(rank)
+        except Exception:  # For example, fewer GPUs than ranks, which vLLM reports later.
             home = None
         if home is None:
             return UNKNOWN

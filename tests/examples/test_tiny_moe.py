@@ -1,4 +1,4 @@
-"""The demo model: its questions are right and unseen, its files are sound, its score is kept."""
+"""The demo model: right answers, questions that training never saw, sound files, a high score."""
 
 import json
 import random
@@ -80,7 +80,7 @@ def test_training_answers_are_right(drawn: list[tasks.Question]) -> None:
 
 
 def test_training_never_draws_a_held_out_problem(drawn: list[tasks.Question]) -> None:
-    # Worked out from operands here, so that a wrong `Question.key` cannot hide a leak.
+    # These sets are made from operands, so that a wrong `Question.key` cannot hide a leak.
     held_out = {(q.task, frozenset(q.operands)) for q in tasks.held_out() if q.task != "subtract"}
     differences = {q.operands for q in tasks.held_out() if q.task == "subtract"}
     texts = {q.question for q in tasks.held_out()}
@@ -172,7 +172,7 @@ def test_the_trained_module_is_transformers_qwen3_moe(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = network.TinyMoE(vocabulary=300)
     with torch.no_grad():
-        for parameter in ours.parameters():  # no zeros, no ones, nothing bf16 would round
+        for parameter in ours.parameters():  # no zeros or ones, and only values that bf16 holds
             noise = torch.randn_like(parameter) * 0.05
             parameter.copy_((parameter + noise).bfloat16())
     network.save(ours, tmp_path, end=1, pad=0)
@@ -187,7 +187,7 @@ def test_the_trained_module_is_transformers_qwen3_moe(tmp_path: Path) -> None:
 def test_muon_orthogonalises_each_matrix_of_a_stack(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
-    # The quintic trades exactness for speed: it ends near 1, not at 1.
+    # Muon's quintic polynomial trades exactness for speed, so the values are near 1, not at 1.
     assert values.min() > 0.3
     assert values.max() < 1.3
 

@@ -8,7 +8,7 @@ from lvllm.machine import cpus
 
 
 def machine(nodes: int, cores: int, smt: int = 1) -> cpus.Machine:
-    """Nodes x cores x hardware threads, numbered as Linux does: second threads come last."""
+    """A machine whose CPUs are numbered as Linux does: second threads of cores come last."""
     total = nodes * cores
     return [
         [tuple(n * cores + c + t * total for t in range(smt)) for c in range(cores)]
@@ -59,7 +59,7 @@ def test_second_threads_of_cores_come_last() -> None:
     st.integers(1, 6),
 )
 def test_every_rank_can_be_served(shape: list[list[int]], ranks: int) -> None:
-    """Uneven nodes, SMT or not: no CPU in two ranks unless there are more ranks than cores."""
+    """Two ranks have a CPU in common only if there are more ranks than cores."""
     ids = iter(range(1000))
     nodes = [[tuple(next(ids) for _ in range(smt)) for smt in node] for node in shape]
     cores = sum(map(len, nodes))
@@ -79,6 +79,6 @@ def test_every_rank_can_be_served(shape: list[list[int]], ranks: int) -> None:
 def test_no_more_threads_than_cores_by_default(
     nodes: int, cores: int, smt: int, ranks: int
 ) -> None:
-    """Over all ranks; a rank cannot have less than one thread."""
+    """This holds for the sum over all ranks, except that each rank has at least one thread."""
     each = cpus.default_threads(machine(nodes, cores, smt), ranks)
     assert each == 1 or each * ranks <= nodes * cores

@@ -1,4 +1,4 @@
-"""Parts of a made-up machine near its GPUs."""
+"""Ranks get the CPUs near their GPUs, on a made-up machine."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +9,13 @@ import vllm.platforms
 
 from lvllm.machine import cpus, gpu_distance
 
-# Two sockets of two nodes of two cores; the GPUs of ranks 0 and 1 are both at the second socket.
+# The machine has two sockets of two nodes of two cores. ROWS has the distances of each node.
 MACHINE: cpus.Machine = [[[0], [1]], [[2], [3]], [[4], [5]], [[6], [7]]]
 ROWS = ["10 12 32 32", "12 10 32 32", "32 32 10 12", "32 32 12 10"]
 
 
 def test_distances_of_the_kernel(tmp_path: Path) -> None:
-    """Node 1 is missing, so rows have no number for it."""
+    """Node 1 is missing, so the kernel's rows have no number for it."""
     for node, row in ((0, "10 21 31"), (2, "21 10 17"), (10, "31 17 10")):
         (tmp_path / f"node{node}").mkdir()
         (tmp_path / f"node{node}" / "distance").write_text(f"{row}\n")
@@ -37,7 +37,7 @@ def test_distances_of_the_kernel(tmp_path: Path) -> None:
         (8, [3, 3, 2, 2, 1, 1, 0, 0], [[6], [7], [4], [5], [2], [3], [0], [1]]),
     ],
 )
-def test_ranks_get_what_is_near_their_gpus(
+def test_ranks_get_the_cpus_near_their_gpus(
     ranks: int, homes: list[int | None], expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = [

@@ -1,4 +1,4 @@
-"""lvllm.machine.thread_pool: threads of their own for PyTorch's work."""
+"""The thread pool for PyTorch's work on many matrices."""
 
 import os
 
@@ -7,8 +7,8 @@ import torch
 from lvllm.machine import thread_pool
 
 
-def test_threads_have_an_operation_to_themselves_where_they_are_told() -> None:
-    torch.set_num_threads(torch.get_num_threads())  # as a server may
+def test_threads_compute_alone_on_the_given_cpus() -> None:
+    torch.set_num_threads(torch.get_num_threads())  # A server may call this, too.
     before, cpus = torch.get_num_threads(), os.sched_getaffinity(0)
 
     def work(_: int) -> tuple[int, set[int], float]:
