@@ -1,9 +1,10 @@
-"""What a weight format, and activations of 8 bits, cost the demo model's score.
+"""How much a weight format, and activations of 8 bits, lower the demo model's score.
 
     python benchmarks/activation_bits.py
 
-Runs examples/models/tiny-moe in transformers with its experts computed by the lk engine, rounded to
-nearest in each format, and asks it the 500 held-out questions. Prints a markdown table.
+This runs examples/models/tiny-moe in transformers, with the experts rounded to nearest in each
+format and computed by the lk engine. It asks the model the 500 held-out questions and prints a
+markdown table.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ GROUP_SIZE = 32
 
 
 def quantise(weights: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[E, rows, K] rounded to nearest, symmetric: int8 a channel, int4 a group of 32."""
+    """Round weights [E, rows, K] to nearest: int8 with a scale per row, int4 per group of 32."""
     if format == "bf16":
         return weights.clone(), None
     if format == "int8":
@@ -44,7 +45,7 @@ def quantise(weights: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Te
 
 
 def accuracy(format: str, bits: int) -> float:
-    """Share of the questions answered right."""
+    """The share of questions that are answered right."""
     load = AutoModelForCausalLM.from_pretrained
 
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -63,7 +64,7 @@ def accuracy(format: str, bits: int) -> float:
 
 
 def replace(experts: Qwen3MoeExperts, format: str, bits: int) -> None:
-    """Has a module's experts computed by lk."""
+    """Have the experts of a module computed by lk."""
     w13, w13_scale = quantise(experts.gate_up_proj.data, format)
     w2, w2_scale = quantise(experts.down_proj.data, format)
     layer = ExpertLayer(
@@ -83,7 +84,7 @@ def replace(experts: Qwen3MoeExperts, format: str, bits: int) -> None:
 
 
 def main() -> None:
-    """Prints the demo model's score in each format and with activations of 16 and 8 bits."""
+    """Print the demo model's score in each format and with activations of 16 and 8 bits."""
     print(f"Engine: {engine.info().isa}.\n")
     print("| experts | activations | right answers of 500 |\n|---|---|---|")
     for format, bits in CASES:

@@ -1,4 +1,4 @@
-"""The cost of a call: what a block of next to no arithmetic takes for one token."""
+"""The cost of a call: the time of an expert block that has next to nothing to compute."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.peers import lk
 from benchmarks.peers.settings import Settings
 from benchmarks.weights import RandomWeights
 
-SHAPE = Shape(64, 32, 4, 2)  # 25,000 operations and 24 KiB of weights: below 0.5 us
+SHAPE = Shape(64, 32, 4, 2)  # 25,000 operations and 24 KiB of weights take less than 0.5 us.
 THREADS = 2
 CALLS = 20_000
 PAUSED_CALLS = 300
-PAUSE = 0.002  # seconds, after which workers sleep
+PAUSE = 0.002  # Seconds; after that the workers sleep.
 
 
 def _microseconds(call: Callable[[], object], calls: int, pause: float) -> list[float]:
@@ -33,10 +33,11 @@ def _microseconds(call: Callable[[], object], calls: int, pause: float) -> list[
 
 
 def call_cost(threads: int) -> dict[str, float]:
-    """Microseconds of a call, median and 99th percentile; all of it counts as cost.
+    """Microseconds of a call, as median and 99th percentile. All of that time counts as cost.
 
-    "busy" is one call after the other, when the workers still spin; "idle" comes after a pause,
-    when they sleep; "empty" has no token: Python, the dispatch of the op, and the output.
+    "busy" calls follow each other while the workers still spin. "idle" calls come after a pause,
+    when the workers sleep. "empty" calls have no token: they show the cost of Python, of
+    dispatching the op and of making the output.
     """
     layer = lk.prepare(RandomWeights(SHAPE, "bf16", 0), Settings(threads))
     one = batch(SHAPE, 1, 0, torch.bfloat16)

@@ -1,6 +1,6 @@
-"""What is computed: the shape of an expert block and a routed batch of tokens.
+"""The shapes of expert blocks, and routed batches of tokens for them.
 
-Needs NumPy and PyTorch alone, since peers live in interpreters of their own.
+This needs only NumPy and PyTorch, since peers run in interpreters of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-# hidden x intermediate x experts x top-k of the routed experts.
+# Hidden size x intermediate size x experts x top-k, of the routed experts.
 SHAPES = {
     "qwen3-30b-a3b": "2048x768x128x8",
     "qwen3-235b-a22b": "4096x1536x128x8",
@@ -19,7 +19,7 @@ SHAPES = {
     "mixtral-8x7b": "4096x14336x8x2",
     "deepseek-v2-lite": "2048x1408x64x6",
     "deepseek-v3": "7168x2048x256x8",
-    "deepseek-v3-32": "7168x2048x32x8",  # an eighth of its experts, for smaller machines
+    "deepseek-v3-32": "7168x2048x32x8",  # An eighth of the experts, for smaller machines.
     "glm-4.5-air": "4096x1408x128x8",
     "gpt-oss-20b": "2880x2880x32x4",
     "olmoe-1b-7b": "2048x1024x64x8",
@@ -28,7 +28,7 @@ SHAPES = {
 
 
 class UserError(Exception):
-    """One line for the user."""
+    """A request that cannot be served; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Batch:
 
 
 def routing(shape: Shape, tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Expert ids and weights of each token; the same in every interpreter.
+    """Expert ids and weights of each token, the same in every interpreter.
 
-    NumPy's `RandomState` promises its stream for ever, PyTorch's generators do not.
+    NumPy guarantees that the stream of `RandomState` never changes. PyTorch's generators do not.
     """
     scores = np.random.RandomState(seed).standard_normal((tokens, shape.experts))
     ids = np.argsort(-scores, axis=1)[:, : shape.topk]
@@ -96,5 +96,8 @@ def batch(shape: Shape, tokens: int, seed: int, dtype: torch.dtype) -> Batch:
 
 
 def seeds(tokens: int) -> list[int]:
-    """Of the batches of that size, which take turns; a large batch touches every expert anyway."""
+    """Seeds of the batches of that size, which take turns so that calls need different experts.
+
+    A large batch needs every expert anyway, so there are fewer of them.
+    """
     return [1000 * tokens + 2 * i for i in range(8 if tokens <= 64 else 2)]

@@ -1,4 +1,4 @@
-"""Times engines in turns, with the machine's rates measured between them."""
+"""Time engines in turns, and measure the machine's rates in between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.cases import Shape, routing, seeds
 from benchmarks.peers.protocol import Died, Peer
 from benchmarks.probes import Probes
 
-TURN_SECONDS = 0.05  # about, so that the probes beside it saw the same machine
+TURN_SECONDS = 0.05  # Short, so that the machine's rates are about those measured next to it.
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
 
 
@@ -21,19 +21,19 @@ class Result:
     tokens: int
     threads: int
     ms: float
-    """Median of a call."""
+    """Milliseconds of a call, the median."""
     gb_s: float
-    """Bytes of the distinct experts' weights and scales over that time."""
+    """Bytes of the distinct experts' weights and scales, divided by that time."""
     gflop_s: float
     roofline: float
-    """Time that the machine's rates allow over the time taken: 1 is all that it can do."""
+    """The time that the machine's rates allow, divided by the time taken: 1 is the best."""
     error: float
     """Relative Frobenius error against float32 on the dequantised weights."""
 
 
 @dataclass
 class Rates:
-    """What the probes saw, in bytes and operations a second."""
+    """The measured rates, in bytes and operations a second."""
 
     read: list[float] = field(default_factory=list)
     matrix: list[float] = field(default_factory=list)
@@ -64,11 +64,11 @@ def measure(
     probes: Probes,
     rates: Rates,
 ) -> tuple[list[Result], dict[str, str]]:
-    """One cell of the table for every engine, and what became of those that died.
+    """Time one cell of the table for every engine. Also say why engines died, if some did.
 
     Args:
-        expert_bytes: of an expert's weights and scales.
-        budget: seconds of timed calls an engine.
+        expert_bytes: bytes of an expert's weights and scales.
+        budget: seconds of timed calls for each engine.
     """
     died: dict[str, str] = {}
     runs: list[_Times] = []

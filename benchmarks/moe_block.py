@@ -1,15 +1,15 @@
-"""Times the expert block of the lk engine against the roofline of this machine, and its peers.
+"""Time the expert block of the lk engine against the roofline of this machine and against peers.
 
     python benchmarks/moe_block.py --shape qwen3-30b-a3b --format bf16,int4 --peers
 
 The roofline of a call is the time in which the machine could read the weights and scales of the
-distinct experts that its tokens chose, or do its multiplications in bf16, whichever is longer.
-Both rates are measured in the same run, in turns with the timed calls, since the read bandwidth of
-a virtual machine may change by half within minutes.
+distinct experts that the tokens chose, or multiply in bf16, whichever is longer. Both rates are
+measured in the same run, in turns with the timed calls, because the read bandwidth of a virtual
+machine may change by half within minutes.
 
-Every engine runs in a process of its own, which is stopped while another runs, on the same routed
-batches and on weights of the same format and size. A peer that wants another PyTorch gets its own
-interpreter: `--peer-python zentorch=/path/to/venv/bin/python`.
+Every engine runs in a process of its own, which is stopped while another one runs. All engines get
+the same routed batches, and weights of the same format and size. A peer that needs another PyTorch
+gets its own interpreter: `--peer-python zentorch=/path/to/venv/bin/python`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import os
 import sys
 from pathlib import Path
 
-# PyTorch's own threads must sleep while an engine is timed; read when OpenMP is loaded.
+# PyTorch's own threads must sleep while an engine is timed. OpenMP reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if not __package__:  # run as a script, whose folder gives way to the checkout
+if not __package__:  # Run as a script: the checkout takes the place of the script's folder.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import importlib.util
@@ -46,8 +46,8 @@ from benchmarks.weights import FORMATS, layer_bytes
 from lvllm import engine
 from lvllm.engine import bank
 
-WORKING_BYTES = (1 << 30) + 2 * PROBE_BYTES  # beside the layers
-PROCESS_BYTES = 400 << 20  # of an engine's interpreter and PyTorch
+WORKING_BYTES = (1 << 30) + 2 * PROBE_BYTES  # Memory that is needed beside the layers.
+PROCESS_BYTES = 400 << 20  # Memory of an engine's interpreter with PyTorch.
 MAX_LAYERS = 32
 
 console = Console(stderr=True)
@@ -87,11 +87,11 @@ def check_folder(option: str, file: Path | None) -> None:
 
 
 def layers_for(shape: Shape, format: str, engines: int) -> int:
-    """How many layers to rotate so that at most 1 in 20 of their bytes can be in the caches."""
+    """How many layers take turns, so that at most 1 in 20 of their bytes can be in the caches."""
     layer = layer_bytes(shape, format)
     wanted = max(2, -(-20 * last_level_cache() // layer))
     available = bank.available_bytes() - WORKING_BYTES - engines * PROCESS_BYTES
-    # Each engine holds them, and one of them makes its own order of one more.
+    # Each engine holds that many layers, and one engine at a time reorders one more.
     fitting = (available // layer - 1) // engines
     if fitting < 1:
         raise UserError(
@@ -109,13 +109,13 @@ class Engine:
 
 
 class Engines:
-    """The processes, and what became of them."""
+    """The engines' processes, and notes on each of them."""
 
     def __init__(self, stack: ExitStack, threads: int, pythons: dict[str, str]) -> None:
         self._stack, self._threads, self._pythons = stack, threads, pythons
         self._running: dict[str, Engine] = {}
         self.notes: dict[str, str] = {}
-        """The version of each, or why it takes no part."""
+        """The version of each engine, or why it takes no part."""
 
     def start_lk(self, activation_bits: int | None) -> None:
         name = "lk" if activation_bits is None else f"lk a{activation_bits}"
@@ -139,7 +139,10 @@ class Engines:
             self.notes[name] = f"does not start: {words}"
 
     def prepare(self, shape: Shape, format: str) -> dict[str, Peer]:
-        """Random weights in every engine that computes the format."""
+        """Have every engine that can compute the format make random weights.
+
+        Returns these engines. Raises UserError if lk is not one of them.
+        """
         for running in self._running.values():
             running.peer.release()
         able = {n: e.peer for n, e in self._running.items() if format in e.formats}
@@ -186,7 +189,7 @@ def compare(
         for format in formats:
             able = engines.prepare(shape, format)
             expert_bytes = layer_bytes(shape, format) / shape.experts
-            # Only now: it pins this thread, and the request may have been refused.
+            # Probes pin this thread. They are made here, after a request may have been refused.
             probes = probes or Probes()
             for tokens in counts:
                 with console.status(f"{shape} {format}: {tokens} tokens"):
@@ -202,41 +205,45 @@ def compare(
 
 def main(
     shape: Annotated[
-        list[str] | None, typer.Option(help="HxIxExK or a model's name; may be repeated.")
+        list[str] | None, typer.Option(help="HxIxExK or a model's name. May be repeated.")
     ] = None,
     format: Annotated[
         list[str] | None,
-        typer.Option(help=f"Weight formats: {', '.join(FORMATS)}; a list, may be repeated."),
+        typer.Option(help=f"Weight formats, a list: {', '.join(FORMATS)}. May be repeated."),
     ] = None,
-    tokens: Annotated[str, typer.Option(help="Batch sizes.")] = "1,4,16,64,512",
+    tokens: Annotated[str, typer.Option(help="Batch sizes, in tokens.")] = "1,4,16,64,512",
     threads: Annotated[int | None, typer.Option(help="Default: all physical cores.")] = None,
     activation_bits: Annotated[
         list[str] | None,
-        typer.Option(help="Bits of lk's activations, 8 or 16; both may be compared."),
+        typer.Option(help="Bits of lk's activations: 8, 16, or both to compare them."),
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="Time every installed peer, too.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="Also time every installed peer.")] = False,
     peer: Annotated[
-        list[str] | None, typer.Option(help="Time these peers; a list, may be repeated.")
+        list[str] | None, typer.Option(help="Also time these peers, a list. May be repeated.")
     ] = None,
     peer_python: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=PYTHON: the interpreter that a peer is installed in."),
+        typer.Option(help="NAME=PYTHON: the interpreter in which a peer is installed."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Timed calls of each engine in each cell.")
+        float, typer.Option(min=0, help="How long each engine is timed for each cell of the table.")
     ] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file.")
+    ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw results here (needs matplotlib).")
+        Path | None,
+        typer.Option("--plot", help="Draw the results to this file (needs matplotlib)."),
     ] = None,
     markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help="Write a table here, between its markers.")
+        Path | None,
+        typer.Option("--markdown", help="Write a table into this file, between its markers."),
     ] = None,
     cost: Annotated[
-        bool, typer.Option("--call-cost", help="Time calls of next to no arithmetic instead.")
+        bool, typer.Option("--call-cost", help="Time calls that compute next to nothing instead.")
     ] = False,
 ) -> None:
-    """Times the expert block of the lk engine, and of its peers, against the roofline."""
+    """Time the expert block of the lk engine, and of peers, against the roofline."""
     try:
         shapes = [Shape.parse(text) for text in shape or ["qwen3-30b-a3b"]]
         formats = parse_list("--format", format or ["bf16"], FORMATS)
@@ -269,7 +276,7 @@ def main(
             for name in chosen:
                 engines.start_peer(name)
             report = compare(engines, shapes, formats, counts, seconds)
-        # A pipe has no width; the table wants 100 columns.
+        # A pipe has no width, and the table needs 100 columns.
         Console(width=None if sys.stdout.isatty() else 120).print(table(report))
         if json_file:
             json_file.write_text(report.json())
@@ -278,7 +285,7 @@ def main(
         if markdown_file:
             write_markdown(report, markdown_file)
     except (UserError, MemoryError, ValueError) as error:
-        # The engine's own errors are one line each, too.
+        # The engine's own errors are one line each as well.
         say(f"error: {error}")
         raise SystemExit(1) from None
 

@@ -1,20 +1,21 @@
-"""What a long prefill costs the requests that are decoding, by count, in five ways of running both.
+"""Estimate how much a long prefill slows down decoding requests, for five ways to run both.
 
     python -m benchmarks.prefill_beside_decode [--bus 55] [--read 300] [--cpu 3] [--gpu 600] ...
 
-Nothing is run: times follow from bytes and operations. The experts are on the host; decoding
-computes them there, a prefill either there, too, or on the GPU, to which every layer is copied once
-for each chunk. Attention and all else on the GPU cost a fixed time a layer for a decoding step, and
-their operations for a prefill.
+Nothing is run: the times are computed from bytes and operations. The experts are on the host, and
+decoding computes them there. A prefill computes them there as well, or on the GPU, to which every
+layer is copied once for each chunk. Attention and everything else runs on the GPU; it takes a fixed
+time per layer of a decoding step, and as long as its operations take in a prefill.
 
-- chunks: vLLM's scheduler as it is. A step is one chunk of the prompt and one token of each other
-  request; the chunk's experts are streamed.
-- budget: chunks so small that a step keeps the budget; their experts are computed on the host.
+- chunks: vLLM's scheduler as it is. A step computes one chunk of the prompt and one token of each
+  other request. The chunk's experts are streamed.
+- budget: chunks are so small that a step keeps within a time budget. Their experts are computed on
+  the host.
 - slices: the prefill is suspended between layers, so that decoding steps run while the next layers
-  are copied. The GPU's own work is shared in time.
-- engines: two processes on one GPU over the same host weights, the GPU shared in time as above, and
-  the prompt's keys and values copied once.
-- engines, 2 GPUs: one for each.
+  are copied. Both take turns on the GPU.
+- engines: two processes on one GPU share the weights on the host. They take turns on the GPU as
+  above, and the prompt's keys and values are copied once.
+- engines, 2 GPUs: each engine has a GPU.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes; the default is Qwen3-30B-A3B."""
+    """The sizes of a model. The defaults are those of Qwen3-30B-A3B."""
 
     layers: int = 48
     experts: int = 128
@@ -31,16 +32,16 @@ class Model:
     hidden: int = 2048
     intermediate: int = 768
     dense: float = 1.4e9
-    """Weights outside the experts, all on the GPU."""
+    """Number of weights outside the experts, all of them on the GPU."""
     kv_bytes: int = 98304
-    """Of keys and values a token."""
+    """Bytes of keys and values for each token."""
 
     @property
     def expert_weights(self) -> int:
         return 3 * self.hidden * self.intermediate
 
     def distinct(self, tokens: float) -> float:
-        """Experts of a layer that so many tokens choose, if they choose evenly."""
+        """How many experts of a layer this many tokens choose, if they choose evenly."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
 
@@ -53,23 +54,23 @@ MODELS = {
 @dataclass(frozen=True)
 class Machine:
     bus: float
-    """Host to GPU, bytes a second."""
+    """Bytes a second from the host to the GPU."""
     read: float
-    """Of host memory by the CPUs."""
+    """Bytes a second that the CPUs read from the host's memory."""
     cpu: float
     """Operations a second of the experts on the CPUs."""
     gpu: float
     """Operations a second of matrix products on the GPU."""
     step: float
-    """Seconds a layer of a decoding step beside its experts: attention, router, the way to the host
-    and back."""
+    """Seconds per layer of a decoding step for all but the experts: attention, the router, and the
+    way to the host and back."""
 
 
 @dataclass(frozen=True)
 class Way:
     name: str
     decode: float
-    """Seconds between two tokens of a running request, while the prefill goes on."""
+    """Seconds between two tokens of a running request during the prefill."""
     prefill: float
     """Seconds until the prompt's first token."""
 
@@ -83,7 +84,7 @@ def ways(
     running: int,
     budget: float,
 ) -> tuple[float, list[Way]]:
-    """Seconds of an undisturbed decoding step, and the ways."""
+    """Seconds of a decoding step without a prefill, and the estimate for each way."""
     layer_bytes = model.experts * model.expert_weights * bits / 8
     read = model.distinct(running) * model.expert_weights * bits / 8
 
@@ -94,7 +95,7 @@ def ways(
     copy = model.layers * layer_bytes / machine.bus
 
     def gpu(tokens: int) -> float:
-        """Of a chunk on the GPU: experts and all else."""
+        """Seconds for a chunk on the GPU, with experts and everything else."""
         weights = model.layers * model.top_k * model.expert_weights + model.dense
         return 2 * weights * tokens / machine.gpu
 
@@ -106,10 +107,10 @@ def ways(
     tokens = (budget - 1) * alone / (operations / machine.cpu + gpu(1))
     small = Way("budget", budget * alone, prompt / tokens * budget * alone)
 
-    # While weights are copied, the CPUs read that much less.
+    # While weights are copied, the CPUs can read that much less.
     beside = decode(machine.read - machine.bus)
-    busy = work / streamed  # the part of the time in which the GPU works for the prefill
-    own = model.layers * machine.step  # what a decoding step wants of the GPU, at most
+    busy = work / streamed  # The share of the time in which the GPU computes the prefill.
+    own = model.layers * machine.step  # The time that a decoding step needs the GPU, at most.
     shared = beside + busy * own
     slowed = streamed * (1 + min(own / beside, 1) * busy)
     kv = prompt * model.kv_bytes / machine.bus
@@ -128,11 +129,13 @@ def main() -> None:
     parser.add_argument("--read", type=float, default=300, help="GB/s of the host's memory")
     parser.add_argument("--cpu", type=float, default=10, help="TFLOP/s")
     parser.add_argument("--gpu", type=float, default=600, help="TFLOP/s")
-    parser.add_argument("--step", type=float, default=120, help="us a layer of a decoding step")
+    parser.add_argument("--step", type=float, default=120, help="us per layer of a decoding step")
     parser.add_argument("--prompt", type=int, default=32768)
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--running", type=int, default=4, help="requests that are decoding")
-    parser.add_argument("--budget", type=float, default=1.5, help="times an undisturbed step")
+    parser.add_argument(
+        "--budget", type=float, default=1.5, help="longest step, in steps without a prefill"
+    )
     a = parser.parse_args()
     machine = Machine(a.bus * 1e9, a.read * 1e9, a.cpu * 1e12, a.gpu * 1e12, a.step * 1e-6)
     for name, model in MODELS.items():

@@ -1,12 +1,12 @@
-"""What a long prefill costs requests that are decoding, with one engine and with a prefill engine.
+"""Measure how much a long prefill slows down decoding, with one engine and with a prefill engine.
 
     python -m benchmarks.prefill_engine [--gib 1] [--prompt 4096] [--chunk 1024] [--running 2] ...
 
-Makes a Qwen3-MoE checkpoint with weights of no meaning and starts both engines once. Some requests
-decode all the time; the prompt comes alternately the ordinary way, which keeps it on the decoding
-engine, and to the prefill engine. Times between tokens are of one running request, while there is
-no prompt and while it is prefilled; the prompt's is that to its first token. On the CPU the engines
-share cores and memory bandwidth, so what one gains the other loses.
+This makes a Qwen3-MoE checkpoint with meaningless weights and starts both engines once. Some
+requests decode all the time. The prompt is sent alternately to the decoding engine and to the
+prefill engine. The times between tokens are measured on one running request, without a prompt and
+while the prompt is prefilled; the time of the prompt is that to its first token. On the CPU the
+engines share cores and memory bandwidth, so what one gains the other loses.
 """
 
 import argparse
@@ -26,26 +26,29 @@ from benchmarks.loading import GIB, make
 
 @dataclass
 class Found:
-    """Seconds."""
+    """The times of one prompt, in seconds."""
 
     steps: list[float]
-    """Between tokens of the running request, while the prompt was prefilled."""
+    """Between the tokens of the running request, while the prompt was prefilled."""
     prompt: float
+    """To the prompt's first token."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gib", type=float, default=1, help="of the checkpoint")
+    parser.add_argument("--gib", type=float, default=1, help="size of the checkpoint")
     parser.add_argument("--prompt", type=int, default=4096, help="tokens")
-    parser.add_argument("--chunk", type=int, default=1024, help="tokens of a step at most")
+    parser.add_argument("--chunk", type=int, default=1024, help="most tokens in a step")
     parser.add_argument("--running", type=int, default=2, help="requests that decode")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="for the checkpoint; default: the temporary")
+    parser.add_argument(
+        "--folder", type=Path, help="where to put the checkpoint; default: the temporary folder"
+    )
     return parser.parse_args()
 
 
 class Bench:
-    """The engines, and requests that decode."""
+    """The two engines, and the requests that decode."""
 
     def __init__(self, folder: str, given: argparse.Namespace) -> None:
         from vllm import AsyncEngineArgs
@@ -70,7 +73,10 @@ class Bench:
         self._number = 0
 
     async def tokens(self, length: int, most: int, ours: bool, arrivals: list[float]) -> None:
-        """Have tokens generated, and note when each comes. `ours` stays on the decoding engine."""
+        """Generate tokens and note when each of them comes.
+
+        With `ours` the prompt stays on the decoding engine.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -95,7 +101,7 @@ class Bench:
         return Found(steps_of(within), first[0] - begin)
 
     async def run(self) -> tuple[list[float], list[Found], list[Found]]:
-        """Steps without a prompt, and with it on one engine and on two."""
+        """The times between tokens without a prompt, and the results with one and two engines."""
         decoding = [
             asyncio.create_task(self.tokens(8, self.given.prompt, True, arrivals))
             for arrivals in (self.arrivals, *([] for _ in range(self.given.running - 1)))
@@ -109,7 +115,7 @@ class Bench:
                 quiet = steps_of(self.arrivals[begin:])
                 for ours, results in found.items():
                     result = await self.prefill(ours)
-                    if repeat:  # the first of each is a warm-up
+                    if repeat:  # The first prompt of each is a warm-up.
                         results.append(result)
                 alone += quiet if repeat else []
         finally:
@@ -139,7 +145,7 @@ def show(alone: Sequence[float], ways: dict[str, Sequence[Found]], prompt: int) 
     fastest = None
     for name, found in ways.items():
         steps = [step for result in found for step in result.steps]
-        # All the time counts, that before the first token and after the last one too.
+        # All of the time counts, also that before the first token and after the last one.
         mean = sum(result.prompt for result in found) / max(len(steps), 1)
         longest = max(steps, default=mean)
         seconds = statistics.median(result.prompt for result in found)

@@ -1,4 +1,4 @@
-"""The machine's rates, measured by PyTorch on as many threads as the engines have."""
+"""Measure the machine's rates with PyTorch, on as many threads as the engines have."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lvllm import engine
 from lvllm.engine import bank
 
 PROBE_BYTES = 256 << 20
-TRIES = 2  # of which the better counts
-PEAK_SIZE = 1536  # of the square matrices whose product gives the matrix peak
+TRIES = 2  # The better one counts.
+PEAK_SIZE = 1536  # Rows of the square matrices that are multiplied.
 
 
 def seconds(call: Callable[..., object], *args: object) -> float:
@@ -27,10 +27,10 @@ def seconds(call: Callable[..., object], *args: object) -> float:
 
 class Probes:
     def __init__(self) -> None:
-        # Huge pages, as the weights have.
+        # The memory is in huge pages, as the weights are.
         self._memory = bank.allocate((1, 2 * PROBE_BYTES // 8), torch.int64).view(-1)
         self._turn = 0
-        # bf16 where the CPU multiplies it, float32 where that is faster.
+        # The faster of bf16 and float32 counts, since not every CPU multiplies bf16.
         before = _threads()
         pairs = [
             torch.randn(2, PEAK_SIZE, PEAK_SIZE).to(dtype)
@@ -47,7 +47,7 @@ class Probes:
         return seconds(torch.matmul, pair[0], pair[1])
 
     def read_rate(self) -> float:
-        """Bytes a second of one sequential reader a thread."""
+        """Bytes a second, where each thread reads in sequence."""
         return max(self._read() for _ in range(TRIES))
 
     def _read(self) -> float:
@@ -58,7 +58,7 @@ class Probes:
         return PROBE_BYTES / seconds(chunk.sum)
 
     def matrix_rate(self) -> float:
-        """Operations a second of a square matrix product."""
+        """Operations a second in a product of square matrices."""
         return max(2 * PEAK_SIZE**3 / self._multiply(self._operands) for _ in range(TRIES))
 
 
@@ -67,15 +67,18 @@ def _threads() -> set[int]:
 
 
 def _pin(threads: list[int]) -> None:
-    """A thread a core. After a long sleep they wake on one core and stay there for milliseconds,
-    which halves a rate. 0 is the calling thread."""
+    """Pin each thread to a core of its own; 0 is the calling thread.
+
+    After a long sleep threads wake up on one core and stay there for milliseconds, which halves a
+    rate.
+    """
     cores = [core for node in engine.topology().nodes for core in node.cores]
     for thread, core in zip(threads, cores, strict=False):
         os.sched_setaffinity(thread, core)
 
 
 def last_level_cache() -> int:
-    """Bytes of all last-level caches; 32 MiB if the system does not say."""
+    """Bytes of all last-level caches together; 32 MiB if the system does not say."""
     caches: dict[str, int] = {}
     for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
         try:

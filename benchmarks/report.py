@@ -1,4 +1,4 @@
-"""What a run found: a table for the terminal, JSON, markdown and a plot."""
+"""The results of a run as a table for the terminal, as JSON, as markdown and as a plot."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Report:
         return json.dumps(content, indent=2) + "\n"
 
     def cells(self) -> dict[tuple[str, str], dict[str, dict[int, Result]]]:
-        """Shape and format, engine, tokens."""
+        """The results by shape and format, then by engine, then by tokens."""
         cells: dict[tuple[str, str], dict[str, dict[int, Result]]] = {}
         for result in self.results:
             engines = cells.setdefault((result.shape, result.format), {})
@@ -79,7 +79,7 @@ def _milliseconds(value: float) -> str:
 
 
 def markdown(report: Report) -> str:
-    """A table a shape: milliseconds of a call and, in brackets, percent of the roofline."""
+    """A table for each shape: milliseconds of a call, and in brackets percent of the roofline."""
     lines = [report.title() + ".", ""]
     versions = [f"{name} {version}" for name, version in report.engines.items()]
     lines += ["Engines: " + ", ".join(versions) + ".", ""]
@@ -109,7 +109,7 @@ def markdown(report: Report) -> str:
 
 
 def write_markdown(report: Report, file: Path) -> None:
-    """Between the markers of a file that has them, else the whole file."""
+    """Write the tables between the markers of `file`, or into a new or empty file."""
     text = markdown(report)
     block = f"{BEGIN}\n\n{text}\n{END}\n"
     old = file.read_text() if file.exists() else ""
@@ -125,7 +125,7 @@ def write_markdown(report: Report, file: Path) -> None:
 
 
 def plot(report: Report, file: Path) -> None:
-    """A chart a shape and format: for each batch size a bar an engine, against the roofline."""
+    """Draw a chart for each shape and format. Each batch size has a bar for each engine."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

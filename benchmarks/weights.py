@@ -1,4 +1,4 @@
-"""Random weights of every format, made quickly, and what they mean in float32."""
+"""Random weights in every format, which are made quickly, and their values in float32."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from benchmarks.cases import Batch, Shape
 
-GROUP_SIZE = 32  # of int4 along K
+GROUP_SIZE = 32  # Weights of int4 along K that share a scale.
 FP8_BLOCK = 128
-REFERENCE_WEIGHTS = 100_000_000  # to dequantise for a reference: about a second
+REFERENCE_WEIGHTS = 100_000_000  # Dequantising this many for a reference takes about a second.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_RMS = 2.9
 FORMATS = ("bf16", "fp16", "fp8", "int8", "int4", "mxfp4", "nvfp4")
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, int], torch.Tensor]
-"""Shape, dtype, and the parts that an expert's rows consist of: 2 for w13, 1 for w2."""
+"""Allocates a tensor of a shape, a dtype, and a number of parts: 2 for w13, 1 for w2."""
 
 
 def torch_allocate(shape: tuple[int, ...], dtype: torch.dtype, parts: int) -> torch.Tensor:
@@ -29,8 +29,8 @@ def torch_allocate(shape: tuple[int, ...], dtype: torch.dtype, parts: int) -> to
 class Pattern:
     """A tensor [E, ...] that repeats a block of values.
 
-    Drawing each value of a large layer would take a minute. Any expert can be had without the
-    tensor, which its owner may have permuted by then.
+    Drawing every value of a large layer would take a minute. The values of an expert can be read
+    here even when the tensor's owner has reordered it.
     """
 
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Pattern:
 
 
 def _block_size(shape: tuple[int, ...]) -> int:
-    # No multiple of a row, so that rows differ.
+    # The block is no multiple of a row, so that rows differ.
     return min(math.prod(shape), (8 << 20) + 7)
 
 
@@ -75,9 +75,9 @@ def _scales(shape: tuple[int, ...], mean: float, generator: torch.Generator) -> 
 def _matrix(
     format: str, experts: int, rows: int, columns: int, generator: torch.Generator
 ) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
-    """Shape and values of the weights ("") and scales ("_scale") of w13 or w2.
+    """Shapes and values of the weights ("") and scales ("_scale") of w13 or w2.
 
-    The values that they stand for have a variance of about 1/columns, so that outputs stay near 1.
+    The weights' values have a variance of about 1/columns, so that outputs are near 1.
     """
     std = columns**-0.5
     full = (experts, rows, columns)
@@ -92,7 +92,7 @@ def _matrix(
             return {"": (full, _normal(full, std, generator).to(dtype))}
         case "fp8":
             blocks = (experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
-            # Below 448, where e4m3 has NaN instead of infinity.
+            # The largest number of e4m3 is 448; beyond it is NaN.
             values = _normal(full, 64.0, generator).clamp_(-440, 440)
             return {
                 "": (full, values.to(torch.float8_e4m3fn)),
@@ -128,7 +128,10 @@ def _matrix(
 
 
 class RandomWeights:
-    """One layer. The keys of `patterns` are the arguments of `lvllm.engine.ExpertLayer`."""
+    """The weights of one layer.
+
+    The keys of `patterns` are the arguments of `lvllm.engine.ExpertLayer`.
+    """
 
     def __init__(self, shape: Shape, format: str, seed: int) -> None:
         self.shape, self.format = shape, format
@@ -154,7 +157,7 @@ class RandomWeights:
         return {name: pattern.tensor(allocate) for name, pattern in self.patterns.items()}
 
     def expert(self, name: str, index: int) -> torch.Tensor:
-        """w13 or w2 of an expert in float32."""
+        """The values of w13 or w2 of one expert in float32."""
         weight = self.patterns[name].expert(index)
         scale = self.patterns.get(name + "_scale")
         if scale is None:
@@ -200,7 +203,7 @@ def input_dtype(format: str) -> torch.dtype:
 
 
 def relative_error(weights: RandomWeights, batch: Batch, out: torch.Tensor) -> float:
-    """Relative Frobenius error of a few tokens' outputs against float32."""
+    """The relative Frobenius error of a few tokens' outputs against float32."""
     shape = weights.shape
     affordable = max(1, REFERENCE_WEIGHTS // (shape.topk * shape.expert_weights))
     count = min(4, affordable, batch.x.shape[0])

@@ -1,9 +1,9 @@
-"""Serve the demo model, ask it one question, show the answer and what computed it.
+"""Serve the demo model, ask it one question, and show the answer and the engine that computed it.
 
     python examples/demo.py ["What is 47 + 38?"]
 
-Starts `vllm serve --config config.yaml` on a free port with LvLLM enabled, waits until it
-answers, streams one chat completion, and stops the server whatever happens.
+This starts `vllm serve --config config.yaml` on a free port with LvLLM enabled, waits until the
+server answers, streams one chat completion, and stops the server whatever happens.
 """
 
 import os
@@ -31,7 +31,7 @@ ENGINE_LINE = re.compile(
     r"LvLLM: experts on (?P<engine>\w+), (?P<isa>\w+), (?P<threads>\d+) threads on"
     r" (?P<nodes>\d+) NUMA node"
 )
-# Starting takes 25 to 60 s here; a cold disk or a busy machine may need several times that.
+# Starting takes 25 to 60 s on two cores, and several times as long with a cold disk or other work.
 START_SECONDS = 300
 
 console = Console()
@@ -39,10 +39,10 @@ console = Console()
 
 @contextmanager
 def server(log: Path, *arguments: str, **environment: str) -> Iterator[str]:
-    """`vllm serve` with LvLLM, from the repository's root, until the block ends.
+    """Run `vllm serve` with LvLLM from the repository's root until the block ends.
 
-    Gives the base URL once the server answers. Raises SystemExit with the end of its log if it
-    does not. The server and its children are stopped on leaving.
+    Yields the base URL once the server answers. Raises SystemExit with the end of the server's log
+    if it does not answer. The server and its children are stopped when the block ends.
     """
     process, url = start(log, *arguments, **environment)
     try:
@@ -53,7 +53,7 @@ def server(log: Path, *arguments: str, **environment: str) -> Iterator[str]:
 
 
 def start(log: Path, *arguments: str, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
-    """The process of such a server, in a session of its own, and the base URL it will have."""
+    """Start such a server, in a session of its own. Returns its process and future base URL."""
     vllm, port = Path(sys.executable).with_name("vllm"), free_port()
     command = [str(vllm), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
@@ -70,7 +70,7 @@ def start(log: Path, *arguments: str, **environment: str) -> tuple[subprocess.Po
 
 
 def free_port() -> int:
-    """One of this host that nobody listens at."""
+    """A port of this host on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -107,7 +107,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def ask(url: str, question: str) -> tuple[int, float, float]:
-    """Stream the answer to the terminal; (tokens, seconds to the first, seconds of the rest)."""
+    """Stream the answer to the terminal.
+
+    Returns its tokens, the seconds to the first token, and the seconds for the other ones.
+    """
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
     begin = time.perf_counter()
@@ -137,7 +140,7 @@ def ask(url: str, question: str) -> tuple[int, float, float]:
 
 
 def report(log: Path, tokens: int, first: float, rest: float) -> None:
-    """What ran where, from the server's own log line."""
+    """Print what computed the answer, from a line of the server's log, and how fast."""
     ran = ENGINE_LINE.search(log.read_text(errors="replace"))
     if ran is None:
         raise SystemExit(_failure("no layer was computed by LvLLM", log))

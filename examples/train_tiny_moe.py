@@ -1,8 +1,8 @@
-"""Trains the demo model, examples/models/tiny-moe, from nothing: `python train_tiny_moe.py`.
+"""Train the demo model, examples/models/tiny-moe, from nothing: `python train_tiny_moe.py`.
 
-Takes less than 30 minutes on two cores and ends with the score on the held-out questions. The
-data are drawn on the fly from tiny_moe/tasks.py, without the held-out problems; the same seed,
-PyTorch and thread count give the same weights.
+The training takes less than 30 minutes on two cores and ends with the score on the held-out
+questions. The data are drawn on the fly from tiny_moe/tasks.py, without the held-out problems. The
+same seed, PyTorch version and number of threads give the same weights.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from lvllm.evaluation import ask_transformers, load_questions, score
 
 MODEL = Path(__file__).parent / "models" / "tiny-moe"
-ROW = 192  # tokens; a row is packed with whole chats, which do not see one another
-ROWS = 24  # a step
-WARM_UP = 50  # steps
-DECAY = 0.6  # of all steps
-BALANCE = 0.03  # weight of the load-balancing loss
+ROW = 192  # Tokens in a row. A row is packed with chats that do not attend to each other.
+ROWS = 24  # Rows in a step.
+WARM_UP = 50  # Steps.
+DECAY = 0.6  # Share of the steps in which the learning rate falls.
+BALANCE = 0.03  # Weight of the load-balancing loss.
 
 
 def rows(vocabulary: Tokenizer, seed: int) -> Iterator[tuple[list[int], list[int], list[bool]]]:
-    """Yields packed rows: token ids, the number of each token's chat, and what is to be learnt.
+    """Yield packed rows: token ids, the number of each token's chat, and which tokens are learnt.
 
-    A token is learnt if it is part of an answer or ends it. The last chat is cut at the row's end.
+    A token is learnt if it is part of an answer or ends one. The last chat is cut at the row's end.
     """
     rng = random.Random(seed)
     while True:
@@ -53,7 +53,7 @@ def rows(vocabulary: Tokenizer, seed: int) -> Iterator[tuple[list[int], list[int
 
 
 def batches(vocabulary: Tokenizer, seed: int, size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yields inputs [size, ROW-1], attention mask, wanted positions and their targets."""
+    """Yield inputs [size, ROW-1], the attention mask, the learnt positions and their targets."""
     source = rows(vocabulary, seed)
     causal = torch.ones(ROW - 1, ROW - 1, dtype=torch.bool).tril()
     while True:
@@ -66,7 +66,7 @@ def batches(vocabulary: Tokenizer, seed: int, size: int) -> Iterator[tuple[Tenso
 
 
 def optimizers(model: network.TinyMoE) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for all else."""
+    """Muon for the matrices inside the layers, AdamW for all other parameters."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def optimizers(model: network.TinyMoE) -> list[torch.optim.Optimizer]:
 
 
 def train(model: network.TinyMoE, vocabulary: Tokenizer, steps: int, seed: int) -> None:
-    """Runs the schedule: short warm-up, constant rate, then a linear fall to zero."""
+    """Train with a short warm-up, a constant learning rate, and then a linear fall to zero."""
     steppers = optimizers(model)
     peaks = [[group["lr"] for group in stepper.param_groups] for stepper in steppers]
     source = batches(vocabulary, seed, ROWS)

@@ -1,4 +1,4 @@
-"""benchmarks/moe_block.py as a user runs it, and the processes that it times."""
+"""benchmarks/moe_block.py, run as a user runs it, and the processes that it times."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def state(pid: int) -> str:
-    """The letter that the kernel shows: T is stopped."""
+    """The letter that the kernel shows for a process's state. T means stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -128,7 +128,7 @@ def test_layers_leave_the_caches_or_fit_the_memory() -> None:
 
 
 def test_routing_is_the_same_everywhere() -> None:
-    """Fixed numbers: another interpreter's NumPy must draw the same experts."""
+    """The expected numbers are fixed: NumPy must draw the same experts in every interpreter."""
     ids, weights = routing(Shape(8, 8, 16, 3), 2, seed=5)
     assert ids.tolist() == [[2, 5, 13], [1, 0, 8]]
     assert np.allclose(weights.sum(axis=1), 1)
@@ -136,7 +136,7 @@ def test_routing_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_mean_what_they_should(format: str) -> None:
-    """Dequantised weights keep outputs near 1, and the bytes of the roofline are all of theirs."""
+    """Outputs are near 1 with dequantised weights, and the roofline counts all their bytes."""
     shape = Shape(192, 320, 3, 2)
     weights = RandomWeights(shape, format, 7)
     for name, columns in (("w13", shape.hidden), ("w2", shape.intermediate)):
@@ -172,7 +172,7 @@ def test_peer_is_stopped_except_while_it_is_asked(torch_peer: Peer) -> None:
             peer.introduce()
             peer.prepare(Shape(64, 32, 4, 2), "bf16", 2, 1)
         assert [state(peer.pid) for peer in (torch_peer, lk)] == ["T", "T"]
-        # While one runs, the other is stopped: asked by hand, so as to look in between.
+        # While one process runs, the other is stopped. Each is asked by hand, to look in between.
         os.kill(lk.pid, signal.SIGCONT)
         assert state(lk.pid) != "T"
         assert state(torch_peer.pid) == "T"
@@ -209,7 +209,7 @@ def test_death_of_a_peer_is_told() -> None:
 
 
 def test_no_stopped_process_is_left_behind() -> None:
-    """Not even if the benchmark is killed."""
+    """No process is left, not even if the benchmark is killed."""
     code = (
         "import os, sys\n"
         "from benchmarks.peers.protocol import Peer\n"
