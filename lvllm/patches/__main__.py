@@ -1,5 +1,6 @@
 """Prints docs/patches.md: `python -m lvllm.patches`."""
 
+import re
 import sys
 from itertools import groupby
 
@@ -24,8 +25,11 @@ def markdown() -> str:
     ]
     for module, group in groupby(patches(), key=lambda patch: patch.make.__module__):
         lines += ["", f"## `{module}`", "", _first_line(module)]
-        for patch in group:
-            lines += ["", *_section(patch)]
+        # Targets that differ in nothing else share a section.
+        for body, alike in groupby(group, key=_body):
+            lines.append("")
+            lines += [f"### `{patch.target}`" for patch in alike]
+            lines += body
     return "\n".join(lines) + "\n"
 
 
@@ -33,16 +37,21 @@ def _first_line(module: str) -> str:
     return (sys.modules[module].__doc__ or "").partition("\n")[0]
 
 
-def _section(patch: Patch) -> list[str]:
+def _linked(text: str) -> str:
+    """Return the text with links where it names addresses and drafts."""
+    text = re.sub(r"https://[^\s;,]+", r"<\g<0>>", text)
+    return re.sub(r"docs/(upstream/\S+\.md)", r"[\1](\1)", text)
+
+
+def _body(patch: Patch) -> list[str]:
     where = f"{patch.platform.upper()} only" if patch.platform else "every platform"
     releases = f"{patch.package} {', '.join(patch.checked)}"
     lines = [
-        f"### `{patch.target}`",
         "",
         patch.why,
         "",
         f"- Installed: {patch.when}, on {where}.",
-        f"- Upstream: {patch.upstream}.",
+        f"- Upstream: {_linked(patch.upstream)}.",
         f"- Can go when: {patch.until}.",
         f"- Looked up in: {releases}.",
     ]

@@ -1,1 +1,1 @@
-"""What LvLLM registers with vLLM through vLLM's own public seams."""
+"""Layers, kernels and configurations that LvLLM registers through vLLM's public functions."""

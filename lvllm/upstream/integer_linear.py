@@ -1,7 +1,7 @@
-"""Integer linear layers that upstream's CPU kernels do not take: 8 bits, other groups, act-order.
+"""Integer linear layers that vLLM's CPU kernels do not take: 8 bits, other groups, act-order.
 
-Attention and shared experts are a small part of a mixture's weights: they are turned to the model's
-dtype once, and multiplied like any others.
+Attention and shared experts are a small part of the weights of a Mixture-of-Experts model. They are
+dequantised to the model's dtype once, and then multiplied like any other weights.
 """
 
 from typing import Any
@@ -35,20 +35,20 @@ TYPES = (scalar_types.uint4, scalar_types.uint4b8, scalar_types.uint8, scalar_ty
 
 
 class DequantizedIntegerLinear(MPLinearKernel):
-    """Weights, scales and zero points of compressed-tensors, packed to int32."""
+    """A layer of compressed-tensors, whose weights and zero points are packed into int32."""
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Any CPU."""
+        """Return -1, which stands for any CPU."""
         return -1
 
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
-        """4 and 8 bits in any shape and group."""
+        """Return whether the weights have 4 or 8 bits; any shape and group size will do."""
         return c.weight_type in TYPES, f"weights are {c.weight_type}"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the weights by their values in the model's dtype."""
+        """Replace the integers by their values in the model's dtype."""
         kind = self.config.weight_type
 
         def rows_first(name: str, *, packed: bool) -> torch.Tensor:
@@ -75,20 +75,20 @@ class DequantizedIntegerLinear(MPLinearKernel):
     def apply_weights(
         self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [..., K] -> [..., N]."""
+        """Return the product of x [..., K] and the weights, [..., N]."""
         return torch.nn.functional.linear(x, layer.weight, bias)
 
 
 class Order(BasevLLMParameter):
-    """g_idx, int32 [K], or [projections, K] of a layer that is made of several."""
+    """g_idx, int32 [K], or [projections, K] in a layer that several projections are merged in."""
 
     def load_row_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
-        """This process's columns."""
+        """Copy the columns of this rank."""
         columns = len(self.data)
         self.data.copy_(loaded_weight.narrow(0, self.tp_rank * columns, columns))
 
     def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
-        """Of one projection of several."""
+        """Copy g_idx of one of the merged projections."""
         self.data[self._shard_id_as_int(kwargs["shard_id"])].copy_(loaded_weight)
 
     load_qkv_weight = load_merged_column_weight
@@ -96,14 +96,14 @@ class Order(BasevLLMParameter):
 
 @register_weight_loader_v2_supported_method
 class GptqLinear(LinearMethodBase):
-    """GPTQ's qweight, qzeros, scales and g_idx, in the model's dtype once they are loaded.
+    """A layer that loads GPTQ's qweight, qzeros, scales and g_idx, and then dequantises them.
 
     Args:
         bits: 4 or 8.
-        group_size: -1 is a row.
-        symmetric: whether zero points are in the middle, and qzeros left.
-        ordered: whether g_idx says in which group each column is.
-        v2: how zero points are stored (`packing.gptq_zero`).
+        group_size: the columns that share a scale; -1 stands for a whole row.
+        symmetric: whether all zero points are in the middle of the range, so that qzeros is unused.
+        ordered: whether g_idx says which group each column belongs to (act-order).
+        v2: whether zero points are stored as in GPTQ's second format (`packing.gptq_zero`).
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class GptqLinear(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the layer's parameters, for vLLM's loader to fill."""
+        """Register the layer's parameters, which vLLM's loader fills."""
         load = {"weight_loader": extra_weight_attrs["weight_loader"]}
         columns, rows = input_size_per_partition, sum(output_partition_sizes)
         per_word = 32 // self.bits
@@ -134,7 +134,8 @@ class GptqLinear(LinearMethodBase):
         words = torch.empty(columns // per_word, rows, dtype=torch.int32)
         qweight = PackedvLLMParameter(data=words, packed_dim=0, **packed, **load)
         layer.register_parameter("qweight", qweight)
-        # With act-order any column may need any scale; without, this process's columns theirs.
+        # With act-order a column may need any scale. Without it, this rank's columns need only the
+        # scales of their own groups.
         size = input_size if self.group_size == -1 else self.group_size
         whole = self.ordered or self.group_size == -1
         groups = (input_size if whole else columns) // size
@@ -157,7 +158,7 @@ class GptqLinear(LinearMethodBase):
         layer.register_parameter("g_idx", Order(data=order, **load))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Replace the parameters by the weights' values."""
+        """Replace the parameters by the weights' values in the model's dtype."""
         qweight, qzeros = layer.qweight.data, layer.qzeros.data
         if self.bits == 4:
             codes, middle = dequantize.nibbles(packing.gptq_int4(qweight)).float(), 8
@@ -187,12 +188,12 @@ class GptqLinear(LinearMethodBase):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [..., K] -> [..., N]."""
+        """Return the product of x [..., K] and the weights, [..., N]."""
         return self.plain.apply(layer, x, bias)
 
 
 def register() -> None:
-    """Offer the kernel after upstream's own, which are taken wherever they run."""
+    """Offer the kernel after vLLM's own, which are taken wherever they run."""
     from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
 
     if DequantizedIntegerLinear not in _POSSIBLE_KERNELS[PlatformEnum.CPU]:

@@ -1,7 +1,7 @@
-"""vLLM's configurations of quantised checkpoints, where upstream's refuse what LvLLM computes.
+"""Configurations of quantised checkpoints, for variants that vLLM refuses and LvLLM computes.
 
-Registered under upstream's own names, through vLLM's public function, they are upstream's for all
-that upstream takes.
+They are registered under vLLM's own names through its public function. For every checkpoint that
+vLLM takes, they behave like the classes they derive from.
 """
 
 from copy import deepcopy
@@ -52,7 +52,7 @@ class GptqConfig(AutoGPTQConfig):
         *more: Any,
         **named: Any,
     ) -> None:
-        # Upstream's raises for act-order, and for what `dynamic` says of it.
+        # vLLM's own raises for act-order here, and where `dynamic` asks for it.
         super().__init__(
             weight_bits, group_size, False, is_sym, lm_head_quantized, {}, *more, **named
         )
@@ -60,11 +60,14 @@ class GptqConfig(AutoGPTQConfig):
         self.dynamic = dynamic
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        """Upstream's drops g_idx."""
+        """Return a mapper that keeps g_idx, which vLLM's own drops."""
         return WeightsMapper() if self.desc_act else super().get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Of a linear layer, or of resident experts; others are found by `lvllm.formats`."""
+        """Return the method of a linear layer or of resident experts.
+
+        The method of other experts comes from `lvllm.formats`.
+        """
         if not isinstance(layer, RoutedExperts):
             linear = get_linear_quant_method(self, layer, prefix, self._linear)
             if isinstance(linear, AutoGPTQLinearMethod):
@@ -95,7 +98,7 @@ class CompressedConfig(CompressedTensorsConfig):
 
     @classmethod
     def _quantization_scheme_map_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
-        # Upstream's raises for act-order.
+        # vLLM's own raises for act-order.
         unordered = deepcopy(config)
         orders: dict[str, str] = {}
         for group in (unordered.get("config_groups") or {}).values():
@@ -109,7 +112,10 @@ class CompressedConfig(CompressedTensorsConfig):
         return schemes
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Of a linear layer, or of resident experts; others are found by `lvllm.formats`."""
+        """Return the method of a linear layer or of resident experts.
+
+        The method of other experts comes from `lvllm.formats`.
+        """
         if isinstance(layer, RoutedExperts):
             schemes = filter(None, self.target_scheme_map.values())
             for weights in filter(None, (scheme.get("weights") for scheme in schemes)):
@@ -130,7 +136,10 @@ class AutoRoundConfig(INCConfig):
     """AutoRound in GPTQ's packing with zero points and 8 bits as well."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Of a linear layer, or of resident experts; others are found by `lvllm.formats`."""
+        """Return the method of a linear layer or of resident experts.
+
+        The method of other experts comes from `lvllm.formats`.
+        """
         if isinstance(layer, LinearBase):
             how = self.config_parser.resolve(layer, prefix)
             integers = how.is_wna16_int and how.is_gptq and how.bits in (4, 8)
@@ -143,7 +152,7 @@ class AutoRoundConfig(INCConfig):
 
 
 def register() -> None:
-    """Put these in the place of upstream's."""
+    """Register these classes in the place of vLLM's."""
     for name in (*gptq.DESCRIPTOR.quantizations, "gptq_marlin"):
         register_quantization_config(name)(GptqConfig)
     register_quantization_config("compressed-tensors")(CompressedConfig)

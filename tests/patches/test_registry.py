@@ -9,7 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from lvllm.cli.app import app
 from lvllm.patches import PatchError, patches, registry
 from lvllm.patches.__main__ import markdown
 from tests.patches.foreign_writes import foreign_writes
@@ -82,6 +84,13 @@ def test_drafts_that_are_named_exist() -> None:
     }
     there = {f"docs/upstream/{file.name}" for file in (REPOSITORY / "docs/upstream").glob("*.md")}
     assert named == there - {"docs/upstream/README.md"}
+
+
+def test_the_command_lists_every_target() -> None:
+    result = CliRunner().invoke(app, ["env", "--patches"], env={"COLUMNS": "400"})
+    assert result.exit_code == 0, result.output
+    cells = [line.split("│")[1].strip() for line in result.output.splitlines() if "│" in line]
+    assert [cell for cell in cells if cell] == [patch.target for patch in patches()]
 
 
 def test_the_page_is_current() -> None:
