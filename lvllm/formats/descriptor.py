@@ -1,7 +1,7 @@
-"""What is known of a checkpoint format before a weight is read: names, tensors, bits.
+"""What LvLLM knows of a checkpoint format before it reads a weight: names, tensors, bits.
 
-A `Descriptor` answers from `quantization_config` of config.json and from the headers of the files
-alone. So it serves a planner that has nothing else, and nothing here imports vLLM.
+A `Descriptor` needs only `quantization_config` of config.json and the headers of the files. So it
+serves a planner that has nothing else, and this module imports no vLLM.
 """
 
 import math
@@ -19,8 +19,8 @@ Section = Mapping[str, Any]
 """`quantization_config` of config.json."""
 
 WEIGHTS = ("weight", "_proj", ".w1", ".w2", ".w3")
-"""How names of tensors with weights end in any format. Those without "weight" are of families that
-stack the experts of a layer in one tensor: `experts.gate_up_proj`.
+"""How names of tensors with weights end in any format. The endings other than "weight" are those of
+model families that stack the experts of a layer in one tensor, such as `experts.gate_up_proj`.
 """
 
 
@@ -39,10 +39,10 @@ PLAIN = Stored(bits=16)
 
 
 def _weights_in(tensor: TensorInfo, stored: Stored) -> int:
-    """An element of a floating-point type is one weight; an integer holds as many as fit into it.
+    """A floating-point element is one weight; an integer holds as many weights as fit into it.
 
-    An integer can hold no 16-bit weights. Where `stored` says so, the section does not say how the
-    module is quantised, and 8 bits a weight are assumed: rather too few weights than too many.
+    Integers never hold 16-bit weights. Where `stored` has 16 bits nevertheless, the section does
+    not describe the module, and 8 bits are assumed, so that the sum is rather too low.
     """
     elements = math.prod(tensor.shape)
     if tensor.dtype.is_floating_point:
@@ -57,29 +57,32 @@ class Descriptor:
     name: str
     """What error messages call the format."""
     stored: Callable[[Section, str], Stored]
-    """(section, module): how the weights of a module are stored that no exception names."""
+    """Says how a module's weights are stored, from the section and the module's name.
+
+    It is not asked about modules that are listed under `exceptions`.
+    """
     quantizations: tuple[str, ...] = ()
     """What vLLM calls the format: in `--quantization`, and in `get_name()` of its configuration."""
     quant_methods: tuple[str, ...] = ()
     """What `quant_method` of the section says."""
     exceptions: tuple[str, ...] = ()
-    """Keys of the section (`a.b` is the key b within a) that list modules with an exception.
+    """Keys of the section that list exceptions; `a.b` is the key b of the mapping a.
 
-    A listed module is not quantised. Where the key has a mapping, the module's entry replaces
-    values of the section instead, unless it is empty.
+    A listed module is not quantised. If the key holds a mapping, and the module's entry in it is
+    not empty, the entry replaces values of the section for this module instead.
     """
     weights: tuple[str, ...] = ()
-    """How names of tensors with weights end, beside `WEIGHTS`."""
+    """How names of tensors with weights end, in addition to `WEIGHTS`."""
     scales: tuple[str, ...] = ("scale",)
     """How names of tensors with scales end."""
     input_scales: tuple[str, ...] = ()
-    """Scales of activations among them. LvLLM does not use their values, so it does not check them:
-    calibration that never reached an expert leaves NaN there.
+    """The scales of activations among them. LvLLM does not use their values, and does not check
+    them: calibration may have left an expert out.
     """
     divisors: tuple[str, ...] = ()
-    """Scales among them that weights are divided by, and which must not be 0."""
+    """The scales among them that weights are divided by, so that they must not be 0."""
     weights_in: Callable[[TensorInfo, Stored], int] = _weights_in
-    """(tensor, stored): how many weights a tensor holds whose name ends as `weights` says."""
+    """Counts the weights in a tensor that `holds_weights`."""
 
     def describes(self, quant_config: Any) -> bool:
         """Whether vLLM's configuration of a quantised checkpoint is of this format."""
@@ -93,9 +96,8 @@ class Descriptor:
                 if not names_module(entry, module):
                     continue
                 replaced = listed[entry] if isinstance(listed, Mapping) else None
-                if not replaced:
-                    return PLAIN
-                section = {**section, **replaced}
+                # As in vLLM, the first entry that names a module is the one that counts.
+                return self.stored({**section, **replaced}, module) if replaced else PLAIN
         return self.stored(section, module)
 
     def holds_weights(self, tensor: str) -> bool:

@@ -38,7 +38,18 @@ def config(name: str) -> dict[str, Any]:
         ("gptq_int8", {}, False),
         ("gptq_int4", {"dynamic": {r"-:.*layers\.2\.mlp.*": {}}}, False),
         ("gptq_int4", {"dynamic": {r"+:.*layers\.2\.mlp\.experts.*": {"bits": 8}}}, False),
+        (
+            "gptq_int4",
+            {"dynamic": {r"+:.*layers\.2\..*": {"group_size": 32}, r"+:.*experts.*": {"bits": 8}}},
+            False,
+        ),
+        (
+            "gptq_int8",
+            {"dynamic": {r"+:.*experts\..*": {"bits": 4}, r"+:.*experts.*": {"bits": 8}}},
+            True,
+        ),
         ("auto_round", {}, True),
+        ("auto_round", {"extra_config": {"model.layers.2.mlp.experts": {"bits": 8}}}, False),
         ("compressed_int4_channels", {}, True),
         ("compressed_int4_groups_of_16", {}, False),
         ("compressed_int4_act_order", {}, False),
@@ -101,7 +112,7 @@ def test_a_descriptor_says_what_vllm_finds(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_weights_are_counted(name: str, tmp_path: Path) -> None:
-    """In the tensors of one projection there are as many weights as it has, whatever its format."""
+    """The tensors of one projection hold as many weights as it has, whatever the format."""
     stored, _ = SCHEMES[name].quantize(torch.randn(ROWS, COLUMNS))
     tensors = {f"{EXPERT}.{suffix}": data.contiguous() for suffix, data in stored.items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -127,7 +138,7 @@ def test_scales_are_recognised(name: str) -> None:
 
 
 def test_the_kinds_of_scales_are_vllms() -> None:
-    """What a parameter's `quant_method` may be is written out in the formats."""
+    """The formats write these names out instead of importing vLLM."""
     kinds = {kind.value for kind in FusedMoeWeightScaleSupported}
     assert kinds == {"tensor", "channel", "group", "block"}
 
