@@ -92,7 +92,7 @@ def final_settings(
             omp_cpus,
             accelerator,
             settings["gpu_resident_moe_layers"].value,
-            held=shared is not None and sharing.held(shared),
+            held=shared is not None and sharing.is_taken(shared),
             prefill_kv_cache=prefill_configuration.kv_bytes_of_a_prompt(vllm_config)
             if prefill
             else None,

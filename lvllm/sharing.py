@@ -1,10 +1,11 @@
-"""One copy of the experts for several engines of a host: one loads, the others map its memory.
+"""One copy of the experts for several engines of a host: one loads it, the others map its memory.
 
-Engines that would load the same bytes find each other by a name, an abstract Unix socket that one
-of them holds (there is no file, and the name ends with its process). Over it the owner hands out
-the descriptors of each layer's memory once the layer is in the engine's order. Those have no names
-either: the memory goes with the last process that maps it, however that ends, and outlives the
-owner for as long. Containers with networks of their own do not find each other.
+Engines that would load the same bytes find each other by a name. The name is an abstract Unix
+socket, which is no file and is free again when the process that holds it ends. Through the socket
+the owner hands out the file descriptors of each layer's memory, once the layer is in the order in
+which the engine computes. The memory has no name either. It lives until the last process that maps
+it ends, for whatever reason, and so may outlive its owner. Containers with network namespaces of
+their own do not find each other.
 """
 
 import hashlib
@@ -26,27 +27,40 @@ import torch
 from lvllm.engine import bank
 from lvllm.errors import LvllmError
 from lvllm.log import logger
+from lvllm.units import ceil_div
 
-__all__ = ["Follower", "Owner", "apart", "follower", "held", "join", "leave", "name_of", "owner"]
+__all__ = [
+    "Follower",
+    "Owner",
+    "allocate_on_meta",
+    "follower",
+    "ignore_weight",
+    "is_taken",
+    "join",
+    "name_of",
+    "owner",
+    "stop",
+    "without_memory",
+]
 
 
 ALIGNMENT = 64
-"""Of small tensors that lie together: a cache line, and the engine's vector."""
-LARGEST = 1 << 16
-"""Bytes of a message: a layer's takes about 1000."""
+"""Small tensors begin at multiples of this many bytes: a cache line, and a vector of the engine."""
+MESSAGE_BYTES = 1 << 16
+"""The largest message that is read. The message about a layer takes about 1000 bytes."""
 MOST_DESCRIPTORS = 16
 
 Stored = dict[str, Any]
-"""Arguments of `ExpertLayer`: tensors, and what says how they are stored."""
+"""Arguments of `ExpertLayer`: tensors, and how their values are stored."""
 
 
 def name_of(
     vllm_config: Any, folder: Path | None, use_weight: str, resident: Sequence[int] = ()
 ) -> str:
-    """The same for engines whose ranks would load the same experts into the same shapes.
+    """The name under which engines share, if their ranks would load the same experts alike.
 
-    `folder` has the model's files; without it the model's name stands for them. `resident` are the
-    layers that an accelerator has.
+    `folder` has the model's files; without it the model's name is taken for them. `resident` are
+    the layers whose experts are on an accelerator.
     """
     from vllm import __version__
 
@@ -75,8 +89,8 @@ def name_of(
     return f"lvllm/{os.getuid()}/{digest[:32]}"
 
 
-def held(name: str) -> bool:
-    """Whether an engine has taken this name for its first rank."""
+def is_taken(name: str) -> bool:
+    """Whether the first rank of some engine holds this name."""
     with _socket() as connection:
         try:
             connection.connect(_address(f"{name}/0"))
@@ -86,10 +100,10 @@ def held(name: str) -> bool:
 
 
 def join(name: str) -> "Owner | Follower":
-    """In a worker: take the name, or follow who has it. Again for the same name while the layers
-    that were made under it live: the same object.
+    """In a worker: take the name, or follow the process that holds it.
 
-    Raises LvllmError if the name is another user's.
+    Further calls with the same name return the same object, as long as the layers that were made
+    under that name exist. Raises LvllmError if another user's process holds the name.
     """
     global _current
     if _current is not None and _current.name == name and _current.open:
@@ -108,7 +122,7 @@ def join(name: str) -> "Owner | Follower":
         connection = _socket()
         try:
             connection.connect(_address(name))
-        except OSError:  # its owner has just ended, or does not listen yet
+        except OSError:  # The owner has just ended, or does not listen yet.
             connection.close()
             time.sleep(0.05)
         else:
@@ -116,8 +130,8 @@ def join(name: str) -> "Owner | Follower":
             return _current
 
 
-def apart() -> None:
-    """In a worker whose next model's experts are its own."""
+def stop() -> None:
+    """In a worker: share nothing, since the next model's experts are for this process alone."""
     global _current
     if _current is not None:
         _current.close()
@@ -125,17 +139,20 @@ def apart() -> None:
 
 
 def owner() -> "Owner | None":
-    """What `join` made, if that is an owner."""
+    """The owner that `join` has made in this process, or None."""
     return _current if isinstance(_current, Owner) and _current.open else None
 
 
 def follower() -> "Follower | None":
-    """What `join` made, if that is a follower."""
+    """The follower that `join` has made in this process, or None."""
     return _current if isinstance(_current, Follower) and _current.open else None
 
 
 class Owner:
-    """The engine that loads. Answers others in threads until its first layer goes."""
+    """The engine that loads the experts.
+
+    Threads answer the other engines until the first of the layers is freed.
+    """
 
     def __init__(self, name: str, listening: socket.socket) -> None:
         self.name = name
@@ -150,9 +167,12 @@ class Owner:
             os.getpid(),
         )
 
-    def moved(self, stored: Stored) -> Stored:
-        """The same, with all tensors in shared memory: small ones together, for each takes pages
-        and a descriptor. Biases become float32, which the engine computes with.
+    def in_shared_memory(self, stored: Stored) -> Stored:
+        """The same arguments with all tensors in shared memory.
+
+        Tensors that are not there yet are small, and are put into one piece of memory, since each
+        piece takes whole pages and a file descriptor. Biases become float32, in which the engine
+        adds them.
         """
         tensors = {
             name: value.float() if name.endswith("_bias") else value
@@ -171,8 +191,8 @@ class Owner:
         return moved
 
     def publish(self, layer: str, stored: Stored, made: Any) -> None:
-        """Offer a layer that the engine has `made` of `stored`, all in shared memory."""
-        areas: dict[int, tuple[int, int]] = {}  # descriptor: number, bytes
+        """Offer a layer to other engines. This one has `made` it of `stored`, in shared memory."""
+        areas: dict[int, tuple[int, int]] = {}  # By descriptor: number and bytes.
         message: dict[str, Any] = {}
         for name, value in stored.items():
             if not isinstance(value, torch.Tensor):
@@ -192,17 +212,17 @@ class Owner:
         with self._changed:
             self._layers[layer] = text, list(areas)
             self._changed.notify_all()
-        # With its memory its descriptors are closed.
+        # When the layer is freed, the descriptors of its memory are closed.
         weakref.finalize(made, self.close).atexit = False
 
     def close(self) -> None:
-        """Give the name up. Who has layers keeps them."""
+        """Give the name up. Processes that have mapped layers keep them."""
         with self._changed:
             self.open = False
             self._layers = {}
             self._changed.notify_all()
         with suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)  # ends accept()
+            self._listening.shutdown(socket.SHUT_RDWR)  # This ends accept().
         self._listening.close()
 
     def _accept(self) -> None:
@@ -216,11 +236,11 @@ class Owner:
             ).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        """Send each layer that is asked for, as soon as it is there."""
+        """Send each layer that the other process asks for, as soon as it is published."""
         with connection, suppress(OSError):
             if _peer(connection)[1] != os.getuid():
                 return
-            while wanted := connection.recv(LARGEST).decode():
+            while wanted := connection.recv(MESSAGE_BYTES).decode():
                 with self._changed:
                     self._changed.wait_for(lambda: not self.open or wanted in self._layers)
                     if not self.open:
@@ -230,7 +250,7 @@ class Owner:
 
 
 class Follower:
-    """An engine that has its experts from another one."""
+    """An engine that takes its experts from another one."""
 
     def __init__(self, name: str, connection: socket.socket) -> None:
         self.name = name
@@ -245,16 +265,18 @@ class Follower:
             )
         logger.info("LvLLM: experts are those of process %d; this one reads none", self.process)
 
-    def stored(self, layer: str) -> Stored:
-        """A layer in the engine's order, read-only. Waits until it is loaded.
+    def receive(self, layer: str) -> Stored:
+        """The arguments of a layer, ready to compute on and read-only.
 
-        Raises ValueError if its owner ends before.
+        Waits until the owner has loaded the layer. Raises ValueError if the owner ends before.
         """
         text = b""
         descriptors: list[int] = []
         with suppress(OSError):
             self._connection.send(layer.encode())
-            text, descriptors, _, _ = socket.recv_fds(self._connection, LARGEST, MOST_DESCRIPTORS)
+            text, descriptors, _, _ = socket.recv_fds(
+                self._connection, MESSAGE_BYTES, MOST_DESCRIPTORS
+            )
         if not text:
             raise ValueError(
                 f"{layer}: process {self.process}, which was loading the experts for this one,"
@@ -274,8 +296,11 @@ class Follower:
             for name, value in message["stored"].items()
         }
 
-    def until(self, made: Any) -> None:
-        """Ends when `made`, one of the layers, goes: a later model joins anew."""
+    def close_with(self, made: Any) -> None:
+        """Close this follower when `made`, one of its layers, is freed.
+
+        The next model of this process then joins anew.
+        """
         weakref.finalize(made, self.close).atexit = False
 
     def close(self) -> None:
@@ -286,24 +311,27 @@ class Follower:
 _current: Owner | Follower | None = None
 
 
-def leave(*arguments: Any, return_success: bool = False, **options: Any) -> bool | None:
-    """The weight loader of a follower's parameters: what is not copied is not read."""
+def ignore_weight(*arguments: Any, return_success: bool = False, **options: Any) -> bool | None:
+    """The weight loader of a follower's parameters, which takes nothing.
+
+    Since nothing is copied, the pages of the checkpoint file are never read.
+    """
     return True if return_success else None
 
 
-# vLLM asks a parameter's loader whether it takes experts.
-leave.supports_moe_loading = True  # type: ignore[attr-defined]
+# vLLM asks a parameter's loader whether it can take single experts.
+ignore_weight.supports_moe_loading = True  # type: ignore[attr-defined]
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Tensors made meanwhile have a shape and a dtype alone."""
+    """Tensors that are made in the block have a shape and a dtype, and no memory."""
     with torch.device("meta"):
         yield
 
 
-def on_meta(size: Any, dtype: torch.dtype, *, parts: int) -> torch.Tensor:
-    """As `bank.allocate`, without memory."""
+def allocate_on_meta(size: Any, dtype: torch.dtype, *, parts: int) -> torch.Tensor:
+    """The counterpart of `bank.allocate` for tensors without memory."""
     return torch.empty(size, dtype=dtype, device="meta")
 
 
@@ -322,11 +350,11 @@ def _is_shared(tensor: torch.Tensor) -> bool:
 
 
 def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return ceil_div(size, ALIGNMENT) * ALIGNMENT
 
 
 def _in_huge_pages() -> bool:
-    """Whether this process maps shared memory so; also if the kernel does not say."""
+    """Whether this process maps shared memory in huge pages. True if the kernel does not say."""
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -335,7 +363,7 @@ def _in_huge_pages() -> bool:
 
 
 def _socket() -> socket.socket:
-    """One that keeps messages apart."""
+    """A Unix socket that keeps messages apart, as a stream would not."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
@@ -344,7 +372,7 @@ def _address(name: str) -> bytes:
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:
-    """The process and the user at the other end."""
+    """The numbers of the process and of the user at the other end."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     process, user, _ = struct.unpack("3i", credentials)
     return process, user

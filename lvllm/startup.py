@@ -36,7 +36,7 @@ def start_engine(rank: int) -> engine.EngineInfo:
     if config.shared_experts is not None:
         sharing.join(f"{config.shared_experts}/{_rank_of_all()}")
     else:
-        sharing.apart()
+        sharing.stop()
     return info
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.sharing_owner NAME SEED
 
-It offers the layers of `layers(SEED)` one by one: each when it is told to by a line of its input.
-Before each it says a line, with the bytes that it holds.
+It offers the layers of `layers(SEED)` one by one, each when it reads a line from its input. Before
+each layer it prints a line with the number of bytes that it holds.
 """
 
 import sys
@@ -19,7 +19,7 @@ LARGE = "large"
 
 
 def layers(seed: int) -> dict[str, Layer]:
-    """One of every format, of awkward shapes, and one of many pages."""
+    """A layer of every format with awkward shapes, and one that takes many pages."""
     random = Random(seed)
     gpt_oss: dict[str, Any] = {"activation": "swigluoai", "interleaved": True, "bias": True}
     made = {
@@ -44,7 +44,7 @@ def main() -> None:
     for layer, random in layers(seed).items():
         print(layer, bank.allocated_bytes(), flush=True)
         sys.stdin.readline()
-        stored = owner.moved(random.arguments)
+        stored = owner.in_shared_memory(random.arguments)
         made.append(engine.ExpertLayer(**stored))
         owner.publish(layer, stored, made[-1])
     print("all", bank.allocated_bytes(), flush=True)

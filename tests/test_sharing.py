@@ -1,4 +1,4 @@
-"""lvllm.sharing: one copy of the experts for several processes, whichever of them ends first."""
+"""One copy of the experts for several processes, whichever of them ends first."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Process:
-    """`tests.sharing_owner` at work."""
+    """A running `tests.sharing_owner`."""
 
     def __init__(self, name: str, seed: int) -> None:
         self.child = subprocess.Popen(
@@ -39,7 +39,7 @@ class Process:
         self.said()
 
     def said(self) -> int:
-        """Waits for its next line; the bytes that it holds."""
+        """Wait for its next line, which says how many bytes it holds."""
         assert self.child.stdout is not None
         return int(self.child.stdout.readline().split()[1])
 
@@ -62,7 +62,7 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def shared_bytes(process: int | str = "self") -> tuple[int, int]:
-    """What of shared memory a process has mapped, and its share of that, in bytes."""
+    """Bytes of shared memory that a process has mapped, and its share of them."""
     text = Path(f"/proc/{process}/smaps").read_text()
     areas = [area for area in re.split(r"\n(?=[0-9a-f]+-)", text) if "lvllm-experts" in area]
 
@@ -73,7 +73,7 @@ def shared_bytes(process: int | str = "self") -> tuple[int, int]:
 
 
 def test_layers_of_another_process(name: str) -> None:
-    """The same bits in every format, in one copy, which outlives its owner."""
+    """Layers have the same bits in every format. There is one copy, and it outlives its owner."""
     seed = randrange(1 << 30)
     print(f"seed {seed}")
     owner = Process(name, seed)
@@ -87,7 +87,7 @@ def test_layers_of_another_process(name: str) -> None:
     for layer in layers(seed):
         owner.go_on()
         held = owner.said()
-        made[layer] = engine.ExpertLayer(**follower.stored(layer), ordered=True)
+        made[layer] = engine.ExpertLayer(**follower.receive(layer), ordered=True)
     assert bank.allocated_bytes() == before
     assert held >= 48 << 20
 
@@ -108,41 +108,41 @@ def test_layers_of_another_process(name: str) -> None:
     assert weights <= mine <= held
     assert my_share < 0.6 * mine
     assert my_share + its_share <= held
-    # None of it has a name that could be left behind.
+    # No memory has a name that could be left behind.
     assert "/dev/shm" not in Path(f"/proc/{owner.child.pid}/maps").read_text()
     owner.kill()
     check()
     assert shared_bytes()[1] == mine
-    made[LARGE].release()  # nothing is put back: the memory is read-only
+    made[LARGE].release()  # Nothing is put back, since the memory is read-only.
     made.clear()
     gc.collect()
     assert shared_bytes() == (0, 0)
     assert isinstance(sharing._current, sharing.Follower)
     sharing._current.close()
-    assert isinstance(sharing.join(name), sharing.Owner)  # the name went with its owner
+    assert isinstance(sharing.join(name), sharing.Owner)  # The name was freed with its owner.
 
 
 def test_an_owner_that_is_killed_while_it_loads(name: str) -> None:
-    """Who waits for a layer ends in one line, at once."""
+    """A process that waits for a layer gets an error in one line, at once."""
     owner = Process(name, 1)
     follower = sharing.join(name)
     assert isinstance(follower, sharing.Follower)
     owner.go_on()
     owner.said()
-    follower.stored("bf16")
+    follower.receive("bf16")
     threading.Timer(1, owner.kill).start()
     start = time.monotonic()
     with pytest.raises(ValueError, match=rf"^fp16: process {owner.child.pid}, .* ended before"):
-        follower.stored("fp16")
-    assert time.monotonic() - start < 30  # and does not wait for anything else
+        follower.receive("fp16")
+    assert time.monotonic() - start < 30  # It does not wait for anything else.
     with pytest.raises(ValueError, match="ended before"):
-        follower.stored("fp8")
+        follower.receive("fp8")
 
 
 def test_a_name_goes_with_the_layers_made_under_it(name: str) -> None:
-    assert not sharing.held(name)
+    assert not sharing.is_taken(name)
     owner = sharing.join(f"{name}/0")
-    assert sharing.held(name)
+    assert sharing.is_taken(name)
     assert sharing.owner() is owner is sharing.join(f"{name}/0")
     assert sharing.follower() is None
     made = type("Made", (), {})()
@@ -151,7 +151,7 @@ def test_a_name_goes_with_the_layers_made_under_it(name: str) -> None:
     del made
     gc.collect()
     assert sharing.owner() is None
-    assert not sharing.held(name)
+    assert not sharing.is_taken(name)
     assert sharing.join(f"{name}/0") is not owner
 
 

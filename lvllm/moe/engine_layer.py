@@ -30,7 +30,7 @@ def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> Ex
     owner = sharing.owner()
     if owner is None:
         return _expert_layer(layer, stored)
-    stored = owner.moved(stored)
+    stored = owner.in_shared_memory(stored)
     expert_layer = _expert_layer(layer, stored)
     owner.publish(layer.layer_name, stored, expert_layer)
     return expert_layer
@@ -38,8 +38,8 @@ def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> Ex
 
 def make_of_shared(layer: Any, follower: sharing.Follower) -> ExpertLayer:
     """The engine's layer for the weights that another process has loaded for vLLM's `layer`."""
-    expert_layer = _expert_layer(layer, follower.stored(layer.layer_name), ordered=True)
-    follower.until(expert_layer)
+    expert_layer = _expert_layer(layer, follower.receive(layer.layer_name), ordered=True)
+    follower.close_with(expert_layer)
     return expert_layer
 
 

@@ -84,8 +84,8 @@ class HybridMoEMethod(FusedMoEMethodBase):
         shape = Shape(num_experts, hidden_size, intermediate_size_per_partition, parts)
         attributes = extra_weight_attrs
         if self.follower is not None:
-            shape = replace(shape, allocate=sharing.on_meta)
-            attributes = extra_weight_attrs | {"weight_loader": sharing.leave}
+            shape = replace(shape, allocate=sharing.allocate_on_meta)
+            attributes = extra_weight_attrs | {"weight_loader": sharing.ignore_weight}
             with sharing.without_memory():
                 self._register(layer, shape, params_dtype, attributes)
             return
