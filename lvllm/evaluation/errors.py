@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lvllm.errors import LvllmError
+
 __all__ = ["EvaluationError", "server_errors"]
 
 
-class EvaluationError(Exception):
+class EvaluationError(LvllmError):
     """The model could not be measured; the message is one line for the user."""
 
 

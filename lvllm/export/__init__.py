@@ -1,10 +1,11 @@
-"""Quantises a checkpoint's experts into a compressed-tensors checkpoint.
+"""Quantise the experts of a checkpoint and write a compressed-tensors checkpoint.
 
     export(Path("MODEL"), Path("OUT"), format="int4")
 
-Every file of weights becomes one of the same name. Its header is known before its tensors are, so
-that these are read, quantised and written one by one: memory stays at the largest tensor, what it
-becomes, and the working memory of `lvllm.engine.quantize`.
+Each file of weights becomes a file of the same name. The header of the new file follows from the
+header of the old one, so that it can be written first, and tensors are read, quantised and written
+one by one. The export needs memory for the largest tensor, for what that tensor becomes, and for
+the work of `lvllm.engine.quantize`.
 """
 
 import json
@@ -38,17 +39,17 @@ def export(
     """Write the checkpoint `model` to `out`, its experts in one of FORMATS.
 
     Args:
-        group_size: weights along K that share a scale, of int4 only: 32, 64 or 128.
-        linears: quantise the linear layers of attention, dense layers and shared experts too.
-        quiet: no progress bar.
+        group_size: how many weights along K share a scale: 32, 64 or 128. For int4 only.
+        linears: also quantise the linear layers of attention, dense layers and shared experts.
+        quiet: show no progress bar.
 
-    An export that was killed goes on where it stopped if it is called again. Raises ExportError or
-    OSError; nothing is overwritten.
+    If an export was killed, the same call goes on where it stopped. Nothing is overwritten. Raises
+    ExportError or OSError.
     """
     how = scheme(format, group_size)
     config = folder.read_config(model)
     folder.check_apart(model, out)
-    checkpoint, others = folder.read_headers(model), folder.others(model)
+    checkpoint, others = folder.read_headers(model), folder.other_files(model)
     match config.get("architectures"):
         case [str(architecture), *_]:
             pass
@@ -82,7 +83,7 @@ def export(
 
 
 class _Export:
-    """The tensors of a checkpoint, and what becomes of each."""
+    """The tensors of a checkpoint, and the tensors that each of them becomes."""
 
     def __init__(
         self, files: list[TensorFile], how: Scheme, linears: bool, architecture: str
@@ -100,7 +101,8 @@ class _Export:
             }
             for file in files
         }
-        # Modules with several projections, of which vLLM makes one: gate and up, q, k and v.
+        # vLLM merges some projections of a module into one: gate and up, and q, k and v. For some
+        # formats they must then share a scale.
         self._siblings: dict[str, list[str]] = {}
         for name in sorted(self.chosen) if how.shares_scale else ():
             parent = selection.module(name).rpartition(".")[0]
@@ -112,7 +114,7 @@ class _Export:
             yield from file.tensors.values()
 
     def _made(self, file: TensorFile) -> list[Tensor]:
-        """All tensors of the file that `file` becomes."""
+        """All tensors of the file that is written for `file`."""
         return [tensor for made in self.planned[file].values() for tensor in made]
 
     def index(self) -> dict[str, Any]:
@@ -126,7 +128,7 @@ class _Export:
         return self.how.config(selection.ignored(self._tensors(), self.chosen))
 
     def write_shards(self, out: Path, others: list[Path], quiet: bool) -> None:
-        """Every file that is not in `out` yet, with a progress bar in bytes read."""
+        """Write every file that is not in `out` yet. The progress bar counts the bytes read."""
         wanted = sum(path.stat().st_size for path in others)
         missing = []
         for file in self.files:
@@ -151,7 +153,7 @@ class _Export:
                 write(out / file.path.name, self._made(file), self._data(file, bar))
 
     def _data(self, file: TensorFile, bar: Any) -> Iterator[torch.Tensor]:
-        """What `_made` announces, in that order."""
+        """The values of the tensors that `_made` lists, in that order."""
         for name, tensors in self.planned[file].items():
             data = file.read(name)
             if name in self.chosen:
@@ -167,7 +169,7 @@ class _Export:
             bar.update(file.tensors[name].size)
 
     def _shared(self, name: str) -> dict[str, torch.Tensor]:
-        """The global scale of the module that `name` is a projection of."""
+        """The global scale that `name` shares with the other projections of its module."""
         if not self.how.shares_scale:
             return {}
         parent = selection.module(name).rpartition(".")[0]

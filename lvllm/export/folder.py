@@ -1,4 +1,4 @@
-"""The folder that an export reads and the one that it writes."""
+"""The folder that an export reads and the folder that it writes."""
 
 import fcntl
 import json
@@ -13,15 +13,15 @@ from lvllm.checkpoint.headers import Checkpoint, CheckpointError
 from lvllm.export.tensorfile import ExportError
 from lvllm.units import gib
 
-__all__ = ["check_apart", "check_space", "others", "read_config", "read_headers", "working_in"]
+__all__ = ["check_apart", "check_space", "other_files", "read_config", "read_headers", "working_in"]
 
 MARKER = ".lvllm-export.json"
-"""In an unfinished export: what it is made from, and how."""
+"""A file in an unfinished export that says what is exported, and how."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def read_config(model: Path) -> dict[str, Any]:
-    """config.json of an unquantised checkpoint; ExportError for anything else."""
+    """config.json of an unquantised checkpoint. Raises ExportError for anything else."""
     if not model.is_dir():
         fault = "is a file" if model.exists() else "does not exist"
         raise ExportError(f"{model} {fault}: the folder of a checkpoint is wanted")
@@ -50,7 +50,7 @@ def read_config(model: Path) -> dict[str, Any]:
 
 
 def read_headers(model: Path) -> Checkpoint:
-    """The tensors of a folder; ExportError if its safetensors files are damaged or missing."""
+    """The tensors of a folder. Raises ExportError if safetensors files are damaged or missing."""
     if not any(model.glob("*.safetensors")):
         raise ExportError(f"{model} has no *.safetensors; weights in other files are not read")
     try:
@@ -59,10 +59,10 @@ def read_headers(model: Path) -> Checkpoint:
         raise ExportError(str(error)) from None
 
 
-def others(model: Path) -> list[Path]:
-    """Tokenizer, chat template, code and the like: what is copied as it is.
+def other_files(model: Path) -> list[Path]:
+    """Files that are copied as they are: tokenizer, chat template, code and the like.
 
-    Raises ExportError for a link to a file that is not there.
+    Raises ExportError for a link to a file that does not exist.
     """
     found = sorted(
         path
@@ -86,10 +86,11 @@ def check_apart(model: Path, out: Path) -> None:
 
 @contextmanager
 def working_in(out: Path, job: dict[str, Any]) -> Iterator[None]:
-    """Begins an export in `out`, or goes on with the one begun there; its mark goes in the end.
+    """Begin an export in `out`, or go on with one that was begun there.
 
-    Raises ExportError if `out` holds anything else: files, the unfinished work of another `job`, or
-    work that another process is doing.
+    The marker in `out` is removed when the block ends without an error. Raises ExportError if `out`
+    holds other files or the unfinished export of another `job`, or if another process is at work
+    there.
     """
     if os.path.lexists(out) and not out.is_dir():
         kind = "a file" if out.exists() else "a link to nothing"
@@ -115,7 +116,7 @@ def working_in(out: Path, job: dict[str, Any]) -> Iterator[None]:
         try:
             yield
         except ExportError:
-            # Refused before anything was written: no trace stays.
+            # If nothing was written before the error, `out` is left as it was.
             if all(path == marker for path in out.iterdir()):
                 marker.unlink()
                 for path in created:
@@ -125,7 +126,7 @@ def working_in(out: Path, job: dict[str, Any]) -> Iterator[None]:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """A mark; None if it was cut short by a kill, before anything else was written."""
+    """The content of a marker. None if a kill cut it short, before anything else was written."""
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError):

@@ -1,5 +1,7 @@
-"""Checkpoints with all experts of a layer in one tensor, taken apart into a matrix for each
-projection: that is what compressed-tensors quantises, and what other families have names for.
+"""Split tensors that hold all experts of a layer into a matrix for each expert and projection.
+
+Such matrices are what compressed-tensors quantises, and most families of models have names for
+them.
 """
 
 import re
@@ -7,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from lvllm.checkpoint.headers import TensorInfo
-from lvllm.export.tensorfile import Columns, ExportError
+from lvllm.export.tensorfile import ExportError, TransposedMatrix
 
 __all__ = ["FAMILIES", "split"]
 
@@ -18,19 +20,20 @@ FAMILIES = (
     "Gemma4ForConditionalGeneration",
     "Gemma4ForCausalLM",
 )
-"""Architectures with all of gate before all of up, and without biases. Shapes do not tell: gpt-oss
-has the two in turns, and vLLM knows its experts in no format of compressed-tensors.
+"""Architectures that store all gate rows before all up rows, and that have no biases. Shapes do not
+tell that: gpt-oss stores gate and up rows in turns, and vLLM loads its experts in no format of
+compressed-tensors.
 """
 FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 
 
 def split(tensors: Iterable[TensorInfo], architecture: str) -> list[TensorInfo]:
-    """`tensors`, with experts.0.gate_proj.weight, up_proj and down_proj of each expert in the place
-    of experts.gate_up_proj and experts.down_proj.
+    """Replace experts.gate_up_proj and experts.down_proj among `tensors`.
 
-    The two are [E, 2I, H] and [E, H, I], or transposed, [E, H, 2I] and [E, I, H]; no shapes are
-    both. Raises ExportError for any other. Of an architecture that is not in FAMILIES, nothing is
-    split.
+    In their place each expert gets experts.N.gate_proj.weight, up_proj and down_proj. The shapes
+    are [E, 2I, H] and [E, H, I], or transposed [E, H, 2I] and [E, I, H]; no pair of shapes fits
+    both. Raises ExportError for any other shapes. Nothing is split if the architecture is not in
+    FAMILIES.
     """
     found = {tensor.name: tensor for tensor in tensors}
     if architecture not in FAMILIES:
@@ -52,7 +55,7 @@ def split(tensors: Iterable[TensorInfo], architecture: str) -> list[TensorInfo]:
 
 
 def _matrices(stem: str, gate_up: TensorInfo, down: TensorInfo) -> Iterator[TensorInfo]:
-    """The matrices of one layer."""
+    """The matrices of all experts of one layer."""
     match (gate_up.shape, down.shape):
         case ((experts, both, hidden), (of, rows, inner)) if (experts, both, hidden) == (
             of,
@@ -82,8 +85,8 @@ def _matrices(stem: str, gate_up: TensorInfo, down: TensorInfo) -> Iterator[Tens
             full = f"{stem}.{expert}.{name}.weight"
             if transposed:
                 end = start + tensor.shape[1] * columns * size
-                yield Columns(
-                    full, tensor.file, tensor.dtype, shape, start, end, first=first, of=columns
+                yield TransposedMatrix(
+                    full, tensor.file, tensor.dtype, shape, start, end, first=first, stored=columns
                 )
             else:
                 start += first * columns * size

@@ -1,6 +1,7 @@
-"""How each format stands in a compressed-tensors checkpoint.
+"""How a compressed-tensors checkpoint stores each format.
 
-A scheme says what config.json has of it, which tensors replace a weight [N, K], and makes them.
+A scheme has what config.json says of the format, lists the tensors that replace a weight [N, K],
+and makes them.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,22 +31,22 @@ class Scheme:
     """A format of `lvllm export`."""
 
     format: str
-    """compressed-tensors' name."""
+    """The name that compressed-tensors has for it."""
     weights: Mapping[str, Any]
     """What `config_groups` says of the weights."""
     tensors: Callable[[int, int], dict[str, tuple[str, tuple[int, ...]]]]
-    """Of a weight [N, K]: dtype and shape by suffix, in the order of the file."""
+    """The tensors for a weight [N, K]: dtype and shape by suffix, in the order of the file."""
     make: Callable[..., dict[str, torch.Tensor]]
-    """From the weight to those tensors; with `global_scale` if `shares_scale`."""
+    """Makes those tensors of a weight. It also takes `global_scale` if `shares_scale`."""
     columns: int = 1
-    """K must be a multiple of it."""
+    """K must be a multiple of this."""
     inputs: Mapping[str, Any] | None = None
     """What `config_groups` says of the activations."""
     shares_scale: bool = False
-    """Whether the projections of one module have a scale in common."""
+    """Whether the projections of one module share a global scale."""
 
     def replacements(self, weight: Tensor) -> list[Tensor]:
-        """What stands in the place of `weight`; ExportError if it does not fit."""
+        """The tensors that replace `weight`. Raises ExportError if its shape does not fit."""
         rows, columns = weight.shape
         if columns % self.columns:
             raise ExportError(
@@ -59,7 +60,7 @@ class Scheme:
         ]
 
     def config(self, ignored: list[str]) -> dict[str, Any]:
-        """config.json's `quantization_config`."""
+        """`quantization_config` of config.json. The modules `ignored` are not quantised."""
         group = {
             "targets": ["Linear"],
             "weights": {"dynamic": False, "symmetric": True, **self.weights},
@@ -78,7 +79,7 @@ class Scheme:
 
 
 def scheme(format: str, group_size: int = GROUP_SIZE) -> Scheme:
-    """The scheme of a format; ExportError for an unknown format or group size."""
+    """The scheme of a format. Raises ExportError for an unknown format or group size."""
     if format not in FORMATS:
         raise ExportError(f"--format {format} is not allowed: {', '.join(FORMATS)}")
     if format == "int4":
@@ -94,7 +95,8 @@ def _int4(group: int) -> Scheme:
         raise ExportError(f"--group-size {group} is not allowed: {allowed}")
 
     def make(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        # On a little-endian machine an int32 of eight codes is the engine's four bytes.
+        # compressed-tensors packs eight codes into an int32. On a little-endian machine its bytes
+        # are the engine's, two codes in each.
         codes, scale = quantize.int4(weight, group)
         return {
             "weight_packed": codes.view(torch.int32),
@@ -117,7 +119,7 @@ def _int4(group: int) -> Scheme:
 
 def _make_int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     codes, scale = quantize.int8(weight)
-    # Packed as value + 128: the sign bit flipped.
+    # compressed-tensors packs value + 128, which flips the sign bit.
     packed = codes.view(torch.uint8).bitwise_xor_(0x80).view(torch.int32)
     return {
         "weight_packed": packed,

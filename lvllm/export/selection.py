@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are quantised, by their names."""
+"""Which tensors of a checkpoint are quantised. Their names decide."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from lvllm.export.tensorfile import ExportError, Tensor
 __all__ = ["ignored", "module", "quantized"]
 
 EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
-"""A projection of one expert, as most families store them (w1, w2, w3: Mixtral, MiniMax)."""
+"""A projection of one expert, as most families name it (w1, w2 and w3: Mixtral, MiniMax)."""
 LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 LINEARS = re.compile(
     r"\.([qkvo]|qkv|out)_proj$"  # attention
@@ -17,17 +17,17 @@ LINEARS = re.compile(
     r"|\.((gate|up|gate_up|down)_proj|w1|w2|w3)$"  # dense layers, shared experts
 )
 OTHERS = re.compile(r"visual|vision|audio|indexer")
-"""Parts of a model whose linear layers are left alone."""
+"""Parts of a model whose linear layers are never quantised."""
 MERGED = (("gate_proj", "up_proj", "gate_up_proj"), ("q_proj", "k_proj", "qkv_proj"))
-"""Modules that vLLM makes one of, and its name."""
+"""Two modules that vLLM merges, and the name of the merged one."""
 FLOATS = ("BF16", "F16", "F32")
 
 
 def quantized(tensors: Iterable[Tensor], linears: bool, architecture: str) -> set[str]:
-    """Names of the experts' weights, and with `linears` of the layers' other linear weights.
+    """Names of the experts' weights, and with `linears` also of the layers' other linear weights.
 
-    Raises ExportError, in one line that names a tensor, if there are no experts, or none that can
-    be quantised as they are stored.
+    Raises ExportError, in one line that names a tensor, if there are no experts, or if they are
+    stored in a way that cannot be quantised.
     """
     tensors = list(tensors)
     experts = {tensor.name: tensor for tensor in tensors if EXPERT.search(tensor.name)}
@@ -66,10 +66,12 @@ def quantized(tensors: Iterable[Tensor], linears: bool, architecture: str) -> se
 
 
 def ignored(tensors: Iterable[Tensor], chosen: set[str]) -> list[str]:
-    """Modules with a matrix that stays as it is. Tools ask for them by name, and vLLM by its own
-    for gate and up, since Qwen3-MoE's dense layers tell it too late that the two are one there; and
-    for q, k and v, since layers of Gemma 4 have no v, where vLLM takes k for it. `lm_head` is a
-    module without a tensor where its weight is that of the embeddings.
+    """Names of modules that have a matrix and are not quantised.
+
+    Other tools look modules up by these names, but vLLM looks for its merged modules in two cases.
+    It asks for gate_up_proj, since the dense layers of Qwen3-MoE tell it too late that gate and up
+    are merged there. It asks for qkv_proj, since some layers of Gemma 4 have no v and vLLM takes k
+    for it. `lm_head` is always listed: it has no tensor where it shares the embeddings' weight.
     """
     names = {
         module(tensor.name)

@@ -1,4 +1,4 @@
-"""`lvllm export`: what it writes, read with compressed-tensors' own code; kills; refusals."""
+"""`lvllm export`: its output, read with compressed-tensors' own code, kills and refusals."""
 
 import json
 import os
@@ -39,7 +39,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def layer(number: int, projections: dict[str, tuple[int, int]] = PROJECTIONS) -> Tensors:
-    """A layer's tensors, drawn from the seed."""
+    """The tensors of a layer, drawn from the seed."""
     generator = torch.Generator().manual_seed(SEED + number)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ def layer(number: int, projections: dict[str, tuple[int, int]] = PROJECTIONS) ->
 
 
 def checkpoint(folder: Path, files: list[Tensors], **config: Any) -> Path:
-    """A checkpoint of one safetensors file for each of `files`, with an index, and a tokenizer."""
+    """Write a checkpoint with a safetensors file for each of `files`, an index and a tokenizer."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     (folder / "tokenizer.json").write_text("{}")
@@ -74,7 +74,7 @@ def checkpoint(folder: Path, files: list[Tensors], **config: Any) -> Path:
 
 
 def load(folder: Path) -> Tensors:
-    """All tensors that the index names, from the files that it names."""
+    """Read all tensors that the index names from the files that it names."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     found = {}
     for name, file in index.items():
@@ -88,7 +88,7 @@ def load(folder: Path) -> Tensors:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files; gate_proj of one expert is in another file than its siblings."""
+    """A checkpoint of two files. gate_proj of one expert is in another file than its siblings."""
     first, second = layer(0), layer(1)
     moved = "model.layers.0.mlp.experts.1.gate_proj.weight"
     second[moved] = first.pop(moved) * 3
@@ -98,7 +98,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str | Path) -> tuple[int, str]:
-    """`lvllm export`: its exit code and its output, errors included."""
+    """Run `lvllm export`. Returns its exit code and its output, errors included."""
     result = CliRunner().invoke(app, ["export", *map(str, arguments)])
     message = str(result.exception) if isinstance(result.exception, SystemExit) else result.output
     return result.exit_code, message
@@ -149,7 +149,7 @@ def test_group_size(model: Path, tmp_path: Path) -> None:
 
 
 def test_nvfp4_projections_share_a_scale_across_files(model: Path, tmp_path: Path) -> None:
-    """vLLM has one for gate and up."""
+    """The projections gate and up share a scale, since vLLM has one for both."""
     export(model, tmp_path / "out", format="nvfp4", quiet=True)
     after = load(tmp_path / "out")
     for number in (0, 1):
@@ -194,8 +194,9 @@ FUSED = {"architectures": ["Qwen3_5MoeForConditionalGeneration"]}
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("format", ["int4", "nvfp4"])
 def test_experts_in_one_tensor(format: str, transposed: bool, tmp_path: Path) -> None:
-    """The same tensors as from a checkpoint with a tensor for each expert. gate_up_proj of one
-    layer is in another file than down_proj.
+    """The result has the same tensors as that of a checkpoint with a tensor for each expert.
+
+    gate_up_proj of one layer is in another file than down_proj.
     """
     apart = checkpoint(tmp_path / "apart", [layer(0), layer(1)], **FUSED)
     first, second = fuse(layer(0), transposed), fuse(layer(1), transposed)
@@ -213,7 +214,7 @@ def test_experts_in_one_tensor(format: str, transposed: bool, tmp_path: Path) ->
 
 
 def test_layers_without_v(tmp_path: Path) -> None:
-    """Gemma 4's full attention: vLLM makes one module of q, k and k again."""
+    """Gemma 4's full attention has no v: vLLM merges q, k and k again."""
     tensors = layer(0)
     for name in ("k_proj", "v_proj"):
         tensors[f"model.layers.0.self_attn.{name}.weight"] = torch.ones(8, HIDDEN)
@@ -224,7 +225,7 @@ def test_layers_without_v(tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """Byte for byte what an export that nobody killed writes; what was finished is kept."""
+    """The result is the same, byte for byte, as without a kill. Finished files are kept."""
     projections = dict.fromkeys(("gate_proj", "up_proj"), (1024, 1024))
     model = checkpoint(tmp_path / "model", [layer(number, projections) for number in range(8)])
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -275,7 +276,7 @@ def test_a_changed_checkpoint_is_not_resumed(model: Path, tmp_path: Path) -> Non
 
 
 def load_and_spoil(shard: Path) -> str:
-    """Puts an infinite weight into one expert; returns its name."""
+    """Put an infinite weight into one expert. Returns the tensor's name."""
     with safe_open(shard, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -299,8 +300,10 @@ print(peak() - before)
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    """2.5 GiB in one file, 64 MiB in one tensor, or in one expert where all are in one tensor.
-    168 MiB were seen, 232 of experts that lie transposed; 2 GiB are promised.
+    """One file has 2.5 GiB. A tensor, or an expert where all are in one tensor, has 64 MiB.
+
+    The export took 168 MiB when this was written, and 232 MiB for experts that are stored
+    transposed. 2 GiB are promised.
     """
     folder = tmp_path / "model"
     folder.mkdir()
@@ -317,7 +320,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     assert size > 2.5 * 2**30
     with (folder / "model.safetensors").open("wb") as file:
         file.write(header_of(tensors))
-        file.truncate(size)  # zeros that take no space
+        file.truncate(size)  # The file is sparse: its zeros take no space.
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / "out"), "int8"],
         capture_output=True,
@@ -341,7 +344,7 @@ def without(tensors: Tensors, part: str) -> Tensors:
 
 
 def with_biases(tensors: Tensors) -> Tensors:
-    """As gpt-oss."""
+    """Tensors like those of gpt-oss."""
     bias = {"model.layers.0.mlp.experts.a_bias": torch.zeros(EXPERTS, HIDDEN)}
     return bias | fuse(tensors, transposed=True)
 
@@ -445,7 +448,7 @@ def test_refusals(
     message: str,
     tmp_path: Path,
 ) -> None:
-    """One line, and no trace."""
+    """A refusal is one line, and leaves no files."""
     model = checkpoint(tmp_path / "model", [change(layer(0))], **config)
     out = tmp_path / "a" / "out"
     code, text = run(model, "-o", out, *arguments)
@@ -506,7 +509,7 @@ def test_damaged_configs(content: str, message: str, model: Path, tmp_path: Path
 
 
 def test_configs_of_another_shape(model: Path, tmp_path: Path) -> None:
-    """What an export does not need may be anything."""
+    """Values in config.json that an export does not need may be of any type."""
     shutil.copytree(model, tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text('{"architectures": 3, "text_config": "x"}')
@@ -541,7 +544,7 @@ def test_no_checkpoints(model: Path, tmp_path: Path) -> None:
 
 
 def test_links_are_followed(model: Path, tmp_path: Path) -> None:
-    """As a cache of downloads has a checkpoint."""
+    """A cache of downloads has links in place of a checkpoint's files."""
     linked, out = tmp_path / "linked", tmp_path / "out"
     linked.mkdir()
     for path in model.iterdir():
