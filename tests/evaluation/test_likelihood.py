@@ -1,4 +1,4 @@
-"""Likelihoods and divergences against float64 on whole random distributions."""
+"""Likelihoods and divergences, compared with float64 on whole random distributions."""
 
 import math
 import random
@@ -24,7 +24,7 @@ def seed() -> int:
 
 
 def distributions(rows: int, seed: int, apart: float = 0.3) -> tuple[Logprobs, Logprobs]:
-    """Two sets of log-probabilities [rows, VOCABULARY], the second near the first."""
+    """Two sets of log-probabilities [rows, VOCABULARY]. The second is near the first."""
     draw = np.random.default_rng(seed)
     logits = 3 * draw.standard_normal((rows, VOCABULARY))
     other = logits + apart * draw.standard_normal((rows, VOCABULARY))
@@ -33,7 +33,7 @@ def distributions(rows: int, seed: int, apart: float = 0.3) -> tuple[Logprobs, L
 
 
 def listed(logprobs: Logprobs, top: int, vocabulary: int | None = VOCABULARY) -> Likelihoods:
-    """As a model gives them; the text's own token is the third of the vocabulary."""
+    """The log-probabilities as a model gives them. The text's own token is always number 2."""
     best = np.argsort(-logprobs, axis=1)[:, :top]
     return Likelihoods(
         logprobs[:, 2].astype(np.float32),
@@ -63,7 +63,7 @@ def test_the_whole_vocabulary_gives_the_divergence_exactly(
     found = compare(listed(p, VOCABULARY), listed(q, VOCABULARY))
     assert found.exact
     assert found.covered == pytest.approx(1, abs=1e-5)
-    # Each log-probability is rounded to float32: relative 6e-8 of at most some 20.
+    # Each log-probability, at most about 20, is rounded to float32 with a relative error of 6e-8.
     assert found.divergence == pytest.approx(kl(p, q), abs=5e-6)
     assert found.agreement == (p.argmax(1) == q.argmax(1)).mean()
 
@@ -125,4 +125,4 @@ def test_what_cannot_be_compared_is_refused(seed: int) -> None:
         compare(listed(p, 3), listed(p, 3, 62))
     with pytest.raises(ValueError, match="scored 4 tokens, the model 3"):
         compare(listed(p, 3), listed(p[:3], 3))
-    compare(listed(p, 3), listed(p, 3, None))  # a server that does not say
+    compare(listed(p, 3), listed(p, 3, None))  # A server that does not say how many.

@@ -1,4 +1,4 @@
-"""How texts and chats are cut, and what a saved reference remembers of it."""
+"""How texts and chats are cut into passages, and what a saved reference run keeps of that."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ BOS = 256
 
 
 class Letters:
-    """A token a byte, and if asked to a BOS before each text; chats are `Q`, `A` and texts."""
+    """Each byte is a token. With `bos` each text begins with one. Chats are `Q`, `A` and texts."""
 
     def __init__(self, bos: bool = False) -> None:
         self.bos = bos
@@ -52,13 +52,13 @@ def test_each_token_is_scored_once_after_enough_others(
         assert (ids[0] == BOS) == bos
         scored += ids[first:].tolist()
         start = text.encode().index(int(ids[int(bos)]))
-        before = first - bos  # tokens of the text before the first scored one
+        before = first - bos  # Tokens of the text before the first scored one.
         assert start == 0 or before >= min(context - bos - stride, 1)
         assert start == 0 or before >= context - bos - stride
     everything = list(text.encode())
     if stride < context - bos or bos:
         assert scored == everything[not bos :]
-    else:  # windows side by side: the first token of each has nothing before it
+    else:  # Windows side by side: the first token of each has nothing before it.
         assert scored == [token for i, token in enumerate(everything) if i % stride]
     assert found.scored == len(scored)
     assert found.longest == context

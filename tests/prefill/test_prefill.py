@@ -37,7 +37,7 @@ def open_memories() -> int:
 
 
 def grouped(blocks: int) -> dict[str, torch.Tensor]:
-    """Layers of grouped attention: [blocks, heads, tokens, 2 * size], tokens outside in memory."""
+    """Grouped attention: layers [blocks, heads, tokens, 2 * size], stored tokens first."""
     return {
         f"{n}": torch.randn(blocks, BLOCK, 3, 64).to(torch.bfloat16).transpose(1, 2)
         for n in range(3)
@@ -45,8 +45,9 @@ def grouped(blocks: int) -> dict[str, torch.Tensor]:
 
 
 def latent(blocks: int) -> dict[str, torch.Tensor]:
-    """Layers of latent attention, each block of all layers in one piece; one of the layers has an
-    index beside it, in bytes; two have one cache.
+    """Latent attention: a block of all layers is one piece of memory.
+
+    One layer has an index of bytes as well, and two layers share a cache.
     """
     pages = torch.randn(blocks, 2, 1, BLOCK, 96).to(torch.bfloat16)
     index = torch.randint(0, 256, (blocks, 1, BLOCK, 33), dtype=torch.uint8)
@@ -98,7 +99,7 @@ def test_memory_that_cannot_be_used() -> None:
 
 
 def step(scheduled: dict[str, tuple[int, int]], new: bool, blocks: Any) -> Any:
-    """A scheduler's output: of each request how many tokens it had, and how many come."""
+    """A scheduler's output, given how many tokens each request had and how many are computed."""
     fields = [SimpleNamespace(req_id=r, num_computed_tokens=n) for r, (n, _) in scheduled.items()]
     cached = SimpleNamespace(
         req_ids=[] if new else list(scheduled),
@@ -114,8 +115,9 @@ def step(scheduled: dict[str, tuple[int, int]], new: bool, blocks: Any) -> Any:
 
 
 def test_a_prompt_is_saved_as_it_is_computed() -> None:
-    """Whole blocks after each step, those of the prefix cache too, and at last the rest; preempted,
-    nothing twice.
+    """Full blocks are saved after each step, also those of the prefix cache, and at last the rest.
+
+    A request that is preempted saves nothing twice.
     """
     address = MemoryAddress("/none", 1, 6)
     scheduler = prefill_side.SchedulerPart(None, cache_config())
@@ -124,7 +126,7 @@ def test_a_prompt_is_saved_as_it_is_computed() -> None:
     )
     scheduler.add(request)
     steps = [(2 * BLOCK, 20, True, (0, 3)), (2 * BLOCK + 20, 4, False, None)]
-    # Preempted here, it begins anew, in other blocks.
+    # The request is preempted here, and begins again in other blocks.
     steps += [(0, 2 * BLOCK, False, None), (2 * BLOCK, 3 * BLOCK, False, (3, 5))]
     steps += [(5 * BLOCK, 3, False, (5, 6)), (5 * BLOCK + 3, 1, False, None)]
     for computed, more, new, saved in steps:
@@ -220,7 +222,7 @@ def test_the_way_of_a_long_prompt(router: Any) -> None:
     assert router.match(asked, 0) == (None, False)
     assert router.plan(IDLE).copies == []
     client.results = [(name, True)]
-    # One block has come into this engine's own cache meanwhile.
+    # Meanwhile another request has computed the first block in this engine.
     assert router.match(asked, BLOCK) == (2 * BLOCK + 2, True)
     assert router.match(asked, BLOCK) == (2 * BLOCK + 2, True)
     router.allocated(asked, blocks([7, 8, 9, 10]), 2 * BLOCK + 2)
@@ -230,7 +232,7 @@ def test_the_way_of_a_long_prompt(router: Any) -> None:
     router.arrived(loaded("a"))
     assert open_memories() == 0
     router.allocated(asked, blocks([7, 8, 9, 10]), 0)
-    # Preempted after some tokens, it goes the same way.
+    # A request that is preempted after some tokens goes the same way again.
     asked.num_tokens += 9
     assert router.match(asked, 0) == (None, False)
     assert len(client.sent) == 2
@@ -268,7 +270,7 @@ def test_what_the_decoding_engine_keeps(router: Any, given: Any) -> None:
 
 
 def test_prompts_wait_for_room_in_their_order(router: Any) -> None:
-    """Of 10 blocks."""
+    """The prefill engine has 10 blocks."""
     asked = [
         request(name, tokens * BLOCK) for name, tokens in zip("abcd", (6, 5, 4, 3), strict=True)
     ]
@@ -276,12 +278,12 @@ def test_prompts_wait_for_room_in_their_order(router: Any) -> None:
         assert router.match(waiting, 0) == (None, False)
     sent = router._client.sent
     assert [name[0] for name in sent] == ["a"]
-    router.finished(asked[2])  # aborted in the queue
+    router.finished(asked[2])  # It is aborted in the queue.
     router._client.results = [(next(iter(sent)), True)]
     assert router.match(asked[0], 0) == (6 * BLOCK, True)
     assert len(sent) == 1
     router.allocated(asked[0], blocks(list(range(6))), 6 * BLOCK)
-    router.finished(asked[0])  # aborted while it is loaded: the worker still reads
+    router.finished(asked[0])  # It is aborted while the worker loads it, which still reads.
     assert open_memories() == 1
     router.arrived(loaded("a"))
     assert [name[0] for name in sent] == ["a", "b", "d"]
@@ -309,7 +311,7 @@ def test_a_prompt_that_fails_is_prefilled_here(router: Any) -> None:
 
 
 def test_the_prefill_engine_ends(router: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Prompts in all stages: loaded is what it left, all else is prefilled here."""
+    """Prompts may be in any stage. What is computed is loaded, all others are prefilled here."""
     client = router._client
     asked = {name: request(name, n * BLOCK) for name, n in (("l", 3), ("r", 3), ("p", 4), ("q", 3))}
     for waiting in asked.values():
@@ -333,7 +335,7 @@ def connector_config(**extra: Any) -> Any:
 
 
 def engine_configuration() -> Any:
-    """vLLM's configuration as a worker on one CPU gets it."""
+    """vLLM's configuration, as a worker on one CPU gets it."""
     own = ((min(os.sched_getaffinity(0)),),)
     resolved = HybridConfig(
         thread_binding=ThreadBinding.CPU_CORE,
@@ -388,7 +390,7 @@ def test_loading_beside_steps() -> None:
 
 @pytest.mark.parametrize("side", [decode_side, prefill_side])
 def test_a_worker_may_end_before_it_has_its_caches(side: Any) -> None:
-    """As where they do not fit, or are of no use: the reason is not to be hidden by another."""
+    """A worker whose caches do not fit is shut down, which must not hide the reason."""
     unused = side.WorkerPart(engine_configuration(), cache_config(9))
     unused.shutdown()
     refused = side.WorkerPart(engine_configuration(), cache_config(8))
@@ -406,7 +408,7 @@ def test_a_worker_may_end_before_it_has_its_caches(side: Any) -> None:
 
 
 def test_a_process_of_the_prefill_engine_ends_with_the_decoding_engine() -> None:
-    """With its workers, and at once if the decoding engine has ended before."""
+    """Its workers end, too. It ends at once if the decoding engine has ended before."""
     child = """
 import multiprocessing, os, sys, time
 from lvllm.prefill.executors import follow
@@ -438,7 +440,7 @@ if __name__ == "__main__":
 
 
 def state_of(process: int) -> str | None:
-    """The letter that Linux has for a process's state; None where there is no such process."""
+    """The letter that Linux shows for the state of a process; None if there is no such process."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -447,7 +449,7 @@ def state_of(process: int) -> str | None:
 
 @pytest.mark.parametrize("gpu", [None, 3])
 def test_executors_set_up_their_process(gpu: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before vLLM's own executor starts anything."""
+    """They do so before vLLM's own executor starts anything."""
     order: list[Any] = []
 
     class Upstream:
