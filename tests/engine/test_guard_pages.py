@@ -13,7 +13,7 @@ import torch
 
 from lvllm import engine
 from lvllm.engine import ExpertLayer
-from tests.engine.test_expert_layer import BOTH, ISAS, even
+from tests.engine.random_case import BOTH, ISAS, even
 from tests.experts import Random, random_layer
 
 PAGE = mmap.PAGESIZE
