@@ -1,9 +1,11 @@
 """The distances between this machine's CPUs and its GPUs, from the kernel's NUMA distances."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from lvllm import engine
+from lvllm.engine import raw_ops
 from lvllm.machine.cpus import Machine
 
 __all__ = ["between_nodes", "of_gpus"]
@@ -39,14 +41,12 @@ def of_gpus() -> Callable[[int, Machine], int] | None:
     return distance
 
 
-def between_nodes(root: Path = Path("/sys/devices/system/node")) -> dict[tuple[int, int], int]:
+def between_nodes(sysfs: Path = Path("/sys")) -> dict[tuple[int, int], int]:
     """The kernel's distance between each pair of NUMA nodes; 10 is the distance to itself."""
-    files = {
-        int(file.parent.name.removeprefix("node")): file for file in root.glob("node*/distance")
-    }
-    # A node's file has one number for each existing node, in the order of their numbers.
+    nodes = json.loads(raw_ops.numa_memory(str(sysfs)))
+    # A node's list has one distance for each of the nodes, or none if the kernel does not say.
     return {
-        (one, other): int(number)
-        for one, file in files.items()
-        for other, number in zip(sorted(files), file.read_text().split(), strict=True)
+        (one["id"], other["id"]): distance
+        for one in nodes
+        for other, distance in zip(nodes, one["distances"], strict=False)
     }

@@ -17,8 +17,9 @@ ROWS = ["10 12 32 32", "12 10 32 32", "32 32 10 12", "32 32 12 10"]
 def test_distances_of_the_kernel(tmp_path: Path) -> None:
     """Node 1 is missing, so the kernel's rows have no number for it."""
     for node, row in ((0, "10 21 31"), (2, "21 10 17"), (10, "31 17 10")):
-        (tmp_path / f"node{node}").mkdir()
-        (tmp_path / f"node{node}" / "distance").write_text(f"{row}\n")
+        folder = tmp_path / "devices" / "system" / "node" / f"node{node}"
+        folder.mkdir(parents=True)
+        (folder / "distance").write_text(f"{row}\n")
     found = gpu_distance.between_nodes(tmp_path)
     assert (found[0, 0], found[0, 2], found[2, 10], found[10, 0]) == (10, 21, 17, 31)
     assert len(found) == 9
