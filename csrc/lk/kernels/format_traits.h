@@ -2,9 +2,9 @@
 //
 // F::Math is the arithmetic that multiplies it (arithmetic.h), F::kUnitWeights is how many weights
 // along K the four bytes of a unit hold, and F::kOrder is the order in which they are unpacked.
-// F::unpack turns one unit each of 16 rows into kSteps<F> vectors. A format with zero points defines
-// F::kZeroPoints, and one that never has group scales defines F::kNoGroupScales. Which scales the
-// weights have, and over which groups, is in MatmulArgs.
+// F::unpack turns one unit each of 16 rows into kSteps<F> vectors. A format with zero points
+// defines F::kZeroPoints, and one that never has group scales defines F::kNoGroupScales. Which
+// scales the weights have, and over which groups, is in MatmulArgs.
 #pragma once
 
 #include "lk/kernels.h"
