@@ -10,17 +10,18 @@ TEST_PROCESSES ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
 BOOTSTRAP := $(PYTHON) -m build_tools.bootstrap --venv $(VENV)
-# A file at a time, since its tests share fixtures that start vLLM, and in the order of their names:
-# e2e/ comes first, and the short files at the end fill up what is left.
+# Each process takes one file at a time, because the tests of a file share fixtures that start vLLM.
+# It takes them in the order of their names: the long ones of e2e/ come early, and the short ones at
+# the end fill up the time that is left.
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
-# Images for containers like to set it. Every process that imports vLLM would then compile a few
-# thousand modules anew: a refused `vllm serve` takes 17 s with it and 9 without.
+# Images for containers like to set this variable. Every process that imports vLLM would then compile
+# a few thousand modules anew: a refused `vllm serve` takes 17 s with it and 9 s without.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cpp test-asan test-tsan test-python lint format docs \
+.PHONY: help install demo check test test-cpp test-asan test-tsan test-python lint format docs \
 	models-table quality wheel verify-upstream clean clean-upstream
 
 help: ## list the targets
@@ -31,6 +32,11 @@ install: ## make .venv, lay upstream in, build the engine, install (editable)
 
 demo: install ## serve the demo model through the engine and answer one chat request
 	@$(RUN) examples/demo.py
+
+check: ## the tests that start no vLLM engine, for the loop of editing and running
+	@$(RUN) -m build_tools.engine
+	@$(RUN) -m build_tools.engine test
+	@$(RUN) -m pytest -q -m "not alone and not slow" --ignore tests/e2e $(SIDE_BY_SIDE)
 
 test: test-cpp test-python ## the whole test suite
 
@@ -62,7 +68,7 @@ lint: ## check format, lint, types, and that the generated documentation is curr
 		|| { echo 'error: docs/configuration.md is not current: run `make docs`' >&2; exit 1; }
 	@$(RUN) -m lvllm.patches | cmp - docs/patches.md \
 		|| { echo 'error: docs/patches.md is not current: run `make docs`' >&2; exit 1; }
-	@$(RUN) -m tests.e2e.table --check
+	@$(RUN) -m tests.e2e.results_page --check
 
 format: ## format all code in place
 	@$(BOOTSTRAP) --tools lint
@@ -78,7 +84,7 @@ docs: install ## regenerate docs/configuration.md and docs/patches.md
 models-table: install ## rerun the tests of whole models and write the tables of docs/models.md
 	$(RUN) -m pytest $(SIDE_BY_SIDE) tests/e2e/test_exactness.py tests/e2e/test_formats.py \
 		tests/e2e/test_expert_classes.py --record docs/tested.json
-	$(RUN) -m tests.e2e.table
+	$(RUN) -m tests.e2e.results_page
 
 quality: install ## measure the demo model in every weight format, into docs/quality.md
 	$(VENV)/bin/lvllm eval examples/models/tiny-moe --formats all --markdown docs/quality.md

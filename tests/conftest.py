@@ -8,16 +8,16 @@ from typing import Any, cast
 import hypothesis
 import pytest
 
-from tests.e2e import record as records
+from tests.e2e import results
 from tests.models.make import make
 
-# No test reaches for a network, and none inherits a setting of the shell it was started from.
+# No test uses a network, and none inherits a setting from the shell.
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in list(os.environ):
     if name.startswith(("LVLLM_", "LK_")):
         del os.environ[name]
 
-# No test asserts a time: by default an example of more than 200 ms fails.
+# By default an example that takes more than 200 ms fails, but no test here asserts a time.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
@@ -35,11 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Recorder:
-    """Puts what passed tests recorded into `file`."""
+    """Writes what the tests that passed have recorded into `file`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.found: records.Found = {}
+        self.found: results.Found = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" or not report.passed:
@@ -50,19 +50,19 @@ class Recorder:
                 self.found.setdefault(table, {})[row] = values
 
     def pytest_sessionfinish(self) -> None:
-        records.write(self.found, self.file)
+        results.write(self.found, self.file)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     file = config.getoption("--record")
-    # Of several processes one writes: pytest-xdist sends it the reports of all.
+    # pytest-xdist sends the reports of all its workers to one process, which alone writes.
     if file is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(file))
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """record(table, row, **values) after a comparison has passed."""
+    """A test calls record(table, row, **values) after its comparison has passed."""
 
     def add(table: str, row: str, **values: Any) -> None:
         request.node.user_properties.append((RECORD, (table, row, values)))

@@ -1,33 +1,35 @@
-"""Greedy generation through vLLM in a process of its own.
+"""Greedy generation through vLLM, each job in a process of its own.
 
-    python -m tests.e2e.generate RESULT.json JOBS
+A job is a dictionary such as {"model": DIR, "prompts": [[1, 5]], "max_tokens": 8}. Its other keys
+are arguments of `vllm.LLM`, but for three: "adapter", the folder of a LoRA adapter; "held", true or
+false; and "data_parallel_size", which takes as many processes. A prompt with a picture is
+{"ids": [1, 5], "picture": FILE, "modality": "image"}.
 
-JOBS is a JSON list such as [{"model": DIR, "prompts": [[1, 5]], "max_tokens": 8}]; other keys of
-a job are arguments of `vllm.LLM`, but for "adapter", the folder of a LoRA adapter, "held", true or
-false, and "data_parallel_size", which takes as many processes. A prompt with a picture is
-{"ids": [1, 5], "picture": FILE, "modality": "image"}. The result has one list a job, with one
-{"prompt": [...], "tokens": [...], "logprobs": [...]} a prompt; "prompt" has as many placeholders as
-the picture takes. Beside them are "cached", how many of its tokens were in the prefix cache;
-"fault", what ended it before its time; and of the whole job "drafted", tokens that were proposed
-and those of them accepted, and "held", if asked for: of each worker how many experts of a layer it
-holds, and how many rows of each.
+The answers to a job are a list with a dictionary for each prompt:
+    prompt: its token ids, with as many placeholders as the picture takes
+    tokens, logprobs: what was generated
+    cached: how many of the prompt's tokens were in the prefix cache
+    fault: the error that ended the answer early, or None
+    drafted: how many draft tokens the whole job proposed, and how many of them were accepted
+    held: if the job asks for it, how many experts of a layer each worker holds, and how many rows
+        of each expert
 """
 
+import gc
 import json
 import multiprocessing
 import os
 import re
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.warm_process import ROOT, fork
+
 TINY = ROOT / "examples" / "models" / "tiny-moe"
-# Where processes are not what is tested, starting without an engine's own takes half the time, and
-# one process can load one model after the other.
+# Where processes are not what is tested: the engine computes in the process that asks it.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 # Small enough for a test machine; every test may replace them.
@@ -54,37 +56,54 @@ def generate(
     enabled: bool = True,
     environment: dict[str, str] | None = None,
     logged: str = "",
+    together: bool = False,
 ) -> list[Answers]:
-    """Run `jobs` one after the other in a fresh process, LvLLM's switch set as `enabled`. What it
-    prints has `logged` in it, a regular expression.
+    """Run each of `jobs` in a process of its own, or all of them `together` in one.
+
+    LvLLM's switch is set as `enabled` says. `logged` is a regular expression, which must match what
+    the processes print.
+    """
+    results = []
+    with tempfile.NamedTemporaryFile("w+") as log, tempfile.NamedTemporaryFile("w+") as result:
+        for group in [jobs] if together else [[job] for job in jobs]:
+            call(_run_all, group, result.name, log=log, enabled=enabled, environment=environment)
+            results += json.loads(Path(result.name).read_text())
+        said = Path(log.name).read_text()
+    # Which engine ran is part of what is tested: a plugin that never loads must not pass.
+    assert ("LvLLM: experts on lk" in said) == enabled
+    assert re.search(logged, said), said[-8000:]
+    return results
+
+
+def call(
+    function: Callable[..., None],
+    *arguments: Any,
+    log: IO[Any],
+    enabled: bool = True,
+    environment: dict[str, str] | None = None,
+) -> None:
+    """Call `function` in a process of its own, which writes into `log`.
+
+    Raises RuntimeError with the end of the log if the process fails.
     """
     # Asked for log-probabilities, vLLM compiles a small function: 10 s of g++ that change nothing.
     defaults = {"LVLLM_MOE_NUMA_ENABLED": str(int(enabled)), "TORCHDYNAMO_DISABLE": "1"}
-    env = os.environ | defaults | (environment or {})
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.e2e.generate", result.name, json.dumps(jobs)],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=900,
-        )
-        if process.returncode:
-            raise RuntimeError(f"generation failed:\n{process.stdout[-8000:]}")
-        # Which engine ran is part of what is tested: a plugin that never loads must not pass.
-        assert ("LvLLM: experts on lk" in process.stdout) == enabled
-        assert re.search(logged, process.stdout), process.stdout[-8000:]
-        return json.load(result)
+    variables = os.environ | defaults | (environment or {})
+    process = fork(function, *arguments, environment=variables, stdout=log)
+    try:
+        code = process.wait(900)
+    finally:
+        process.kill()
+    if code:
+        raise RuntimeError(f"exit code {code}:\n{Path(log.name).read_text()[-8000:]}")
 
 
 def generate_all(
     models: dict[str, Model], asked: list[Any], **job: Any
 ) -> dict[str, tuple[Path, list[Any], Answers]]:
-    """Every model's answers to `asked`, from one process: starting vLLM is most of the time.
+    """Every model's answers to `asked`, with the values for `check_against_reference`.
 
-    With the values, for `check_against_reference`. `job` holds for all models.
+    `job` holds for all models.
     """
     jobs = [
         {"model": str(folder), "prompts": asked} | more | job for folder, _, more in models.values()
@@ -152,7 +171,8 @@ def _run_replicas(job: Job, replicas: int) -> Answers:
     from vllm.utils.network_utils import get_open_port
 
     prompts, port = job["prompts"], get_open_port()
-    with ProcessPoolExecutor(replicas, mp_context=_imported()) as pool:
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(replicas, mp_context=context) as pool:
         shares = [
             pool.submit(
                 _run_replica, job | {"prompts": prompts[rank::replicas]}, rank, port, replicas
@@ -189,36 +209,16 @@ def _prompt(prompt: list[int] | dict[str, Any]) -> dict[str, Any]:
     return {"prompt_token_ids": prompt["ids"], "multi_modal_data": {prompt["modality"]: picture}}
 
 
-def _imported() -> Any:
-    """Processes from one that has imported what they need: 3 s instead of 15 each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.v1.executor.multiproc_executor", "vllm.entrypoints.llm"])
-    return context
-
-
-def _inspect_models_here() -> None:
-    """vLLM asks about each class of model in a process of its own, lest CUDA be started, and keeps
-    the answer below ~/.cache. Where that is empty, a list of 20 architectures takes 3 minutes more.
-    """
-    from vllm.model_executor.models import registry
-
-    registry._run_in_subprocess = lambda ask: ask()
-
-
-def main() -> None:
-    """Child process."""
+def _run_all(jobs: list[Job], result: str) -> None:
+    """In a forked process: run one job after the other."""
     from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.v1.executor import multiproc_executor
 
-    if ONE_PROCESS.items() <= os.environ.items():
-        multiproc_executor.get_mp_context = _imported
-        _inspect_models_here()
-    results = []
-    for job in json.loads(sys.argv[2]):
-        results.append(run(job))
-        cleanup_dist_env_and_memory()
-    Path(sys.argv[1]).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+    if len(jobs) == 1:
+        # The process ends with its engine, which need not collect all garbage before.
+        gc.unfreeze = lambda: None
+    answers = []
+    for job in jobs:
+        answers.append(run(job))
+        if len(jobs) > 1:
+            cleanup_dist_env_and_memory()
+    Path(result).write_text(json.dumps(answers))

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +17,7 @@ from urllib.request import urlopen
 import openai
 
 from examples.demo import start
-from tests.e2e.generate import ROOT
+from tests.e2e.warm_process import ROOT, Forked, fork
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 SHARED_MEMORY = Path("/dev/shm")
@@ -25,18 +26,34 @@ START_SECONDS = 300
 END_SECONDS = 60
 
 
-def fail_to_serve(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Run a server that must not start: its exit code and its standard error."""
-    done = subprocess.run(
-        [VLLM, "serve", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stderr
+def serve(*arguments: str) -> None:
+    """In a forked process: what the command `vllm serve` does."""
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv = [VLLM, "serve", *arguments]
+    main()
+
+
+def fail_to_serve(*arguments: str, command: bool = False, **environment: str) -> tuple[int, str]:
+    """Run a server that must not start, by the real `command` or in a fork of the warm process.
+
+    Returns its exit code and its standard error.
+    """
+    variables = os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment
+    with open(os.devnull, "w") as nothing, tempfile.TemporaryFile("w+") as errors:
+        process: subprocess.Popen[bytes] | Forked
+        if command:
+            process = subprocess.Popen(
+                [VLLM, "serve", *arguments], cwd=ROOT, env=variables, stdout=nothing, stderr=errors
+            )
+        else:
+            process = fork(serve, *arguments, environment=variables, stdout=nothing, stderr=errors)
+        try:
+            code = process.wait(START_SECONDS)
+        finally:
+            process.kill()
+        errors.seek(0)
+        return code, errors.read()
 
 
 class Server:

@@ -18,7 +18,7 @@ from lvllm.settings.variables import SettingError
 from tests.e2e import reference
 from tests.e2e.generate import ONE_PROCESS, TINY, Answers, Job, generate
 from tests.e2e.test_exactness import BOUND, check_against_reference, prompts
-from tests.models import companions
+from tests.models import drafts_and_adapters
 
 TOKENS = 12
 SUPPORTED = "get_supported_lora_modules"
@@ -71,13 +71,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     torch.manual_seed(seed)
-    adapter = companions.adapter(TINY, tmp / "adapter")
-    mtp, mtp_values = companions.with_mtp("glm4_moe", tmp, seed)
+    adapter = drafts_and_adapters.adapter(TINY, tmp / "adapter")
+    mtp, mtp_values = drafts_and_adapters.with_mtp("glm4_moe", tmp, seed)
     folders = {
-        "draft_model": companions.noisy(TINY, tmp / "draft_model", 0.1),
-        "eagle": companions.eagle(TINY, tmp / "eagle", 1),
-        "eagle3": companions.eagle(TINY, tmp / "eagle3", 3),
-        "lora": companions.merged(TINY, adapter, tmp / "merged"),
+        "draft_model": drafts_and_adapters.noisy(TINY, tmp / "draft_model", 0.1),
+        "eagle": drafts_and_adapters.eagle(TINY, tmp / "eagle", 1),
+        "eagle3": drafts_and_adapters.eagle(TINY, tmp / "eagle3", 3),
+        "lora": drafts_and_adapters.merged(TINY, adapter, tmp / "merged"),
         "mtp": mtp_values,
     }
     draw = random.Random(3)

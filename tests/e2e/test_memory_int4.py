@@ -1,36 +1,28 @@
 """INT4 while loading: the peak is the runtime size and two layers, not the checkpoint's size."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import transformers
 
-from tests.e2e.generate import ONE_PROCESS, ROOT
+from tests.e2e.generate import DEFAULTS, ONE_PROCESS, call
+from tests.e2e.test_memory import peak
 from tests.models.make import ARCHITECTURES, COMMON
 
 MIB = 1 << 20
 LAYERS = 9
 
-# The peak of the process when vLLM is imported and when the model has computed, in bytes. Not from
-# getrusage: its peak begins with that of the process that started this one.
-CHILD = """
-import re, sys
-from pathlib import Path
-from tests.e2e.generate import DEFAULTS
-from vllm import LLM, SamplingParams
-def peak(name):
-    kib = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
-    print(name, int(kib) * 1024)
-LLM(**{**DEFAULTS, "model": sys.argv[1]})
-peak("small")
-llm = LLM(**{**DEFAULTS, "model": sys.argv[2]})
-llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=2, detokenize=False))
-peak("large")
-"""
+
+def run(small: str, large: str, result: str) -> None:
+    """In a forked process: write its peak after the small model and after the large one."""
+    from vllm import LLM, SamplingParams
+
+    LLM(**{**DEFAULTS, "model": small})
+    peaks = {"small": peak()}
+    llm = LLM(**{**DEFAULTS, "model": large})
+    llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=2, detokenize=False))
+    Path(result).write_text(json.dumps(peaks | {"large": peak()}))
 
 
 def make(folder: Path, layers: int, experts: int) -> int:
@@ -49,20 +41,12 @@ def test_peak_of_int4_is_the_runtime_size_and_two_layers(tmp_path: Path) -> None
     make(tmp_path / "small", 1, 4)
     weights = make(tmp_path / "large", LAYERS, 64)
     assert weights > 1700 * MIB
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path / "small"), str(tmp_path / "large")],
-        cwd=ROOT,
-        env=os.environ
-        | {"LVLLM_MOE_NUMA_ENABLED": "1", "LVLLM_MOE_USE_WEIGHT": "INT4"}
-        | ONE_PROCESS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    peaks = {line[0]: int(line[1]) for line in lines if line and line[0] in ("small", "large")}
+    result = tmp_path / "peaks"
+    models = (str(tmp_path / "small"), str(tmp_path / "large"))
+    environment = ONE_PROCESS | {"LVLLM_MOE_USE_WEIGHT": "INT4"}
+    with (tmp_path / "log").open("w") as log:
+        call(run, *models, str(result), log=log, environment=environment)
+    peaks = json.loads(result.read_text())
     grown, layer = peaks["large"] - peaks["small"], weights / LAYERS
     runtime = weights * (0.5 + 2 / 32) / 2
     seen = {"weights": weights, "runtime": runtime, "grown": grown}

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from lvllm.evaluation import load_questions
 from tests.e2e.generate import ONE_PROCESS, TINY, Answers, Job, generate
 from tests.e2e.test_exactness import BOUND, check_against_reference, prompts
-from tests.e2e.test_watch import expected, poisoned
+from tests.e2e.test_nan_weights import expected, poisoned
 from tests.models.make import VOCABULARY, make
 
 EXPERTS, INTERMEDIATE = 7, 72  # an odd number: two ranks hold 4 and 3
@@ -72,6 +74,26 @@ class Run:
     the model with NaNs as "faults"."""
 
 
+def conversations() -> list[list[int]]:
+    """Prompts of one to four questions, in which the demo model is sure of each answer.
+
+    In prompts of random tokens its log-probabilities change by 0.12 where the ranks of a divided
+    model round their parts of a sum to bfloat16.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    draw, questions = random.Random(3), load_questions()
+    found = []
+    for turns in (1, 2, 4):
+        messages = list[dict[str, str]]()
+        for question in draw.sample(questions, turns):
+            messages += [*question.messages, {"role": "assistant", "content": question.answer}]
+        ids = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=True
+        )
+        found.append(list(ids["input_ids"]))
+    return found
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     seed = random.randrange(1 << 30)
@@ -82,10 +104,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     asked = prompts(seed)
     plain, broken = poisoned(tmp, seed)
     words = [[random.randrange(3, VOCABULARY)] for _ in range(40)]
-    draw = random.Random(3)
-    # For the demo model, whose probabilities are far from ties.
-    known = [[draw.randrange(3, 40) for _ in range(n)] for n in (3, 18, 41)]
-    tiny: Job = {"model": str(TINY), "prompts": known, "max_tokens": 12}
+    tiny: Job = {"model": str(TINY), "prompts": conversations(), "max_tokens": 12}
     random_model: Job = {"model": str(model), "prompts": asked, "max_tokens": 8, "held": True}
     pipeline = MODES["pipeline"][0]
     jobs: dict[str, Job] = {

@@ -6,8 +6,7 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import openai
 import pytest
 
 from examples.demo import server
-from tests.e2e.generate import DEFAULTS, ONE_PROCESS, ROOT
+from tests.e2e.generate import DEFAULTS, ONE_PROCESS, call
 from tests.models.make import VOCABULARY, make
 
 LONG = 64
@@ -44,30 +43,36 @@ class Asked:
     """Tokens that were not computed for it."""
 
 
-# Answers alone, through the prefill engine, and while that is killed.
-CHILD = """
-import json, os, signal, sys, threading
-from vllm import LLM, SamplingParams
-options, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-llm = LLM(**options)
-def answers(alone):
-    sampling = SamplingParams(
-        temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=1,
-        skip_reading_prefix_cache=alone,
-    )
-    found = []
-    for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling):
-        tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
-        chosen = [step[token].logprob for token, step in zip(tokens, steps, strict=True)]
-        found.append([tokens, chosen, output.num_cached_tokens])
-    return found
-alone, both = answers(True), answers(False)
-connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
-process = connector._part._client.process
-os.kill(process, signal.SIGSTOP)
-threading.Timer(2, os.kill, (process, signal.SIGKILL)).start()
-print("answers", json.dumps([alone, both, answers(False)]), flush=True)
-"""
+def run(options: dict[str, Any], prompts: list[list[int]], result: str) -> None:
+    """In a forked process: write the answers of the decoding engine alone, those through the
+    prefill engine, and those while that is killed.
+    """
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**options)
+
+    def answers(alone: bool) -> list[Any]:
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=12,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=1,
+            skip_reading_prefix_cache=alone,
+        )
+        found = []
+        for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling):
+            tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
+            chosen = [step[token].logprob for token, step in zip(tokens, steps, strict=True)]
+            found.append([tokens, chosen, output.num_cached_tokens])
+        return found
+
+    alone, both = answers(True), answers(False)
+    engine: Any = llm.llm_engine.engine_core
+    process = engine.engine_core.scheduler.connector._part._client.process
+    os.kill(process, signal.SIGSTOP)
+    threading.Timer(2, os.kill, (process, signal.SIGKILL)).start()
+    Path(result).write_text(json.dumps([alone, both, answers(False)]))
 
 
 @dataclass
@@ -269,18 +274,11 @@ def test_latent_attention_and_the_end_of_the_prefill_engine(tmp_path: Path) -> N
         "additional_config": {"lvllm": {"prefill_engine": LONG}},
     }
     prompts = [prompt(n) for n in (64, 79, 80, 81, 97, 240)]
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(options), json.dumps(prompts)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | SETTINGS | ONE_PROCESS,
-        timeout=300,
-    )
-    assert child.returncode == 0, child.stdout[-6000:]
-    said = child.stdout.split("answers ")[1].splitlines()[0]
-    alone, both, killed = ([Asked(*answer) for answer in answers] for answers in json.loads(said))
+    answers_file, environment = tmp_path / "answers", SETTINGS | ONE_PROCESS
+    with (tmp_path / "log").open("w") as log:
+        call(run, options, prompts, str(answers_file), log=log, environment=environment)
+    found = json.loads(answers_file.read_text())
+    alone, both, killed = ([Asked(*answer) for answer in answers] for answers in found)
     assert [answer.cached for answer in both] == [len(tokens) for tokens in prompts]
     assert [answer.cached for answer in alone + killed] == [0] * 12
     differences = sorted(d for pair in zip(both, alone, strict=True) for d in apart(*pair))
@@ -290,4 +288,5 @@ def test_latent_attention_and_the_end_of_the_prefill_engine(tmp_path: Path) -> N
     assert differences[len(differences) // 2] <= 0.03
     assert differences[len(differences) * 4 // 5] <= 0.1
     assert killed == alone
-    assert child.stdout.count("has ended; from now on this one prefills long prompts") == 1
+    said = (tmp_path / "log").read_text()
+    assert said.count("has ended; from now on this one prefills long prompts") == 1

@@ -19,7 +19,7 @@ from examples.demo import free_port
 from lvllm import evaluation
 from tests.e2e import reference
 from tests.e2e.generate import TINY
-from tests.e2e.hang import Hang
+from tests.e2e.hanging_copies import HangingCopies
 from tests.e2e.server import Server
 
 TOKENS = 8
@@ -96,7 +96,7 @@ def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path)
     """Resident, streamed and hybrid layers, chunks of prompts, cached prefixes and drafts; then the
     server is told to end while weights are being copied.
     """
-    hang = Hang(tmp_path / "plugin")
+    hang = HangingCopies(tmp_path / "plugin")
     environment = STREAMED | {"LVLLM_GPU_RESIDENT_MOE_LAYERS": "0"} | hang.environment
     arguments = (*ARGUMENTS, "--block-size", "32", "--speculative-config", DRAFTS)
     with Server(tmp_path / "log", *arguments, **environment) as server:
@@ -117,7 +117,7 @@ def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path)
 
 def test_replicas_and_the_watchdog(known: Known, tmp_path: Path) -> None:
     """Two replicas answer; then a copy hangs in one of them, and all ends in one line."""
-    hang = Hang(tmp_path / "plugin")
+    hang = HangingCopies(tmp_path / "plugin")
     environment = STREAMED | {"LVLLM_WATCHDOG_SECONDS": "5"} | hang.environment
     arguments = (*ARGUMENTS, "--data-parallel-size", "2")
     with Server(tmp_path / "log", *arguments, **environment) as server:

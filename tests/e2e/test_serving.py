@@ -69,17 +69,22 @@ def test_a_text_is_read_through_the_server(demo: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "message"),
+    ("variable", "value", "message", "command"),
     [
-        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices and ascending ranges"),
-        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "99", "layer 99 of examples/models/tiny-moe has no"),
-        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "1000000", "allowed is 0 to 2048"),
+        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices and ascending ranges", True),
+        (
+            "LVLLM_GPU_RESIDENT_MOE_LAYERS",
+            "99",
+            "layer 99 of examples/models/tiny-moe has no",
+            False,
+        ),
+        ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "1000000", "allowed is 0 to 2048", False),
     ],
 )
 def test_refused_settings_end_the_server_with_one_line(
-    variable: str, value: str, message: str
+    variable: str, value: str, message: str, command: bool
 ) -> None:
-    code, errors = fail_to_serve("--config", "config.yaml", **{variable: value})
+    code, errors = fail_to_serve("--config", "config.yaml", command=command, **{variable: value})
     last = errors.strip().splitlines()[-1]
     assert code == 1
     assert last.startswith(f"lvllm: {variable}={value!r}")

@@ -4,50 +4,52 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.loading import make
-from tests.e2e.generate import DEFAULTS, ONE_PROCESS, ROOT, TINY
+from tests.e2e.generate import DEFAULTS, ONE_PROCESS, TINY
+from tests.e2e.warm_process import fork
 
 MIB = 1 << 20
 
-# With one model after the other: answers, and says how much shared memory it has mapped and its
-# share of that; and again when told to.
-CHILD = """
-import json, re, sys
-from pathlib import Path
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-jobs, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-sampling = SamplingParams(
-    temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1
-)
-def answer(llm):
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
-    steps = [[list(o.outputs[0].token_ids), o.outputs[0].cumulative_logprob] for o in outputs]
-    areas = re.split(r"\\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
-    areas = [area for area in areas if "lvllm-experts" in area]
-    kib = [
-        sum(int(n) for a in areas for n in re.findall(rf"\\n{name}:\\s+(\\d+)", a))
-        for name in ("Rss", "Pss")
-    ]
-    print("answer", json.dumps([steps, *(1024 * n for n in kib)]), flush=True)
-for options in jobs:
-    llm = LLM(**options)
-    answer(llm)
-    while sys.stdin.readline() == "again\\n":
-        answer(llm)
-    del llm
-    cleanup_dist_env_and_memory()
-"""
 OFFLOADED = {"accelerator": "host"}
 STREAMED = OFFLOADED | {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
 SETTINGS: dict[str, dict[str, Any]] = {"KEEP": {}, "INT4": {"moe_use_weight": "INT4"}}
 OF_TINY: dict[str, dict[str, Any]] = {"HYBRID": OFFLOADED, "STREAMED": STREAMED}
 """Of a small model beside an accelerator, with experts in callbacks or copied."""
+
+
+def run(jobs: list[dict[str, Any]], prompts: list[list[int]]) -> None:
+    """In a forked process, with one model after the other: answer, and say how much shared memory
+    the process has mapped and its share of that; and again when told to.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1
+    )
+
+    def answer(llm: Any) -> None:
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+        steps = [[list(o.outputs[0].token_ids), o.outputs[0].cumulative_logprob] for o in outputs]
+        areas = re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
+        areas = [area for area in areas if "lvllm-experts" in area]
+        kib = [
+            sum(int(n) for a in areas for n in re.findall(rf"\n{name}:\s+(\d+)", a))
+            for name in ("Rss", "Pss")
+        ]
+        print("answer", json.dumps([steps, *(1024 * n for n in kib)]), flush=True)
+
+    for options in jobs:
+        llm = LLM(**options)
+        answer(llm)
+        while sys.stdin.readline() == "again\n":
+            answer(llm)
+        del llm
+        cleanup_dist_env_and_memory()
 
 
 class Engine:
@@ -63,22 +65,24 @@ class Engine:
             for of, settings in kinds
         ]
         self.said: list[str] = []
-        self.child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, json.dumps(jobs), json.dumps(prompts)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env=os.environ
-            | {"LVLLM_MOE_NUMA_ENABLED": "1", "LK_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-            | ONE_PROCESS,
-        )
+        asks, words = os.pipe()
+        lines, says = os.pipe()
+        self.told, self.lines = os.fdopen(words, "w"), os.fdopen(lines)
+        with open(asks) as stdin, open(says, "w") as stdout:
+            self.child = fork(
+                run,
+                jobs,
+                prompts,
+                environment=os.environ
+                | {"LVLLM_MOE_NUMA_ENABLED": "1", "LK_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+                | ONE_PROCESS,
+                stdin=stdin,
+                stdout=stdout,
+            )
 
     def until(self, word: str) -> str:
         """The next line that begins so, or has it."""
-        assert self.child.stdout is not None
-        for line in self.child.stdout:
+        for line in self.lines:
             self.said.append(line)
             if word in line:
                 return line
@@ -91,9 +95,8 @@ class Engine:
 
     def tell(self, word: str) -> None:
         """again: answer; next: load the next model."""
-        assert self.child.stdin is not None
-        self.child.stdin.write(f"{word}\n")
-        self.child.stdin.flush()
+        self.told.write(f"{word}\n")
+        self.told.flush()
 
     def loaded(self) -> bool:
         """Whether it has loaded the last model, or another engine."""
@@ -107,6 +110,8 @@ class Engine:
     def kill(self) -> None:
         self.child.kill()
         self.child.wait()
+        self.told.close()
+        self.lines.close()
 
 
 def test_two_engines_with_one_copy(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
 """Writes the tables of docs/models.md from the test results in docs/tested.json.
 
-python -m tests.e2e.table           # writes them
-python -m tests.e2e.table --check   # exits with 1 if they are not current
+python -m tests.e2e.results_page           # writes them
+python -m tests.e2e.results_page --check   # exits with 1 if they are not current
 """
 
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-from tests.e2e import record
+from tests.e2e import results
 
-PAGE = record.ROOT / "docs" / "models.md"
+PAGE = results.ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- from docs/tested.json: {} -->", "<!-- end of {} -->"
 
 
@@ -99,11 +99,11 @@ def numbers(row: dict[str, Any]) -> list[str]:
     return [f"{row['median']:.4f}", f"{row['within']:.0%}", f"{row['same']:.0%}"]
 
 
-def models(found: record.Found) -> list[list[str]]:
+def models(found: results.Found) -> list[list[str]]:
     """One row for each tested case, with the families in the order of FAMILIES."""
     rows = found.get("models", {}).values()
     if unknown := {row["family"] for row in rows} - set(FAMILIES):
-        raise SystemExit(f"tests/e2e/table.py: FAMILIES has no {', '.join(sorted(unknown))}")
+        raise SystemExit(f"tests/e2e/results_page.py: FAMILIES has no {', '.join(sorted(unknown))}")
     lines = []
     for name, family in FAMILIES.items():
         configs = ", ".join(f"[{c}.yaml](../examples/configs/{c}.yaml)" for c in family.configs)
@@ -124,7 +124,7 @@ def models(found: record.Found) -> list[list[str]]:
     return lines
 
 
-def formats(found: record.Found) -> list[list[str]]:
+def formats(found: results.Found) -> list[list[str]]:
     """One row for each quantisation scheme."""
     return [[f"`{name}`", *numbers(row)] for name, row in found.get("formats", {}).items()]
 
@@ -136,25 +136,25 @@ def markdown(headers: tuple[str, ...], lines: list[list[str]]) -> str:
     )
 
 
-def current(text: str, found: record.Found) -> str:
+def current(text: str, found: results.Found) -> str:
     """The page's `text` with both tables replaced by those of `found`."""
     for name, make in (("models", models), ("formats", formats)):
         begin, end = BEGIN.format(name), END.format(name)
         before, found_begin, rest = text.partition(begin)
         _, found_end, after = rest.partition(end)
         if not (found_begin and found_end):
-            raise SystemExit(f"tests/e2e/table.py: no {begin} and {end} in this order")
+            raise SystemExit(f"tests/e2e/results_page.py: no {begin} and {end} in this order")
         text = f"{before}{begin}\n{markdown(HEADERS[name], make(found))}{end}{after}"
     return text
 
 
 def main() -> None:
     text = PAGE.read_text()
-    wanted = current(text, record.read())
+    wanted = current(text, results.read())
     if wanted == text:
         return
     if "--check" in sys.argv[1:]:
-        name = PAGE.relative_to(record.ROOT)
+        name = PAGE.relative_to(results.ROOT)
         raise SystemExit(f"{name} is not what docs/tested.json says: run `make models-table`")
     PAGE.write_text(wanted)
 

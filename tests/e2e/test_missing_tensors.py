@@ -1,39 +1,17 @@
 """Checkpoints that lack a tensor, and models whose weights are made up instead of loaded."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.generate import DEFAULTS, ONE_PROCESS, ROOT
+from tests.e2e.generate import DEFAULTS, ONE_PROCESS, call
 from tests.models.make import make
 from tests.models.quantize import SCHEMES, quantize
-
-# Loads models one after the other without worker processes; prints the outcome of each.
-CHILD = f"""
-import gc, json, sys
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-def outcome(job):
-    try:
-        llm = LLM(**{{**{DEFAULTS!r}, **job}})
-        prompt = {{"prompt_token_ids": [5, 6, 7]}}
-        llm.generate([prompt], SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
-        return "generated"
-    except SystemExit as error:
-        return str(error)
-for job in json.loads(sys.argv[1]):
-    print("\\noutcome", json.dumps(outcome(job)))
-    gc.collect()  # what a failed engine left would else clean up in the middle of the next
-    cleanup_dist_env_and_memory()
-"""
 
 # A scheme, and the end of the names of which one is taken away.
 TAKEN = {
@@ -54,6 +32,20 @@ OTHERS = {
     "model.norm.weight": "model.norm.weight is not in the checkpoint",
 }
 MADE_UP = ("plain:INT4", "fp8_blocks", "compressed_mxfp4", "gptq_int8_groups")
+
+
+def run(job: dict[str, Any], result: str) -> None:
+    """In a forked process: load a model and generate; write how that ended to `result`."""
+    from vllm import LLM, SamplingParams
+
+    prompt: Any = {"prompt_token_ids": [5, 6, 7]}
+    try:
+        llm = LLM(**{**DEFAULTS, **job})
+        llm.generate([prompt], SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
+        outcome = "generated"
+    except SystemExit as error:
+        outcome = str(error)
+    Path(result).write_text(outcome)
 
 
 def checkpoint(plain: Path, scheme: str, out: Path) -> Path:
@@ -111,15 +103,9 @@ def test_missing_and_made_up(tmp_path: Path) -> None:
         section = {"lvllm": {"moe_use_weight": use_weight}} if use_weight else {}
         jobs.append({"model": str(folder), "load_format": "dummy", "additional_config": section})
         wanted.append("generated")
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(jobs)],
-        cwd=ROOT,
-        env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | ONE_PROCESS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("outcome ")]
-    outcomes = [json.loads(line.partition(" ")[2]) for line in lines]
-    assert outcomes == wanted, done.stdout[-6000:]
+    outcomes = []
+    for job in jobs:
+        with (tmp_path / "log").open("w") as log:
+            call(run, job, str(tmp_path / "outcome"), log=log, environment=ONE_PROCESS)
+        outcomes.append((tmp_path / "outcome").read_text())
+    assert outcomes == wanted

@@ -1,4 +1,7 @@
-"""A plugin of vLLM for tests: copies of weights to the stand-in hang while a file is there."""
+"""A plugin of vLLM with which copies of weights to the stand-in accelerator hang on demand.
+
+They hang while a certain file exists.
+"""
 
 import os
 import time
@@ -9,14 +12,14 @@ from tests.e2e.generate import ROOT
 
 _VARIABLE = "TEST_COPIES_HANG"
 WEIGHTS = 1 << 16
-"""Copies of at least so many bytes are of weights; activations of a small model are less."""
+"""A copy of at least this many bytes is one of weights: a small model's activations take less."""
 
 
-class Hang:
-    """Of the copies of a server that is started with `environment`.
+class HangingCopies:
+    """Makes copies hang in a server that is started with the variables in `environment`.
 
     Args:
-        folder: for the plugin's metadata and the file.
+        folder: a new folder, for the plugin's metadata and for the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,11 +37,11 @@ class Hang:
         self._folder = folder
 
     def begin(self) -> None:
-        """Copies of weights do not end any more."""
+        """From now on no copy of weights ends."""
         (self._folder / "hang").touch()
 
     def wait(self, seconds: float = 60) -> None:
-        """Until one does."""
+        """Wait until a copy hangs. Raises AssertionError if none does."""
         until = time.monotonic() + seconds
         while not (self._folder / "hanging").exists():
             assert time.monotonic() < until, "no weights were copied"
@@ -46,7 +49,7 @@ class Hang:
 
 
 def register() -> None:
-    """In each of vLLM's processes."""
+    """vLLM calls this in each of its processes."""
     from lvllm.gpu.stand_in import StandInAccelerator
 
     copy = StandInAccelerator.copy

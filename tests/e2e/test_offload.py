@@ -35,7 +35,7 @@ def test_all_ways_of_a_batch(qwen3_moe: Path) -> None:
     jobs += [with_settings(job, ON_CPU) for job in (tiny, other, tiny | COMPILED)]
     jobs += [with_settings(tiny, STREAMED), with_settings(tiny, ON_CPU | AUTO)]
     environment = ONE_PROCESS | {"TORCHDYNAMO_DISABLE": "0"}
-    answers = generate(jobs, environment=environment, logged=CHOSEN)
+    answers = generate(jobs, environment=environment, logged=CHOSEN, together=True)
     without, beside, streamed, auto = answers[:3], answers[3:6], answers[6], answers[7]
     assert beside == without  # every bit of every log-probability
     # Streamed experts round elsewhere than lk. Were none of them streamed, nothing would differ.

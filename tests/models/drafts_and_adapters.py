@@ -1,6 +1,6 @@
-"""What is loaded beside a model: drafts for speculative decoding, and a LoRA adapter.
+"""Draft models for speculative decoding, and a LoRA adapter.
 
-All are random and fit the demo model's architecture, but for `with_mtp`.
+All are random and fit the demo model's architecture. `with_mtp` alone makes a model of its own.
 """
 
 import json
