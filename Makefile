@@ -36,7 +36,7 @@ demo: install ## serve the demo model through the engine and answer one chat req
 check: ## the tests that start no vLLM engine, for the loop of editing and running
 	@$(RUN) -m build_tools.engine
 	@$(RUN) -m build_tools.engine test
-	@$(RUN) -m pytest -q -m "not alone and not slow" --ignore tests/e2e $(SIDE_BY_SIDE)
+	@$(RUN) -m pytest -q -m "not alone" --ignore tests/e2e $(SIDE_BY_SIDE)
 
 test: test-cpp test-python ## the whole test suite
 
