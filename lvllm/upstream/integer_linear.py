@@ -4,6 +4,7 @@ Attention and shared experts are a small part of the weights of a Mixture-of-Exp
 dequantised to the model's dtype once, and then multiplied like any other weights.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ from lvllm.formats import packing
 
 __all__ = ["DequantizedIntegerLinear", "GptqLinear", "register"]
 
+DISABLED = "VLLM_DISABLED_KERNELS"
+NEEDS_AVX512 = "CPUWNA16LinearKernel"
+"""vLLM's kernel for 4 bits. Its library for CPUs without AVX-512 lacks the operator of this kernel,
+but the kernel takes every layer all the same.
+"""
 TYPES = (scalar_types.uint4, scalar_types.uint4b8, scalar_types.uint8, scalar_types.uint8b128)
 
 
@@ -198,3 +204,6 @@ def register() -> None:
 
     if DequantizedIntegerLinear not in _POSSIBLE_KERNELS[PlatformEnum.CPU]:
         register_linear_kernel(DequantizedIntegerLinear, PlatformEnum.CPU, "mp")
+    disabled = os.environ.get(DISABLED, "")
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16") and NEEDS_AVX512 not in disabled.split(","):
+        os.environ[DISABLED] = f"{disabled},{NEEDS_AVX512}".removeprefix(",")
