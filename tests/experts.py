@@ -1,6 +1,7 @@
-"""Random expert layers in every weight format, and what they mean in plain PyTorch.
+"""Random expert layers in every weight format, and their reference in plain PyTorch.
 
-The dequantisation follows the formats' definitions, not the engine: tables and exponents.
+The dequantisation follows the definitions of the formats, with tables and exponents. It does not
+follow the engine's code.
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ GATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 ACTIVATIONS = (*GATED, "swigluoai", "swiglustep", "relu2")
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-"""Value of each of the 16 codes of e2m1."""
+"""The value of each of the 16 codes of e2m1."""
 
 
 def nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., K/2] -> codes 0 to 15 [..., K], the even ones from the low nibbles."""
+    """Unpack uint8 [..., K/2] into codes from 0 to 15 [..., K].
+
+    The low nibbles have the codes at even places.
+    """
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def along_k(scale: torch.Tensor, group_size: int, k: int) -> torch.Tensor:
-    """[..., groups] -> float32 [..., K], each scale once for every weight of its group."""
+    """Repeat each scale for every weight of its group: [..., groups] becomes float32 [..., K]."""
     return scale.float().repeat_interleave(group_size, dim=-1)[..., :k]
 
 
@@ -46,7 +50,10 @@ def dequantise(
     group_size: int | None = None,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    """float32 [E, rows, K] of one projection in the shapes that `ExpertLayer` takes."""
+    """Return the float32 weights [E, rows, K] of one projection.
+
+    The tensors have the shapes that `ExpertLayer` takes.
+    """
     if format in ("bf16", "fp16"):
         return weight.float()
     assert scale is not None
@@ -81,12 +88,15 @@ def dequantise(
 
 @dataclass
 class Layer:
-    """The arguments of an `ExpertLayer`; what it makes of them is decided by `dequantise`."""
+    """The arguments of an `ExpertLayer`, and a reference that computes what it should make of them.
+
+    The function `dequantise` decides what the weights mean.
+    """
 
     arguments: dict[str, Any]
 
     def make(self, **changes: Any) -> ExpertLayer:
-        """The engine's layer, on copies: it permutes what it is given."""
+        """Make the engine's layer from copies of the tensors, since it permutes what it gets."""
         arguments = self.arguments | changes
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
@@ -94,7 +104,7 @@ class Layer:
         return ExpertLayer(**arguments)
 
     def dequantised(self, name: str) -> torch.Tensor:
-        """float32 weights of "w13" or "w2", their rows in the order they were given in."""
+        """The float32 weights of "w13" or "w2". Their rows keep the order they were given in."""
         a = self.arguments
         return dequantise(
             a["format"],
@@ -113,7 +123,10 @@ class Layer:
         weights: torch.Tensor,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """The expert block in `dtype` on dequantised weights: [M, H]."""
+        """Compute the expert block [M, H] in `dtype`, on dequantised weights.
+
+        `x` is [M, H]. `ids` and `weights` are the experts and router weights, [M, top-k].
+        """
         w13, w2 = self.dequantised("w13").to(dtype), self.dequantised("w2").to(dtype)
         biases = self.arguments.get("w13_bias"), self.arguments.get("w2_bias")
         on_input = self.arguments.get("apply_router_weight_on_input", False)
@@ -130,7 +143,7 @@ class Layer:
         return out
 
     def activated(self, h: torch.Tensor) -> torch.Tensor:
-        """The activation, from [M, rows of w13] to [M, I]."""
+        """Apply the activation to [M, rows of w13]; the result is [M, I]."""
         name = self.arguments.get("activation", "silu")
         if name == "relu2":
             return h.relu().square()
@@ -149,7 +162,7 @@ class Layer:
 
 @dataclass
 class Random:
-    """Random tensors of one seed."""
+    """Random tensors that are drawn from one seed."""
 
     seed: int = 0
     generator: torch.Generator = field(init=False)
@@ -181,7 +194,7 @@ def random_projection(
     zero: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one projection, whose outputs are of about the size of its inputs."""
+    """Draw the tensors of one projection. Its outputs are about as large as its inputs."""
     size = k**-0.5
     if format in ("bf16", "fp16"):
         return {name: (random.normal(experts, rows, k) * size).to(DTYPES[format])}
@@ -236,7 +249,7 @@ def random_layer(
     scale_dtype: torch.dtype = torch.bfloat16,
     **arguments: Any,
 ) -> Layer:
-    """A layer of random weights; further arguments go to `ExpertLayer`."""
+    """Make a layer of random weights. Further arguments go to `ExpertLayer`."""
     parts = 1 if activation == "relu2" else 2
     rows = parts * intermediate
     how: dict[str, Any] = {

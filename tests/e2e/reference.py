@@ -1,4 +1,4 @@
-"""The same model in Hugging Face transformers, float32, as the reference for a generation."""
+"""The reference for a generation: the same model in Hugging Face transformers, in float32."""
 
 import json
 import re
@@ -12,14 +12,14 @@ from tests.models import step3p5
 
 
 def load(folder: Path) -> Any:
-    """The checkpoint's values, computed with in float32."""
+    """Load the checkpoint in `folder` into a model that computes in float32."""
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] == "step3p5":
         return step3p5.Reference(folder)
     more = {}
-    if config["model_type"] == "kimi_k2":  # DeepSeek-V3 by another name, which is vLLM's alone
+    if config["model_type"] == "kimi_k2":  # it is a DeepSeek-V3, under a name that only vLLM has
         more["config"] = transformers.DeepseekV3Config.from_pretrained(folder)
-        more["config"].model_type = "deepseek_v3"  # which says how experts are named
+        more["config"].model_type = "deepseek_v3"  # it decides the names of the experts
     auto = (
         transformers.AutoModelForImageTextToText
         if "vision_config" in config
@@ -30,7 +30,7 @@ def load(folder: Path) -> Any:
 
 
 def without_experts(model: Any) -> Any:
-    """The model with its routed experts' output set to zero: what a comparison must detect."""
+    """Set the output of the model's routed experts to zero, which a comparison must detect."""
     for name, parameter in model.named_parameters():
         if re.search(r"\.experts\..*down|\.moe\.down", name):
             parameter.data.zero_()
@@ -41,7 +41,7 @@ def without_experts(model: Any) -> Any:
 def logprobs(model: Any, prompt: list[int], tokens: list[int], **picture: Any) -> torch.Tensor:
     """Log-probabilities [len(tokens), vocabulary] at the places where `tokens` were chosen.
 
-    `picture` is what a model with vision takes beside `input_ids`.
+    `picture` has the inputs that a model with vision takes beside `input_ids`.
     """
     ids = torch.tensor([prompt + tokens])
     if picture:

@@ -1,10 +1,11 @@
-"""Greedy decoding through LvLLM against transformers in float32.
+"""Greedy decoding through LvLLM, compared with transformers in float32.
 
-The reference runs teacher-forced over LvLLM's own tokens. At every step two things are compared:
-the log-probability of the chosen token, and the token with the reference's own choice. Random
-models have near-ties, and bfloat16 has 8 bits: where two experts' scores are closer than that,
-one step (and through the context a few more) may go to another expert. So four steps in five must
-be within BOUND, the typical step within TYPICAL; dropping the experts breaks both.
+The reference runs on LvLLM's own tokens (teacher forcing). Every step compares two things: the
+log-probability of the chosen token, and the token itself with the reference's own choice. Random
+models have near-ties, and bfloat16 has 8 bits. Where the scores of two experts are closer than
+that, one step may go to another expert, and so may a few later steps, through the context. So four
+steps in five must be within BOUND, and the median step must be within TYPICAL. A model without its
+experts fails both.
 """
 
 import json
@@ -29,7 +30,8 @@ from tests.models import step3p5, vision
 from tests.models.make import ARCHITECTURES, VOCABULARY, make
 from tests.models.quantize import ATTENTION, EXPERTS, SCHEMES, quantize
 
-# In log-probability. Medians seen are 0.003 to 0.008; transformers in bfloat16 errs by as much.
+# These bound the errors of log-probabilities. The medians that were seen are 0.003 to 0.008, and
+# transformers in bfloat16 errs by as much.
 TYPICAL = 0.03
 BOUND = 0.1
 
@@ -37,16 +39,18 @@ BOUND = 0.1
 Prompts = list[Any]
 """Lists of token ids, or {"ids": [...], "picture": FILE} as in `tests.e2e.generate`."""
 
-# Arguments of vLLM that a family needs on the CPU; examples/configs has the same.
+# Arguments of vLLM that a family needs on the CPU. The files in examples/configs have them, too.
 SETTINGS: dict[str, dict[str, Any]] = {
-    # But this is for a picture of 63 tokens to come into a step where not all of them fit.
+    # Only this test needs this one: a picture of 63 tokens must come into a step where not all of
+    # them fit.
     "gemma4": {"max_num_batched_tokens": 80},
     "glm4_moe_lite": {"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
 }
 PROJECTIONS = r"(_proj|_with_mqa)\.weight$"
 MIXTRALS_NAMES = r"\.experts\.\d+\.w[123]\.weight$"
-# The usual formats of the families that are not published in bfloat16: a scheme, what it quantises,
-# and sizes for its blocks, at which every part of a merged matrix must begin.
+# The usual formats of the families that are not published in bfloat16. Each has a scheme, a pattern
+# for the tensors that it quantises, and changes to the model's sizes. Every part of a merged matrix
+# must begin with a new block of the scheme, and these sizes make sure of it.
 USUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deepseek_v3": (
         "fp8_blocks",
@@ -69,7 +73,7 @@ USUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @dataclass
 class Case:
-    """A checkpoint for vLLM, and the one that it means for the reference."""
+    """A checkpoint for vLLM, and one for the reference, with the values that the first means."""
 
     family: str
     checkpoint: Path
@@ -77,7 +81,7 @@ class Case:
     asked: Prompts
     format: str = "bf16"
     picture: dict[str, Any] = field(default_factory=dict)
-    """What the reference takes for the picture of a prompt that has one."""
+    """The inputs of the reference for the picture, in the prompts that have one."""
     answers: Answers = field(default_factory=list)
 
     @property
@@ -101,7 +105,11 @@ def prompts(seed: int) -> Prompts:
 def differences(
     model: Any, asked: Prompts, answers: Answers, picture: dict[str, Any] | None = None
 ) -> tuple[list[float], list[float]]:
-    """By step: the error of the chosen token's log-probability, and how far it is from the best."""
+    """Return two lists with a value for each step.
+
+    The first has the errors of the chosen token's log-probability. The second says how far the
+    reference's log-probability of this token is below that of the reference's own choice.
+    """
     errors, gaps = [], []
     for prompt, answer in zip(asked, answers, strict=True):
         more = dict(picture or {}) if isinstance(prompt, dict) else {}
@@ -113,20 +121,20 @@ def differences(
 
 
 def share(values: list[float], most: float) -> float:
-    """The share of values of at most `most`."""
+    """The share of the values that are at most `most`."""
     return sum(value <= most for value in values) / len(values)
 
 
 def check_against_reference(
     folder: Path, asked: Prompts, answers: Answers, picture: dict[str, Any] | None = None
 ) -> dict[str, float]:
-    """Compare and assert; returns the results that docs/models.md lists."""
+    """Assert that the answers agree with the reference; return the results for docs/models.md."""
     model = reference.load(folder)
     errors, gaps = differences(model, asked, answers, picture)
     print(f"{folder}: {median(errors)=:.4f} {max(errors)=:.4f} {share(gaps, 0)=:.3f}")
     assert median(errors) <= TYPICAL
     assert share(errors, BOUND) >= 0.8
-    # A token that is not the reference's choice ties with it within both errors.
+    # Where the reference would choose another token, the two must tie within the errors of both.
     assert share(gaps, 2 * BOUND) >= 0.8
     assert share(gaps, 0) >= 0.8
     if picture:
@@ -177,8 +185,10 @@ def step3p5_case(name: str, seed: int, tmp: Path) -> Case:
 
 
 def sparse_case(name: str, seed: int, tmp: Path) -> Case:
-    """DeepSeek-V3.2 for vLLM without the indexer, so as a DeepSeek-V3: vLLM has no sparse attention
-    for CPUs. The reference has it, and up to `index_topk` tokens it picks them all.
+    """DeepSeek-V3.2, which vLLM gets without the indexer, as a DeepSeek-V3.
+
+    vLLM has no sparse attention for CPUs. The reference has it, but of up to `index_topk` tokens it
+    picks all.
     """
     whole, dense = make(name, tmp / name, seed), tmp / f"{name}-dense"
     shutil.copytree(whole, dense)
@@ -194,7 +204,7 @@ def sparse_case(name: str, seed: int, tmp: Path) -> Case:
 
 
 def vision_case(name: str, seed: int, tmp: Path) -> Case:
-    """Prompts with a picture between their words, and one without."""
+    """A model with vision. All prompts but one have a picture between their words."""
     folder = vision.make(name, tmp / f"{name}-vision", seed)
     file = tmp / "picture.png"
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -219,7 +229,7 @@ MAKERS: dict[str, Callable[[str, int, Path], Case]] = {
     "deepseek_v32": sparse_case,
     "step3p5": step3p5_case,
 }
-# By the name of a test: who makes it, of what family.
+# The name of each test, with the function that makes its case and with the case's family.
 CASES = (
     {name: (maker, name) for name, maker in MAKERS.items()}
     | {f"{name}-{scheme}": (usual_case, name) for name, (scheme, *_) in USUAL.items()}
@@ -229,7 +239,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Every case's answers, from one process: starting vLLM is most of the time."""
+    """Every case, with the answers of LvLLM."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     tmp = tmp_path_factory.mktemp("models")
@@ -258,7 +268,7 @@ def test_random_models(name: str, generated: dict[str, Case], record: Callable[.
 
 
 def test_every_placeholder_has_its_patch(generated: dict[str, Case]) -> None:
-    """vLLM puts as many tokens in the place of a picture as its patches make."""
+    """vLLM puts as many tokens in the place of a picture as the picture's patches make."""
     for name in vision.ARCHITECTURES:
         case = generated[f"{name}-vision"]
         placeholder = vision.token(name, "image_token_id")
@@ -268,8 +278,10 @@ def test_every_placeholder_has_its_patch(generated: dict[str, Case]) -> None:
 
 
 def test_the_demo_model_gives_the_references_tokens(generated: dict[str, Case]) -> None:
-    """Token for token, but where the model wavers: a subtraction that it never learnt may be a tie
-    between two digits (0.004 seen), and bfloat16 decides it.
+    """The answers are equal token for token, unless the model is nearly undecided.
+
+    A subtraction that the model never learnt may be a tie between two digits, and bfloat16 decides
+    it. A difference of 0.004 was seen.
     """
     case = generated["tiny"]
     asked, answers = case.asked, case.answers
@@ -283,6 +295,6 @@ def test_the_demo_model_gives_the_references_tokens(generated: dict[str, Case]) 
         best = expected.argmax(dim=-1).tolist()
         different = [i for i in range(length) if tokens[i] != best[i]]
         same += not different
-        for i in different[:1]:  # behind it the two go on from different texts
+        for i in different[:1]:  # after it, the two go on from different texts
             assert (expected[i].max() - expected[i][tokens[i]]).item() <= TYPICAL
     assert same >= len(asked) - 2

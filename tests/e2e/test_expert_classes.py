@@ -1,7 +1,7 @@
-"""Experts that are not vLLM's usual ones: of gpt-oss, without a gate, of the Transformers backend.
+"""Experts of gpt-oss, experts without a gate, and experts of vLLM's Transformers backend.
 
-Their plain models are in the comparison of tests/e2e/test_exactness.py, too; here are their
-packings, options and parallel runs, each against transformers in float32.
+They are not vLLM's usual experts. tests/e2e/test_exactness.py compares their plain models, too. The
+tests here compare their packings, options and parallel runs with transformers in float32.
 """
 
 import random
@@ -18,7 +18,7 @@ from tests.models.quantize import SCHEMES, quantize
 
 Case = tuple[Path, Prompts, Answers]
 
-# A limit that the values reach: of 7 a test would not notice.
+# The values reach this limit of 0.9. A test would not notice whether a limit of 7 is applied.
 LIMITED = {"swiglu_alpha": 1.2, "swiglu_limit": 0.9}
 LATENT = {
     "layers_block_type": ["linear_attention", "moe", "mlp", "full_attention", "moe"],

@@ -25,11 +25,13 @@ from tests.e2e.test_exactness import Case, check_against_reference, prompts, vis
 from tests.experts import dequantise
 from tests.models.make import make
 
-# Dimensions that no two have in common.
+# No two of these dimensions are equal.
 SIZES = {"hidden_size": 160, "moe_intermediate_size": 96, "head_dim": 32}
-# vLLM has a kernel for such linear layers on any x86 CPU, and it leaves activations as they are.
+# The formats whose linear layers are exported in a test, too. vLLM has a kernel for such layers on
+# any x86 CPU, and the kernel leaves activations as they are.
 LINEARS = ("int4",)
-# Families with all experts of a layer in one tensor, and the format of each.
+# Families whose checkpoints have all experts of a layer in one tensor. Each is exported in one
+# format.
 FUSED = {
     "qwen3_vl_moe": "int8",
     "qwen3_5_moe": "fp8",
@@ -37,12 +39,13 @@ FUSED = {
     "gemma4_linears": "int4",
 }
 SEEING = ("qwen3_vl_moe", "qwen3_5_moe")
-"""Those of them that are asked about pictures, too."""
+"""The families in FUSED that are asked about pictures, too."""
 
 
 def values_of(exported: Path, plain: Path, out: Path) -> Path:
-    """What the exported codes and scales mean, as a float32 checkpoint with the tensors of `plain`,
-    whose values they must be within the format's error.
+    """Write a float32 checkpoint with the values that the exported codes and scales mean.
+
+    It has the tensors of `plain`. Each must be within the format's error of the one in `plain`.
     """
     tensors = load_file(exported / "model.safetensors")
 
@@ -76,7 +79,7 @@ def values_of(exported: Path, plain: Path, out: Path) -> Path:
 def meaning(
     data: torch.Tensor, scale: torch.Tensor, tensors: dict[str, torch.Tensor], stem: str
 ) -> torch.Tensor:
-    """float32 [N, K] of one weight, by the definitions of the formats."""
+    """The float32 values [N, K] of one weight, by the definitions of the formats."""
     if data.dtype == torch.float8_e4m3fn:
         return data.float() * scale.float()
     if data.dtype == torch.int32 and scale.shape[1] == 1:
@@ -90,7 +93,7 @@ def meaning(
 
 
 def exported_case(plain: Case, name: str, format: str, tmp: Path) -> Case:
-    """The case, exported."""
+    """Export the checkpoint of the case `plain`; return a case with the exported checkpoint."""
     folder = tmp / name
     export(plain.checkpoint, folder, format=format, linears="linears" in name, quiet=True)
     values = values_of(folder, plain.checkpoint, tmp / f"{name}_values")
@@ -98,7 +101,7 @@ def exported_case(plain: Case, name: str, format: str, tmp: Path) -> Case:
 
 
 def fused_case(family: str, seed: int, tmp: Path) -> Case:
-    """A model of the family."""
+    """Make a model of the family. If SEEING has the family, its prompts have pictures."""
     if family in SEEING:
         return vision_case(family, seed, tmp)
     folder = make(family, tmp / f"{family}-plain", seed, moe_intermediate_size=96)
@@ -107,8 +110,10 @@ def fused_case(family: str, seed: int, tmp: Path) -> Case:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """By format, by format with its linear layers, and by family with fused experts: LvLLM's
-    answers from the export. One process of vLLM gives them all.
+    """Every exported case, with the answers of LvLLM.
+
+    The names are those of the formats, of the formats with "_linears" for those whose linear layers
+    are exported, too, and of the families with fused experts.
     """
     tmp = tmp_path_factory.mktemp("exported")
     seed = random.randrange(1 << 30)
@@ -135,7 +140,10 @@ def test_lvllm(name: str, exported: dict[str, Case]) -> None:
 
 
 def check_transformers(case: Case, meant: Any) -> None:
-    """It computes with what the codes mean, rounded to bfloat16, as the model `meant` does."""
+    """Check that transformers computes from the exported checkpoint what `meant` computes.
+
+    transformers rounds the values that the codes mean to bfloat16.
+    """
     prompt = [5, 9, 100, 200, 3]
     expected = reference.logprobs(meant, prompt, prompt)
     without = reference.logprobs(reference.without_experts(meant), prompt, prompt)
@@ -147,8 +155,9 @@ def check_transformers(case: Case, meant: Any) -> None:
 
 @pytest.mark.parametrize("name", ["int4", "fp8", "int8", "mxfp4", "qwen3_5_moe"])
 def test_transformers(name: str, exported: dict[str, Case]) -> None:
-    """It unpacks experts while it loads, into bfloat16. Of nvfp4 ones, transformers 5.19 leaves the
-    global scale out.
+    """transformers unpacks the experts into bfloat16 while it loads them.
+
+    nvfp4 is missing here, because transformers 5.19 leaves the global scale of its experts out.
     """
     case = exported[name]
     check_transformers(case, reference.load(case.values))
@@ -169,7 +178,10 @@ def test_transformers_with_the_mapping_of_the_docs(
     exported: dict[str, Case],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """transformers 5.19 looks for these families' experts in one tensor only."""
+    """With the mapping of names from the docs, transformers loads these families, too.
+
+    Without it, transformers 5.19 looks for their experts in one tensor only.
+    """
     case = exported[name]
     meant = reference.load(case.values)
     monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None)
@@ -222,9 +234,10 @@ def test_stock_vllm_has_a_method_for_it(
     exported: dict[str, Case],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM 0.32's own kernels for quantised experts want a GPU, or AMX, and its methods look for
-    one when they are made. So this asks which method its configuration chooses for the experts, and
-    whether it leaves the rest alone.
+    """Stock vLLM chooses the format's method for the experts, and leaves the rest as it is.
+
+    The kernels of vLLM 0.32 for quantised experts need a GPU or AMX, and its methods look for one
+    when they are made. So this test only asks what vLLM's configuration chooses.
     """
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors_moe

@@ -1,4 +1,7 @@
-"""Quantised checkpoints through LvLLM, against transformers in float32 on the values they mean."""
+"""Quantised checkpoints through LvLLM, compared with transformers in float32.
+
+The reference computes with the values that the quantised tensors mean.
+"""
 
 import random
 from collections.abc import Callable, Iterable
@@ -19,7 +22,8 @@ from tests.models.quantize import (
     quantize,
 )
 
-# Computed in another format than they are stored in. "plain" is as the model was made.
+# These experts are computed in another format than the one they are stored in. The checkpoint
+# "plain" is stored as the model was made.
 CONVERTED = (
     "plain:INT4",
     "fp8_tensor:TO_DTYPE",
@@ -31,7 +35,7 @@ CONVERTED = (
     "compressed_int4_and_bf16:INT4",
     "compressed_int4_and_bf16:TO_DTYPE",
 )
-# Of each way that a process may cut its share out of a checkpoint, one.
+# There is one case for each way in which a process may cut its share out of a checkpoint.
 SHARDED = (
     "awq",
     "compressed_int4_zero_points",
@@ -44,15 +48,17 @@ Case = tuple[Path, Prompts, Answers]
 
 
 def prepare(plain: Path, case: str, folder: Path) -> Model:
-    """The checkpoint of "SCHEME" or "SCHEME:LVLLM_MOE_USE_WEIGHT", the values that its experts are
-    computed with, and what its job has beside.
+    """Make the checkpoint of a case, which is "SCHEME" or "SCHEME:LVLLM_MOE_USE_WEIGHT".
+
+    The result is this checkpoint, one with the values that its experts are computed with, and
+    arguments of `vllm.LLM`.
     """
     scheme, _, use_weight = case.partition(":")
     quantized = values = plain
     if scheme != "plain":
         quantized, values = quantize(plain, (SCHEMES | MIXED)[scheme], folder)
     if use_weight == "INT4":
-        # Of a mixed checkpoint, what has 4 bits stays.
+        # Experts of a mixed checkpoint that have 4 bits already stay as they are.
         what = SECOND_LAYER if scheme == "compressed_int4_and_bf16" else EXPERTS
         values = as_int4(values, folder / "int4", what)
     section = {"lvllm": {"moe_use_weight": use_weight}} if use_weight else {}
@@ -60,7 +66,7 @@ def prepare(plain: Path, case: str, folder: Path) -> Model:
 
 
 def run(plain: Path, cases: Iterable[str], seed: int, tmp: Path, **job: Any) -> dict[str, Case]:
-    """Every case's answers."""
+    """Generate the answers of every case; `job` has further arguments that hold for all."""
     models = {case: prepare(plain, case, tmp / case) for case in cases}
     return generate_all(models, prompts(seed), max_tokens=8, **job)
 
@@ -75,7 +81,7 @@ def seed() -> int:
 @pytest.fixture(scope="module")
 def generated(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     tmp = tmp_path_factory.mktemp("whole")
-    # 128 rows of gate and up are one block of scales, 320 columns two and a half.
+    # The 128 rows of gate, or of up, are one block of scales. The 320 columns are two and a half.
     sizes = {"hidden_size": 320, "moe_intermediate_size": 128, "num_key_value_heads": 4}
     layers = {"num_hidden_layers": 2, "mlp_only_layers": []}
     plain = make("qwen3_moe", tmp / "plain", seed, **layers, **sizes)

@@ -1,6 +1,6 @@
-"""`lvllm eval` on the demo model: against transformers, and each format within its bound of bf16.
+"""`lvllm eval` on the demo model, compared with transformers, and each format compared with bf16.
 
-The bounds are those of docs/quality.md, whose table is this command's.
+The bounds are those of docs/quality.md. The same command wrote the table on that page.
 """
 
 import os
@@ -21,14 +21,15 @@ from lvllm.evaluation.questions import TINY_MOE
 from tests.e2e.generate import ROOT, TINY
 
 PAGE = ROOT / "docs" / "quality.md"
-# Points of exact match; one answer of the 500 is 0.2.
+# So many points of exact match a format may lose. One answer of the 500 is 0.2 points.
 BOUNDS = {"fp8": 0.5, "int8": 0.5, "int4": 2.0, "mxfp4": 2.0, "nvfp4": 2.0}
-# Nats. Seen are at most 0.00003 in 8 bits or more and 0.0005 in 4 bits.
+# These are in nats. The divergences that were seen are at most 0.00003 in 8 bits or more, and at
+# most 0.0005 in 4 bits.
 DIVERGENCES = {"fp8": 0.0003, "int8": 0.0003, "int4": 0.003, "mxfp4": 0.003, "nvfp4": 0.003}
 
 
 def evaluate(*arguments: str, enabled: str = "1") -> str:
-    """The output of `lvllm eval ARGUMENTS`, wide enough for a line each."""
+    """Run `lvllm eval ARGUMENTS`; return its output, which is wide enough not to wrap its lines."""
     environment = {"LVLLM_MOE_NUMA_ENABLED": enabled, "COLUMNS": "200"}
     result = CliRunner().invoke(app, ["eval", *arguments], env=environment)
     assert result.exit_code == 0, result.output
@@ -36,7 +37,7 @@ def evaluate(*arguments: str, enabled: str = "1") -> str:
 
 
 def table(page: str) -> dict[str, dict[str, str]]:
-    """The cells of the markdown table by model and heading."""
+    """The cells of the page's markdown table, by model and by heading."""
     lines = page.partition(report.BEGIN)[2].partition(report.END)[0].splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
     heads, _, *rows = cells
@@ -49,7 +50,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     page.write_text(PAGE.read_text())
     output = evaluate(str(TINY), "--formats", ",".join(BOUNDS), "--markdown", str(page))
     assert "KL divergence from bf16 in nats a token: exact" in output
-    assert report.split_page(page) == report.split_page(PAGE)  # what is around the table stays
+    assert report.split_page(page) == report.split_page(PAGE)  # the text around stays
     print(page.read_text())
     return table(page.read_text())
 
@@ -80,7 +81,7 @@ def test_every_format_is_in_the_table_and_on_the_page(measured: dict[str, dict[s
     assert set(measured) == {"bf16", *BOUNDS}
     for name, cells in measured.items():
         assert cells.keys() == documented[name].keys()
-        # The instruction set decides some near-ties.
+        # The instruction set of the CPU decides some near-ties, so the two may differ by a point.
         assert points(cells) == pytest.approx(points(documented[name]), abs=1.0)
         assert cells["experts"] == documented[name]["experts"]
 
@@ -103,13 +104,13 @@ def test_likelihoods_are_those_of_transformers(tmp_path: Path) -> None:
     expected = logprobs_from_transformers(kept.passages, TINY, 1000, dtype="float32")
     found = compare(expected, kept.likelihoods)
     print(f"{kept.likelihoods.nll=} {expected.nll=} {found}")
-    # Seen on all 500 questions: 4e-6 and 2.6e-5.
+    # On all 500 questions, a difference of 4e-6 and a divergence of 2.6e-5 were seen.
     assert abs(kept.likelihoods.nll - expected.nll) <= 5e-4
     assert found.exact
     assert 0 < found.divergence <= 2e-4
     assert found.agreement >= 0.99
 
-    # Stock vLLM against the saved run, on lists of the 5 most probable tokens.
+    # Stock vLLM is compared with the saved run, on lists of the 5 most probable tokens.
     short = tmp_path / "short.npz"
     listed = replace(
         kept.likelihoods,

@@ -12,10 +12,11 @@ from tests.models.quantize import Tensors, mxfp4
 
 
 def pack(folder: Path, out: Path) -> tuple[Path, Path]:
-    """Writes a plain checkpoint's packed form and its values; returns both folders.
+    """Write the packed form of the plain checkpoint in `folder`, and its values in float32.
 
-    The experts' projections are [E, inputs, outputs] in the plain form; of the packed one, blocks
-    are [E, outputs, inputs / 32, 16] and scales [E, outputs, inputs / 32].
+    Both folders are returned. In the plain form, a projection of the experts is
+    [E, inputs, outputs]. In the packed form, its blocks are [E, outputs, inputs / 32, 16], and its
+    scales are [E, outputs, inputs / 32].
     """
     quantized, values = out / "quantized", out / "values"
     packed: Tensors = {}

@@ -62,10 +62,12 @@ DEEPSEEK: dict[str, Any] = {
     "topk_group": 2,
 }
 
-# What the real checkpoints' config.json has and transformers leaves out, since its code implies it.
+# Fields that published checkpoints have in config.json. transformers does not write them, since its
+# code implies their values.
 UNWRITTEN = ("topk_method", "scoring_func")
 
-# The same for single families, with what stands there otherwise.
+# Fields of single families that transformers leaves out or writes with other values than published
+# checkpoints have.
 WRITTEN: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "kimi_k2": {"model_type": "kimi_k2"},
@@ -168,7 +170,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": (
         "Qwen3NextConfig",
         {
-            "num_hidden_layers": 4,  # three of Gated DeltaNet, one of attention
+            "num_hidden_layers": 4,  # three layers of Gated DeltaNet, one of attention
             "head_dim": 32,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
@@ -207,7 +209,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": (
         "PhimoeConfig",
         {
-            # Its router's weights jump where two scores tie, and every layer is another chance.
+            # The router's weights jump where two scores tie, and every layer may have such a tie.
             "num_hidden_layers": 2,
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
@@ -282,23 +284,24 @@ def make(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path
 
 
 def fill(model: Any) -> None:
-    """Draw every weight of `model`."""
+    """Draw every weight of `model` in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 4:  # convolutions: patches of a picture
+            if parameter.dim() >= 4:  # convolutions of a picture's patches
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
             elif parameter.dim() >= 2 and "embed" not in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             elif "embed" in name or name.endswith(("sinks", "router.bias")):
                 parameter.normal_()
-            elif name.endswith("router.scale"):  # Gemma 4's; 1 would make all experts alike
+            elif name.endswith("router.scale"):  # of Gemma 4; 1 makes all experts alike
                 parameter.fill_(parameter.numel() ** 0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(0, 0.2)
     if model.config.tie_word_embeddings:
-        # Smaller, or each token would be followed by itself; and by half again, or Gemma 4's logits
-        # would be so wide that bfloat16 alone may reach the bound (0.028 seen).
+        # Tied embeddings must be smaller, or each token would be followed by itself. Without the
+        # further half, Gemma 4's logits would be so wide that bfloat16 alone may reach the bound of
+        # the tests (an error of 0.028 was seen).
         weight = model.get_input_embeddings().weight
         weight.data.mul_(0.5 * weight.shape[1] ** -0.5)
 

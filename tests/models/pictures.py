@@ -1,4 +1,4 @@
-"""What prepares pictures, by family: the files of a checkpoint, and what the reference takes."""
+"""How each family prepares pictures: the files in its checkpoint, and the reference's inputs."""
 
 import json
 from dataclasses import dataclass
@@ -11,41 +11,41 @@ import torch
 from PIL import Image
 
 SIZE = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
-"""In pixels: few enough for a prompt of a test."""
+"""The size of a picture in pixels. It is small enough for a prompt of a test."""
 
 
 class Pictures(Protocol):
-    """What one family does with a picture."""
+    """How one family prepares a picture."""
 
     @property
     def modality(self) -> str:
-        """What vLLM calls it."""
+        """The name that vLLM has for this kind of input."""
 
     def write(self, folder: Path) -> None:
-        """Write to a checkpoint what vLLM's processor reads."""
+        """Write the files that vLLM's processor reads to the checkpoint in `folder`."""
 
     def prepare(self, picture: Image.Image) -> dict[str, torch.Tensor]:
-        """What transformers' model takes for a picture."""
+        """Return the inputs that the model of transformers takes for a picture."""
 
     def tokens(self, prepared: dict[str, torch.Tensor]) -> int:
-        """How many tokens it takes the place of."""
+        """The number of tokens that the picture takes in a prompt."""
 
 
 def _pillow(family: str, name: str) -> Any:
-    """A class of transformers that needs no torchvision."""
+    """Return an image processor of transformers, as a class that needs no torchvision."""
     module = import_module(f"transformers.models.{family}.image_processing_pil_{family}")
     return getattr(module, name)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Patches in a grid, of which 2x2 make a token: Qwen's and GLM's."""
+    """Patches in a grid, of which 2 x 2 make a token. Qwen and GLM use it."""
 
     family: str
     name: str
-    """The class of transformers."""
+    """The class of the image processor in transformers."""
     videos: str
-    """The same for videos, which the processor of a checkpoint has too."""
+    """The class of the video processor, which a checkpoint must have, too."""
     patch_size: int
     modality: str = "image"
 
@@ -66,7 +66,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Gemma 4's: a fixed number of patches, the last ones empty, of which 2x2 make a token."""
+    """A fixed number of patches, of which 2 x 2 make a token. Gemma 4 uses it.
+
+    A smaller picture leaves the last patches empty.
+    """
 
     settings: dict[str, int]
     modality: str = "image"
@@ -92,10 +95,10 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Kimi-K2.5's: a picture keeps its size and gets a black border on the right and below.
+    """A picture that keeps its size and gets a black border on the right and below.
 
-    transformers does so with torchvision alone, vLLM with numba, and the repository's own code is
-    Python that nobody has read; so here it is once more.
+    Kimi-K2.5 uses it. transformers needs torchvision for it and vLLM needs numba. The repository of
+    the model has Python code for it, which nobody has read. So this class does it once more.
     """
 
     patch_size: int

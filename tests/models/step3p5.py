@@ -1,4 +1,4 @@
-"""Step-3.5: a random checkpoint, and the model itself in float32, which transformers lacks."""
+"""A random checkpoint of Step-3.5, and the model itself in float32, since transformers lacks it."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,10 @@ CONFIG: dict[str, Any] = {
 
 
 def make(folder: Path, seed: int = 0) -> Path:
-    """Write a bfloat16 checkpoint; a layer's experts are one tensor, as published."""
+    """Write a bfloat16 checkpoint to `folder`.
+
+    As in the published one, each projection of a layer has one tensor for all experts.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, std: float | None = None) -> torch.Tensor:
@@ -107,7 +110,7 @@ def make(folder: Path, seed: int = 0) -> Path:
 
 
 class Reference:
-    """The checkpoint in `folder`, computed with in float32 on whole sequences."""
+    """The model of the checkpoint in `folder`. It computes in float32, on whole sequences."""
 
     def __init__(self, folder: Path) -> None:
         self.config = json.loads((folder / "config.json").read_text())
@@ -181,7 +184,7 @@ class Reference:
         return y.flatten(1) @ self._of(layer, "self_attn.o_proj.weight").T
 
     def _rotated(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """Position encoding of the first of each head's dimensions, in two halves."""
+        """Apply the position encoding to the first dimensions of each head, in two halves."""
         size = int(HEAD * self.config["partial_rotary_factors"][layer])
         frequency = self.config["rope_theta"][layer] ** (-torch.arange(0, size, 2) / size)
         angle = (torch.arange(len(x))[:, None] * frequency)[:, None]

@@ -1,4 +1,4 @@
-"""Small random checkpoints of models with vision, with what prepares their pictures.
+"""Small random checkpoints of models with vision, and the files that prepare their pictures.
 
 python tests/models/vision.py qwen3_vl_moe OUT
 """
@@ -46,11 +46,11 @@ def mrope(partial: float, section: list[int], **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Vision:
-    """One architecture."""
+    """The facts that make a checkpoint of one architecture."""
 
     model_type: str
     tokens: dict[str, str]
-    """By the name of the field that has its id: special tokens."""
+    """The special tokens, each by the name of the configuration's field that has its id."""
     text: dict[str, Any]
     vision: dict[str, Any]
     pictures: Pictures
@@ -59,12 +59,18 @@ class Vision:
     more: dict[str, Any] = field(default_factory=dict)
     """Other fields of the configuration."""
     written: dict[str, Any] = field(default_factory=dict)
-    """The same, of published checkpoints and not of transformers."""
+    """Fields that published checkpoints have, and transformers does not write so."""
     renamed: dict[str, str] = field(default_factory=dict)
-    """By pattern: names of published checkpoints that transformers reads and does not write."""
+    """Names that published checkpoints have for tensors, each by a pattern for another name.
+
+    transformers writes the name of the pattern, and reads the published one.
+    """
     fused: Literal["no", "rows", "columns"] = "no"
-    """How published checkpoints have experts: as a tensor each; or all of a layer's in one tensor,
-    [E, rows, columns] or [E, columns, rows] of a projection."""
+    """How published checkpoints store a projection of the experts.
+
+    With "no", each expert has a tensor of its own. Otherwise all experts of a layer are in one
+    tensor, which is [E, rows, columns] with "rows" and [E, columns, rows] with "columns".
+    """
 
 
 QWEN_TOKENS = {
@@ -107,7 +113,7 @@ ARCHITECTURES = {
         model_type="qwen3_5_moe",
         tokens=QWEN_TOKENS,
         text={
-            "num_hidden_layers": 4,  # three of Gated DeltaNet, one of attention
+            "num_hidden_layers": 4,  # three layers of Gated DeltaNet, one of attention
             **LINEAR_ATTENTION,
             "num_experts": 8,
             "num_experts_per_tok": 3,
@@ -166,7 +172,7 @@ ARCHITECTURES = {
         },
         text={
             **language.ARCHITECTURES["gemma4"][1],
-            "sliding_window": 80,  # more than a picture, less than a prompt with its answer
+            "sliding_window": 80,  # longer than a picture, shorter than a prompt with its answer
             "use_bidirectional_attention": "vision",
         },
         vision={
@@ -182,7 +188,7 @@ ARCHITECTURES = {
             "position_embedding_size": 96,
         },
         pictures=Pooled({"max_soft_tokens": 70, "patch_size": 8, "pooling_kernel_size": 2}),
-        around=("image_token_id",),  # to which vLLM adds the other two
+        around=("image_token_id",),  # vLLM adds the other two tokens
     ),
     "kimi_k25": Vision(
         model_type="kimi_k25",
@@ -218,7 +224,7 @@ ARCHITECTURES = {
 
 
 def make(architecture: str, folder: Path, seed: int = 0) -> Path:
-    """Write a bfloat16 checkpoint of `architecture` to `folder`, with its processors."""
+    """Write a bfloat16 checkpoint of `architecture` to `folder`, with its picture processors."""
     how = ARCHITECTURES[architecture]
     ids = {name: token(architecture, name) for name in how.tokens}
     text = {**COMMON, **how.text}
@@ -235,11 +241,11 @@ def make(architecture: str, folder: Path, seed: int = 0) -> Path:
     fill(model)
     for name, weight in model.named_parameters():
         if re.search(r"(merger.*(linear_fc2|down_proj)|mm_projector.out_proj)\.weight$", name):
-            weight.data.mul_(4)  # or a picture would count for less than the words around it
+            weight.data.mul_(4)  # or a picture would count less than the words around it
         elif re.search(r"(patch_embedder.input_proj|embedding_projection)\.weight$", name):
-            weight.data.mul_(weight.shape[-1] ** -0.5)  # no embeddings, whatever they are called
+            weight.data.mul_(weight.shape[-1] ** -0.5)  # `fill` took it for an embedding
         elif how.model_type == "gemma4" and name.endswith("q_norm.weight"):
-            weight.data.fill_(weight.numel() ** -0.5)  # the scale of its scores, learnt elsewhere
+            weight.data.fill_(weight.numel() ** -0.5)  # training would set the scores' scale
         elif weight.shape[0] == VOCABULARY:
             weight.data[FIRST_SPECIAL:] = 0  # no answer has the placeholder of a picture
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -252,7 +258,7 @@ def make(architecture: str, folder: Path, seed: int = 0) -> Path:
 
 
 def _complete_config(file: Path, how: Vision) -> None:
-    """Write what published checkpoints have, and transformers leaves out or calls otherwise."""
+    """Add the fields that transformers leaves out, or writes otherwise than publishers do."""
     config = json.loads(file.read_text()) | how.written
     names = (*UNWRITTEN, "model_type")
     config["text_config"] |= {name: how.text[name] for name in names if name in how.text}
@@ -270,7 +276,10 @@ def _rename(file: Path, renamed: dict[str, str]) -> None:
 
 
 def _fuse(file: Path, how: str) -> None:
-    """Put a layer's experts into one tensor, as transformers holds them and does not save them."""
+    """Put all experts of a layer into one tensor for gate and up, and into one for down.
+
+    transformers holds them like this, but does not save them like this.
+    """
     if how == "no":
         return
     tensors = load_file(file)
@@ -297,12 +306,12 @@ def token(architecture: str, name: str) -> int:
 
 
 def around_a_picture(architecture: str) -> list[int]:
-    """What stands for a picture in a prompt."""
+    """The ids of the tokens that stand for a picture in a prompt."""
     return [token(architecture, name) for name in ARCHITECTURES[architecture].around]
 
 
 def tokenizer(special: dict[str, str]) -> Any:
-    """A word for each id, and `special` from FIRST_SPECIAL on."""
+    """Make a tokenizer with a word for each id. `special` has the ids from FIRST_SPECIAL on."""
     words = [f"w{i}" for i in range(VOCABULARY)]
     words[FIRST_SPECIAL : FIRST_SPECIAL + len(special)] = special.values()
     made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
