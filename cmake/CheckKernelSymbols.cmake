@@ -8,10 +8,6 @@
 # keeps one copy for all. If that were the copy of AVX-512, older CPUs would crash in it. So each weak
 # symbol of kernels/<isa>.cpp must name lk::<isa>, either as its namespace or in its arguments.
 
-# This symbol is allowed. It is a pointer to a function of libstdc++, in units that clean up after
-# exceptions (those that the sanitizers instrument), and so no machine code of the unit.
-set(allowed "V DW\\.ref\\.__gxx_personality_v0$")
-
 string(REPLACE "," ";" objects "${OBJECTS}")
 set(checked 0)
 set(shared 0)
@@ -28,7 +24,7 @@ foreach(object IN LISTS objects)
     message(FATAL_ERROR "${object} has no weak symbols at all: were its symbols stripped?")
   endif()
   foreach(symbol IN LISTS weak)
-    if(NOT symbol MATCHES "lk::${isa}::" AND NOT symbol MATCHES "${allowed}")
+    if(NOT symbol MATCHES "lk::${isa}::")
       message(SEND_ERROR "kernels/${isa}.cpp shares a symbol with other units: ${symbol}")
       math(EXPR shared "${shared} + 1")
     endif()
