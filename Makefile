@@ -33,10 +33,11 @@ install: ## make .venv, lay upstream in, build the engine, install (editable)
 demo: install ## serve the demo model through the engine and answer one chat request
 	@$(RUN) examples/demo.py
 
-check: ## the tests that start no vLLM engine, for the loop of editing and running
+check: ## the quick tests that start no vLLM engine, for the loop of editing and running
 	@$(RUN) -m build_tools.engine
 	@$(RUN) -m build_tools.engine test
-	@$(RUN) -m pytest -q -m "not alone" --ignore tests/e2e $(SIDE_BY_SIDE)
+	@$(RUN) -m pytest -q -m "not alone and not slow" --ignore tests/e2e \
+		-n $(TEST_PROCESSES) --dist worksteal
 
 test: test-cpp test-python ## the whole test suite
 

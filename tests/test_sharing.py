@@ -72,6 +72,7 @@ def shared_bytes(process: int | str = "self") -> tuple[int, int]:
     return total("Rss") * 1024, total("Pss") * 1024
 
 
+@pytest.mark.slow
 def test_layers_of_another_process(name: str) -> None:
     """Layers have the same bits in every format. There is one copy, and it outlives its owner."""
     seed = randrange(1 << 30)
@@ -122,6 +123,7 @@ def test_layers_of_another_process(name: str) -> None:
     assert isinstance(sharing.join(name), sharing.Owner)  # The name was freed with its owner.
 
 
+@pytest.mark.slow
 def test_an_owner_that_is_killed_while_it_loads(name: str) -> None:
     """A process that waits for a layer gets an error in one line, at once."""
     owner = Process(name, 1)

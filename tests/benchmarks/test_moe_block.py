@@ -45,6 +45,7 @@ def torch_peer() -> Iterator[Peer]:
         yield peer
 
 
+@pytest.mark.slow
 def test_reports(tmp_path: Path) -> None:
     report, plot, table = (tmp_path / name for name in ("r.json", "r.png", "r.md"))
     arguments = [
@@ -77,6 +78,7 @@ def test_reports(tmp_path: Path) -> None:
     assert "| fp16 | torch |" in table.read_text()
 
 
+@pytest.mark.slow
 def test_call_cost() -> None:
     got = run("--call-cost", "--threads", "1")
     assert got.returncode == 0, got.stderr

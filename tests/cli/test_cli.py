@@ -23,7 +23,8 @@ def rows(output: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells if len(row) == 3}
 
 
-def test_env_tells_every_value_and_its_source() -> None:
+def test_env_tells_every_value_and_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     code, output = invoke(
         "env", "--config", str(REPOSITORY / "config.yaml"), LK_THREADS="1", LK_ISA="portable"
     )

@@ -125,6 +125,7 @@ def test_exit_right_after_a_call() -> None:
     assert run_python(PROGRAM).returncode == 0
 
 
+@pytest.mark.slow
 def test_isa_from_the_environment() -> None:
     got = run_python("from lvllm import engine; print(engine.info().isa)", LK_ISA="portable")
     assert got.stdout == "portable\n"

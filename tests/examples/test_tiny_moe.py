@@ -207,6 +207,7 @@ def test_every_expert_is_used() -> None:
         assert share.min() > 0.2 / CONFIG["num_experts"]
 
 
+@pytest.mark.slow
 def test_the_score_in_bf16_is_at_least_97_percent() -> None:
     questions = load_questions()
     result = score(questions, ask_transformers(questions, MODEL))

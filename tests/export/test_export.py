@@ -224,6 +224,7 @@ def test_layers_without_v(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.qkv_proj" in config["ignore"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """The result is the same, byte for byte, as without a kill. Finished files are kept."""
     projections = dict.fromkeys(("gate_proj", "up_proj"), (1024, 1024))
@@ -299,6 +300,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     """One file has 2.5 GiB. A tensor, or an expert where all are in one tensor, has 64 MiB.
 

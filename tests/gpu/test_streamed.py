@@ -107,6 +107,7 @@ def test_conversion_gives_the_products_of_weights_and_scales(
         assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 def test_the_gpu_kernel_converts_to_the_same_bits() -> None:
     """It runs in Triton's interpreter, which must be chosen before the kernel is imported."""
     done = subprocess.run(

@@ -181,24 +181,29 @@ def process() -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_list_needs_no_vllm(process: Any) -> None:
     assert process["listed_without_vllm"]
 
 
+@pytest.mark.slow
 def test_every_target_is_there_with_its_signature(process: Any) -> None:
     assert process["refused"] == {}
 
 
+@pytest.mark.slow
 def test_switched_off_nothing_is_touched(process: Any) -> None:
     assert process["switched_off"] == []
 
 
+@pytest.mark.slow
 def test_every_entry_is_installed(process: Any) -> None:
     moments = {registry.AT_START, registry.MODEL_LOADED, registry.PICTURE_MODEL_IMPORTED}
     assert process["missing"] == {when: [] for when in moments}
     assert {patch.when for patch in patches()} == moments
 
 
+@pytest.mark.slow
 def test_nothing_beyond_the_list_differs(process: Any) -> None:
     listed = {patch.target for patch in patches()} | {"('sys', 'meta_path')"}
     platform = "vllm.platforms:current_platform.__class__."
@@ -210,6 +215,7 @@ def test_nothing_beyond_the_list_differs(process: Any) -> None:
     assert set(process["differing"]) - listed == set()
 
 
+@pytest.mark.slow
 def test_a_second_load_of_the_plugin_changes_nothing(process: Any) -> None:
     assert process["again"] == []
 

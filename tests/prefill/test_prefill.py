@@ -407,6 +407,7 @@ def test_a_worker_may_end_before_it_has_its_caches(side: Any) -> None:
     scheduler.shutdown()
 
 
+@pytest.mark.slow
 def test_a_process_of_the_prefill_engine_ends_with_the_decoding_engine() -> None:
     """Its workers end, too. It ends at once if the decoding engine has ended before."""
     child = """
