@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import openai
 
-from examples.demo import start
+from examples.demo import free_port, start
 from tests.e2e.warm_process import ROOT, Forked, fork
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -62,12 +62,27 @@ class Server:
     Args:
         log: the file for what its processes say.
         arguments: of `vllm serve`.
+        command: whether to run the real command, rather than a fork of the warm process.
         environment: variables beside those of this process.
     """
 
-    def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, log: Path, *arguments: str, command: bool = False, **environment: str
+    ) -> None:
         self.log = log
-        self.process, self.url = start(log, *arguments, **environment)
+        self.process: subprocess.Popen[bytes] | Forked
+        if command:
+            self.process, self.url = start(log, *arguments, **environment)
+            return
+        port = str(free_port())
+        self.url = f"http://127.0.0.1:{port}"
+        variables = os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment
+        with log.open("wb") as output:
+            self.process = fork(
+                *(serve, *arguments, "--host", "127.0.0.1", "--port", port),
+                environment=variables,
+                stdout=output,
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -99,7 +99,7 @@ def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path)
     hang = HangingCopies(tmp_path / "plugin")
     environment = STREAMED | {"LVLLM_GPU_RESIDENT_MOE_LAYERS": "0"} | hang.environment
     arguments = (*ARGUMENTS, "--block-size", "32", "--speculative-config", DRAFTS)
-    with Server(tmp_path / "log", *arguments, **environment) as server:
+    with Server(tmp_path / "log", *arguments, command=True, **environment) as server:
         assert server.ready().ask(known.prompts, TOKENS) == known.answers
         assert server.ask(known.prompts, TOKENS) == known.answers
         for name in ("spec_decode_num_accepted_tokens", "prefix_cache_hits"):
