@@ -28,7 +28,7 @@ from lvllm.gpu.convert import convert
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.window import PrefetchWindow
-from tests.experts import Random, random_layer
+from tests.random_layers import Random, random_layer
 
 GB = 1e9
 

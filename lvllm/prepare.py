@@ -15,6 +15,7 @@ from lvllm import sharing
 from lvllm.checkpoint import Checkpoint
 from lvllm.faults import process
 from lvllm.machine import cpus, gpu_distance, memory_plan
+from lvllm.machine.memory_need import folder_of
 from lvllm.prefill import configuration as prefill_configuration
 from lvllm.settings import gpu_checks, model_checks
 from lvllm.settings.configuration import RESOLVED, HybridConfig
@@ -162,7 +163,7 @@ def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | Non
         raise share.refuse(
             f"it needs load-format {', '.join(SHAREABLE)}, not {load_format!r}; allowed is 0"
         )
-    folder = memory_plan.folder_of(model.model, model.revision)
+    folder = folder_of(model.model, model.revision)
     use = settings["moe_use_weight"].value or UseWeight.KEEP
     resident = settings["gpu_resident_moe_layers"].value
     name = sharing.name_of(vllm_config, folder, use.value, resident)

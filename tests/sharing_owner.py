@@ -13,7 +13,7 @@ import torch
 
 from lvllm import engine, sharing
 from lvllm.engine import bank
-from tests.experts import Layer, Random, random_layer
+from tests.random_layers import Layer, Random, random_layer
 
 LARGE = "large"
 

@@ -18,7 +18,7 @@ import torch
 
 from lvllm import engine, sharing
 from lvllm.engine import bank
-from tests.experts import Random
+from tests.random_layers import Random
 from tests.sharing_owner import LARGE, layers
 
 ROOT = Path(__file__).parents[1]

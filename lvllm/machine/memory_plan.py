@@ -28,7 +28,6 @@ __all__ = [
     "check",
     "check_built",
     "fits",
-    "folder_of",
     "free_on_nodes",
     "node_shares",
     "place",

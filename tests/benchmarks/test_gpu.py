@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu_callback, gpu_serving, gpu_timeline
 from benchmarks.cases import Shape
-from tests.experts import Random, random_layer
+from tests.random_layers import Random, random_layer
 
 DRIVER = r"""
 #include <atomic>

@@ -22,8 +22,8 @@ from lvllm.export import FORMATS, export
 from tests.e2e import reference
 from tests.e2e.generate import ONE_PROCESS, generate
 from tests.e2e.test_exactness import Case, check_against_reference, prompts, vision_case
-from tests.experts import dequantise
 from tests.models.make import make
+from tests.random_layers import dequantise
 
 # No two of these dimensions are equal.
 SIZES = {"hidden_size": 160, "moe_intermediate_size": 96, "head_dim": 32}

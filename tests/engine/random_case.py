@@ -6,7 +6,7 @@ import torch
 
 from lvllm import engine
 from lvllm.engine.weight_formats import FORMATS as STORED
-from tests.experts import FORMATS, FOUR_BIT, Random, random_layer
+from tests.random_layers import FORMATS, FOUR_BIT, Random, random_layer
 
 BOUND = {16: 3e-3, 8: 1.5e-2}
 """Relative Frobenius error by activation bits; rounding the result to bf16 alone is 1.7e-3."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lvllm import engine
 from lvllm.engine.weight_formats import FORMATS as STORED
 from tests.engine.random_case import BOTH, ISAS, Case
-from tests.experts import ACTIVATIONS, FORMATS
+from tests.random_layers import ACTIVATIONS, FORMATS
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 

@@ -5,7 +5,7 @@ import torch
 
 from lvllm import engine
 from tests.engine.random_case import ISAS, WITHOUT_VNNI, Case
-from tests.experts import Random, random_layer
+from tests.random_layers import Random, random_layer
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 

@@ -9,7 +9,7 @@ import torch
 
 from lvllm.engine import ExpertLayer, bank
 from tests.engine.random_case import Case, arguments_of
-from tests.experts import FORMATS
+from tests.random_layers import FORMATS
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 

@@ -14,7 +14,7 @@ import torch
 from lvllm import engine
 from lvllm.engine import ExpertLayer
 from tests.engine.random_case import BOTH, ISAS, even
-from tests.experts import Random, random_layer
+from tests.random_layers import Random, random_layer
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lvllm.engine import quantize
-from tests.experts import dequantise
+from tests.random_layers import dequantise
 
 SEED = random.randrange(1 << 30)
 # Squared error of normally distributed weights over their sum of squares; 1% above what is seen.

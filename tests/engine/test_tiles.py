@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lvllm.engine import ExpertLayer
 from lvllm.engine.tiles import TILE_ROWS, WEIGHT_UNIT, from_tiles, to_tiles
-from tests.experts import FORMATS, FOUR_BIT, Layer, Random, random_layer
+from tests.random_layers import FORMATS, FOUR_BIT, Layer, Random, random_layer
 
 DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 

@@ -8,7 +8,7 @@ import torch
 from lvllm import engine
 from lvllm.engine.weight_formats import FORMATS as STORED
 from tests.engine.random_case import BOUND, ISAS, Case
-from tests.experts import E2M1, FOUR_BIT, Layer, Random
+from tests.random_layers import E2M1, FOUR_BIT, Layer, Random
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 

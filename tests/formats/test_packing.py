@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvllm.formats import packing
-from tests.experts import Random, along_k, nibbles
+from tests.random_layers import Random, along_k, nibbles
 
 compressed = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
 quant_utils = pytest.importorskip("vllm.model_executor.layers.quantization.utils.quant_utils")

@@ -10,7 +10,7 @@ import torch
 
 from lvllm.gpu import convert_kernel
 from lvllm.gpu.convert import convert
-from tests.experts import FORMATS, FOUR_BIT, Random, random_layer
+from tests.random_layers import FORMATS, FOUR_BIT, Random, random_layer
 
 WAYS: dict[str, list[dict[str, Any]]] = {
     "fp8": [{"fp8_scale": kind} for kind in ("block", "channel", "tensor")],

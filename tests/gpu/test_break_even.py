@@ -23,7 +23,7 @@ from lvllm.gpu.break_even import (
 )
 from lvllm.gpu.stand_in import StandInAccelerator, StandInStream
 from lvllm.gpu.window import PrefetchWindow
-from tests.experts import Random, random_layer
+from tests.random_layers import Random, random_layer
 
 Costs = Callable[[int], Point]
 times = st.floats(1e-5, 1, allow_nan=False)

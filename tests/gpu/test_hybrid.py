@@ -18,7 +18,7 @@ from lvllm.gpu import hybrid
 from lvllm.gpu.accelerator import Event, Stream
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.stand_in import StandInAccelerator
-from tests.experts import FORMATS, Random, random_layer
+from tests.random_layers import FORMATS, Random, random_layer
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 37

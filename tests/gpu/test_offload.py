@@ -19,8 +19,8 @@ from lvllm.gpu.offload import Offload, mark_step
 from lvllm.gpu.offloaded_layer import ComputePath, OffloadedLayer, choose_path, concentrated_routing
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.gpu.watchdog import Watchdog
-from tests.experts import Random, random_layer
 from tests.gpu.streams import RecordedAhead
+from tests.random_layers import Random, random_layer
 
 EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 24
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lvllm.gpu import streamed
 from lvllm.gpu.convert import convert
-from tests.experts import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
+from tests.random_layers import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
 
 LAYERS = {
     "experts": st.integers(1, 5),

@@ -15,7 +15,7 @@ from lvllm.formats.base import ExpertFormat, Shape, add_parameter
 from lvllm.formats.unquantized import Unquantized
 from lvllm.moe.converted import Conversion, Converted, choose
 from lvllm.settings.variables import UseWeight
-from tests.experts import FORMATS, Random, dequantise, random_layer
+from tests.random_layers import FORMATS, Random, dequantise, random_layer
 
 EXPERTS, HIDDEN, INTERMEDIATE = 3, 80, 48
 NAME = "model.layers.3.mlp.experts"

@@ -35,7 +35,7 @@ from lvllm.moe.method import HybridMoEMethod
 from lvllm.moe.resident import resident_method
 from lvllm.settings.configuration import RESOLVED
 from lvllm.upstream.quantization_configs import CompressedConfig, GptqConfig
-from tests.experts import Layer, Random
+from tests.random_layers import Layer, Random
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19
 # By activation: the arguments of vLLM's layer, and the arguments of `ExpertLayer` that they become.

@@ -13,7 +13,7 @@ from lvllm.gpu.hybrid import raise_host_call_error
 from lvllm.gpu.offload import Offload
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.worker.gpu import HybridGPUWorker
-from tests.experts import Random, random_layer
+from tests.random_layers import Random, random_layer
 
 
 class Later(AsyncModelRunnerOutput):

@@ -18,7 +18,7 @@ from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.offload import Offload
 from lvllm.gpu.window import PrefetchWindow
-from tests.experts import FORMATS, Layer, Random, random_layer
+from tests.random_layers import FORMATS, Layer, Random, random_layer
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 160, 12, 4
 BATCHES = [1, 2, 4, 8, *range(16, 257, 16)]
