@@ -17,8 +17,8 @@ for name in list(os.environ):
     if name.startswith(("LVLLM_", "LK_")):
         del os.environ[name]
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests run side by side, as many as there are cores. Threads of PyTorch that wait for each other
-    # spin, and with two for each test on two cores the tests took a sixth longer.
+    # As many tests run side by side as there are cores. PyTorch's threads spin while they wait for
+    # each other, and with two for each test on two cores the tests took a sixth longer.
     os.environ["OMP_NUM_THREADS"] = "1"
 
 # By default an example that takes more than 200 ms fails, but no test here asserts a time.

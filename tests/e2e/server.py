@@ -62,27 +62,24 @@ class Server:
     Args:
         log: the file for what its processes say.
         arguments: of `vllm serve`.
-        command: whether to run the real command, rather than a fork of the warm process.
         environment: variables beside those of this process.
     """
 
-    def __init__(
-        self, log: Path, *arguments: str, command: bool = False, **environment: str
-    ) -> None:
+    def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
         self.log = log
-        self.process: subprocess.Popen[bytes] | Forked
-        if command:
-            self.process, self.url = start(log, *arguments, **environment)
-            return
+        self.process, self.url = self.start(log, *arguments, **environment)
+
+    @staticmethod
+    def start(
+        log: Path, *arguments: str, **environment: str
+    ) -> tuple[subprocess.Popen[bytes] | Forked, str]:
+        """Fork a server from the warm process. Returns it and its future base URL."""
         port = str(free_port())
-        self.url = f"http://127.0.0.1:{port}"
+        local = ("--host", "127.0.0.1", "--port", port)
         variables = os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment
         with log.open("wb") as output:
-            self.process = fork(
-                *(serve, *arguments, "--host", "127.0.0.1", "--port", port),
-                environment=variables,
-                stdout=output,
-            )
+            process = fork(serve, *arguments, *local, environment=variables, stdout=output)
+        return process, f"http://127.0.0.1:{port}"
 
     def __enter__(self) -> Self:
         return self
@@ -162,3 +159,9 @@ class Server:
     def said(self) -> str:
         """The end of its log."""
         return self.log.read_text(errors="replace")[-6000:]
+
+
+class CommandServer(Server):
+    """A server by the real command."""
+
+    start = staticmethod(start)

@@ -20,7 +20,7 @@ from lvllm import evaluation
 from tests.e2e import reference
 from tests.e2e.generate import TINY
 from tests.e2e.hanging_copies import HangingCopies
-from tests.e2e.server import Server
+from tests.e2e.server import CommandServer, Server
 
 TOKENS = 8
 # 9 to 17 tokens each: with chunks of up to 32, batches on both sides of the threshold.
@@ -99,7 +99,7 @@ def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path)
     hang = HangingCopies(tmp_path / "plugin")
     environment = STREAMED | {"LVLLM_GPU_RESIDENT_MOE_LAYERS": "0"} | hang.environment
     arguments = (*ARGUMENTS, "--block-size", "32", "--speculative-config", DRAFTS)
-    with Server(tmp_path / "log", *arguments, command=True, **environment) as server:
+    with CommandServer(tmp_path / "log", *arguments, **environment) as server:
         assert server.ready().ask(known.prompts, TOKENS) == known.answers
         assert server.ask(known.prompts, TOKENS) == known.answers
         for name in ("spec_decode_num_accepted_tokens", "prefix_cache_hits"):

@@ -66,8 +66,8 @@ def test_it_computes_the_expert_block(
     assert got.dtype == dtype
     want = layer.reference(x, ids, weights)
     # Weights, x times weight, products, activation and result are rounded to 8 bits of mantissa,
-    # each by 2^-9 / sqrt(3) of its size. In sums of few numbers, these errors may add up; those of a
-    # narrow intermediate are in every result.
+    # each by 2^-9 / sqrt(3) of its size. In sums of few numbers, these errors may add up, and those
+    # of a narrow intermediate are in every result.
     many = want.numel() > 500 and min(how["sizes"]) >= 32
     bound = 8e-3 if many else 2e-2
     assert torch.linalg.norm(got.float() - want) <= bound * torch.linalg.norm(want) + 1e-6
