@@ -74,7 +74,7 @@ def replace(experts: Qwen3MoeExperts, format: str, bits: int) -> None:
         w13_scale=w13_scale,
         w2_scale=w2_scale,
         group_size=GROUP_SIZE if format == "int4" else None,
-        activation_bits=bits if format.startswith("int") else None,
+        activation_bits=bits if format != "bf16" else None,
     )
 
     def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

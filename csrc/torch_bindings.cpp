@@ -53,7 +53,7 @@ lk::Format format_of(const std::string& name, bool zero_points, bool act8) {
   if (name == "fp16") return Format::kFp16;
   if (name == "fp8") return Format::kFp8;
   if (name == "int8") return act8 ? Format::kInt8Act8 : Format::kInt8;
-  if (name == "mxfp4" || name == "nvfp4") return Format::kFp4;
+  if (name == "mxfp4" || name == "nvfp4") return act8 ? Format::kFp4Act8 : Format::kFp4;
   if (name != "int4") fail("format is \"" + name + "\"");
   if (zero_points) return act8 ? Format::kInt4ZeroAct8 : Format::kInt4Zero;
   return act8 ? Format::kInt4Act8 : Format::kInt4;

@@ -21,8 +21,9 @@ enum class Format {
   kInt4Zero,  // value + the group's zero point
   kInt4ZeroAct8,
   kFp4,  // e2m1
+  kFp4Act8,
 };
-constexpr int kFormats = static_cast<int>(Format::kFp4) + 1;
+constexpr int kFormats = static_cast<int>(Format::kFp4Act8) + 1;
 
 // How many weights along K the four bytes of a unit hold.
 constexpr int unit_weights(Format format) {
@@ -44,7 +45,8 @@ constexpr bool has_gate(Activation activation) { return activation != Activation
 enum class Scalar { kBf16, kFp16 };  // element type of x and of the output
 
 // Activations are packed in blocks of 32, padded with zeros. Where they are quantised, blocks of
-// 32, 64, 128 or 256 activations share a scale.
+// 16, 32, 64, 128 or 256 activations share a scale.
+constexpr int kLeastActBlockLog2 = 4;
 constexpr int kActBlockLog2 = 5;
 constexpr int kMostActBlockLog2 = 8;
 constexpr int64_t kActBlock = int64_t{1} << kActBlockLog2;
@@ -79,10 +81,16 @@ constexpr int64_t kUnpackedBytes = 64 * kTileRows * 4;
 constexpr int64_t kScratchBytes = kUnpackedBytes + 16 * kTileRows * 4;
 
 struct FormatKernels {
+  // What the weights are multiplied as: "float", "bf16", "int16" or "int8".
+  const char* arithmetic;
+  // The largest blocks of activations that may share a scale, and those that may where activations
+  // have outliers, as a logarithm.
+  int most_block_log2;
+  int outlier_block_log2;
   // Bytes of a packed row of k activations.
   int64_t (*act_row_bytes)(int64_t k);
   // Packs activations [at, at + n) of a row of k. `at` is a multiple of 2^block_log2, and so is n
-  // unless the row ends there. Act8 formats quantise activations in blocks of that size.
+  // unless the row ends there. Arithmetics on integers quantise activations in blocks of that size.
   void (*pack)(const float* values, int64_t n, int64_t at, int64_t k, int block_log2, void* row);
   void (*matmul)(const MatmulArgs& args);
 };

@@ -60,7 +60,8 @@ constexpr int64_t kWholeRow = -1;
 
 std::vector<Scales> scales_of(Format format) {
   std::vector<Scales> all;
-  if (format == Format::kFp4) return {{ScaleType::kE8m0, 32}, {ScaleType::kE4m3, 16}};
+  if (format == Format::kFp4 || format == Format::kFp4Act8)
+    return {{ScaleType::kE8m0, 32}, {ScaleType::kE4m3, 16}};
   if (!has_zero_points(format)) all.push_back({});
   if (format == Format::kFp8) all.push_back({ScaleType::kFloatBlocks, 128});
   if (is_int4(format)) {
@@ -73,32 +74,32 @@ std::vector<Scales> scales_of(Format format) {
   return all;
 }
 
-// Activations as an instruction set rounds them for a format: as float, bf16 or in blocks of bytes.
-std::vector<double> rounded(const std::string& isa, Format format, size_t block,
+// Activations as an arithmetic rounds them: as float, bf16, or in blocks of integers.
+std::vector<double> rounded(const std::string& arithmetic, size_t block,
                             const std::vector<float>& x) {
   std::vector<double> values(x.begin(), x.end());
-  const bool bf16 = isa == "avx512_bf16";
-  if (is_act8(format) && (bf16 || isa == "avx512_vnni")) {
+  if (arithmetic == "int8" || arithmetic == "int16") {
+    const float most = arithmetic == "int8" ? 127 : 32767;
     for (size_t begin = 0; begin < x.size(); begin += block) {
       const size_t end = std::min(begin + block, x.size());
       float largest = 0;
       for (size_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(x[i]));
-      const float inverse = largest > 0 ? 127 / largest : 0;
+      const float inverse = largest > 0 ? most / largest : 0;
       for (size_t i = begin; i < end; ++i) {
-        values[i] = double{largest / 127} * std::nearbyint(x[i] * inverse);
+        values[i] = double{largest / most} * std::nearbyint(x[i] * inverse);
       }
     }
-  } else if (bf16 && format != Format::kFp16) {
+  } else if (arithmetic == "bf16") {
     for (double& value : values) value = bf16_to_float(float_to_bf16(static_cast<float>(value)));
   }
   return values;
 }
 
-// A random size of blocks of activations that divides the group size.
-int random_block_log2(int64_t group, Random& random) {
-  int widest = kActBlockLog2;
-  while (widest < kMostActBlockLog2 && group % (int64_t{2} << widest) == 0) ++widest;
-  return kActBlockLog2 + static_cast<int>(random_below(random, widest - kActBlockLog2 + 1));
+// A random size of blocks of activations, of at most 2^most, that divides the group size.
+int random_block_log2(int64_t group, int most, Random& random) {
+  int widest = kLeastActBlockLog2;
+  while (widest < most && group % (int64_t{2} << widest) == 0) ++widest;
+  return widest - static_cast<int>(random_below(random, widest - kLeastActBlockLog2 + 1));
 }
 
 struct Free {
@@ -117,7 +118,7 @@ class Product {
         k_(k),
         scale_type_(scales.type),
         group_(scales.group == kWholeRow ? (k + 31) / 32 * 32 : scales.group),
-        block_log2_(random_block_log2(group_, random)),
+        block_log2_(random_block_log2(group_, kernels.of(format).most_block_log2, random)),
         block_end_(block_end) {
     const int64_t groups = group_ == 0 ? 0 : (k + group_ - 1) / group_;
     const bool blocks = scales.type == ScaleType::kFloatBlocks;
@@ -212,7 +213,7 @@ class Product {
       }
     }
     for (int64_t t = 0; t < tokens; ++t) {
-      const std::vector<double> x = rounded(kernels_.isa, format_, size_t{1} << block_log2_, x_[t]);
+      const std::vector<double> x = rounded(format().arithmetic, size_t{1} << block_log2_, x_[t]);
       double* sum = sums->data() + t * rows_;
       double* size = sizes->data() + t * rows_;
       for (int64_t i = 0; i < k_; ++i) {
@@ -380,7 +381,9 @@ TEST_P(Matmul, PackInPieces) {
   const FormatKernels& kernel = kernels().of(format());
   for (int64_t k : {1, 31, 32, 77, 300}) {
     const std::vector<float> x = random_floats(k, random_);
-    for (int log2 = kActBlockLog2; log2 <= kMostActBlockLog2; ++log2) {
+    const bool integers = std::string(kernel.arithmetic).starts_with("int");
+    for (int log2 = integers ? kLeastActBlockLog2 : kActBlockLog2; log2 <= kernel.most_block_log2;
+         ++log2) {
       // Nobody writes the bytes that pad a row to cache lines.
       std::vector<char> at_once(kernel.act_row_bytes(k), 0);
       std::vector<char> in_pieces = at_once;
@@ -427,6 +430,7 @@ class Rows : public testing::TestWithParam<std::string> {
 // Every code of an 8-bit group scale.
 TEST_P(Rows, ScaleCodes) {
   for (const auto& [type, group] : scales_of(Format::kFp4)) {
+    const int block_log2 = group == 16 ? kLeastActBlockLog2 : kActBlockLog2;
     for (uint32_t first = 0; first < 256; first += kTileRows) {
       std::vector<uint8_t> scale(kTileRows), weights(kTileRows * 4);
       for (uint32_t r = 0; r < kTileRows; ++r) {
@@ -436,7 +440,7 @@ TEST_P(Rows, ScaleCodes) {
       const FormatKernels& kernel = kernels().of(Format::kFp4);
       const std::vector<float> x = {1, 0, 0, 0, 0, 0, 0, 0};
       std::vector<char> row(kernel.act_row_bytes(8));
-      kernel.pack(x.data(), 8, 0, 8, kActBlockLog2, row.data());
+      kernel.pack(x.data(), 8, 0, 8, block_log2, row.data());
       const void* acts = row.data();
       std::vector<float> out(kTileRows);
       alignas(64) char scratch[kScratchBytes];
@@ -449,6 +453,7 @@ TEST_P(Rows, ScaleCodes) {
       args.scale = scale.data();
       args.group = group;
       args.acts = &acts;
+      args.act_block_log2 = block_log2;
       args.tokens = 1;
       args.out = out.data();
       args.scratch = scratch;
@@ -458,7 +463,7 @@ TEST_P(Rows, ScaleCodes) {
         if (std::isnan(want)) {
           EXPECT_TRUE(std::isnan(out[r])) << int{scale[r]};
         } else {
-          EXPECT_EQ(out[r], want) << int{scale[r]};
+          EXPECT_FLOAT_EQ(out[r], static_cast<float>(want)) << int{scale[r]};
         }
       }
     }

@@ -32,10 +32,11 @@ constexpr int64_t kIdleBytes = 256 << 10;
 // Scratch memory of one pass. Larger batches take several passes over the weights.
 constexpr int64_t kPassBytes = int64_t{256} << 20;
 
-// The largest block of activations whose size divides the group size; group 0 means no groups.
-int widest_block_log2(int64_t group) {
-  int log2 = kMostActBlockLog2;
-  while (log2 > kActBlockLog2 && group % (int64_t{1} << log2) != 0) --log2;
+// The largest block of activations, of at most 2^most, whose size divides the group size; group 0
+// means no groups.
+int widest_block_log2(int64_t group, int most) {
+  int log2 = most;
+  while (log2 > kLeastActBlockLog2 && group % (int64_t{1} << log2) != 0) --log2;
   return log2;
 }
 
@@ -96,7 +97,8 @@ class Pass {
         format_(kernels.of(layer.format)),
         pool_(pool),
         ws_(workspace),
-        x_block_log2_(widest_block_log2(layer.w13.group)),
+        x_block_log2_(widest_block_log2(layer.w13.group, format_.most_block_log2)),
+        inter_block_log2_(widest_block_log2(layer.w2.group, format_.outlier_block_log2)),
         nodes_(static_cast<int>(pool.plan().nodes.size())),
         slots_(batch.tokens * batch.topk),
         stream_(slots_ * layer.hidden * static_cast<int64_t>(sizeof(float)) > kCachedBytes),
@@ -300,7 +302,7 @@ class Pass {
       }
       float values[kTileRows];
       kernels_.activate(layer_.activation, g, u, rows, values);
-      format_.pack(values, rows, row, layer_.intermediate, kActBlockLog2,
+      format_.pack(values, rows, row, layer_.intermediate, inter_block_log2_,
                    ws_.inter.data() + at * inter_row_);
     }
   }
@@ -323,7 +325,7 @@ class Pass {
       for (int64_t first = ws_.expert_begin[expert]; first < end; first += kTokenBlock) {
         const int64_t tokens = std::min(kTokenBlock, end - first);
         for (int64_t t = 0; t < tokens; ++t) acts[t] = ws_.inter.data() + (first + t) * inter_row_;
-        multiply(w2, expert, 0, part, next, kActBlockLog2, acts, tokens, scratch, sums);
+        multiply(w2, expert, 0, part, next, inter_block_log2_, acts, tokens, scratch, sums);
         for (int64_t at = 0; at < part.rows; at += kTileRows) {
           const Epilogue epilogue = w2.epilogue(expert, 0, row + at);
           const int64_t rows = std::min(kTileRows, part.rows - at);
@@ -397,6 +399,7 @@ class Pass {
   // result instead of 1.17%) and save seven of eight scalings of sums. The intermediate has more
   // outliers: there, blocks of 64 instead of 32 already cost as much.
   const int x_block_log2_;
+  const int inter_block_log2_;
   const int nodes_;
   const int64_t slots_;
   const bool stream_;        // whether `partial` is written past the caches

@@ -51,10 +51,11 @@ class ExpertLayer:
         swiglu_alpha, swiglu_beta: the constants of swigluoai.
         swiglu_limit: the limit of swigluoai and swiglustep.
         interleaved: the rows of w13, its scales, zero points and bias are gate 0, up 0, gate 1, ...
-        activation_bits: 16 or 8, for int8 and int4. With 8, activations are rounded to 8 bits, in
-            blocks along K with a float32 scale each. A block of x has 32, 64, 128 or 256 elements:
-            the largest of these that divides g, or 256 without groups. A block of the intermediate
-            has 32. On CPUs without VNNI activations keep 16 bits. None: the variable
+        activation_bits: 16 or 8, for int8, int4, mxfp4 and nvfp4. With 8, activations are rounded
+            to 8 bits, in blocks along K with a float32 scale each. A block of x has the largest
+            size from 16 to 256 that divides g, and at most 64 (32 for mxfp4 and nvfp4) on CPUs
+            without VNNI. A block of the intermediate has 32, or 16 for nvfp4. Activations keep 16
+            bits on CPUs without AVX2, and for int8 on CPUs without VNNI. None: the variable
             LK_ACTIVATION_BITS decides; without it, int8 takes 8 and the other formats take 16.
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
         ordered: the tensors belong to another layer and are in the engine's order already, so they

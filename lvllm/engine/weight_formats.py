@@ -40,8 +40,10 @@ FORMATS = {
     "fp8": WeightFormat(torch.float8_e4m3fn, scale=(torch.float32,)),
     "int8": WeightFormat(torch.int8, scale=(torch.float32,), activation_bits=(8, 16)),
     "int4": WeightFormat(torch.uint8, 2, FLOATS, activation_bits=(16, 8)),
-    "mxfp4": WeightFormat(torch.uint8, 2, (torch.uint8,), group_size=32),
-    "nvfp4": WeightFormat(torch.uint8, 2, (torch.float8_e4m3fn,), group_size=16),
+    "mxfp4": WeightFormat(torch.uint8, 2, (torch.uint8,), group_size=32, activation_bits=(16, 8)),
+    "nvfp4": WeightFormat(
+        torch.uint8, 2, (torch.float8_e4m3fn,), group_size=16, activation_bits=(16, 8)
+    ),
 }
 ACTIVATION_BITS = "LK_ACTIVATION_BITS"
 """The variable that chooses between activations of 8 and of 16 bits."""

@@ -283,9 +283,10 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "8 for int8 experts, 16 for all others",
         "16 or 8",
-        "With 8, int8 and int4 experts are multiplied by activations that are rounded to 8 bits,"
-        " in blocks with one scale each, if the CPU has VNNI. With 16, activations are never"
-        " rounded to 8 bits. It can only be set in the environment.",
+        "With 8, int8, int4, mxfp4 and nvfp4 experts are multiplied by activations that are rounded"
+        " to 8 bits, in blocks with one scale each, where the CPU multiplies bytes: 4-bit experts"
+        " need AVX2, and int8 experts need VNNI. With 16, activations are never rounded to 8 bits."
+        " It can only be set in the environment.",
         parse_choice("16", "8"),
     ),
 )

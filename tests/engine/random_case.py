@@ -25,8 +25,6 @@ def runs_here(isa: str) -> bool:
 
 ISAS = tuple(filter(runs_here, engine.ISAS))
 
-WITHOUT_VNNI = tuple(isa for isa in ISAS if isa in ("portable", "avx2", "avx512"))
-
 BOTH = tuple((name, bits) for name in FORMATS for bits in sorted(STORED[name].activation_bits))
 """Every format with every width of activations it has."""
 

@@ -100,7 +100,9 @@ def test_every_code_of_w13_by_itself(isa: str, format: str) -> None:
     x = torch.cat((torch.eye(k, 256), -torch.eye(k, 256))).bfloat16()
     got = layer.make()(x, torch.zeros(2 * k, 1).int(), torch.ones(2 * k, 1))
     want = (x.float() @ layer.dequantised("w13")[0].T).relu().square()
-    torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=0)
+    # Where weights are integers, activations may be rounded to 16 bits of the largest in a block.
+    bound = 0 if format == "fp8" else 2**-16 * want.max().item()
+    torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=bound)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -123,7 +123,7 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* last_unit,
   alignas(64) float scale[kTileRows];
   alignas(64) float zero[kZeroPoints<F> ? kTileRows : 1];
   // Totals stay in registers where there are enough; with bf16, unpacked weights need them.
-  constexpr bool kInRegisters = kQuantisedActs<F> && R * T <= 12;
+  constexpr bool kInRegisters = kQuantisedActs<F> && kVectors == 1 && R * T <= 12;
   Totals<R, T, kInRegisters> totals;
   load_totals(totals, out);
   int64_t group = -1;

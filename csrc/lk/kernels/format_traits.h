@@ -4,7 +4,8 @@
 // along K the four bytes of a unit hold, and F::kOrder is the order in which they are unpacked.
 // F::unpack turns one unit each of 16 rows into kSteps<F> vectors. A format with zero points
 // defines F::kZeroPoints, and one that never has group scales defines F::kNoGroupScales. Which
-// scales the weights have, and over which groups, is in MatmulArgs.
+// scales the weights have, and over which groups, is in MatmulArgs. If F::unpack gives multiples of
+// another number than 1, that is F::kWeightUnit.
 #pragma once
 
 #include "lk/kernels.h"
@@ -18,9 +19,9 @@ template <class F>
 constexpr bool kZeroPoints = requires { F::kZeroPoints; };
 template <class F>
 constexpr bool kGroupScales = !requires { F::kNoGroupScales; };
-// Only arithmetic on bytes quantises activations; its blocks of activations have scales.
+// Arithmetic on integers quantises activations; its blocks of activations have scales.
 template <class F>
-constexpr bool kQuantisedActs = F::Math::kStepWeights == 4;
+constexpr bool kQuantisedActs = F::Math::kQuantised;
 // One sum runs over all of K where neither weights nor activations have scales along K.
 template <class F>
 constexpr bool kOneSum = !kGroupScales<F> && !kQuantisedActs<F>;

@@ -7,9 +7,10 @@
 
 namespace lk::LK_ISA {
 
-// The most segments in a block: no group of weights and no block of activations is shorter than 8
-// steps.
-constexpr int kMostSegments = 8;
+// The most segments in a block: no group of weights and no block of activations is shorter than 4
+// steps, which is 16 weights as bytes. Those with zero points are not shorter than 8, so the
+// scratch memory has room for 16 rows of scales and zero points.
+constexpr int kMostSegments = 16;
 
 // Unpacked weights of some whole segments.
 struct Block {

@@ -1,5 +1,5 @@
-// 4-bit weights: eight along K in a unit, each a code for one of 16 values. Values is a type with
-// those values in two tables, kFloat and, for CPUs that multiply bf16, kBf16.
+// 4-bit weights as floats or bf16: eight along K in a unit, each a code for one of 16 values.
+// Values is a type with those values in two tables, kFloat and, for CPUs that multiply bf16, kBf16.
 #pragma once
 
 #include "lk/kernels/arithmetic.h"

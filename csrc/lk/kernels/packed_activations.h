@@ -13,7 +13,8 @@ namespace lk::LK_ISA {
 template <class F>
 int64_t act_row_bytes(int64_t k) {
   const int64_t bytes = F::Math::row_bytes(k);
-  return (bytes + (kZeroPoints<F> ? act_blocks(k) * 4 : 0) + 63) / 64 * 64;
+  const int64_t most_blocks = act_blocks(k) * (kActBlock >> kLeastActBlockLog2);
+  return (bytes + (kZeroPoints<F> ? most_blocks * 4 : 0) + 63) / 64 * 64;
 }
 
 // The sums of the blocks of a packed row.
@@ -36,7 +37,7 @@ void pack(const float* values, int64_t n, int64_t at, int64_t k, int block_log2,
       from = padded;
     }
     const int64_t block = (at + i) >> log2;
-    const float sum = F::Math::template pack<F::kOrder>(from, row, block, log2, k);
+    const float sum = F::Math::template pack<F>(from, row, block, log2, k);
     if constexpr (kZeroPoints<F>) const_cast<float*>(act_sums<F>(row, k))[block] = sum;
   }
 }

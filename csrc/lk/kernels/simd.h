@@ -41,6 +41,9 @@ struct F32x16 {
 struct U32x16 {
   UintVector v[kVectors];
 };
+struct I32x16 {
+  IntVector v[kVectors];
+};
 
 inline F32x16 zeros() { return {}; }
 inline F32x16 broadcast(float value) {
@@ -219,25 +222,74 @@ inline F32x16 half_to_float(U32x16 a, int n) {
 // table[i], where i is the low four bits of each lane.
 inline F32x16 lookup(const float* table, U32x16 index) {
   F32x16 result;
-#if defined(__AVX512F__)
-  result.v[0] = _mm512_permutexvar_ps((__m512i)index.v[0], _mm512_loadu_ps(table));
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_loadu_ps(table);
-  const __m256 high = _mm256_loadu_ps(table + 8);
-  for (int i = 0; i < kVectors; ++i) {
-    const auto at = (__m256i)index.v[i];
-    result.v[i] =
-        _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at),
-                         _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));  // by bit 3
-  }
-#else
   for (int i = 0; i < kVectors; ++i) {
     for (int lane = 0; lane < kVectorLanes; ++lane) {
       result.v[i][lane] = table[index.v[i][lane] & 15];
     }
   }
-#endif
   return result;
 }
+
+inline F32x16 to_float(I32x16 a) {
+  F32x16 result;
+  for (int i = 0; i < kVectors; ++i) result.v[i] = __builtin_convertvector(a.v[i], FloatVector);
+  return result;
+}
+
+#if defined(__AVX2__)
+
+// Four bytes of memory in every lane of one vector. Where there are 32 registers, `volatile` keeps
+// GCC 12 from loading them early and once for all rows, for which it has no registers.
+inline __attribute__((always_inline)) IntVector broadcast_bits(const char* p) {
+#if defined(__AVX512F__)
+  IntVector bits;
+  asm volatile("vpbroadcastd %1, %0" : "=v"(bits) : "m"(*reinterpret_cast<const int32_t*>(p)));
+  return bits;
+#else
+  return (IntVector)_mm256_set1_epi32(*reinterpret_cast<const int32_t*>(p));
+#endif
+}
+
+// Keeps GCC 12 from adding up the products of several steps before they reach the sum: it has no
+// registers for them, and stores them.
+inline __attribute__((always_inline)) IntVector step_done(IntVector sum) {
+  asm("" : "+v"(sum));
+  return sum;
+}
+
+// Both 16-bit halves of each lane, as signed integers: shifted left, then right with their sign.
+inline I32x16 shift_halves(U32x16 a, int left, int right) {
+  typedef int16_t ShortVector __attribute__((vector_size(kVectorBytes)));
+  I32x16 result;
+  for (int i = 0; i < kVectors; ++i) {
+    result.v[i] = (IntVector)(((ShortVector)a.v[i] << left) >> right);
+  }
+  return result;
+}
+
+// table[i] for each byte i, which is below 16.
+inline U32x16 lookup_bytes(const void* table, U32x16 index) {
+  const __m128i values = _mm_load_si128(static_cast<const __m128i*>(table));
+  for (auto& v : index.v) {
+#if defined(__AVX512F__)
+    v = (UintVector)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), (__m512i)v);
+#else
+    v = (UintVector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), (__m256i)v);
+#endif
+  }
+  return index;
+}
+
+inline U32x16 operator^(U32x16 a, uint32_t b) {
+  for (auto& v : a.v) v ^= b;
+  return a;
+}
+inline I32x16 as_integers(U32x16 a) {
+  I32x16 result;
+  for (int i = 0; i < kVectors; ++i) result.v[i] = (IntVector)a.v[i];
+  return result;
+}
+
+#endif
 
 }  // namespace lk::LK_ISA

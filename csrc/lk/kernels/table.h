@@ -16,22 +16,32 @@ namespace lk::LK_ISA {
 
 template <class F, Registers R>
 constexpr FormatKernels format_kernels() {
-  return {act_row_bytes<F>, pack<F>, matmul<F, R>};
+  if constexpr (kQuantisedActs<F>) {
+    return {F::Math::kName,
+            F::Math::kMostBlockLog2,
+            F::Math::kOutlierBlockLog2,
+            act_row_bytes<F>,
+            pack<F>,
+            matmul<F, R>};
+  } else {
+    return {F::Math::kName, kActBlockLog2, kActBlockLog2, act_row_bytes<F>, pack<F>, matmul<F, R>};
+  }
 }
 
 // The formats are in the order of enum Format.
 template <Registers R>
 constexpr Kernels kernels_table(const char* isa) {
-  return {isa,
-          {format_kernels<Bf16, R>(), format_kernels<Fp16, R>(), format_kernels<Fp8, R>(),
-           format_kernels<Int8, R>(), format_kernels<Int8Act8, R>(), format_kernels<Int4, R>(),
-           format_kernels<Int4Act8, R>(), format_kernels<Int4Zero, R>(),
-           format_kernels<Int4ZeroAct8, R>(), format_kernels<Fp4, R>()},
-          widen,
-          finish,
-          end_stream,
-          activate,
-          combine};
+  return {
+      isa,
+      {format_kernels<Bf16, R>(), format_kernels<Fp16, R>(), format_kernels<Fp8, R>(),
+       format_kernels<Int8, R>(), format_kernels<Int8Act8, R>(), format_kernels<Int4, R>(),
+       format_kernels<Int4Act8, R>(), format_kernels<Int4Zero, R>(),
+       format_kernels<Int4ZeroAct8, R>(), format_kernels<Fp4, R>(), format_kernels<Fp4Act8, R>()},
+      widen,
+      finish,
+      end_stream,
+      activate,
+      combine};
 }
 
 }  // namespace lk::LK_ISA

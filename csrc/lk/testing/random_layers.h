@@ -246,7 +246,9 @@ inline const Kind kKinds[] = {
      .interleaved = true,
      .w13 = kMxScales,
      .w2 = kMxScales},
+    {.name = "mxfp4_act8", .format = Format::kFp4Act8, .w13 = kMxScales, .w2 = kMxScales},
     {.name = "nvfp4", .format = Format::kFp4, .w13 = kNvScales, .w2 = kNvScales},
+    {.name = "nvfp4_act8", .format = Format::kFp4Act8, .w13 = kNvScales, .w2 = kNvScales},
 };
 
 // A batch of random tokens for a layer; some of its slots are skipped.

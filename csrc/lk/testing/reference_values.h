@@ -18,13 +18,15 @@
 
 namespace lk::test_values {
 
-constexpr Format kAllFormats[] = {
-    Format::kBf16, Format::kFp16,     Format::kFp8,      Format::kInt8,         Format::kInt8Act8,
-    Format::kInt4, Format::kInt4Act8, Format::kInt4Zero, Format::kInt4ZeroAct8, Format::kFp4};
+constexpr Format kAllFormats[] = {Format::kBf16,     Format::kFp16,     Format::kFp8,
+                                  Format::kInt8,     Format::kInt8Act8, Format::kInt4,
+                                  Format::kInt4Act8, Format::kInt4Zero, Format::kInt4ZeroAct8,
+                                  Format::kFp4,      Format::kFp4Act8};
 
 inline std::string name_of(Format format) {
-  constexpr const char* kNames[] = {"bf16", "fp16",      "fp8",       "int8",           "int8_act8",
-                                    "int4", "int4_act8", "int4_zero", "int4_zero_act8", "fp4"};
+  constexpr const char* kNames[] = {"bf16",           "fp16", "fp8",       "int8",
+                                    "int8_act8",      "int4", "int4_act8", "int4_zero",
+                                    "int4_zero_act8", "fp4",  "fp4_act8"};
   return kNames[static_cast<int>(format)];
 }
 inline bool has_zero_points(Format format) {
@@ -35,7 +37,7 @@ inline bool is_int4(Format format) {
 }
 inline bool is_act8(Format format) {
   return format == Format::kInt8Act8 || format == Format::kInt4Act8 ||
-         format == Format::kInt4ZeroAct8;
+         format == Format::kInt4ZeroAct8 || format == Format::kFp4Act8;
 }
 inline int64_t row_bytes(Format format, int64_t k) { return k * kUnitBytes / unit_weights(format); }
 inline int64_t bytes_of(ScaleType type) {
@@ -77,6 +79,7 @@ inline double code_value(Format format, uint32_t code) {
     case Format::kInt8Act8:
       return static_cast<int8_t>(code);
     case Format::kFp4:
+    case Format::kFp4Act8:
       return small_float(code, 2, 1, 1);
     default:
       return static_cast<int>(code) - 8;

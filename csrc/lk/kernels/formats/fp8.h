@@ -29,9 +29,8 @@ struct Fp8 {
   using Math = Floats;
   static constexpr int kUnitWeights = 4;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-  static void unpack(U32x16 bits, F32x16* w) {
-    for (int i = 0; i < kUnitWeights; ++i) w[i] = e4m3_to_float(bits, i);
-  }
+  static constexpr float kWeightUnit = kE4m3Unit;
+  static void unpack(U32x16 bits, F32x16* w) { e4m3_to_floats(bits, w); }
 };
 
 #endif

@@ -16,21 +16,38 @@ struct Int4Values {
 };
 constexpr float kInt4ZeroPoint = 8;  // of the tables above
 
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+
+struct Int4 {
+  using Math = Int16Pairs;
+  static constexpr int kUnitWeights = 8;
+  // Pair i is nibble i of both halves of the unit.
+  static constexpr uint8_t kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+  static void unpack(U32x16 bits, I32x16* w) {
+    bits = bits ^ 0x88888888;  // Now codes are two's complement.
+    for (int i = 0; i < 4; ++i) w[i] = shift_halves(bits, 12 - 4 * i, 12);
+  }
+};
+
+#else
+
 struct Int4 : Nibbles<Int4Values> {};
-struct Int4Zero : Nibbles<Int4Values> {
+
+#endif
+
+struct Int4Zero : Int4 {
   static constexpr bool kZeroPoints = true;
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 
 struct Int4Act8 {
-  using Math = Int8Quads<8>;
+  using Math = Bytes<8>;
   static constexpr int kUnitWeights = 8;
   static constexpr uint8_t kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-  static void unpack(U32x16 bits, __m512i* w) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    w[0] = _mm512_and_si512((__m512i)bits.v[0], nibble);
-    w[1] = _mm512_and_si512(_mm512_srli_epi16((__m512i)bits.v[0], 4), nibble);
+  static void unpack(U32x16 bits, I32x16* w) {
+    w[0] = as_integers(bits & 0x0f0f0f0f);
+    w[1] = as_integers(bits >> 4 & 0x0f0f0f0f);
   }
 };
 struct Int4ZeroAct8 : Int4Act8 {

@@ -20,6 +20,13 @@ struct Int8 {
                                                  _mm512_set1_epi32(0xffff), 0xf4);
     }
   }
+#elif defined(__AVX2__)
+  using Math = Int16Pairs;
+  static constexpr uint8_t kOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
+  static void unpack(U32x16 bits, I32x16* w) {
+    w[0] = shift_halves(bits, 8, 8);
+    w[1] = shift_halves(bits, 0, 8);
+  }
 #else
   using Math = Floats;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -33,16 +40,16 @@ struct Int8 {
 
 struct Int8Act8 {
   static constexpr bool kNoGroupScales = true;
-  using Math = Int8Quads<128>;  // unpack adds 128 by flipping the sign bit
+  using Math = Bytes<128>;  // unpack adds 128 by flipping the sign bit
   static constexpr int kUnitWeights = 4;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-  static void unpack(U32x16 bits, __m512i* w) {
-    w[0] = _mm512_xor_si512((__m512i)bits.v[0], _mm512_set1_epi8(-128));
-  }
+  static void unpack(U32x16 bits, I32x16* w) { w[0] = as_integers(bits ^ 0x80808080); }
 };
 
 #else
 
+// Without VNNI, sums of products of bytes would have to fit into 16 bits, which those of 8-bit
+// weights do not.
 using Int8Act8 = Int8;
 
 #endif

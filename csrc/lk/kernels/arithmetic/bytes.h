@@ -1,0 +1,160 @@
+// Arithmetic on four bytes: unsigned weights times signed activations, summed as integers.
+//
+// Weights are made unsigned by adding kOffset. The sum over a block begins with -kOffset times the
+// sum of its activations, so that it ends as that of the signed weights.
+#pragma once
+
+#include "lk/kernels/arithmetic/activations.h"
+
+#if defined(__AVX2__)
+
+namespace lk::LK_ISA {
+
+// Rounds a block of activations to 8 bits and packs it. Calls each(bytes) with the packed
+// activations, 16 at a time. Returns the scale.
+template <class F, class Each>
+float pack_bytes(const float* values, int64_t size, char* to, Each&& each) {
+  const float top = largest_magnitude(values, size);
+  const float inverse = top > 0 ? 127.0f / top : 0.0f;
+  for (int64_t i = 0; i < size; i += 16) {
+    const __m128i bytes =
+        _mm_shuffle_epi8(narrowed(rounded(values + i, inverse)), kPackOrder<F, 1>.vector());
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bytes);
+    each(bytes);
+  }
+  return top / 127.0f;
+}
+
+#if defined(__AVX512VNNI__)
+
+// vpdpbusd adds the products to an int32.
+template <int kOffset>
+struct Bytes : QuantisedActs<1> {
+  using Weights = I32x16;
+  using Sum = I32x16;
+  using Act = IntVector;
+  static constexpr const char* kName = "int8";
+  static constexpr int kStepWeights = 4;
+  static constexpr int kMostBlockLog2 = kMostActBlockLog2;
+  static constexpr int kOutlierBlockLog2 = 5;
+
+  static Sum begin(const char* info) { return {(IntVector)_mm512_set1_epi32(info_at(info).begin)}; }
+  // Hides from the compiler that all sums begin with the same number. Otherwise GCC 12 keeps it in
+  // one register and copies registers in the inner loop.
+  static Sum copy(Sum start) {
+    asm("" : "+v"(start.v[0]));
+    return start;
+  }
+  static Act act(const char* p) { return broadcast_bits(p); }
+  // The intrinsic is not used: its vector type is not Sum's, and for each product GCC 12 would move
+  // the sum to another register and back.
+  static Sum multiply_add(Sum sum, Weights w, Act a) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v[0]) : "v"(w.v[0]), "v"(a));
+    return sum;
+  }
+  static Sum multiply_add(Sum sum, Weights w, const char* p) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0"
+        : "+v"(sum.v[0])
+        : "v"(w.v[0]), "m"(*reinterpret_cast<const int32_t*>(p)));
+    return sum;
+  }
+  static F32x16 value(Sum sum, float scale) { return to_float(sum) * scale; }
+  static F32x16 add(Sum sum, float scale, F32x16 to) {
+    return fma(to_float(sum), broadcast(scale), to);
+  }
+
+  // Packs a block of activations. Returns their sum, as they were rounded.
+  template <class F>
+  static float pack(const float* values, char* row, int64_t block, int block_log2, int64_t k) {
+    const int64_t size = act_block_size(block, block_log2, k);
+    __m128i total = _mm_setzero_si128();
+    const float scale = pack_bytes<F>(
+        values, size, row + (block << block_log2),
+        [&](__m128i bytes) { total = _mm_dpbusd_epi32(total, _mm_set1_epi8(1), bytes); });
+    const int32_t sum = sum_of_lanes(total);
+    const BlockInfo info{scale * weight_unit<F>(), -kOffset * sum};
+    std::memcpy(row + block_info_offset(k, block), &info, sizeof(info));
+    return scale * static_cast<float>(sum);
+  }
+};
+
+#else
+
+// vpmaddubsw multiplies bytes and adds two products, in 16 bits. The products of 4-bit weights fit,
+// and so does their sum over a block, since it begins with what makes it one of signed weights:
+// 32 products of int4 are at most 32 * 8 * 127 = 32512, and 16 of e2m1 are at most
+// 16 * 12 * 127 = 24384. It does not matter that the sum may wrap around before its end.
+template <int kOffset>
+struct Bytes : QuantisedActs<1> {
+  using Weights = I32x16;
+  using Sum = I32x16;  // two sums of 16 bits in each lane
+  using Act = IntVector;
+  static constexpr const char* kName = "int8";
+  static constexpr int kStepWeights = 4;
+  static constexpr int kMostBlockLog2 = kOffset <= 8 ? 6 : 5;
+  static constexpr int kOutlierBlockLog2 = 5;
+
+  static Sum begin(const char* info) {
+    Sum sum;
+    for (auto& v : sum.v) v = broadcast_bits(reinterpret_cast<const char*>(&info_at(info).begin));
+    return sum;
+  }
+  static Sum copy(Sum start) { return start; }
+  static Act act(const char* p) { return broadcast_bits(p); }
+  static Sum multiply_add(Sum sum, Weights w, Act a) {
+    for (int i = 0; i < kVectors; ++i) {
+#if defined(__AVX512F__)
+      const __m512i products = _mm512_maddubs_epi16((__m512i)w.v[i], (__m512i)a);
+      sum.v[i] = step_done((IntVector)_mm512_add_epi16((__m512i)sum.v[i], products));
+#else
+      const __m256i products = _mm256_maddubs_epi16((__m256i)w.v[i], (__m256i)a);
+      sum.v[i] = step_done((IntVector)_mm256_add_epi16((__m256i)sum.v[i], products));
+#endif
+    }
+    return sum;
+  }
+  static Sum multiply_add(Sum sum, Weights w, const char* p) {
+    return multiply_add(sum, w, act(p));
+  }
+  static F32x16 value(Sum sum, float scale) { return to_float(added(sum)) * scale; }
+  static F32x16 add(Sum sum, float scale, F32x16 to) {
+    return fma(to_float(added(sum)), broadcast(scale), to);
+  }
+
+  // Packs a block of activations. Returns their sum, as they were rounded.
+  template <class F>
+  static float pack(const float* values, char* row, int64_t block, int block_log2, int64_t k) {
+    const int64_t size = act_block_size(block, block_log2, k);
+    __m128i pairs = _mm_setzero_si128();  // sums of the activations that share 16 bits of a sum
+    const float scale =
+        pack_bytes<F>(values, size, row + (block << block_log2), [&](__m128i bytes) {
+          pairs = _mm_add_epi16(pairs, _mm_maddubs_epi16(_mm_set1_epi8(1), bytes));
+        });
+    pairs = _mm_add_epi16(pairs, _mm_shuffle_epi32(pairs, 0x4e));
+    pairs = _mm_add_epi16(pairs, _mm_shuffle_epi32(pairs, 0xb1));
+    const int32_t begin = _mm_cvtsi128_si32(_mm_mullo_epi16(pairs, _mm_set1_epi16(-kOffset)));
+    const int32_t sum = _mm_cvtsi128_si32(_mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+    const BlockInfo info{scale * weight_unit<F>(), begin};
+    std::memcpy(row + block_info_offset(k, block), &info, sizeof(info));
+    return scale * static_cast<float>(sum);
+  }
+
+ private:
+  // Both sums of each lane, added.
+  static I32x16 added(Sum sum) {
+    for (auto& v : sum.v) {
+#if defined(__AVX512F__)
+      v = (IntVector)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi16(1));
+#else
+      v = (IntVector)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi16(1));
+#endif
+    }
+    return sum;
+  }
+};
+
+#endif
+
+}  // namespace lk::LK_ISA
+
+#endif
