@@ -40,8 +40,8 @@ template <class F, int kBytes>
 inline constexpr PackOrder<F, kBytes> kPackOrder;
 
 // What arithmetics on integers have in common: each block of activations is divided by a scale and
-// rounded. A packed row holds a BlockInfo for each block, behind all activations, and has room for
-// those of the smallest blocks.
+// rounded, and the sum over a block is scaled. A packed row holds a BlockInfo for each block,
+// behind all activations, and has room for those of the smallest blocks.
 template <int kBytes>
 struct QuantisedActs {
   static constexpr int kActBytes = kBytes;
@@ -58,6 +58,10 @@ struct QuantisedActs {
   }
   static int64_t row_bytes(int64_t k) {
     return block_info_offset(k, act_blocks(k) * (kActBlock >> kLeastActBlockLog2));
+  }
+  static F32x16 value(I32x16 sum, float scale) { return to_float(sum) * scale; }
+  static F32x16 add(I32x16 sum, float scale, F32x16 to) {
+    return fma(to_float(sum), broadcast(scale), to);
   }
 };
 

@@ -58,10 +58,6 @@ struct Bytes : QuantisedActs<1> {
         : "v"(w.v[0]), "m"(*reinterpret_cast<const int32_t*>(p)));
     return sum;
   }
-  static F32x16 value(Sum sum, float scale) { return to_float(sum) * scale; }
-  static F32x16 add(Sum sum, float scale, F32x16 to) {
-    return fma(to_float(sum), broadcast(scale), to);
-  }
 
   // Packs a block of activations. Returns their sum, as they were rounded.
   template <class F>
@@ -116,9 +112,9 @@ struct Bytes : QuantisedActs<1> {
   static Sum multiply_add(Sum sum, Weights w, const char* p) {
     return multiply_add(sum, w, act(p));
   }
-  static F32x16 value(Sum sum, float scale) { return to_float(added(sum)) * scale; }
+  static F32x16 value(Sum sum, float scale) { return QuantisedActs<1>::value(added(sum), scale); }
   static F32x16 add(Sum sum, float scale, F32x16 to) {
-    return fma(to_float(added(sum)), broadcast(scale), to);
+    return QuantisedActs<1>::add(added(sum), scale, to);
   }
 
   // Packs a block of activations. Returns their sum, as they were rounded.

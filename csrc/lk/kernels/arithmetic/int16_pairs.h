@@ -46,10 +46,6 @@ struct Int16Pairs : QuantisedActs<2> {
     return multiply_add(sum, w, act(p));
 #endif
   }
-  static F32x16 value(Sum sum, float scale) { return to_float(sum) * scale; }
-  static F32x16 add(Sum sum, float scale, F32x16 to) {
-    return fma(to_float(sum), broadcast(scale), to);
-  }
 
   // Packs a block of activations. Returns their sum, as they were rounded.
   template <class F>
