@@ -46,6 +46,9 @@ void matmul(const MatmulArgs& a) {
   }
   constexpr int kFew = kRegisters.few_tokens;
   const int64_t passes = (a.tokens + kFew - 1) / kFew;
+  // Fewer tokens than half of what a call of many_tokens takes would be too few for it.
+  constexpr int64_t kLeastMany = min(few_passes<F>(true), few_passes<F>(false)) * kFew + 1;
+  static_assert(kLeastMany >= (max(kRegisters.many_tokens, kRegisters.short_tokens) + 1) / 2);
   const bool short_segments = segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>;
   if (passes > few_passes<F>(short_segments)) {
     if constexpr (!kOneSum<F> && kRegisters.short_rows != 0) {

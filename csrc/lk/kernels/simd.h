@@ -15,8 +15,12 @@
 
 namespace lk::LK_ISA {
 
-inline __attribute__((always_inline)) int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
-inline __attribute__((always_inline)) int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+inline __attribute__((always_inline)) constexpr int64_t min(int64_t a, int64_t b) {
+  return b < a ? b : a;
+}
+inline __attribute__((always_inline)) constexpr int64_t max(int64_t a, int64_t b) {
+  return a < b ? b : a;
+}
 
 // The width of the widest vectors that the compiler may use; 16 floats take 4, 2 or 1 of them.
 #if defined(__AVX512F__)
