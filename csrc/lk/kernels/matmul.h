@@ -29,9 +29,10 @@ constexpr int64_t kShortSteps = kQuantisedActs<F> ? 16 : 8;
 // again, unless many_tokens keeps the totals in registers.
 template <class F>
 constexpr int64_t few_passes(bool short_segments) {
+  constexpr bool kBytes = F::Math::kStepWeights == 4;
   if (kSteps<F> == 1) return 3;
-  if (!kQuantisedActs<F>) return 6;
-  return short_segments ? 4 : kTileRows;
+  if (kQuantisedActs<F> && short_segments) return 4;
+  return kBytes ? kTileRows : 6;
 }
 
 // FormatKernels::matmul.
