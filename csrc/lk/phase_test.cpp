@@ -6,56 +6,90 @@
 #include <chrono>
 #include <climits>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace lk {
 namespace {
 
-std::vector<int> nodes_claimed(Phase& phase, int node, int nodes) {
+PoolPlan plan_of(const char* topology) { return plan_pool(parse_topology(topology), {}); }
+
+// The teams whose pieces a worker of `team` claims, one after the other.
+std::vector<int> teams_claimed(Phase& phase, int team, const PoolPlan& plan) {
   std::vector<int> claimed;
-  Phase::Claim claim = phase.claim({node, 0}, node, nodes);
-  for (; claim.index >= 0; claim = phase.claim(claim, node, nodes)) claimed.push_back(claim.node);
+  Phase::Claim claim = phase.first(team, plan);
+  for (; claim.index >= 0; claim = phase.claim(claim, team, plan)) claimed.push_back(claim.team);
   return claimed;
 }
 
-TEST(Phase, OwnNodeFirstThenTheOthersInTurn) {
+TEST(Phase, OwnTeamFirstThenTheOthersInTurn) {
+  const PoolPlan plan = plan_of("4 nodes x 1 cores x 1 threads");
   Phase phase;
-  for (int node = 0; node < 4; ++node) phase.set(node, 2);
-  EXPECT_EQ(nodes_claimed(phase, 2, 4), (std::vector<int>{2, 2, 3, 3, 0, 0, 1, 1}));
+  for (int team = 0; team < 4; ++team) phase.set(team, 0, 2);
+  EXPECT_EQ(teams_claimed(phase, 2, plan), (std::vector<int>{2, 2, 3, 3, 0, 0, 1, 1}));
 }
 
-TEST(Phase, PiecesOfANodeInOrder) {
+TEST(Phase, TeamsOfTheOwnNodeBeforeOthers) {
+  const PoolPlan plan = plan_of("2 nodes x 40 cores x 1 threads");
+  ASSERT_EQ(plan.teams.size(), 6u);
+  for (const auto& [team, wanted] : {std::pair{1, std::vector<int>{1, 2, 0, 3, 4, 5}},
+                                     std::pair{2, std::vector<int>{2, 0, 1, 3, 4, 5}},
+                                     std::pair{4, std::vector<int>{4, 5, 3, 0, 1, 2}}}) {
+    Phase phase;
+    for (int other = 0; other < 6; ++other) phase.set(other, 0, 1);
+    EXPECT_EQ(teams_claimed(phase, team, plan), wanted) << team;
+  }
+}
+
+TEST(Phase, PiecesOfATeamInOrder) {
+  const PoolPlan plan = plan_of("1 node x 1 cores x 1 threads");
   Phase phase;
-  phase.set(0, 3);
+  phase.set(0, 4, 7);
   Phase::Claim claim{0, 0};
-  for (int64_t index = 0; index < 3; ++index) {
-    claim = phase.claim(claim, 0, 1);
+  for (int64_t index = 4; index < 7; ++index) {
+    claim = phase.claim(claim, 0, plan);
     EXPECT_EQ(claim.index, index);
   }
-  EXPECT_LT(phase.claim(claim, 0, 1).index, 0);
+  EXPECT_LT(phase.claim(claim, 0, plan).index, 0);
 }
 
-TEST(Phase, NodesWithoutWorkAreSkipped) {
+TEST(Phase, TeamsWithoutWorkAreSkipped) {
+  const PoolPlan plan = plan_of("4 nodes x 1 cores x 1 threads");
   Phase phase;
-  phase.set(1, 1);
-  phase.set(3, 1);
-  EXPECT_EQ(nodes_claimed(phase, 0, 4), (std::vector<int>{1, 3}));
-  EXPECT_EQ(nodes_claimed(phase, 0, 4), std::vector<int>());
+  phase.set(0, 0, 0);
+  phase.set(1, 0, 1);
+  phase.set(3, 0, 1);
+  EXPECT_EQ(teams_claimed(phase, 0, plan), (std::vector<int>{1, 3}));
+  EXPECT_EQ(teams_claimed(phase, 0, plan), std::vector<int>());
 }
 
-// A worker takes pieces of other nodes only when its own node has none left, and does all pieces if
-// no other worker comes.
+TEST(Phase, HasAQueueForEachOfTheMostTeams) {
+  const PoolPlan plan = plan_of("64 nodes x 3 cores x 1 threads");
+  ASSERT_EQ(plan.teams.size(), static_cast<size_t>(kMaxTeams));
+  Phase phase;
+  std::vector<int> wanted;
+  for (int turn = 0; turn < kMaxTeams; ++turn) {
+    phase.set(turn, 0, 1);
+    wanted.push_back((63 + turn) % kMaxTeams);
+  }
+  EXPECT_EQ(teams_claimed(phase, 63, plan), wanted);
+}
+
+// A worker takes pieces of other teams only when its own has none left, and does all pieces if no
+// other worker comes. It claims a piece of the same queue ahead, and no piece of another queue.
 TEST(Phase, OthersAreHelpedLast) {
+  const PoolPlan plan = plan_of("3 nodes x 1 cores x 1 threads");
   Phase phase;
-  for (int node = 0; node < 3; ++node) phase.set(node, 5);
+  for (int team = 0; team < 3; ++team) phase.set(team, 0, 5);
   std::vector<int> ran;
-  phase.run(phase.first(1, 3), 1, 3, [&](Phase::Claim now, Phase::Claim next) {
-    ran.push_back(now.node);
-    EXPECT_EQ(next.index < 0, ran.size() == 15);
+  phase.run(phase.first(1, plan), 1, plan, [&](Phase::Claim now, Phase::Claim next) {
+    ran.push_back(now.team);
+    EXPECT_EQ(next.index < 0, ran.size() % 5 == 0);
+    EXPECT_TRUE(next.index < 0 || next.team == now.team);
   });
   phase.wait();
   std::vector<int> wanted;
-  for (int node : {1, 2, 0}) wanted.insert(wanted.end(), 5, node);
+  for (int team : {1, 2, 0}) wanted.insert(wanted.end(), 5, team);
   EXPECT_EQ(ran, wanted);
 }
 
@@ -64,14 +98,15 @@ TEST(Phase, OthersAreHelpedLast) {
 TEST(Phase, EveryPieceOnceAndDoneAfterTheWait) {
   constexpr int kNodes = 2;
   constexpr int kPieces = 50;
+  const PoolPlan plan = plan_of("2 nodes x 2 cores x 1 threads");
   for (int round = 0; round < 20; ++round) {
     Phase phase;
-    for (int node = 0; node < kNodes; ++node) phase.set(node, kPieces);
+    for (int team = 0; team < kNodes; ++team) phase.set(team, 0, kPieces);
     int done[kNodes][kPieces] = {};
-    const auto work = [&](int node) {
-      phase.run(phase.first(node, kNodes), node, kNodes, [&](Phase::Claim now, Phase::Claim) {
+    const auto work = [&](int team) {
+      phase.run(phase.first(team, plan), team, plan, [&](Phase::Claim now, Phase::Claim) {
         if (now.index == kPieces - 1) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        ++done[now.node][now.index];
+        ++done[now.team][now.index];
       });
       phase.wait();
       for (const auto& pieces : done) {
@@ -86,18 +121,19 @@ TEST(Phase, EveryPieceOnceAndDoneAfterTheWait) {
 
 // A waiting thread calls idle() until that returns false or the last piece is done.
 TEST(Phase, IdleWhileOthersWork) {
+  const PoolPlan plan = plan_of("1 node x 2 cores x 1 threads");
   for (int most : {3, INT_MAX}) {
     Phase phase;
-    phase.set(0, 1);
-    const Phase::Claim claim = phase.first(0, 1);
+    phase.set(0, 0, 1);
+    const Phase::Claim claim = phase.first(0, plan);
     std::atomic<int> idle{0};
     std::thread other([&] {
       while (idle < 3) std::this_thread::yield();
-      phase.run(claim, 0, 1, [](Phase::Claim, Phase::Claim) {});
+      phase.run(claim, 0, plan, [](Phase::Claim, Phase::Claim) {});
     });
     const auto once_more = [&] { return ++idle < most; };
     phase.wait(once_more);
-    EXPECT_TRUE(phase.left.zero());
+    EXPECT_TRUE(phase.done());
     const int before = idle;
     if (most == 3) {
       EXPECT_EQ(before, 3);

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 #include "lk/topology.h"
@@ -20,10 +20,28 @@ struct PoolOptions {
   int threads = 0;  // 0: one for each physical core
   Binding binding = Binding::kCpuCore;
   bool power_saving = false;  // workers sleep at once instead of spinning first
+  // Nothing else needs the workers' cores between two calls, as beside a GPU. Workers then spin
+  // until the next call if calls come at least every 2 ms.
+  bool own_cores = false;
+};
+
+// The most workers that change the same cache lines in every call. A line passes from core to core
+// in 70 ns or more, so 96 workers would begin and end a call one after the other, in 7 us. A team
+// more costs the caller a line or two.
+constexpr int kTeamWorkers = 16;
+constexpr int kMaxTeams = 64;
+
+// Workers of one node that share a queue of pieces and what else each of them changes in a call.
+struct Team {
+  int node = 0;   // index into PoolPlan::nodes
+  int first = 0;  // how many workers of the node are in teams before this one
+  int workers = 0;
+  uint64_t of_node = 0;  // all teams of its node, a bit each
 };
 
 struct Worker {
   int node = 0;           // index into PoolPlan::nodes
+  int team = 0;           // index into PoolPlan::teams
   std::vector<int> cpus;  // where it may run
 };
 
@@ -35,6 +53,7 @@ struct PoolPlan {
   std::vector<Worker> workers;
   std::vector<int> nodes;         // kernel numbers of the nodes in use
   std::vector<int> node_workers;  // how many workers each has
+  std::vector<Team> teams;        // at most kMaxTeams, in the order of nodes
 };
 PoolPlan plan_pool(const Topology& topology, const PoolOptions& options);
 
@@ -57,8 +76,9 @@ class ThreadPool {
   //
   // The caller is not pinned, because threads that it creates later (OpenMP's, Python's) would
   // inherit its single core. Instead the caller becomes the worker of the core that it is on, and
-  // the thread that was this worker takes the caller's former place. Otherwise both would share
-  // that core, and a call of 1 ms is over before the kernel moves one of them.
+  // the thread that was this worker takes the place of worker 0, which no other thread has.
+  // Otherwise both would share that core, and a call of 1 ms is over before the kernel moves one of
+  // them.
   template <class Job>
   void run(Job& job) {
     run([](void* context, int worker) { (*static_cast<Job*>(context))(worker); },
@@ -68,25 +88,36 @@ class ThreadPool {
  private:
   using Function = void (*)(void*, int);
 
+  // What the threads of a team share. They spin on the first line, which only the caller writes
+  // unless they sleep, and change the second.
+  struct alignas(64) Shared {
+    Atomic<uint32_t> job{0};       // odd: the number of the open job; even: none is open
+    Atomic<uint32_t> sleepers{0};  // on the futex `job`
+    Function function = nullptr;
+    void* context = nullptr;
+    int place = 0;
+    Countdown inside;  // threads that do the job or are about to see whether it is open
+  };
+
   void run(Function function, void* context);
+  void publish(Function function, void* context);
   void work(int thread);
   void take_place(int cpu);
-  void wait_for_job(uint32_t seen);
+  void pin(int thread);
+  void learn_gap();
+  uint32_t wait_for_job(Shared& team, uint32_t seen);
 
   PoolPlan plan_;
   PoolOptions options_;
   bool pinned_;
-  std::vector<int> worker_of_;  // which worker each thread is; the caller is thread 0
-  Function function_ = nullptr;
-  void* context_ = nullptr;
-  // These have cache lines of their own, because workers spin on the first while other workers
-  // change the others.
-  alignas(64) std::atomic<uint32_t> epoch_{0};  // counts jobs; workers sleep on this futex
-  alignas(64) std::atomic<uint32_t> open_{0};   // the epoch of the job that workers may enter, or 0
-  Countdown active_;                            // workers inside a job or about to read open_
-  std::atomic<int> sleepers_{0};
-  std::atomic<bool> stop_{false};
-  std::vector<std::thread> threads_;  // threads 1, 2, ...
+  int place_ = 0;  // the worker that the caller is; thread `place_` is worker 0, if not the caller
+  uint32_t job_ = 0;                        // as Shared::job
+  std::vector<Shared> shared_;              // for each team
+  Clock::time_point last_end_;              // of a call
+  std::chrono::nanoseconds gap_{0};         // between two calls, a moving average
+  alignas(64) Atomic<uint32_t> idle_spin_;  // microseconds between calls; changes rarely
+  Atomic<bool> stop_{false};
+  std::vector<Thread> threads_;  // threads 1, 2, ...
 };
 
 // Calls work(index, worker) for each index below `count`, on all workers.

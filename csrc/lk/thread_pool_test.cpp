@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <numeric>
 #include <set>
+#include <utility>
 
 #include "lk/rows.h"
 
@@ -71,6 +72,17 @@ TEST(PlanPool, NeverMoreThreadsThanCpus) {
   }
 }
 
+TEST(PlanPool, TeamsAreOfOneNodeAndEven) {
+  const PoolPlan plan = plan_pool(parse_topology("3 nodes x 40,24,5 cores x 1 threads"), {});
+  std::vector<std::pair<int, int>> teams;  // node and workers
+  for (const Team& team : plan.teams) teams.push_back({team.node, team.workers});
+  EXPECT_EQ(teams, (std::vector<std::pair<int, int>>{
+                       {0, 13}, {0, 13}, {0, 14}, {1, 12}, {1, 12}, {2, 5}}));
+  EXPECT_EQ(plan.teams[1].of_node, 0b000111u);
+  EXPECT_EQ(plan.teams[4].of_node, 0b011000u);
+  EXPECT_EQ(plan.teams[5].of_node, 0b100000u);
+}
+
 // Machines of all kinds, and how many workers each node gets by default: one for each core.
 struct Machine {
   const char* name;
@@ -85,6 +97,25 @@ std::vector<int> count_up(int end, int begin = 0) {
   std::vector<int> values(end - begin);
   std::iota(values.begin(), values.end(), begin);
   return values;
+}
+
+// Each worker is in one team, a team is of one node, and those of a node have all its workers.
+void expect_teams(const PoolPlan& plan) {
+  ASSERT_LE(plan.teams.size(), static_cast<size_t>(kMaxTeams));
+  size_t worker = 0;
+  std::vector<int> of_node(plan.nodes.size(), 0);
+  for (size_t t = 0; t < plan.teams.size(); ++t) {
+    const Team& team = plan.teams[t];
+    EXPECT_GE(team.workers, 1);
+    EXPECT_EQ(team.first, of_node[team.node]);
+    of_node[team.node] += team.workers;
+    for (int w = 0; w < team.workers; ++w, ++worker) {
+      EXPECT_EQ(plan.workers.at(worker).team, static_cast<int>(t));
+      EXPECT_EQ(plan.workers[worker].node, team.node);
+    }
+  }
+  EXPECT_EQ(worker, plan.workers.size());
+  EXPECT_EQ(of_node, plan.node_workers);
 }
 
 class Machines : public testing::TestWithParam<Machine> {};
@@ -121,6 +152,7 @@ TEST_P(Machines, AnyNumberOfThreadsIsDividedInProportion) {
     std::set<int> cpus;
     for (const Worker& worker : plan.workers) cpus.insert(worker.cpus.at(0));
     EXPECT_EQ(static_cast<int>(cpus.size()), threads);  // a CPU each
+    expect_teams(plan);
     if (threads > cores) continue;
     for (size_t i = 0; i < plan.nodes.size(); ++i) {
       const auto node = std::find_if(topology.nodes.begin(), topology.nodes.end(),
@@ -147,6 +179,9 @@ INSTANTIATE_TEST_SUITE_P(
                 std::vector<int>(8, 6)},
         Machine{"32 nodes", parse_topology("32 nodes x 2 cores x 1 threads"), count_up(32),
                 std::vector<int>(32, 2)},
+        Machine{"more workers than 64 teams of 16",
+                parse_topology("64 nodes x 17 cores x 1 threads"), count_up(64),
+                std::vector<int>(64, 17)},
         Machine{"memory-only nodes",
                 parse_topology("4 nodes x 4,0,2,0 cores x 2 threads"),
                 {0, 2},
@@ -200,16 +235,17 @@ TEST(DivideRows, LessThanATileFromTheExactShare) {
   }
 }
 
-class Pool : public testing::TestWithParam<std::tuple<int, bool>> {};
+class Pool : public testing::TestWithParam<std::tuple<const char*, bool, bool>> {};
 
 // Every piece is done once, whichever workers come, in many jobs in quick succession and after
 // pauses.
 TEST_P(Pool, DoesEveryPieceOnce) {
-  const auto [threads, power_saving] = GetParam();
+  const auto [topology, power_saving, own_cores] = GetParam();
   PoolOptions options;
-  options.threads = threads;
   options.power_saving = power_saving;
-  ThreadPool pool(parse_topology("1 node x 16 cores x 1 threads"), options);
+  options.own_cores = own_cores;
+  ThreadPool pool(parse_topology(topology), options);
+  const int threads = pool.size();
   for (int round = 0; round < 300; ++round) {
     std::atomic<int> next{0};
     std::vector<int> done(57, 0);
@@ -227,7 +263,12 @@ TEST_P(Pool, DoesEveryPieceOnce) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Sizes, Pool,
-                         testing::Combine(testing::Values(1, 2, 5, 16), testing::Bool()));
+                         testing::Combine(testing::Values("1 node x 1 cores x 1 threads",
+                                                          "1 node x 2 cores x 1 threads",
+                                                          "1 node x 5 cores x 1 threads",
+                                                          "1 node x 16 cores x 1 threads",
+                                                          "2 nodes x 17,2 cores x 1 threads"),
+                                          testing::Bool(), testing::Bool()));
 
 TEST(ThreadPool, StartsAndStopsWithoutAJob) {
   for (int i = 0; i < 50; ++i) ThreadPool(parse_topology("1 node x 4 cores x 1 threads"), {});
@@ -241,9 +282,11 @@ double cpu_seconds() {
 
 // From 100 ms after the last job on, the workers take at most 1% of the CPU time of a core.
 TEST(ThreadPool, IdleWorkersSleep) {
-  for (bool power_saving : {false, true}) {
+  for (const auto& [power_saving, own_cores] :
+       {std::pair{false, false}, std::pair{true, false}, std::pair{false, true}}) {
     PoolOptions options;
     options.power_saving = power_saving;
+    options.own_cores = own_cores;
     ThreadPool pool(parse_topology("1 node x 4 cores x 1 threads"), options);
     auto job = [](int) {};
     for (int call = 0; call < 100; ++call) pool.run(job);

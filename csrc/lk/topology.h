@@ -7,8 +7,8 @@
 
 namespace lk {
 
-// The most NUMA nodes that workers may be on. Phase has a queue for each, in memory that every call
-// initialises.
+// The most NUMA nodes that workers may be on. Each has at least one of Phase's queues, of which
+// there are as many as a word has bits.
 constexpr int kMaxNodes = 64;
 
 // A physical core: the logical CPUs on it that this process may use, lowest number first.
