@@ -81,8 +81,14 @@ constexpr int64_t kUnpackedBytes = 64 * kTileRows * 4;
 constexpr int64_t kScratchBytes = kUnpackedBytes + 16 * kTileRows * 4;
 
 struct FormatKernels {
-  // What the weights are multiplied as: "float", "bf16", "int16" or "int8".
+  // The instruction set that the functions are compiled for.
+  const char* isa;
+  // What the weights are multiplied as: "float", "bf16", "int16" or "int8", or with AMX "bf16
+  // tiles" or "int8 tiles".
   const char* arithmetic;
+  // Multiplies and adds in registers, which is what limits large batches. Returns how many weights
+  // it multiplied; choice.h times it.
+  int64_t (*multiply_in_registers)();
   // The largest blocks of activations that may share a scale, and those that may where activations
   // have outliers, as a logarithm.
   int most_block_log2;
@@ -129,15 +135,18 @@ struct Kernels {
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
+const Kernels& avx2_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vnni_kernels();
+const Kernels& avx512_vbmi_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& amx_kernels();
 
-// The names of the kernels that this CPU can run, the fastest one last.
+// The names of the kernels that this CPU can run, the one with the newest instructions last.
 std::vector<std::string> available_kernels();
 
-// The kernels of that name, or the fastest that this CPU can run if `isa` is empty. Throws
-// std::invalid_argument if there are none of that name, or if this CPU cannot run them.
-const Kernels& choose_kernels(const std::string& isa);
+// The kernels of that name. Throws std::invalid_argument if there are none of that name, or if this
+// CPU cannot run them.
+const Kernels& kernels_named(const std::string& isa);
 
 }  // namespace lk

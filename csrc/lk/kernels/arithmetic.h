@@ -7,6 +7,9 @@
 // vectors of rows share them, or from memory: if GCC may choose, it keeps more of them in registers
 // than there are.
 //
+// Arithmetics that have kTiles also multiply in AMX's tile registers: multiply_tiles adds a product
+// to the sums of a tile, and from_tile turns those of one token and 16 rows, in memory, into a Sum.
+//
 // Where activations are quantised, a packed row holds for each block its scale and what sums over
 // the block begin with, at block_info_offset(k, block).
 #pragma once

@@ -3,9 +3,10 @@
 // F::Math is the arithmetic that multiplies it (arithmetic.h), F::kUnitWeights is how many weights
 // along K the four bytes of a unit hold, and F::kOrder is the order in which they are unpacked.
 // F::unpack turns one unit each of 16 rows into kSteps<F> vectors. A format with zero points
-// defines F::kZeroPoints, and one that never has group scales defines F::kNoGroupScales. Which
-// scales the weights have, and over which groups, is in MatmulArgs. If F::unpack gives multiples of
-// another number than 1, that is F::kWeightUnit.
+// defines F::kZeroPoints, one that never has group scales defines F::kNoGroupScales, and one that
+// takes longer to unpack than to load unpacked defines F::kSlowUnpack. Which scales the weights
+// have, and over which groups, is in MatmulArgs. If F::unpack gives multiples of another number
+// than 1, that is F::kWeightUnit.
 #pragma once
 
 #include "lk/kernels.h"
@@ -19,11 +20,18 @@ template <class F>
 constexpr bool kZeroPoints = requires { F::kZeroPoints; };
 template <class F>
 constexpr bool kGroupScales = !requires { F::kNoGroupScales; };
+template <class F>
+constexpr bool kSlowUnpack = requires { F::kSlowUnpack; };
 // Arithmetic on integers quantises activations; its blocks of activations have scales.
 template <class F>
 constexpr bool kQuantisedActs = F::Math::kQuantised;
 // One sum runs over all of K where neither weights nor activations have scales along K.
 template <class F>
 constexpr bool kOneSum = !kGroupScales<F> && !kQuantisedActs<F>;
+// Whether AMX multiplies the format (amx_tokens.h), and whether it does so even for a few tokens.
+template <class F>
+constexpr bool kAmx = requires { F::Math::kTiles; };
+template <class F>
+constexpr bool kAmxOnly = kAmx<F> && !kQuantisedActs<F>;
 
 }  // namespace lk::LK_ISA

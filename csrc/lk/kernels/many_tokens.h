@@ -12,6 +12,11 @@ namespace lk::LK_ISA {
 // scratch memory has room for 16 rows of scales and zero points.
 constexpr int kMostSegments = 16;
 
+// Weights with one step a unit are unpacked when they are multiplied, except by AMX, which
+// multiplies memory.
+template <class F>
+constexpr bool kUnpackLate = kSteps<F> == 1 && !kAmx<F>;
+
 // Unpacked weights of some whole segments.
 struct Block {
   const char* weights = nullptr;
@@ -19,7 +24,8 @@ struct Block {
   int count = 0;  // of segments
   int64_t k = 0;
   int act_block_log2 = kActBlockLog2;
-  // What a call prefetches meanwhile: `lines` cache lines for each run of kRun steps.
+  // What a call prefetches meanwhile: `lines` cache lines for each run of kRun steps, or, in
+  // amx_tokens.h, before each load of weights.
   const char* next = nullptr;
   int64_t lines = 0;
 };
@@ -37,7 +43,7 @@ inline __attribute__((always_inline)) void multiply_step(typename F::Math::Sum (
   for (int r = 0; r < R; ++r) {
     // The block of a format with one step a unit holds weights as the tile does, so that no copy is
     // needed (see many_tokens); unpacking them is cheap.
-    if constexpr (kSteps<F> == 1) {
+    if constexpr (kUnpackLate<F>) {
       F::unpack(load_units(weights + r * 64, first_lanes(kLanes)), &w[r]);
     } else {
       w[r] = *reinterpret_cast<const typename Math::Weights*>(weights + r * 64);
@@ -116,8 +122,8 @@ __attribute__((noinline)) void block_times_tokens(const Block& block, int64_t ro
   store_totals(totals, out);
 }
 
-// Puts units [u0, u1) into `out` in the form that block_times_tokens reads: unpacked, and with all
-// kTileRows rows. `last_unit` is the padded last unit, or null.
+// Puts units [u0, u1) into `out` in the form that is multiplied: unpacked, unless kUnpackLate, and
+// with all kTileRows rows. `last_unit` is the padded last unit, or null.
 template <class F>
 __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int64_t u1,
                                             const char* last_unit, char* out) {
@@ -130,7 +136,7 @@ __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int
     const char* from = u < whole ? a.tile + u * a.rows * kUnitBytes : last_unit;
     for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
       const U32x16 units = load_units(from + v * 64, u < whole ? lanes[v] : first_lanes(kLanes));
-      if constexpr (kSteps<F> == 1) {
+      if constexpr (kUnpackLate<F>) {
         std::memcpy(out + v * 64, &units, sizeof(units));
       } else {
         typename F::Math::Weights w[kSteps<F>];
@@ -177,7 +183,7 @@ void many_tokens(const MatmulArgs& a, const char* last_unit) {
   const auto* acts = reinterpret_cast<const char* const*>(a.acts);
   const int64_t whole = a.row_bytes / kUnitBytes;
   const int64_t units = whole + (last_unit != nullptr);
-  const bool in_place = kSteps<F> == 1 && a.rows == kTileRows;
+  const bool in_place = kUnpackLate<F> && a.rows == kTileRows;
   const int64_t unit_bytes = a.rows * kUnitBytes;
   auto* const rows = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
   const int64_t passes = (a.tokens + T - 1) / T;

@@ -1,7 +1,8 @@
-// The rows of a tile times any number of tokens, for any format: chooses between few_tokens.h and
-// many_tokens.h.
+// The rows of a tile times any number of tokens, for any format: chooses between few_tokens.h,
+// many_tokens.h and amx_tokens.h.
 #pragma once
 
+#include "lk/kernels/amx_tokens.h"
 #include "lk/kernels/few_tokens.h"
 #include "lk/kernels/many_tokens.h"
 
@@ -26,39 +27,20 @@ constexpr int64_t kShortSteps = kQuantisedActs<F> ? 16 : 8;
 // How many passes of few_tokens, over weights that are in L2 after the first, cost no more than to
 // unpack blocks of them for many_tokens. Measured on Zen 5. Weights with one step a unit gain by
 // staying in L1. Nibbles as bytes cost two instructions a vector, less than to store and load them
-// again, unless many_tokens keeps the totals in registers.
+// again, unless many_tokens keeps the totals in registers. Measured on Zen 3 with AVX2: after two
+// passes, fp8 takes 0.66 of the time at 4 tokens an expert, and fp16 0.75; others take longer.
 template <class F>
 constexpr int64_t few_passes(bool short_segments) {
   constexpr bool kBytes = F::Math::kStepWeights == 4;
+  if (kSlowUnpack<F>) return 2;
   if (kSteps<F> == 1) return 3;
   if (kQuantisedActs<F> && short_segments) return 4;
   return kBytes ? kTileRows : 6;
 }
 
-// FormatKernels::matmul.
+// All tokens in passes of few_tokens.
 template <class F, Registers kRegisters>
-void matmul(const MatmulArgs& a) {
-  std::memset(a.out, 0, a.tokens * kTileRows * sizeof(float));
-  alignas(64) char padded[kTileRows * kUnitBytes];
-  const char* last_unit = nullptr;
-  if (a.row_bytes % kUnitBytes != 0) {
-    pad_last_unit(a, padded);
-    last_unit = padded;
-  }
-  constexpr int kFew = kRegisters.few_tokens;
-  const int64_t passes = (a.tokens + kFew - 1) / kFew;
-  // Fewer tokens than half of what a call of many_tokens takes would be too few for it.
-  constexpr int64_t kLeastMany = min(few_passes<F>(true), few_passes<F>(false)) * kFew + 1;
-  static_assert(kLeastMany >= (max(kRegisters.many_tokens, kRegisters.short_tokens) + 1) / 2);
-  const bool short_segments = segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>;
-  if (passes > few_passes<F>(short_segments)) {
-    if constexpr (!kOneSum<F> && kRegisters.short_rows != 0) {
-      if (short_segments) {
-        return many_tokens<F, true, kRegisters.short_rows, kRegisters.short_tokens>(a, last_unit);
-      }
-    }
-    return many_tokens<F, false, kRegisters.many_rows, kRegisters.many_tokens>(a, last_unit);
-  }
+void passes_of_few(const MatmulArgs& a, int64_t passes, const char* last_unit) {
   MatmulArgs pass = a;
   for (int64_t i = 0, done = 0; i < passes; ++i, done += pass.tokens) {
     pass.acts = a.acts + done;
@@ -73,13 +55,57 @@ void matmul(const MatmulArgs& a) {
         next_tile.begin = a.next + i * units * next_tile.stride;
       }
     }
-    with_constant_tokens<1, kFew>(pass.tokens, [&]<int T>() {
+    with_constant_tokens<1, kRegisters.few_tokens>(pass.tokens, [&]<int T>() {
       int64_t row = 0;
       for (; row + kRegisters.few_rows * kLanes <= a.rows; row += kRegisters.few_rows * kLanes) {
         few_tokens<F, kRegisters.few_rows, T>(pass, row, last_unit, next_tile);
       }
       for (; row < a.rows; row += kLanes) few_tokens<F, 1, T>(pass, row, last_unit, next_tile);
     });
+  }
+}
+
+// Few tokens in passes, many in blocks of weights.
+template <class F, Registers kRegisters>
+void few_or_many_tokens(const MatmulArgs& a, const char* last_unit) {
+  constexpr int kFew = kRegisters.few_tokens;
+  const int64_t passes = (a.tokens + kFew - 1) / kFew;
+  // Fewer tokens than half of what a call of many_tokens takes would be too few for it.
+  constexpr int64_t kLeastMany = min(few_passes<F>(true), few_passes<F>(false)) * kFew + 1;
+  static_assert(kLeastMany >= (max(kRegisters.many_tokens, kRegisters.short_tokens) + 1) / 2);
+  const bool short_segments = segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>;
+  if (passes <= few_passes<F>(short_segments)) {
+    return passes_of_few<F, kRegisters>(a, passes, last_unit);
+  }
+  if constexpr (!kOneSum<F> && kRegisters.short_rows != 0) {
+    if (short_segments) {
+      return many_tokens<F, true, kRegisters.short_rows, kRegisters.short_tokens>(a, last_unit);
+    }
+  }
+  many_tokens<F, false, kRegisters.many_rows, kRegisters.many_tokens>(a, last_unit);
+}
+
+// FormatKernels::matmul.
+template <class F, Registers kRegisters>
+void matmul(const MatmulArgs& a) {
+  std::memset(a.out, 0, a.tokens * kTileRows * sizeof(float));
+  alignas(64) char padded[kTileRows * kUnitBytes];
+  const char* last_unit = nullptr;
+  if (a.row_bytes % kUnitBytes != 0) {
+    pad_last_unit(a, padded);
+    last_unit = padded;
+  }
+  if constexpr (kAmxOnly<F>) {
+    amx_tokens<F>(a, last_unit);
+  } else if constexpr (kAmx<F>) {
+    // A second pass would unpack the weights again. Where AMX begins to pay has not been measured.
+    if (a.tokens <= kRegisters.few_tokens) {
+      passes_of_few<F, kRegisters>(a, 1, last_unit);
+    } else {
+      amx_tokens<F>(a, last_unit);
+    }
+  } else {
+    few_or_many_tokens<F, kRegisters>(a, last_unit);
   }
 }
 

@@ -11,7 +11,7 @@ namespace lk::LK_ISA {
 
 constexpr int64_t kScalePrefetchBytes = 1024;
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#if defined(__AVX512VBMI__)
 
 // Loads up to 64 codes of 8 bits. Four consecutive codes go to the place where their four floats
 // will be, because bytes and then words are interleaved within each 16 bytes of a vector: first the

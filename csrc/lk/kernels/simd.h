@@ -242,25 +242,6 @@ inline F32x16 to_float(I32x16 a) {
 
 #if defined(__AVX2__)
 
-// Four bytes of memory in every lane of one vector. Where there are 32 registers, `volatile` keeps
-// GCC 12 from loading them early and once for all rows, for which it has no registers.
-inline __attribute__((always_inline)) IntVector broadcast_bits(const char* p) {
-#if defined(__AVX512F__)
-  IntVector bits;
-  asm volatile("vpbroadcastd %1, %0" : "=v"(bits) : "m"(*reinterpret_cast<const int32_t*>(p)));
-  return bits;
-#else
-  return (IntVector)_mm256_set1_epi32(*reinterpret_cast<const int32_t*>(p));
-#endif
-}
-
-// Keeps GCC 12 from adding up the products of several steps before they reach the sum: it has no
-// registers for them, and stores them.
-inline __attribute__((always_inline)) IntVector step_done(IntVector sum) {
-  asm("" : "+v"(sum));
-  return sum;
-}
-
 // Both 16-bit halves of each lane, as signed integers: shifted left, then right with their sign.
 inline I32x16 shift_halves(U32x16 a, int left, int right) {
   typedef int16_t ShortVector __attribute__((vector_size(kVectorBytes)));

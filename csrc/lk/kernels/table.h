@@ -10,38 +10,37 @@
 #include "lk/kernels/formats/int4.h"
 #include "lk/kernels/formats/int8.h"
 #include "lk/kernels/matmul.h"
+#include "lk/kernels/rate.h"
 #include "lk/kernels/row_operations.h"
 
 namespace lk::LK_ISA {
 
 template <class F, Registers R>
-constexpr FormatKernels format_kernels() {
+constexpr FormatKernels format_kernels(const char* isa) {
+  FormatKernels kernels{isa,           F::Math::kName, multiply_in_registers<typename F::Math>,
+                        kActBlockLog2, kActBlockLog2,  act_row_bytes<F>,
+                        pack<F>,       matmul<F, R>};
   if constexpr (kQuantisedActs<F>) {
-    return {F::Math::kName,
-            F::Math::kMostBlockLog2,
-            F::Math::kOutlierBlockLog2,
-            act_row_bytes<F>,
-            pack<F>,
-            matmul<F, R>};
-  } else {
-    return {F::Math::kName, kActBlockLog2, kActBlockLog2, act_row_bytes<F>, pack<F>, matmul<F, R>};
+    kernels.most_block_log2 = F::Math::kMostBlockLog2;
+    kernels.outlier_block_log2 = F::Math::kOutlierBlockLog2;
   }
+  return kernels;
 }
 
 // The formats are in the order of enum Format.
 template <Registers R>
 constexpr Kernels kernels_table(const char* isa) {
-  return {
-      isa,
-      {format_kernels<Bf16, R>(), format_kernels<Fp16, R>(), format_kernels<Fp8, R>(),
-       format_kernels<Int8, R>(), format_kernels<Int8Act8, R>(), format_kernels<Int4, R>(),
-       format_kernels<Int4Act8, R>(), format_kernels<Int4Zero, R>(),
-       format_kernels<Int4ZeroAct8, R>(), format_kernels<Fp4, R>(), format_kernels<Fp4Act8, R>()},
-      widen,
-      finish,
-      end_stream,
-      activate,
-      combine};
+  return {isa,
+          {format_kernels<Bf16, R>(isa), format_kernels<Fp16, R>(isa), format_kernels<Fp8, R>(isa),
+           format_kernels<Int8, R>(isa), format_kernels<Int8Act8, R>(isa),
+           format_kernels<Int4, R>(isa), format_kernels<Int4Act8, R>(isa),
+           format_kernels<Int4Zero, R>(isa), format_kernels<Int4ZeroAct8, R>(isa),
+           format_kernels<Fp4, R>(isa), format_kernels<Fp4Act8, R>(isa)},
+          widen,
+          finish,
+          end_stream,
+          activate,
+          combine};
 }
 
 }  // namespace lk::LK_ISA

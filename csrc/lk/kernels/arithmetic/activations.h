@@ -3,7 +3,7 @@
 #pragma once
 
 #include "lk/kernels.h"
-#include "lk/kernels/simd.h"
+#include "lk/kernels/instructions.h"
 
 namespace lk::LK_ISA {
 

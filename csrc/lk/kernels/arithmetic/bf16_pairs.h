@@ -11,17 +11,28 @@ namespace lk::LK_ISA {
 struct Bf16Pairs : FloatSums<2> {
   using Weights = __m512bh;
   using Act = __m512bh;
+#if defined(__AMX_TILE__)
+  static constexpr const char* kName = "bf16 tiles";
+#else
   static constexpr const char* kName = "bf16";
+#endif
   static constexpr int kStepWeights = 2;
 
   static Act act(const char* p) { return (__m512bh)broadcast_bits(p); }
   static Sum multiply_add(Sum sum, Weights w, Act a) { return {_mm512_dpbf16_ps(sum.v[0], w, a)}; }
   static Sum multiply_add(Sum sum, Weights w, const char* p) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0"
-        : "+v"(sum.v[0])
-        : "v"(w), "m"(*reinterpret_cast<const int32_t*>(p)));
-    return sum;
+    return {add_bf16_products(sum.v[0], w, p)};
   }
+#if defined(__AMX_TILE__)
+  static constexpr bool kTiles = true;
+  template <int kC, int kA, int kB>
+  static void multiply_tiles() {
+    add_bf16_tiles<kC, kA, kB>();
+  }
+  static Sum from_tile(const char* p, const char*) {
+    return load(reinterpret_cast<const float*>(p));
+  }
+#endif
   // Packs a block of activations. Returns their sum, as they were rounded.
   template <class F>
   static float pack(const float* values, char* row, int64_t block, int, int64_t) {

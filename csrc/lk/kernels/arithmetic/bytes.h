@@ -25,7 +25,7 @@ float pack_bytes(const float* values, int64_t size, char* to, Each&& each) {
   return top / 127.0f;
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(LK_VPDPBUSD)
 
 // vpdpbusd adds the products to an int32.
 template <int kOffset>
@@ -33,31 +33,47 @@ struct Bytes : QuantisedActs<1> {
   using Weights = I32x16;
   using Sum = I32x16;
   using Act = IntVector;
+#if defined(__AMX_TILE__)
+  static constexpr const char* kName = "int8 tiles";
+#else
   static constexpr const char* kName = "int8";
+#endif
   static constexpr int kStepWeights = 4;
   static constexpr int kMostBlockLog2 = kMostActBlockLog2;
   static constexpr int kOutlierBlockLog2 = 5;
 
-  static Sum begin(const char* info) { return {(IntVector)_mm512_set1_epi32(info_at(info).begin)}; }
-  // Hides from the compiler that all sums begin with the same number. Otherwise GCC 12 keeps it in
-  // one register and copies registers in the inner loop.
+  static Sum begin(const char* info) {
+    Sum sum;
+    for (auto& v : sum.v) v = IntVector{} + info_at(info).begin;
+    return sum;
+  }
   static Sum copy(Sum start) {
-    asm("" : "+v"(start.v[0]));
+    for (auto& v : start.v) v = opaque(v);
     return start;
   }
   static Act act(const char* p) { return broadcast_bits(p); }
-  // The intrinsic is not used: its vector type is not Sum's, and for each product GCC 12 would move
-  // the sum to another register and back.
   static Sum multiply_add(Sum sum, Weights w, Act a) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v[0]) : "v"(w.v[0]), "v"(a));
+    for (int i = 0; i < kVectors; ++i) sum.v[i] = add_byte_products(sum.v[i], w.v[i], a);
     return sum;
   }
   static Sum multiply_add(Sum sum, Weights w, const char* p) {
-    asm("vpdpbusd %2%{1to16%}, %1, %0"
-        : "+v"(sum.v[0])
-        : "v"(w.v[0]), "m"(*reinterpret_cast<const int32_t*>(p)));
-    return sum;
+#if defined(__AVX512VNNI__)
+    return {add_byte_products(sum.v[0], w.v[0], p)};
+#else
+    return multiply_add(sum, w, act(p));
+#endif
   }
+#if defined(__AMX_TILE__)
+  static constexpr bool kTiles = true;
+  template <int kC, int kA, int kB>
+  static void multiply_tiles() {
+    add_byte_tiles<kC, kA, kB>();
+  }
+  // Sums in tiles begin at zero.
+  static Sum from_tile(const char* p, const char* info) {
+    return {begin(info).v[0] + *reinterpret_cast<const IntVector*>(p)};
+  }
+#endif
 
   // Packs a block of activations. Returns their sum, as they were rounded.
   template <class F>
@@ -66,7 +82,7 @@ struct Bytes : QuantisedActs<1> {
     __m128i total = _mm_setzero_si128();
     const float scale = pack_bytes<F>(
         values, size, row + (block << block_log2),
-        [&](__m128i bytes) { total = _mm_dpbusd_epi32(total, _mm_set1_epi8(1), bytes); });
+        [&](__m128i bytes) { total = add_byte_products(total, _mm_set1_epi8(1), bytes); });
     const int32_t sum = sum_of_lanes(total);
     const BlockInfo info{scale * weight_unit<F>(), -kOffset * sum};
     std::memcpy(row + block_info_offset(k, block), &info, sizeof(info));
@@ -101,10 +117,10 @@ struct Bytes : QuantisedActs<1> {
     for (int i = 0; i < kVectors; ++i) {
 #if defined(__AVX512F__)
       const __m512i products = _mm512_maddubs_epi16((__m512i)w.v[i], (__m512i)a);
-      sum.v[i] = step_done((IntVector)_mm512_add_epi16((__m512i)sum.v[i], products));
+      sum.v[i] = opaque((IntVector)_mm512_add_epi16((__m512i)sum.v[i], products));
 #else
       const __m256i products = _mm256_maddubs_epi16((__m256i)w.v[i], (__m256i)a);
-      sum.v[i] = step_done((IntVector)_mm256_add_epi16((__m256i)sum.v[i], products));
+      sum.v[i] = opaque((IntVector)_mm256_add_epi16((__m256i)sum.v[i], products));
 #endif
     }
     return sum;

@@ -22,6 +22,15 @@ struct FloatSums {
   static int64_t row_bytes(int64_t k) { return act_blocks(k) * kActBlock * kActBytes; }
 };
 
+// Whether F::unpack gives weights in the order of K.
+template <class F>
+constexpr bool in_order() {
+  for (int i = 0; i < 8; ++i) {
+    if (F::kOrder[i] != i) return false;
+  }
+  return true;
+}
+
 struct Floats : FloatSums<4> {
   using Weights = F32x16;
   using Act = F32x16;
@@ -32,17 +41,15 @@ struct Floats : FloatSums<4> {
   static Sum multiply_add(Sum sum, Weights w, Act a) { return fma(w, a, sum); }
   static Sum multiply_add(Sum sum, Weights w, const char* p) {
 #if defined(__AVX512F__)
-    asm("vfmadd231ps %2%{1to16%}, %1, %0"
-        : "+v"(sum.v[0])
-        : "v"(w.v[0]), "m"(*reinterpret_cast<const float*>(p)));
-    return sum;
+    return {add_product(sum.v[0], w.v[0], p)};
 #else
     return fma(w, act(p), sum);
 #endif
   }
-  // Packs a block of activations. Returns their sum.
+  // Packs a block of activations, in their own order. Returns their sum.
   template <class F>
   static float pack(const float* values, char* row, int64_t block, int, int64_t) {
+    static_assert(in_order<F>(), "activations are not reordered");
     auto* to = reinterpret_cast<float*>(row + block * kActBlock * kActBytes);
     float sum = 0;
     for (int i = 0; i < kActBlock; ++i) {

@@ -25,23 +25,20 @@ struct Int16Pairs : QuantisedActs<2> {
   static Sum copy(Sum start) { return start; }
   static Act act(const char* p) { return broadcast_bits(p); }
   static Sum multiply_add(Sum sum, Weights w, Act a) {
-#if defined(__AVX512VNNI__)
-    asm("vpdpwssd %2, %1, %0" : "+v"(sum.v[0]) : "v"(w.v[0]), "v"(a));
+#if defined(LK_VPDPBUSD)
+    for (int i = 0; i < kVectors; ++i) sum.v[i] = add_short_products(sum.v[i], w.v[i], a);
 #elif defined(__AVX512F__)
-    sum.v[0] = step_done(sum.v[0] + (IntVector)_mm512_madd_epi16((__m512i)w.v[0], (__m512i)a));
+    sum.v[0] = opaque(sum.v[0] + (IntVector)_mm512_madd_epi16((__m512i)w.v[0], (__m512i)a));
 #else
     for (int i = 0; i < kVectors; ++i) {
-      sum.v[i] = step_done(sum.v[i] + (IntVector)_mm256_madd_epi16((__m256i)w.v[i], (__m256i)a));
+      sum.v[i] = opaque(sum.v[i] + (IntVector)_mm256_madd_epi16((__m256i)w.v[i], (__m256i)a));
     }
 #endif
     return sum;
   }
   static Sum multiply_add(Sum sum, Weights w, const char* p) {
 #if defined(__AVX512VNNI__)
-    asm("vpdpwssd %2%{1to16%}, %1, %0"
-        : "+v"(sum.v[0])
-        : "v"(w.v[0]), "m"(*reinterpret_cast<const int32_t*>(p)));
-    return sum;
+    return {add_short_products(sum.v[0], w.v[0], p)};
 #else
     return multiply_add(sum, w, act(p));
 #endif

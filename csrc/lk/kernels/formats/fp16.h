@@ -8,6 +8,9 @@ namespace lk::LK_ISA {
 
 struct Fp16 {
   static constexpr bool kNoGroupScales = true;
+#if !defined(__AVX512F__)
+  static constexpr bool kSlowUnpack = true;
+#endif
   using Math = Floats;
   static constexpr int kUnitWeights = 2;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};

@@ -8,7 +8,7 @@ namespace lk::LK_ISA {
 struct Int8 {
   static constexpr bool kNoGroupScales = true;
   static constexpr int kUnitWeights = 4;
-#if defined(__AVX512BF16__)
+#if defined(__AMX_TILE__)
   using Math = Bf16Pairs;
   static constexpr uint8_t kOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
   static void unpack(U32x16 bits, Bf16Pairs::Weights* w) {
@@ -21,6 +21,9 @@ struct Int8 {
     }
   }
 #elif defined(__AVX2__)
+  // Also where pairs of bf16 are as fast, because an integer is unpacked by 3 instructions for 64
+  // weights, and a bf16 by 15: on Zen 5, 64 tokens in all take 0.93 of the time, 512 take 0.81, and
+  // 2048 take 1.02.
   using Math = Int16Pairs;
   static constexpr uint8_t kOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
   static void unpack(U32x16 bits, I32x16* w) {
@@ -36,7 +39,7 @@ struct Int8 {
 #endif
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(LK_VPDPBUSD)
 
 struct Int8Act8 {
   static constexpr bool kNoGroupScales = true;
@@ -48,7 +51,7 @@ struct Int8Act8 {
 
 #else
 
-// Without VNNI, sums of products of bytes would have to fit into 16 bits, which those of 8-bit
+// Without vpdpbusd, sums of products of bytes would have to fit into 16 bits, which those of 8-bit
 // weights do not.
 using Int8Act8 = Int8;
 
