@@ -2,7 +2,8 @@
 
 `python -m build_tools.engine` builds lvllm/engine/_engine.so in the checkout, incrementally;
 `python -m build_tools.engine test` builds and runs the C++ tests; `test asan` and `test tsan` do so
-under sanitizers.
+under sanitizers. `test emulated` runs the kernels of every instruction set on emulated
+instructions, and `test emulated-asan` does so under sanitizers.
 """
 
 import importlib
@@ -22,8 +23,11 @@ from build_tools.target import ROOT
 BUILD = ROOT / "build"
 LIBRARY = Path("lvllm", "engine", "_engine.so")
 
-# Each sanitizer has a build folder of its own, because all object files differ.
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
+EMULATED = "emulated"
+
+# The ways to build the tests. Each has a build folder of its own, because all object files differ.
+VARIANTS = (*SANITIZERS, EMULATED, *(f"{EMULATED}-{sanitizer}" for sanitizer in SANITIZERS))
 
 # The first GCC that knows C++20 and the AMX and AVX512-BF16 intrinsics.
 OLDEST_GCC = 11
@@ -63,16 +67,17 @@ def build_engine(destination: Path) -> None:
     new.rename(target)
 
 
-def run_tests(sanitizer: str | None = None) -> None:
-    """Build the C++ tests below build/ and run them, if asked with one of SANITIZERS.
+def run_tests(variant: str | None = None) -> None:
+    """Build the C++ tests below build/ and run them, if asked as one of VARIANTS.
 
     Raises BuildError if a test fails.
     """
-    build = BUILD / (f"tests-{sanitizer}" if sanitizer else "tests")
+    build = BUILD / (f"tests-{variant}" if variant else "tests")
     options = ["-DLK_BUILD_TESTS=ON", "-DLK_BUILD_TORCH_OPS=OFF"]
     options += [f"-DLK_GOOGLETEST={find_googletest()}"]
-    if sanitizer:
-        options += [f"-DLK_SANITIZE={SANITIZERS[sanitizer]}"]
+    for part in variant.split("-") if variant else ():
+        sanitizer = SANITIZERS.get(part)
+        options += [f"-DLK_SANITIZE={sanitizer}" if sanitizer else "-DLK_EMULATE=ON"]
     _compile(build, *options)
     # Tests run side by side: most of a test's time is the comparison in plain C++, on one thread.
     at_once = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
@@ -157,7 +162,7 @@ if __name__ == "__main__":
             build_engine(ROOT)
         case ["test"]:
             run_tests()
-        case ["test", sanitizer] if sanitizer in SANITIZERS:
-            run_tests(sanitizer)
+        case ["test", variant] if variant in VARIANTS:
+            run_tests(variant)
         case _:
-            sys.exit("usage: python -m build_tools.engine [test [asan|tsan]]")
+            sys.exit(f"usage: python -m build_tools.engine [test [{'|'.join(VARIANTS)}]]")

@@ -118,12 +118,13 @@ class NamedTensors {
  private:
   static constexpr const char* kNames[] = {
       "w13", "w13_scale", "w13_zero", "w13_global_scale", "w13_bias",
-      "w2",  "w2_scale",  "w2_zero",  "w2_global_scale",  "w2_bias"};
+      "w2",  "w2_scale",  "w2_zero",  "w2_global_scale",  "w2_bias",
+      "w",   "w_scale",   "w_zero",   "w_global_scale",   "w_bias"};
 
   std::map<std::string, Tensor> tensors_;
 };
 
-// The matrix named "w13" or "w2".
+// The matrix named "w13", "w2" or, of a linear layer, "w".
 lk::Matrix matrix_of(const std::string& format, int64_t group_size, const NamedTensors& tensors,
                      const std::string& name, int64_t parts, int64_t k) {
   const Tensor& weights = tensors.get(name);
@@ -182,8 +183,36 @@ int64_t layer_create(const std::string& format, const std::string& activation,
   return lk::create_layer(layer, ordered);
 }
 
-void layer_destroy(int64_t handle) { lk::destroy_layer(handle); }
-void layer_restore(int64_t handle) { lk::restore_layer(handle); }
+// The engine has pointers to the counters of layers. This keeps them alive.
+class KeptCounters {
+ public:
+  void keep(int64_t layer, const Tensor& counters) {
+    const std::lock_guard lock(mutex_);
+    tensors_.insert_or_assign(layer, counters);
+  }
+  void drop(int64_t layer) {
+    const std::lock_guard lock(mutex_);
+    tensors_.erase(layer);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, Tensor> tensors_;
+};
+
+KeptCounters& kept_counters() {
+  static auto* kept = new KeptCounters;  // never destroyed: at exit PyTorch ends first
+  return *kept;
+}
+
+void layer_destroy(int64_t handle) {
+  lk::destroy_layer(handle);
+  kept_counters().drop(handle);
+}
+void layer_restore(int64_t handle) {
+  lk::restore_layer(handle);
+  kept_counters().drop(handle);
+}
 
 // The batch of these tensors; y is still missing.
 lk::Batch batch_of(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights) {
@@ -219,16 +248,48 @@ lk::Batch batch_of(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
   return batch;
 }
 
-Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
-                    const Tensor& layer) {
-  lk::Batch batch = batch_of(x, topk_ids, topk_weights);
+// The same for a linear layer, whose matrix comes as that of a single expert.
+int64_t linear_create(const std::string& format, int64_t activation_bits, int64_t group_size,
+                      int64_t k, const std::vector<std::string>& names,
+                      const std::vector<Tensor>& named) {
+  const NamedTensors tensors(names, named);
+  return lk::create_linear(
+      {.format = format_of(format, tensors.find("w_zero").has_value(), activation_bits == 8),
+       .matrix = matrix_of(format, group_size, tensors, "w", 1, k)});
+}
+
+void linear_destroy(int64_t handle) { lk::destroy_linear(handle); }
+
+int64_t handle_of(const Tensor& layer) {
   if (!layer.is_cpu() || layer.numel() != 1 || layer.scalar_type() != ScalarType::Long) {
     fail("layer must be a handle: an int64 scalar tensor on the CPU");
   }
+  return *static_cast<const int64_t*>(layer.data_ptr());
+}
+
+Tensor linear(const Tensor& x, const Tensor& layer, int64_t rows) {
+  if (!x.is_cpu() || x.dim() != 2 || (x.size(0) > 0 && x.size(1) > 1 && x.stride(1) != 1)) {
+    fail("x must be a CPU tensor [tokens, input size] with contiguous rows");
+  }
+  const int64_t sizes[2] = {x.size(0), rows};
+  Tensor y = torch::stable::new_empty(x, {sizes, 2});
+  lk::run_linear(handle_of(layer),
+                 {.type = scalar_of(x, "x"),
+                  .tokens = x.size(0),
+                  .x = x.data_ptr(),
+                  .x_stride = x.stride(0),
+                  .y = y.data_ptr()},
+                 x.size(1), rows);
+  return y;
+}
+
+Tensor expert_block(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
+                    const Tensor& layer) {
+  lk::Batch batch = batch_of(x, topk_ids, topk_weights);
   const int64_t sizes[2] = {batch.tokens, x.size(1)};
   Tensor y = torch::stable::new_empty(x, {sizes, 2});
   batch.y = y.data_ptr();
-  lk::run_layer(*static_cast<const int64_t*>(layer.data_ptr()), batch, x.size(1));
+  lk::run_layer(handle_of(layer), batch, x.size(1));
   return y;
 }
 
@@ -237,7 +298,8 @@ int64_t host_call_create() { return reinterpret_cast<int64_t>(new lk::HostCall);
 lk::HostCall& host_call(int64_t address) { return *reinterpret_cast<lk::HostCall*>(address); }
 
 void host_call_fill(int64_t address, int64_t layer, const Tensor& x, const Tensor& topk_ids,
-                    const Tensor& topk_weights, const Tensor& y, int64_t first_row) {
+                    const Tensor& topk_weights, const Tensor& y, int64_t first_row,
+                    int64_t reason) {
   lk::HostCall& call = host_call(address);
   call.batch = batch_of(x, topk_ids, topk_weights);
   if (!y.is_cpu() || y.dim() != 2 || y.size(0) != x.size(0) || y.size(1) != x.size(1) ||
@@ -248,6 +310,8 @@ void host_call_fill(int64_t address, int64_t layer, const Tensor& x, const Tenso
   call.hidden = x.size(1);
   call.batch.y = y.mutable_data_ptr();
   call.batch.first_row = first_row;
+  if (reason < 0 || reason >= lk::kReasons) fail("reason is " + std::to_string(reason));
+  call.batch.reason = static_cast<lk::Reason>(reason);
 }
 
 int64_t host_call_ended(int64_t address) {
@@ -285,6 +349,20 @@ void watch(const OptionalTensor& log) {
   *kept = log;
 }
 
+void count(int64_t layer, const OptionalTensor& counters) {
+  if (!counters) {
+    lk::count(layer, nullptr, 0);
+    kept_counters().drop(layer);
+    return;
+  }
+  if (!counters->is_cpu() || counters->dim() != 1 || !counters->is_contiguous() ||
+      counters->scalar_type() != ScalarType::Long) {
+    fail("counters must be a contiguous int64 CPU tensor of one dimension");
+  }
+  lk::count(layer, static_cast<int64_t*>(counters->mutable_data_ptr()), counters->numel());
+  kept_counters().keep(layer, *counters);
+}
+
 // A uint8 tensor of memory of the engine, which gets it back when the tensor's storage dies.
 Tensor tensor_of(void* memory, int64_t bytes) {
   const int64_t size[1] = {bytes};
@@ -310,13 +388,14 @@ std::vector<int64_t> shared_place(int64_t address) {
   return {place.descriptor, place.offset, place.bytes};
 }
 
-void configure(int64_t threads, const std::string& binding, bool power_saving,
+void configure(int64_t threads, const std::string& binding, bool power_saving, bool own_cores,
                const std::vector<int64_t>& cpus, const std::string& topology,
                const std::string& isa, bool interleave, bool shared) {
   lk::EngineOptions options;
   options.pool.threads = static_cast<int>(threads);
   options.pool.binding = binding == "NUMA_NODE" ? lk::Binding::kNumaNode : lk::Binding::kCpuCore;
   options.pool.power_saving = power_saving;
+  options.pool.own_cores = own_cores;
   options.cpus.assign(cpus.begin(), cpus.end());
   options.topology = topology;
   options.isa = isa;
@@ -338,8 +417,8 @@ std::string json(const List& values) {
   return text.str();
 }
 
-// Returns JSON: {"isa", "binding", "power_saving", "nodes": [number, ...],
-// "workers": [{"node", "cpus"}, ...]}.
+// Returns JSON: {"isa", "rates": [{"isa", "arithmetic", "weights"}, ...], "binding",
+// "power_saving", "own_cores", "nodes": [number, ...], "workers": [{"node", "cpus"}, ...]}.
 std::string info() {
   const lk::EngineInfo info = lk::engine_info();
   std::vector<std::string> workers;
@@ -347,11 +426,36 @@ std::string info() {
     workers.push_back("{\"node\": " + std::to_string(info.plan.nodes[worker.node]) +
                       ", \"cpus\": " + json(worker.cpus) + "}");
   }
+  std::vector<std::string> rates;
+  for (const lk::Rate& rate : info.rates) {
+    rates.push_back(std::string("{\"isa\": \"") + rate.isa + "\", \"arithmetic\": \"" +
+                    rate.arithmetic + "\", \"weights\": " + std::to_string(rate.weights) + "}");
+  }
   const bool node_bound = info.options.binding == lk::Binding::kNumaNode;
-  return "{\"isa\": \"" + info.isa + "\", \"binding\": \"" +
-         (node_bound ? "NUMA_NODE" : "CPU_CORE") +
+  return std::string("{\"isa\": \"") + info.kernels->isa + "\", \"rates\": " + json(rates) +
+         ", \"binding\": \"" + (node_bound ? "NUMA_NODE" : "CPU_CORE") +
          "\", \"power_saving\": " + (info.options.power_saving ? "true" : "false") +
+         ", \"own_cores\": " + (info.options.own_cores ? "true" : "false") +
          ", \"nodes\": " + json(info.plan.nodes) + ", \"workers\": " + json(workers) + "}";
+}
+
+// The instruction set and the arithmetic that multiply experts of a format.
+std::tuple<std::string, std::string> arithmetic(const std::string& format,
+                                                int64_t activation_bits) {
+  const lk::FormatKernels& kernels =
+      lk::engine_info().kernels->of(format_of(format, false, activation_bits == 8));
+  return {kernels.isa, kernels.arithmetic};
+}
+
+// The same in all instruction sets of this CPU, one pair after the other.
+std::vector<std::string> arithmetics(const std::string& format, int64_t activation_bits) {
+  std::vector<std::string> pairs;
+  for (const std::string& isa : lk::available_kernels()) {
+    pairs.push_back(isa);
+    pairs.push_back(
+        lk::kernels_named(isa).of(format_of(format, false, activation_bits == 8)).arithmetic);
+  }
+  return pairs;
 }
 
 // Returns JSON: [{"id", "memory_bytes", "cores": [[cpu, ...], ...]}, ...].
@@ -407,14 +511,20 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
       "layer_create(*, str format, str activation, int activation_bits, int group_size, "
       "bool interleaved, float swiglu_alpha, float swiglu_beta, float swiglu_limit, "
       "bool weight_on_input, bool ordered, str[] names, Tensor(a!)[] tensors) -> int");
+  m.def("linear(Tensor x, Tensor layer, int rows) -> Tensor");
+  m.def(
+      "linear_create(*, str format, int activation_bits, int group_size, int k, str[] names, "
+      "Tensor(a!)[] tensors) -> int");
+  m.def("linear_destroy(int handle) -> ()");
   m.def("layer_destroy(int handle) -> ()");
   m.def("layer_restore(int handle) -> ()");
   m.def("watch(Tensor(a!)? log) -> ()");
+  m.def("count(int layer, Tensor(a!)? counters) -> ()");
   m.def("reserve(int layer, int tokens, int topk) -> ()");
   m.def("host_call_create() -> int");
   m.def(
       "host_call_fill(int call, int layer, Tensor x, Tensor topk_ids, Tensor topk_weights, "
-      "Tensor(a!) y, int first_row) -> ()");
+      "Tensor(a!) y, int first_row, int reason) -> ()");
   m.def("host_call_ended(int call) -> int");
   m.def("host_call_function() -> int");
   m.def("host_call_error() -> (int, str)");
@@ -423,9 +533,11 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("map_shared(int descriptor, int bytes) -> Tensor");
   m.def("shared_place(int address) -> int[]");
   m.def(
-      "configure(int threads, str binding, bool power_saving, int[] cpus, str topology, str isa, "
-      "bool interleave, bool shared) -> ()");
+      "configure(int threads, str binding, bool power_saving, bool own_cores, int[] cpus, "
+      "str topology, str isa, bool interleave, bool shared) -> ()");
   m.def("info() -> str");
+  m.def("arithmetic(str format, int activation_bits) -> (str, str)");
+  m.def("arithmetics(str format, int activation_bits) -> str[]");
   m.def("topology() -> str");
   m.def("numa_memory(str sysfs=\"/sys\") -> str");
   m.def("memory_nodes() -> int[]");
@@ -434,13 +546,19 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("page_nodes(int[] addresses) -> int[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lvllm, CPU, m) { m.impl("expert_block", TORCH_BOX(&expert_block)); }
+STABLE_TORCH_LIBRARY_IMPL(lvllm, CPU, m) {
+  m.impl("expert_block", TORCH_BOX(&expert_block));
+  m.impl("linear", TORCH_BOX(&linear));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("layer_create", TORCH_BOX(&layer_create));
+  m.impl("linear_create", TORCH_BOX(&linear_create));
+  m.impl("linear_destroy", TORCH_BOX(&linear_destroy));
   m.impl("layer_destroy", TORCH_BOX(&layer_destroy));
   m.impl("layer_restore", TORCH_BOX(&layer_restore));
   m.impl("watch", TORCH_BOX(&watch));
+  m.impl("count", TORCH_BOX(&count));
   m.impl("reserve", TORCH_BOX(&reserve));
   m.impl("host_call_create", TORCH_BOX(&host_call_create));
   m.impl("host_call_fill", TORCH_BOX(&host_call_fill));
@@ -453,6 +571,8 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("shared_place", TORCH_BOX(&shared_place));
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("info", TORCH_BOX(&info));
+  m.impl("arithmetic", TORCH_BOX(&arithmetic));
+  m.impl("arithmetics", TORCH_BOX(&arithmetics));
   m.impl("topology", TORCH_BOX(&topology));
   m.impl("numa_memory", TORCH_BOX(&numa_memory));
   m.impl("memory_nodes", TORCH_BOX(&memory_nodes));

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -19,6 +20,7 @@ struct Engine {
   std::unique_ptr<ThreadPool> pool;
   Workspace workspace;
   std::unordered_map<int64_t, LayerSpec> layers;
+  std::unordered_map<int64_t, LinearSpec> linears;
   int64_t next_handle = 1;
   LoggedFault* log = nullptr;
   int64_t log_rows = 0;
@@ -60,14 +62,26 @@ ThreadPool& started_pool(Engine& e) {
   return *e.pool;
 }
 
-// The caller holds the mutex.
-const LayerSpec& layer_of(const Engine& e, int64_t handle) {
-  const auto found = e.layers.find(handle);
-  if (found == e.layers.end()) {
-    throw std::invalid_argument("layer handle " + std::to_string(handle) +
-                                " names no expert layer; was it released?");
+// The layer of a handle; `kind` names what it is one of. The caller holds the mutex.
+template <class Spec>
+const Spec& layer_of(const std::unordered_map<int64_t, Spec>& layers, int64_t handle,
+                     const char* kind) {
+  const auto found = layers.find(handle);
+  if (found == layers.end()) {
+    throw std::invalid_argument("layer handle " + std::to_string(handle) + " names no " + kind +
+                                " layer; was it released?");
   }
   return found->second;
+}
+const LayerSpec& layer_of(const Engine& e, int64_t handle) {
+  return layer_of(e.layers, handle, "expert");
+}
+
+// Throws std::invalid_argument unless the caller's rows have as many elements as the layer's.
+void check_length(const char* name, int64_t given, const char* size, int64_t wanted) {
+  if (given == wanted) return;
+  throw std::invalid_argument(std::string(name) + " has rows of " + std::to_string(given) +
+                              " elements, the layer's " + size + " is " + std::to_string(wanted));
 }
 
 // The same extents, divided into pieces of at most `bytes`.
@@ -131,7 +145,9 @@ EngineInfo engine_info() {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
   const ThreadPool& pool = started_pool(e);
-  return {e.kernels->isa, e.options.pool, pool.plan()};
+  const bool chosen = e.kernels == &choose_kernels("");
+  return {e.kernels, chosen ? fastest_kernels().rates : std::vector<Rate>{}, e.options.pool,
+          pool.plan()};
 }
 
 int64_t create_layer(const LayerSpec& layer, bool ordered) {
@@ -155,6 +171,30 @@ void restore_layer(int64_t handle) {
   e.layers.erase(handle);
 }
 
+int64_t create_linear(const LinearSpec& layer) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  order_linear(layer, started_pool(e));
+  e.linears.emplace(e.next_handle, layer);
+  return e.next_handle++;
+}
+
+void destroy_linear(int64_t handle) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  e.linears.erase(handle);
+}
+
+void run_linear(int64_t handle, const LinearBatch& batch, int64_t k, int64_t rows) {
+  Engine& e = engine();
+  const std::lock_guard lock(e.mutex);
+  const LinearSpec& layer = layer_of(e.linears, handle, "linear");
+  check_length("x", k, "input size", layer.matrix.k);
+  check_length("y", rows, "output size", layer.matrix.rows);
+  ThreadPool& pool = started_pool(e);
+  linear(layer, batch, *e.kernels, pool, e.workspace);
+}
+
 void watch(LoggedFault* log, int64_t rows) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
@@ -162,17 +202,42 @@ void watch(LoggedFault* log, int64_t rows) {
   e.log_rows = rows;
 }
 
-void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
+void count(int64_t handle, int64_t* counters, int64_t size) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
-  const LayerSpec& layer = layer_of(e, handle);
-  if (hidden != layer.hidden) {
-    throw std::invalid_argument("x has rows of " + std::to_string(hidden) +
-                                " elements, the layer's hidden size is " +
-                                std::to_string(layer.hidden));
+  const int64_t wanted = sizeof(LayerCounters) / sizeof(int64_t) + layer_of(e, handle).experts;
+  if (counters != nullptr && size != wanted) {
+    throw std::invalid_argument("counters has " + std::to_string(size) + " elements, wanted " +
+                                std::to_string(wanted));
   }
+  e.layers.at(handle).counters = reinterpret_cast<LayerCounters*>(counters);
+}
+
+void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
+  using Clock = std::chrono::steady_clock;
+  const auto since = [](Clock::time_point start) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+  };
+  Engine& e = engine();
+  std::unique_lock lock(e.mutex, std::try_to_lock);
+  int64_t waited = 0;
+  if (!lock) {
+    const auto start = Clock::now();
+    lock.lock();
+    waited = since(start);
+  }
+  const LayerSpec& layer = layer_of(e, handle);
+  check_length("x", hidden, "hidden size", layer.hidden);
   ThreadPool& pool = started_pool(e);
+  const auto start = Clock::now();
   const std::vector<Fault> faults = expert_block(layer, batch, *e.kernels, pool, e.workspace);
+  if (layer.counters != nullptr) {
+    auto& of = layer.counters->of[static_cast<int>(batch.reason)];
+    ++of.calls;
+    of.tokens += batch.tokens;
+    of.nanoseconds += since(start);
+    layer.counters->waited += waited;
+  }
   if (e.log == nullptr) return;
   for (const Fault& fault : faults) {
     LoggedFault& entry = e.log[1 + std::min(batch.first_row + fault.row, e.log_rows)];

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "lk/choice.h"
+#include "lk/linear.h"
 #include "lk/memory.h"
 #include "lk/moe.h"
 #include "lk/thread_pool.h"
@@ -15,13 +17,14 @@ struct EngineOptions {
   PoolOptions pool;
   std::vector<int> cpus;    // the CPUs to run on; empty: all that the process may use
   std::string topology;     // a made-up machine, see parse_topology; empty: the real one
-  std::string isa;          // empty: LK_ISA from the environment, else the fastest this CPU can run
+  std::string isa;          // empty: LK_ISA from the environment, else what is fastest here
   bool interleave = false;  // pages of banks are on all nodes round-robin
   bool shared = false;      // other processes can map banks
 };
 
 struct EngineInfo {
-  std::string isa;
+  const Kernels* kernels;
+  std::vector<Rate> rates;  // that the choice of the kernels rests on; none if `isa` was given
   PoolOptions options;
   PoolPlan plan;
 };
@@ -43,6 +46,9 @@ EngineInfo engine_info();
 // caller. With `ordered`, the weights are in that order already and are only read.
 int64_t create_layer(const LayerSpec& layer, bool ordered = false);
 void destroy_layer(int64_t handle);
+// The same for a linear layer, whose handle is for run_linear alone.
+int64_t create_linear(const LinearSpec& layer);
+void destroy_linear(int64_t handle);
 // Puts the weights back into row-major order and destroys the layer.
 void restore_layer(int64_t handle);
 
@@ -58,9 +64,18 @@ struct LoggedFault {
 // may be in memory that several processes share.
 void watch(LoggedFault* log, int64_t rows);
 
+// From now on, run_layer adds what it does to `counters`, a struct LayerCounters and a number for
+// each expert in `size` numbers of 8 bytes. Null ends this, as the layer's end does; the caller
+// keeps the memory alive until then.
+void count(int64_t handle, int64_t* counters, int64_t size);
+
 // Computes y of the batch. `hidden` is the length of the caller's rows of x, which must be the
 // layer's hidden size.
 void run_layer(int64_t handle, const Batch& batch, int64_t hidden);
+
+// Computes y of the batch with a linear layer. `k` and `rows` are the lengths of the caller's rows
+// of x and y, which must be those of the layer's matrix.
+void run_linear(int64_t handle, const LinearBatch& batch, int64_t k, int64_t rows);
 
 // From now on, run_layer allocates nothing for batches of up to so many tokens with 32-bit ids.
 void reserve(int64_t handle, int64_t tokens, int64_t topk);

@@ -4,12 +4,10 @@
 #include <vector>
 
 #include "lk/integers.h"
+#include "lk/nan_weights.h"
 
 namespace lk {
 namespace {
-
-constexpr int64_t kScaleBlockRows = 128;  // for kFloatBlocks
-constexpr int64_t kScaleBlockColumns = 128;
 
 // An array of a matrix with a row of bytes for each row of weights of all experts.
 struct RowArray {
@@ -100,14 +98,14 @@ MatmulArgs Matrix::product(int64_t expert, int64_t part, int64_t row) const {
   args.scale_type = scale_type;
   args.group = group;
   if (scale_type == ScaleType::kFloatBlocks) {
-    const int64_t columns = ceil_div(k, kScaleBlockColumns);
+    const int64_t columns = ceil_div(k, kScaleBlock);
     const int64_t first = part * rows + row;
     // If gate and up came interleaved, they share blocks: row r of a part was row 2 r + part.
-    const int64_t block = interleaved ? row / (kScaleBlockRows / 2) : first / kScaleBlockRows;
+    const int64_t block = interleaved ? row / (kScaleBlock / 2) : first / kScaleBlock;
     const auto* scales = reinterpret_cast<const float*>(scale) +
-                         (expert * ceil_div(parts * rows, kScaleBlockRows) + block) * columns;
+                         (expert * ceil_div(parts * rows, kScaleBlock) + block) * columns;
     args.scale = scales;
-    const int64_t end = interleaved ? args.rows : (block + 1) * kScaleBlockRows - first;
+    const int64_t end = interleaved ? args.rows : (block + 1) * kScaleBlock - first;
     args.block_end = end < args.rows ? end : kTileRows;
     args.next_block_scale = scales + columns;
   } else if (group != 0) {
@@ -127,10 +125,15 @@ Epilogue Matrix::epilogue(int64_t expert, int64_t part, int64_t row) const {
   return epilogue;
 }
 
+void order_matrix(Format format, const Matrix& matrix, int64_t experts, ThreadPool& pool) {
+  mark_nan_weights(format, matrix, experts, pool);
+  if (matrix.interleaved) deinterleave(matrix, experts, false, pool);
+  tile_matrix(matrix, experts, false, pool);
+}
+
 void order_layer(const LayerSpec& layer, ThreadPool& pool) {
-  if (layer.w13.interleaved) deinterleave(layer.w13, layer.experts, false, pool);
-  tile_matrix(layer.w13, layer.experts, false, pool);
-  tile_matrix(layer.w2, layer.experts, false, pool);
+  order_matrix(layer.format, layer.w13, layer.experts, pool);
+  order_matrix(layer.format, layer.w2, layer.experts, pool);
 }
 
 void restore_layer(const LayerSpec& layer, ThreadPool& pool) {

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 
+#include "lk/counters.h"
 #include "lk/integers.h"
 #include "lk/kernels.h"
 #include "lk/thread_pool.h"
 
 namespace lk {
+
+constexpr int64_t kScaleBlock = 128;  // rows and columns that share a scale of kFloatBlocks
 
 // w13 or w2 of all experts. w13 has two parts, gate rows and then up rows, or one part, up rows, if
 // the activation has no gate. w2 has one part.
@@ -27,8 +30,8 @@ struct Matrix {
   int64_t group = 0;
   uint8_t* zero = nullptr;  // zero points, laid out like the group scales
 
-  float* row_scale = nullptr;         // [experts][parts * rows]
-  const float* part_scale = nullptr;  // [experts][parts], or [experts] if shared_part_scale
+  float* row_scale = nullptr;   // [experts][parts * rows]
+  float* part_scale = nullptr;  // [experts][parts], or [experts] if shared_part_scale
   bool shared_part_scale = false;
   float* bias = nullptr;  // [experts][parts * rows]
 
@@ -53,7 +56,12 @@ struct LayerSpec {
   int64_t intermediate = 0;
   Matrix w13;
   Matrix w2;
+  LayerCounters* counters = nullptr;  // null: nobody counts the calls
 };
+
+// Puts the row-major matrices of so many experts into the order that the kernels read, in place.
+// The scales of NaN weights become NaN (nan_weights.h), and stay so if a layer is put back.
+void order_matrix(Format format, const Matrix& matrix, int64_t experts, ThreadPool& pool);
 
 // Puts a row-major layer into the order that the kernels read, in place.
 void order_layer(const LayerSpec& layer, ThreadPool& pool);

@@ -9,82 +9,21 @@
 
 #include "lk/integers.h"
 #include "lk/phase.h"
+#include "lk/pieces.h"
 #include "lk/rows.h"
 #include "lk/tiles.h"
 
 namespace lk {
 namespace {
 
-// Bytes of weights in one piece of work. A thread reads tiles faster if they follow each other in
-// memory: pieces of 1 MiB take 3 to 7% less time at 1 and 4 tokens than pieces of 128 KiB, and 15
-// to 23% less with int4, whose scales are a second stream.
-constexpr int64_t kPieceBytes = 1 << 20;
-// How many pieces each worker should get, so that no worker waits long for the last piece.
-constexpr int64_t kPiecesPerWorker = 8;
-// The most tokens that are multiplied with a tile at a time. Their sums, 48 KiB for each
-// projection, stay in L2.
-constexpr int64_t kTokenBlock = 192;
 // If the outputs of all experts have more bytes than this, they leave the caches before they are
 // combined.
 constexpr int64_t kCachedBytes = int64_t{16} << 20;
-// Bytes of weights that a thread prefetches while it waits for the others: a quarter of L2.
-constexpr int64_t kIdleBytes = 256 << 10;
-// Scratch memory of one pass. Larger batches take several passes over the weights.
-constexpr int64_t kPassBytes = int64_t{256} << 20;
-
-// The largest block of activations, of at most 2^most, whose size divides the group size; group 0
-// means no groups.
-int widest_block_log2(int64_t group, int most) {
-  int log2 = most;
-  while (log2 > kLeastActBlockLog2 && group % (int64_t{1} << log2) != 0) --log2;
-  return log2;
-}
-
 // Whether a number in 16 bits is neither NaN nor infinity.
 bool is_finite(uint16_t value, Scalar type) {
   const int special = type == Scalar::kBf16 ? 0x7f80 : 0x7c00;
   return (value & special) != special;
 }
-
-// A piece of work: some rows of one active expert. It is empty if rows is 0.
-struct Piece {
-  int64_t active = 0;  // index into Workspace::active
-  int64_t row = 0;
-  int64_t rows = 0;
-};
-
-// The rows of one node, and how they are divided into pieces of one or several tiles. A piece is
-// never a part of a tile: two threads that each read every other line of a tile took 1.5 times as
-// long.
-struct NodeRows {
-  int64_t begin = 0;
-  int64_t end = 0;
-  int64_t piece_rows = 1;
-
-  int64_t pieces() const { return ceil_div(end - begin, piece_rows); }  // of one expert
-  Piece piece(int64_t index) const {
-    const int64_t row = begin + index % pieces() * piece_rows;
-    return {index / pieces(), row, std::min(piece_rows, end - row)};
-  }
-};
-
-// Prefetches weights into L2 while a thread has nothing else to do.
-class IdlePrefetch {
- public:
-  explicit IdlePrefetch(std::span<const char> weights)
-      : at_(weights.data()), end_(at_ + std::min<int64_t>(weights.size(), kIdleBytes)) {}
-
-  // Prefetches the next 1 KiB. Returns false if nothing is left.
-  bool operator()() {
-    if (at_ >= end_) return false;
-    for (int line = 0; line < 16; ++line, at_ += 64) __builtin_prefetch(at_, 0, 2);  // into L2
-    return true;
-  }
-
- private:
-  const char* at_;
-  const char* end_;
-};
 
 // One pass over the weights, for at most pass_tokens() tokens.
 class Pass {
@@ -99,7 +38,6 @@ class Pass {
         ws_(workspace),
         x_block_log2_(widest_block_log2(layer.w13.group, format_.most_block_log2)),
         inter_block_log2_(widest_block_log2(layer.w2.group, format_.outlier_block_log2)),
-        nodes_(static_cast<int>(pool.plan().nodes.size())),
         slots_(batch.tokens * batch.topk),
         stream_(slots_ * layer.hidden * static_cast<int64_t>(sizeof(float)) > kCachedBytes),
         act_row_(format_.act_row_bytes(layer.hidden)),
@@ -131,23 +69,24 @@ class Pass {
 
   // What each worker does: its share of all phases.
   void operator()(int worker) {
-    const int node = pool_.plan().workers[worker].node;
+    const PoolPlan& plan = pool_.plan();
+    const int team = plan.workers[worker].team;
     using Claim = Phase::Claim;
-    pack_.run(pack_.first(node, nodes_), node, nodes_, [&](Claim now, Claim) { pack(now.index); });
-    const Claim gate_up_first = gate_up_.first(node, nodes_);
+    pack_.run(pack_.first(team, plan), team, plan, [&](Claim now, Claim) { pack(now.index); });
+    const Claim gate_up_first = gate_up_.first(team, plan);
     pack_.wait(IdlePrefetch(tiles(layer_.w13, piece(gate_up_rows_, gate_up_first))));
-    gate_up_.run(gate_up_first, node, nodes_, [&](Claim now, Claim next) {
+    gate_up_.run(gate_up_first, team, plan, [&](Claim now, Claim next) {
       gate_up(worker, piece(gate_up_rows_, now), piece(gate_up_rows_, next));
     });
-    const Claim down_first = down_.first(node, nodes_);
+    const Claim down_first = down_.first(team, plan);
     gate_up_.wait(IdlePrefetch(tiles(layer_.w2, piece(down_rows_, down_first))));
-    down_.run(down_first, node, nodes_, [&](Claim now, Claim next) {
+    down_.run(down_first, team, plan, [&](Claim now, Claim next) {
       down(worker, piece(down_rows_, now), piece(down_rows_, next));
     });
     down_.wait();
-    combine_.run(combine_.first(node, nodes_), node, nodes_,
-                 [&](Claim now, Claim) { combine(now.index); });
-    combine_.wait();
+    // Nobody waits for the end of this phase: the pool waits until all workers have left.
+    Claim now = combine_.first(team, plan);
+    for (; now.index >= 0; now = combine_.claim(now, team, plan)) combine(now.index);
   }
 
  private:
@@ -156,17 +95,22 @@ class Pass {
     int32_t* begin = ws_.expert_begin.data();
     int32_t* active = ws_.active.data();
     int32_t* slots = ws_.slots.data();
+    LayerCounters* counters = layer_.counters;
     std::fill_n(begin, layer_.experts + 1, 0);
     for (int64_t slot = 0; slot < slots_; ++slot) {
       if (batch_.ids[slot] >= 0) ++begin[batch_.ids[slot]];
     }
     int32_t sum = 0;
     for (int64_t expert = 0; expert < layer_.experts; ++expert) {
-      if (begin[expert] != 0) active[active_++] = static_cast<int32_t>(expert);
+      if (begin[expert] != 0) {
+        active[active_++] = static_cast<int32_t>(expert);
+        if (counters != nullptr) counters->tokens_of_experts()[expert] += begin[expert];
+      }
       sum += begin[expert];
       begin[expert] = sum;
     }
     begin[layer_.experts] = sum;
+    if (counters != nullptr) counters->add_pass(active_);
     // Going backwards, each expert's `begin` ends where its slots begin, and its slots are in the
     // order of their tokens.
     for (int64_t slot = slots_; slot-- > 0;) {
@@ -174,39 +118,24 @@ class Pass {
     }
   }
 
-  // Divides the rows of a matrix into pieces and adds them to the phase.
-  void plan_rows(const Matrix& matrix, Phase* phase, NodeRows* out) {
-    const std::vector<int>& workers = pool_.plan().node_workers;
-    for (int node = 0; node < nodes_; ++node) {
-      NodeRows& rows = out[node];
-      rows.begin = first_row(matrix.rows, workers, node);
-      rows.end = first_row(matrix.rows, workers, node + 1);
-      const int64_t worker_tiles =
-          tile_count(rows.end - rows.begin) * active_ / (kPiecesPerWorker * workers[node]);
-      const int64_t most_tiles = kPieceBytes / (matrix.parts * matrix.tile_bytes());
-      rows.piece_rows = std::max<int64_t>(std::min(worker_tiles, most_tiles), 1) * kTileRows;
-      phase->set(node, active_ * rows.pieces());
-    }
+  void divide(const Matrix& matrix, Phase* phase, NodeRows* rows) {
+    divide_among_teams(pool_.plan(), matrix.rows, active_, matrix.parts * matrix.tile_bytes(),
+                       phase, rows);
   }
 
   void plan() {
-    // All workers take the pieces of packing and combining from one queue, that of node 0.
-    pack_.set(0, batch_.tokens);
-    plan_rows(layer_.w13, &gate_up_, gate_up_rows_);
-    plan_rows(layer_.w2, &down_, down_rows_);
-    combine_blocks_ = ceil_div(layer_.hidden, kCombineColumns);
-    combine_.set(0, batch_.tokens * combine_blocks_);
+    divide_evenly(pool_.plan(), batch_.tokens, &pack_);
+    divide(layer_.w13, &gate_up_, gate_up_rows_);
+    divide(layer_.w2, &down_, down_rows_);
+    const int64_t share = ceil_div(batch_.tokens * layer_.hidden, pool_.size());
+    combine_columns_ = std::clamp(round_up(share, kLeastColumns), kLeastColumns, kMostColumns);
+    combine_blocks_ = ceil_div(layer_.hidden, combine_columns_);
+    divide_evenly(pool_.plan(), batch_.tokens * combine_blocks_, &combine_);
   }
 
   void pack(int64_t token) {
-    const auto* x = static_cast<const uint16_t*>(batch_.x) + token * batch_.x_stride;
-    constexpr int64_t kChunk = 256;
-    float values[kChunk];
-    for (int64_t at = 0; at < layer_.hidden; at += kChunk) {
-      const int64_t n = std::min(kChunk, layer_.hidden - at);
-      kernels_.widen(x + at, batch_.type, n, values);
-      format_.pack(values, n, at, layer_.hidden, x_block_log2_, ws_.acts.data() + token * act_row_);
-    }
+    pack_row(kernels_, format_, static_cast<const uint16_t*>(batch_.x) + token * batch_.x_stride,
+             batch_.type, layer_.hidden, x_block_log2_, ws_.acts.data() + token * act_row_);
   }
 
   // A worker's scratch memory holds the kernels' own, and the sums of both parts for a block of
@@ -219,9 +148,8 @@ class Pass {
   int64_t sums_bytes() const { return block() * kTileRows * static_cast<int64_t>(sizeof(float)); }
   int64_t worker_bytes() const { return 2 * sums_bytes() + kScratchBytes; }
 
-  // The claimed piece; `rows` are the rows of each node.
-  static Piece piece(const NodeRows* rows, Phase::Claim claim) {
-    return claim.index < 0 ? Piece() : rows[claim.node].piece(claim.index);
+  Piece piece(const NodeRows* rows, Phase::Claim claim) const {
+    return piece_of(pool_.plan(), rows, claim);
   }
 
   // The tiles of a piece in the first part of `matrix`, which follow each other in memory.
@@ -342,12 +270,12 @@ class Pass {
   // Adds up the outputs of a token's experts, in a block of columns.
   void combine(int64_t index) {
     const int64_t token = index / combine_blocks_;
-    const int64_t column = index % combine_blocks_ * kCombineColumns;
+    const int64_t column = index % combine_blocks_ * combine_columns_;
     const int64_t slot = token * batch_.topk;
     const bool finite = kernels_.combine(
         ws_.partial.data() + slot * layer_.hidden + column, layer_.hidden,
         layer_.weight_on_input ? ws_.ones.data() : batch_.weights + slot, batch_.ids + slot,
-        static_cast<int>(batch_.topk), std::min(kCombineColumns, layer_.hidden - column),
+        static_cast<int>(batch_.topk), std::min(combine_columns_, layer_.hidden - column),
         batch_.type, static_cast<uint16_t*>(batch_.y) + token * layer_.hidden + column);
     if (!finite) finite_.store(false, std::memory_order_relaxed);
   }
@@ -386,7 +314,9 @@ class Pass {
     return {token, FaultSource::kSum, -1};
   }
 
-  static constexpr int64_t kCombineColumns = 1024;
+  // Columns of y in a piece. 64 are two cache lines of y.
+  static constexpr int64_t kLeastColumns = 64;
+  static constexpr int64_t kMostColumns = 1024;
 
   const LayerSpec& layer_;
   const Batch& batch_;
@@ -400,17 +330,17 @@ class Pass {
   // outliers: there, blocks of 64 instead of 32 already cost as much.
   const int x_block_log2_;
   const int inter_block_log2_;
-  const int nodes_;
   const int64_t slots_;
   const bool stream_;        // whether `partial` is written past the caches
   const int64_t act_row_;    // bytes
   const int64_t inter_row_;  // bytes
   int64_t active_ = 0;
+  int64_t combine_columns_ = 0;
   int64_t combine_blocks_ = 0;
-  std::atomic<bool> finite_{true};  // whether all of y is
+  Atomic<bool> finite_{true};  // whether all of y is
   NodeRows gate_up_rows_[kMaxNodes];
   NodeRows down_rows_[kMaxNodes];
-  Phase pack_, gate_up_, down_, combine_;
+  Phase pack_{"pack"}, gate_up_{"gate_up"}, down_{"down"}, combine_{"combine"};
 };
 
 template <class Id>

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "lk/counters.h"
 #include "lk/layer.h"
 #include "lk/thread_pool.h"
 #include "lk/workspace.h"
@@ -22,6 +23,7 @@ struct Batch {
   const float* weights = nullptr;  // [tokens, topk]
   void* y = nullptr;               // [tokens, hidden]
   int64_t first_row = 0;           // the number of y's first row in the log of watch()
+  Reason reason = Reason::kNoGpu;  // for the counters
 };
 
 // Where the NaN or infinity in a row of y comes from.

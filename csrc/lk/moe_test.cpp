@@ -12,6 +12,11 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "lk/choice.h"
 #include "lk/testing/allocation_counter.h"
 #include "lk/testing/random_layers.h"
 
@@ -86,7 +91,7 @@ TEST_P(ExpertBlockOf, MatchesTheReference) {
     TestBatch test(kind, layer, tokens, 2, random);
     if (tokens == 1) test.ids = {2, 0};
     test.batch.ids = test.ids.data();
-    expert_block(layer.spec, test.batch, choose_kernels(isa), pool, workspace);
+    expert_block(layer.spec, test.batch, kernels_named(isa), pool, workspace);
     const std::vector<double> want = reference(layer, test);
     double squares = 0;
     double error_squares = 0;
@@ -163,7 +168,7 @@ TEST_P(ExpertBlockOf, NamesTheRowsThatAreNotFinite) {
       if (tokens == 1) test.ids = {kPoisoned, 0};
       test.batch.ids = test.ids.data();
       const std::vector<Fault> faults =
-          expert_block(layer.spec, test.batch, choose_kernels(isa), pool, workspace);
+          expert_block(layer.spec, test.batch, kernels_named(isa), pool, workspace);
       std::vector<Fault> want;
       for (int64_t token = 0; token < tokens; ++token) {
         if (test.ids[2 * token] == kPoisoned || test.ids[2 * token + 1] == kPoisoned) {
@@ -196,7 +201,7 @@ TEST_P(ExpertBlockOf, TellsAFaultBeforeTheExpertsFromTheirOwn) {
   test.weights[10] = std::nanf("");
   test.weights[13] = kind.weight_on_input ? std::nanf("") : 3e38f;  // too large for y
   const std::vector<Fault> faults =
-      expert_block(layer.spec, test.batch, choose_kernels(isa), pool, workspace);
+      expert_block(layer.spec, test.batch, kernels_named(isa), pool, workspace);
   const Fault too_large =
       kind.weight_on_input ? Fault{6, FaultSource::kRouter, 1} : Fault{6, FaultSource::kSum, -1};
   const std::vector<Fault> want{{1, FaultSource::kInput, -1},
@@ -229,6 +234,35 @@ class ExpertBlock : public testing::Test {
   ThreadPool pool_{parse_topology(kSmallPool), {}};
   Workspace workspace_;
 };
+
+#if defined(__x86_64__)
+// Random fp8 codes are subnormal in one of 16 cases. The mode is the caller's, and that of threads
+// that it creates.
+TEST(ExpertBlockModes, SubnormalNumbersCountInAnyMode) {
+  constexpr unsigned kSubnormalsAreZeros = 0x8040;  // of MXCSR, for operands and for results
+  for (const Kind& kind : kKinds) {
+    Random random(13);
+    TestLayer layer(kind, 4, 128, 64, random);
+    TestBatch test(kind, layer, 7, 2, random);
+    ThreadPool usual(parse_topology(kSmallPool), {});
+    order_layer(layer.spec, usual);
+    Workspace workspace;
+    expert_block(layer.spec, test.batch, choose_kernels(""), usual, workspace);
+    const std::vector<uint16_t> want = test.y;
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | kSubnormalsAreZeros);
+    for (const char* topology : {"1 node x 1 cores x 1 threads", kSmallPool}) {
+      ThreadPool pool(parse_topology(topology), {});
+      std::ranges::fill(test.y, uint16_t{0});
+      expert_block(layer.spec, test.batch, choose_kernels(""), pool, workspace);
+      EXPECT_EQ(test.y, want) << kind.name << " on " << topology;
+    }
+    EXPECT_EQ(_mm_getcsr() & kSubnormalsAreZeros, kSubnormalsAreZeros)
+        << "not the caller's any more";
+    _mm_setcsr(before);
+  }
+}
+#endif
 
 // The layer has rows for each of 32 nodes, and each pool divides it into other pieces.
 TEST_F(ExpertBlock, SameBitsOnAnyPool) {

@@ -6,7 +6,15 @@ This folder imports no vLLM, so the engine can be used on its own::
     y = layer(x, topk_ids, topk_weights)
 """
 
+from lvllm.engine.arithmetic import (
+    Arithmetic,
+    arithmetic_of,
+    available_isas,
+    explain,
+    format_arithmetics,
+)
 from lvllm.engine.expert_layer import Activation, ExpertLayer
+from lvllm.engine.linear_layer import OWN_FORMAT, LinearLayer
 from lvllm.engine.ops import raw_ops
 from lvllm.engine.runtime import (
     ISAS,
@@ -16,6 +24,7 @@ from lvllm.engine.runtime import (
     Topology,
     configure,
     info,
+    on_isa,
     topology,
     watch,
 )
@@ -25,14 +34,22 @@ __all__ = [
     "DTYPES",
     "FORMATS",
     "ISAS",
+    "OWN_FORMAT",
     "Activation",
+    "Arithmetic",
     "Binding",
     "EngineInfo",
     "ExpertLayer",
+    "LinearLayer",
     "Node",
     "Topology",
+    "arithmetic_of",
+    "available_isas",
     "configure",
+    "explain",
+    "format_arithmetics",
     "info",
+    "on_isa",
     "raw_ops",
     "topology",
     "watch",

@@ -56,7 +56,8 @@ class ExpertLayer:
             size from 16 to 256 that divides g, and at most 64 (32 for mxfp4 and nvfp4) on CPUs
             without VNNI. A block of the intermediate has 32, or 16 for nvfp4. Activations keep 16
             bits on CPUs without AVX2, and for int8 on CPUs without VNNI. None: the variable
-            LK_ACTIVATION_BITS decides; without it, int8 takes 8 and the other formats take 16.
+            LK_ACTIVATION_BITS decides; without it or with `auto`, int8 takes 16 and the 4-bit
+            formats take 8 (docs/performance.md has the measurement).
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
         ordered: the tensors belong to another layer and are in the engine's order already, so they
             are only read.

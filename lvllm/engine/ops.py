@@ -18,3 +18,8 @@ def _expert_block_fake(
     x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: torch.Tensor
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("lvllm::linear")
+def _linear_fake(x: torch.Tensor, layer: torch.Tensor, rows: int) -> torch.Tensor:
+    return x.new_empty((x.shape[0], rows))

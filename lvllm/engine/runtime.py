@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
+from lvllm.engine.arithmetic import Arithmetic
 from lvllm.engine.ops import raw_ops
 from lvllm.engine.weight_formats import check_choice
 
@@ -21,13 +23,19 @@ __all__ = [
     "Topology",
     "configure",
     "info",
+    "on_isa",
     "topology",
     "watch",
 ]
 
+_configured: dict[str, Any] = {}
+"""The arguments of the last `configure`."""
+
 Binding = Literal["CPU_CORE", "NUMA_NODE"]
 
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+ISAS = (
+    "portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "amx"
+)  # fmt: skip
 """Instruction sets that the engine has kernels for, the plainest first."""
 
 
@@ -67,7 +75,11 @@ class EngineInfo:
     """What the engine runs on."""
 
     isa: str
-    """One of `ISAS`."""
+    """One of `ISAS`: the one that was asked for, or else the last one that the CPU has. In the
+    latter case some formats may take another one, which `arithmetic_of` names."""
+    rates: Mapping[Arithmetic, float]
+    """How many weights a core multiplies by an activation each second, in the arithmetics among
+    which the engine chose. Empty if it was told an instruction set."""
     threads: int
     """Workers, the calling thread included."""
     nodes: tuple[int, ...]
@@ -81,12 +93,14 @@ class EngineInfo:
     """Whether the kernel gives transparent huge pages to memory that asks for them."""
     binding: str
     power_saving: bool
+    own_cores: bool
 
 
 def configure(
     threads: int | None = None,
     binding: str = "CPU_CORE",
     power_saving: bool = False,
+    own_cores: bool = False,
     cpus: Sequence[int] | None = None,
     topology: str | None = None,
     isa: str | None = None,
@@ -103,12 +117,15 @@ def configure(
             physical core.
         binding: "CPU_CORE" pins each worker to a core, "NUMA_NODE" to the cores of its node.
         power_saving: workers sleep as soon as a call ends, instead of spinning for 50 us first.
+        own_cores: nothing else needs the workers' cores between two calls, as beside a GPU. Workers
+            then spin for four times the average time between calls instead of 50 us, but for 2 ms
+            at most. `power_saving` prevails.
         cpus: run on these CPUs only; by default on all that the process may use.
         topology: a made-up machine for tests, such as "2 nodes x 3 cores x 2 threads" or, with
             uneven nodes, "2 nodes x 3,1 cores x 2 threads". Then threads are not pinned, and memory
             is not placed on nodes.
-        isa: one of `ISAS`; by default the value of the variable LK_ISA, or the best that the CPU
-            runs.
+        isa: one of `ISAS`; by default the value of the variable LK_ISA, or for each format the
+            one that is fastest on this CPU.
         interleave: `bank.allocate` spreads pages over all NUMA nodes round-robin, instead of
             placing each row's pages on the node that computes the row.
         shared: `bank.allocate` gives memory that other processes can map, in huge pages from
@@ -118,6 +135,7 @@ def configure(
         ValueError: for an argument that is not allowed. The text names the argument, its value and
             what is allowed.
     """
+    given = dict(locals())
     check_choice("binding", binding, get_args(Binding))
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}, must be at least 1")
@@ -127,12 +145,29 @@ def configure(
         threads or 0,
         binding,
         power_saving,
+        own_cores,
         list(cpus or ()),
         topology or "",
         isa or "",
         interleave,
         shared,
     )
+    _configured.clear()
+    _configured.update(given)
+
+
+@contextmanager
+def on_isa(isa: str) -> Iterator[None]:
+    """Run the block on an instruction set, with the engine as it is otherwise.
+
+    Raises ValueError for an instruction set that this CPU lacks.
+    """
+    before = dict(_configured)
+    configure(**before | {"isa": isa})
+    try:
+        yield
+    finally:
+        configure(**before)
 
 
 def watch(log: torch.Tensor | None) -> None:
@@ -159,6 +194,7 @@ def info() -> EngineInfo:
     workers = raw["workers"]
     return EngineInfo(
         isa=raw["isa"],
+        rates={Arithmetic(r["isa"], r["arithmetic"]): r["weights"] for r in raw["rates"]},
         threads=len(workers),
         nodes=tuple(raw["nodes"]),
         cpus=tuple(tuple(worker["cpus"]) for worker in workers),
@@ -166,6 +202,7 @@ def info() -> EngineInfo:
         huge_pages=_transparent_huge_pages(),
         binding=raw["binding"],
         power_saving=raw["power_saving"],
+        own_cores=raw["own_cores"],
     )
 
 

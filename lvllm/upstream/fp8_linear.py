@@ -11,6 +11,7 @@ import torch
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
     Fp8BlockScaledMMLinearKernel,
 )
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.utils import replace_parameter
 
 __all__ = ["DequantizedFp8Linear"]
@@ -47,12 +48,14 @@ class DequantizedFp8Linear(Fp8BlockScaledMMLinearKernel):
         # Multi-head latent attention (MLA) splits kv_b_proj, and multiplies by the scales of a
         # layer that was FP8.
         params.block_scale.data.fill_(1)
+        UnquantizedLinearMethod().process_weights_after_loading(layer)
 
     def apply_weights(
         self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Return the product of x [..., K] and the weights, [..., N]."""
-        return torch.nn.functional.linear(x, layer.weight, bias)
+        y: torch.Tensor = layer.cpu_linear(x, layer.weight, bias)
+        return y
 
     def apply_block_scaled_mm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Refuse: this is never called, since the weights have no scales any more."""

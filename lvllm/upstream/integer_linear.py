@@ -77,12 +77,14 @@ class DequantizedIntegerLinear(MPLinearKernel):
             if hasattr(layer, name):
                 delattr(layer, name)
         layer.weight = torch.nn.Parameter(weight.to(self.config.act_type), requires_grad=False)
+        UnquantizedLinearMethod().process_weights_after_loading(layer)
 
     def apply_weights(
         self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the product of x [..., K] and the weights, [..., N]."""
-        return torch.nn.functional.linear(x, layer.weight, bias)
+        y: torch.Tensor = layer.cpu_linear(x, layer.weight, bias)
+        return y
 
 
 class Order(BasevLLMParameter):

@@ -75,7 +75,8 @@ class Case:
         want = self.weights_of.reference(self.x, self.ids, self.weights)
         error, norm = (got.float() - want).norm(), want.norm()
         bound = BOUND[self.layer.activation_bits]
-        if self.x.dtype == torch.float16 and engine.info().isa == "avx512_bf16":
+        arithmetic = engine.arithmetic_of(self.layer.format, self.layer.activation_bits)
+        if self.x.dtype == torch.float16 and arithmetic.name in ("bf16", "bf16 tiles"):
             bound = max(bound, BOUND_OF_ROUNDED_X)
         active = int((self.ids >= 0).any(dim=1).sum())
         width = min(self.layer.hidden_size, self.layer.intermediate_size)

@@ -27,10 +27,10 @@ def tiny_layer() -> ExpertLayer:
     return ExpertLayer(format="bf16", w13=w13.bfloat16(), w2=w2.bfloat16())
 
 
-@pytest.mark.parametrize("power_saving", [False, True])
-def test_idle_threads_burn_less_than_one_percent_of_a_core(power_saving: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"power_saving": True}, {"own_cores": True}])
+def test_idle_threads_burn_less_than_one_percent_of_a_core(options: dict[str, bool]) -> None:
     """CPU time of the whole process, from 100 ms after the last of some calls."""
-    engine.configure(power_saving=power_saving)
+    engine.configure(**options)  # type: ignore[arg-type]
     layer, x = tiny_layer(), torch.randn(3, 64).bfloat16()
     ids, weights = torch.tensor([[0, 1], [2, 3], [3, -1]]), torch.rand(3, 2)
     for _ in range(50):

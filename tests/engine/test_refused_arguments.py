@@ -81,7 +81,7 @@ def u8(*shape: int) -> torch.Tensor:
         ("bf16", {"swiglu_alpha": float("nan")}, "swiglu_alpha is nan, must be finite"),
         ("bf16", {"swiglu_beta": float("inf")}, "swiglu_beta is inf, must be finite"),
         ("bf16", {"activation_bits": 8}, "activation_bits of format bf16 is 8, must be one of 16"),
-        ("int8", {"activation_bits": 4}, "activation_bits of .* is 4, must be one of 8, 16"),
+        ("int8", {"activation_bits": 4}, "activation_bits of .* is 4, must be one of 16, 8"),
     ],
 )
 def test_wrong_layers(format: str, changes: dict[str, Any], message: str) -> None:

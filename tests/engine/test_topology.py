@@ -43,9 +43,11 @@ def test_node_binding() -> None:
     assert engine.info().binding == "NUMA_NODE"
 
 
-def test_power_saving_is_kept() -> None:
+def test_power_saving_and_own_cores_are_kept() -> None:
     engine.configure(power_saving=True)
-    assert engine.info().power_saving
+    assert (engine.info().power_saving, engine.info().own_cores) == (True, False)
+    engine.configure(own_cores=True)
+    assert (engine.info().power_saving, engine.info().own_cores) == (False, True)
 
 
 def test_chosen_cpus() -> None:
