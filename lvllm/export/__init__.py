@@ -20,33 +20,35 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lvllm.checkpoint.headers import INDEX, TensorInfo
 from lvllm.engine import quantize
-from lvllm.export import folder, fused, selection
-from lvllm.export.schemes import FORMATS, GROUP_SIZE, Scheme, scheme
+from lvllm.export import dtype_config, folder, fused, selection
+from lvllm.export.config import quantization_config
+from lvllm.export.dtype_config import FormatRules
+from lvllm.export.schemes import FORMATS, Format, Scheme, scheme
 from lvllm.export.tensorfile import ExportError, Tensor, TensorFile, size_of_file, write
 
-__all__ = ["FORMATS", "ExportError", "export"]
+__all__ = ["FORMATS", "ExportError", "Format", "FormatRules", "export"]
 
 
 def export(
     model: Path,
     out: Path,
     *,
-    format: str,
-    group_size: int = GROUP_SIZE,
+    format: str | Format | FormatRules,
     linears: bool = False,
     quiet: bool = False,
 ) -> None:
     """Write the checkpoint `model` to `out`, its experts in one of FORMATS.
 
     Args:
-        group_size: how many weights along K share a scale: 32, 64 or 128. For int4 only.
+        format: the experts' format, or rules that say which modules get which format.
         linears: also quantise the linear layers of attention, dense layers and shared experts.
+            Rules say that themselves.
         quiet: show no progress bar.
 
     If an export was killed, the same call goes on where it stopped. Nothing is overwritten. Raises
     ExportError or OSError.
     """
-    how = scheme(format, group_size)
+    how = Format.model_validate(format) if isinstance(format, str) else format
     config = folder.read_config(model)
     folder.check_apart(model, out)
     checkpoint, others = folder.read_headers(model), folder.other_files(model)
@@ -65,8 +67,7 @@ def export(
             folder.working_in(
                 out,
                 {
-                    "format": format,
-                    "group_size": group_size,
+                    "format": str(how),
                     "linears": linears,
                     "source": {
                         str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns]
@@ -86,17 +87,21 @@ class _Export:
     """The tensors of a checkpoint, and the tensors that each of them becomes."""
 
     def __init__(
-        self, files: list[TensorFile], how: Scheme, linears: bool, architecture: str
+        self,
+        files: list[TensorFile],
+        how: Format | FormatRules,
+        linears: bool,
+        architecture: str,
     ) -> None:
         self.files = files
-        self.how = how
         self.places: dict[str, TensorFile] = {}
         for file in files:
             self.places |= dict.fromkeys(file.tensors, file)
-        self.chosen = selection.quantized(self._tensors(), linears, architecture)
+        self.formats = self._chosen(how, linears, architecture)
+        self.schemes = {format: scheme(format) for format in self.formats.values()}
         self.planned = {
             file: {
-                name: how.replacements(tensor) if name in self.chosen else [tensor]
+                name: self._scheme(name).replacements(tensor) if name in self.formats else [tensor]
                 for name, tensor in file.tensors.items()
             }
             for file in files
@@ -104,10 +109,29 @@ class _Export:
         # vLLM merges some projections of a module into one: gate and up, and q, k and v. For some
         # formats they must then share a scale.
         self._siblings: dict[str, list[str]] = {}
-        for name in sorted(self.chosen) if how.shares_scale else ():
-            parent = selection.module(name).rpartition(".")[0]
-            self._siblings.setdefault(parent, []).append(name)
+        for name, format in sorted(self.formats.items()):
+            if self.schemes[format].shares_scale:
+                parent = selection.module(name).rpartition(".")[0]
+                self._siblings.setdefault(parent, []).append(name)
         self._global_scales: dict[str, torch.Tensor] = {}
+
+    def _chosen(
+        self, how: Format | FormatRules, linears: bool, architecture: str
+    ) -> dict[str, Format]:
+        """The formats of the tensors that are quantised, by name."""
+        by_rules = not isinstance(how, Format)
+        tensors = list(self._tensors())
+        found = selection.quantizable(tensors, linears or by_rules, architecture)
+        if isinstance(how, Format):
+            formats = dict.fromkeys(found, how)
+        else:
+            named = {selection.module(name): name for name in found}
+            modules = {selection.module(tensor.name) for tensor in tensors}
+            chosen = dtype_config.chosen(how, named, modules)
+            formats = {named[name]: format for name, format in chosen.items()}
+        for name in formats:
+            selection.check(found[name])
+        return formats
 
     def _tensors(self) -> Iterator[Tensor]:
         for file in self.files:
@@ -125,7 +149,10 @@ class _Export:
         }
 
     def config(self) -> dict[str, Any]:
-        return self.how.config(selection.ignored(self._tensors(), self.chosen))
+        """`quantization_config` of config.json."""
+        formats = {selection.module(name): format for name, format in self.formats.items()}
+        left = selection.left(self._tensors(), self.formats)
+        return quantization_config(formats, self.schemes, left)
 
     def write_shards(self, out: Path, others: list[Path], quiet: bool) -> None:
         """Write every file that is not in `out` yet. The progress bar counts the bytes read."""
@@ -156,9 +183,9 @@ class _Export:
         """The values of the tensors that `_made` lists, in that order."""
         for name, tensors in self.planned[file].items():
             data = file.read(name)
-            if name in self.chosen:
+            if name in self.formats:
                 try:
-                    made = self.how.make(data, **self._shared(name))
+                    made = self._scheme(name).make(data, **self._shared(name))
                 except ValueError as error:
                     raise ExportError(f"{file.path}: {name}: {error}") from None
                 stem = name.removesuffix("weight")
@@ -168,9 +195,12 @@ class _Export:
                 yield data
             bar.update(file.tensors[name].size)
 
+    def _scheme(self, name: str) -> Scheme:
+        return self.schemes[self.formats[name]]
+
     def _shared(self, name: str) -> dict[str, torch.Tensor]:
         """The global scale that `name` shares with the other projections of its module."""
-        if not self.how.shares_scale:
+        if not self._scheme(name).shares_scale:
             return {}
         parent = selection.module(name).rpartition(".")[0]
         if parent not in self._global_scales:

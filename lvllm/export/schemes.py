@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from lvllm.engine import quantize, weight_formats
 from lvllm.export.tensorfile import ExportError, Tensor
 
-__all__ = ["FORMATS", "GROUP_SIZE", "Scheme", "scheme"]
+__all__ = ["FORMATS", "GROUP_SIZE", "KEEP", "Format", "Scheme", "scheme"]
 
 GROUP_SIZE = 32
 FORMATS = ("int4", "fp8", "int8", "mxfp4", "nvfp4")
+KEEP = "keep"
+"""What a rule says of weights that stay as they are."""
 DYNAMIC_INPUTS = {
     "num_bits": 8,
     "type": "float",
@@ -24,6 +27,35 @@ DYNAMIC_INPUTS = {
     "symmetric": True,
     "dynamic": True,
 }
+
+
+class Format(BaseModel):
+    """One of FORMATS, or KEEP. It is written as a text, or as a mapping with both fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    group_size: int = GROUP_SIZE
+    """For int4: how many weights along K share a scale."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_text(cls, written: Any) -> Any:
+        return {"format": written} if isinstance(written, str) else written
+
+    @model_validator(mode="after")
+    def _check(self) -> "Format":
+        if self.format not in (*FORMATS, KEEP):
+            raise ValueError(f"format {self.format} is not allowed: {', '.join(FORMATS)}, {KEEP}")
+        if self.format == "int4" and self.group_size not in weight_formats.GROUP_SIZES:
+            allowed = ", ".join(map(str, weight_formats.GROUP_SIZES))
+            raise ValueError(f"groups of {self.group_size} are not allowed: {allowed}")
+        if self.format != "int4" and self.group_size != GROUP_SIZE:
+            raise ValueError(f"groups of {self.group_size} go with int4 only, not {self.format}")
+        return self
+
+    def __str__(self) -> str:
+        return f"int4 in groups of {self.group_size}" if self.format == "int4" else self.format
 
 
 @dataclass(frozen=True)
@@ -59,41 +91,25 @@ class Scheme:
             for suffix, (dtype, shape) in self.tensors(rows, columns).items()
         ]
 
-    def config(self, ignored: list[str]) -> dict[str, Any]:
-        """`quantization_config` of config.json. The modules `ignored` are not quantised."""
-        group = {
-            "targets": ["Linear"],
+    def group(self, targets: list[str]) -> dict[str, Any]:
+        """An entry of `config_groups` in config.json, for these modules."""
+        return {
+            "targets": targets,
             "weights": {"dynamic": False, "symmetric": True, **self.weights},
             "input_activations": None if self.inputs is None else dict(self.inputs),
             "output_activations": None,
             "format": self.format,
         }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": self.format,
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": ignored,
-            "kv_cache_scheme": None,
-        }
 
 
-def scheme(format: str, group_size: int = GROUP_SIZE) -> Scheme:
-    """The scheme of a format. Raises ExportError for an unknown format or group size."""
-    if format not in FORMATS:
-        raise ExportError(f"--format {format} is not allowed: {', '.join(FORMATS)}")
-    if format == "int4":
-        return _int4(group_size)
-    if group_size != GROUP_SIZE:
-        raise ExportError(f"--group-size {group_size} goes with --format int4 only, not {format}")
-    return {"fp8": FP8, "int8": INT8, "mxfp4": MXFP4, "nvfp4": NVFP4}[format]
+def scheme(how: Format) -> Scheme:
+    """The scheme of a format other than KEEP."""
+    if how.format == "int4":
+        return _int4(how.group_size)
+    return {"fp8": FP8, "int8": INT8, "mxfp4": MXFP4, "nvfp4": NVFP4}[how.format]
 
 
 def _int4(group: int) -> Scheme:
-    if group not in weight_formats.GROUP_SIZES:
-        allowed = ", ".join(map(str, weight_formats.GROUP_SIZES))
-        raise ExportError(f"--group-size {group} is not allowed: {allowed}")
-
     def make(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         # compressed-tensors packs eight codes into an int32. On a little-endian machine its bytes
         # are the engine's, two codes in each.

@@ -1,14 +1,16 @@
 """Which tensors of a checkpoint are quantised. Their names decide."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Set
 
 from lvllm.export.tensorfile import ExportError, Tensor
 
-__all__ = ["ignored", "module", "quantized"]
+__all__ = ["check", "is_expert", "left", "module", "one_matrix", "quantizable", "with_merged"]
 
 EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 """A projection of one expert, as most families name it (w1, w2 and w3: Mixtral, MiniMax)."""
+EXPERTS = re.compile(r".*\.experts(?=\.\d+\.)")
+"""The name of all routed experts of a layer, in the name of a projection."""
 LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 LINEARS = re.compile(
     r"\.([qkvo]|qkv|out)_proj$"  # attention
@@ -20,11 +22,19 @@ OTHERS = re.compile(r"visual|vision|audio|indexer")
 """Parts of a model whose linear layers are never quantised."""
 MERGED = (("gate_proj", "up_proj", "gate_up_proj"), ("q_proj", "k_proj", "qkv_proj"))
 """Two modules that vLLM merges, and the name of the merged one."""
+ONE_MATRIX = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"gate_proj", "up_proj"},
+    {"w1", "w3"},
+    {"q_a_proj", "kv_a_proj_with_mqa"},
+    {"in_proj_qkv", "in_proj_z"},
+)
+"""Modules of one parent that vLLM loads into one matrix."""
 FLOATS = ("BF16", "F16", "F32")
 
 
-def quantized(tensors: Iterable[Tensor], linears: bool, architecture: str) -> set[str]:
-    """Names of the experts' weights, and with `linears` also of the layers' other linear weights.
+def quantizable(tensors: Iterable[Tensor], linears: bool, architecture: str) -> dict[str, Tensor]:
+    """The experts' weights by name, and with `linears` also the layers' other linear weights.
 
     Raises ExportError, in one line that names a tensor, if there are no experts, or if they are
     stored in a way that cannot be quantised.
@@ -53,27 +63,25 @@ def quantized(tensors: Iterable[Tensor], linears: bool, architecture: str) -> se
         )
     if not experts:
         raise ExportError(f"{architecture} has no experts: there is nothing to quantise")
-    chosen = list(experts.values())
-    if linears:
-        chosen += [tensor for tensor in tensors if tensor.name not in experts and _linear(tensor)]
-    for tensor in chosen:
-        if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
-            raise ExportError(
-                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}: a matrix in"
-                f" {', '.join(FLOATS)} is wanted"
-            )
-    return {tensor.name for tensor in chosen}
+    others = (tensor for tensor in tensors if tensor.name not in experts and _linear(tensor))
+    return experts | ({tensor.name: tensor for tensor in others} if linears else {})
 
 
-def ignored(tensors: Iterable[Tensor], chosen: set[str]) -> list[str]:
+def check(tensor: Tensor) -> None:
+    """Raise ExportError for a tensor that is no matrix of floating-point numbers."""
+    if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
+        raise ExportError(
+            f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}: a matrix in"
+            f" {', '.join(FLOATS)} is wanted"
+        )
+
+
+def left(tensors: Iterable[Tensor], chosen: Container[str]) -> set[str]:
     """Names of modules that have a matrix and are not quantised.
 
-    Other tools look modules up by these names, but vLLM looks for its merged modules in two cases.
-    It asks for gate_up_proj, since the dense layers of Qwen3-MoE tell it too late that gate and up
-    are merged there. It asks for qkv_proj, since some layers of Gemma 4 have no v and vLLM takes k
-    for it. `lm_head` is always listed: it has no tensor where it shares the embeddings' weight.
+    `lm_head` is always among them: it has no tensor where it shares the embeddings' weight.
     """
-    names = {
+    return {"lm_head"} | {
         module(tensor.name)
         for tensor in tensors
         if len(tensor.shape) > 1
@@ -81,13 +89,36 @@ def ignored(tensors: Iterable[Tensor], chosen: set[str]) -> list[str]:
         and tensor.name not in chosen
         and "embed_tokens" not in tensor.name
     }
+
+
+def with_merged(names: Set[str]) -> list[str]:
+    """The names of modules, sorted, with those that vLLM has for merged ones.
+
+    Other tools look modules up by these names, but vLLM looks for its merged modules in two cases.
+    It asks for gate_up_proj, since the dense layers of Qwen3-MoE tell it too late that gate and up
+    are merged there. It asks for qkv_proj, since some layers of Gemma 4 have no v and vLLM takes k
+    for it.
+    """
     merged = {
         f"{stem}.{whole}"
         for one, other, whole in MERGED
         for stem in (name.removesuffix(f".{one}") for name in names if name.endswith(f".{one}"))
         if f"{stem}.{other}" in names
     }
-    return sorted(names | merged | {"lm_head"})
+    return sorted(names | merged)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a module of this name is a projection of a routed expert."""
+    return EXPERTS.match(name) is not None
+
+
+def one_matrix(name: str) -> str:
+    """What the module `name` shares with the modules that vLLM loads into one matrix with it."""
+    if found := EXPERTS.match(name):
+        return found[0]
+    parent, _, last = name.rpartition(".")
+    return next((f"{parent}.{'/'.join(sorted(one))}" for one in ONE_MATRIX if last in one), name)
 
 
 def module(name: str) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from lvllm.export import FORMATS, export
+from lvllm.export import FORMATS, FormatRules, export
 from tests.e2e import reference
 from tests.e2e.generate import ONE_PROCESS, generate
 from tests.e2e.test_exactness import Case, check_against_reference, prompts, vision_case
@@ -37,6 +37,30 @@ FUSED = {
     "qwen3_5_moe": "fp8",
     "gemma4": "int4",
     "gemma4_linears": "int4",
+}
+# Exports by rules, with the checkpoint that they begin with. Layer 1 of the Qwen3-MoE is dense.
+RULES = {
+    "by_layers": (
+        "qwen3_moe",
+        [
+            {r"layers\.0\.mlp\.experts": "nvfp4"},
+            {r"experts": "fp8"},
+            {r"layers\.0\.self_attn": "keep"},
+            {r"self_attn|layers\.1\.mlp": "int4"},
+        ],
+    ),
+    "experts_and_attention": (
+        "qwen3_moe",
+        [{r"experts": "int8"}, {r"layers\.1\.": "keep"}, {r"self_attn": "int4"}],
+    ),
+    "fused_by_layers": (
+        "qwen3_5_moe",
+        [
+            {r"layers\.0\..*\.experts": "keep"},
+            {r"layers\.3\..*\.experts": "nvfp4"},
+            {r"\.experts\.": "int8"},
+        ],
+    ),
 }
 SEEING = ("qwen3_vl_moe", "qwen3_5_moe")
 """The families in FUSED that are asked about pictures, too."""
@@ -92,12 +116,12 @@ def meaning(
     return dequantise("nvfp4", data[None], scale[None], global_scale=by_all)[0]
 
 
-def exported_case(plain: Case, name: str, format: str, tmp: Path) -> Case:
+def exported_case(plain: Case, name: str, format: str | FormatRules, tmp: Path) -> Case:
     """Export the checkpoint of the case `plain`; return a case with the exported checkpoint."""
     folder = tmp / name
     export(plain.checkpoint, folder, format=format, linears="linears" in name, quiet=True)
     values = values_of(folder, plain.checkpoint, tmp / f"{name}_values")
-    return replace(plain, checkpoint=folder, values=values, format=format)
+    return replace(plain, checkpoint=folder, values=values, format=str(format))
 
 
 def fused_case(family: str, seed: int, tmp: Path) -> Case:
@@ -113,7 +137,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Every exported case, with the answers of LvLLM.
 
     The names are those of the formats, of the formats with "_linears" for those whose linear layers
-    are exported, too, and of the families with fused experts.
+    are exported, too, of the families with fused experts, and of RULES.
     """
     tmp = tmp_path_factory.mktemp("exported")
     seed = random.randrange(1 << 30)
@@ -127,13 +151,19 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         family = name.removesuffix("_linears")
         made[family] = made.get(family) or fused_case(family, seed, tmp)
         cases[name] = exported_case(made[family], name, format, tmp)
+    for name, (family, rules) in RULES.items():
+        cases[name] = exported_case(
+            made.get(family, plain), name, FormatRules.model_validate(rules), tmp
+        )
     jobs = [case.job for case in cases.values()]
     for case, answers in zip(cases.values(), generate(jobs, environment=ONE_PROCESS), strict=True):
         case.answers = answers
     return cases
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *(f"{format}_linears" for format in LINEARS), *FUSED])
+@pytest.mark.parametrize(
+    "name", [*FORMATS, *(f"{format}_linears" for format in LINEARS), *FUSED, *RULES]
+)
 def test_lvllm(name: str, exported: dict[str, Case]) -> None:
     case = exported[name]
     check_against_reference(case.values, case.asked, case.answers, case.picture)
@@ -153,11 +183,14 @@ def check_transformers(case: Case, meant: Any) -> None:
     assert ((got - expected).abs().amax(dim=1) < 0.05).float().mean() >= 0.6
 
 
-@pytest.mark.parametrize("name", ["int4", "fp8", "int8", "mxfp4", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "name", ["int4", "fp8", "int8", "mxfp4", "qwen3_5_moe", "experts_and_attention"]
+)
 def test_transformers(name: str, exported: dict[str, Case]) -> None:
     """transformers unpacks the experts into bfloat16 while it loads them.
 
-    nvfp4 is missing here, because transformers 5.19 leaves the global scale of its experts out.
+    nvfp4 is missing here, because transformers 5.19 leaves the global scale of its experts out. It
+    takes one format for the experts of all layers.
     """
     case = exported[name]
     check_transformers(case, reference.load(case.values))
@@ -214,6 +247,86 @@ METHODS = {
 }
 
 
+def check_method(
+    config: Any, experts: str, format: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that stock vLLM's `config` chooses the method of the format for these experts."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors_moe
+
+    class RoutedExperts(torch.nn.Module):
+        ckpt_gate_proj_name, ckpt_up_proj_name, ckpt_down_proj_name = (
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        )
+        moe_config = None
+
+    method: Any = UnquantizedFusedMoEMethod
+    if format is not None:
+        module, _, kind = METHODS[format].partition(".")
+        method = getattr(
+            importlib.import_module(f"{compressed_tensors_moe.__name__}.{module}"), kind
+        )
+    monkeypatch.setattr(method, "__init__", lambda *args, **kwargs: None)
+    found = compressed_tensors_moe.CompressedTensorsMoEMethod.get_moe_method(
+        config, RoutedExperts(), experts
+    )
+    assert type(found) is method
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "linears"),
+    [
+        (
+            "by_layers",
+            {"model.layers.0.mlp": "nvfp4", "model.layers.2.mlp": "fp8"},
+            {
+                "model.layers.0.self_attn.qkv_proj": None,
+                "model.layers.1.self_attn.qkv_proj": "int4",
+                "model.layers.1.mlp.gate_up_proj": "int4",
+                "model.layers.1.mlp.down_proj": "int4",
+                "model.layers.2.self_attn.o_proj": "int4",
+                "model.layers.2.mlp.gate": None,
+            },
+        ),
+        (
+            "fused_by_layers",
+            {
+                "language_model.model.layers.0.mlp": None,
+                "language_model.model.layers.1.mlp": "int8",
+                "language_model.model.layers.3.mlp": "nvfp4",
+            },
+            {"language_model.model.layers.3.self_attn.qkv_proj": None},
+        ),
+    ],
+)
+def test_stock_vllm_finds_each_layers_format(
+    name: str,
+    layers: dict[str, str | None],
+    linears: dict[str, str | None],
+    exported: dict[str, Case],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The layers have vLLM's names, which differ from the checkpoint's in Qwen3.5."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = json.loads((exported[name].checkpoint / "config.json").read_text())
+    section = config["quantization_config"]
+    chosen = get_quantization_config("compressed-tensors").from_config(section)
+    chosen.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    prefixes = {"model.visual.": "visual.", "model.language_model.": "language_model.model."}
+    chosen.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
+    for layer, format in layers.items():
+        check_method(chosen, f"{layer}.experts", format, monkeypatch)
+    for module, format in linears.items():
+        found = chosen.get_scheme_dict(torch.nn.Linear(1, 1), module)
+        assert (found and found["weights"].num_bits) == (format and int(format[-1])), module
+
+
 LEFT = ("self_attn.qkv_proj", "self_attn.o_proj")
 
 
@@ -240,28 +353,13 @@ def test_stock_vllm_has_a_method_for_it(
     when they are made. So this test only asks what vLLM's configuration chooses.
     """
     from vllm.model_executor.layers.quantization import get_quantization_config
-    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors_moe
-
-    class RoutedExperts(torch.nn.Module):
-        ckpt_gate_proj_name, ckpt_up_proj_name, ckpt_down_proj_name = (
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        )
-        moe_config = None
 
     config = json.loads((exported[name].checkpoint / "config.json").read_text())
     chosen = get_quantization_config("compressed-tensors").from_config(
         config["quantization_config"]
     )
     chosen.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    module, _, kind = METHODS[exported[name].format].partition(".")
-    method = getattr(importlib.import_module(f"{compressed_tensors_moe.__name__}.{module}"), kind)
-    monkeypatch.setattr(method, "__init__", lambda *args, **kwargs: None)
-    found = compressed_tensors_moe.CompressedTensorsMoEMethod.get_moe_method(
-        chosen, RoutedExperts(), f"{layer}.{experts}"
-    )
-    assert type(found) is method
+    check_method(chosen, f"{layer}.{experts}", exported[name].format, monkeypatch)
     for module in left:
         assert chosen.get_scheme(torch.nn.Linear(1, 1), f"{layer}.{module}") is None
     with_linears = get_quantization_config("compressed-tensors").from_config(

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from lvllm.checkpoint.headers import read_header
 from lvllm.cli.app import app
-from lvllm.export import FORMATS, export
+from lvllm.export import FORMATS, Format, export
 from lvllm.export.tensorfile import Tensor, header_of, size_of_file
 from tests.engine.test_quantize import ERRORS
 
@@ -141,7 +141,7 @@ def test_contents(format: str, linears: bool, model: Path, tmp_path: Path) -> No
 
 
 def test_group_size(model: Path, tmp_path: Path) -> None:
-    export(model, tmp_path / "out", format="int4", group_size=64, quiet=True)
+    export(model, tmp_path / "out", format=Format(format="int4", group_size=64), quiet=True)
     scale = load(tmp_path / "out")["model.layers.1.mlp.experts.0.down_proj.weight_scale"]
     assert scale.shape == (HIDDEN, INTERMEDIATE // 64)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -248,8 +248,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     code, message = run(model, "-o", out, "--format", "int4", "--group-size", "64")
     assert (code, message) == (
         1,
-        f"lvllm: {out} holds an unfinished export with group_size=32, not 64: finish it with the"
-        " same options, or delete it",
+        f"lvllm: {out} holds an unfinished export with format=int4 in groups of 32, not int4 in"
+        " groups of 64: finish it with the same options, or delete it",
     )
     code, message = run(model, "-o", out, "--format", "int4")
     assert code == 0, message
@@ -364,9 +364,14 @@ def with_biases(tensors: Tensors) -> Tensors:
             dict,
             {},
             ["--format", "int4", "--group-size", "48"],
-            "--group-size 48 is not allowed: 32",
+            "--group-size: groups of 48 are not allowed: 32",
         ),
-        (dict, {}, ["--format", "fp8", "--group-size", "64"], "--group-size 64 goes with --format"),
+        (
+            dict,
+            {},
+            ["--format", "fp8", "--group-size", "64"],
+            "--group-size: groups of 64 go with int4",
+        ),
         (
             dict,
             {},
