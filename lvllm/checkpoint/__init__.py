@@ -1,4 +1,4 @@
-"""What a model's files say about it, read without vLLM: config.json and safetensors headers."""
+"""What a model's files say about it, read without vLLM: config.json and the headers of files."""
 
 from lvllm.checkpoint.headers import (
     INDEX,
@@ -8,14 +8,13 @@ from lvllm.checkpoint.headers import (
     pickle_refused,
     read_header,
 )
-from lvllm.checkpoint.moe_layers import describe_layers, layer_number, moe_layers
+from lvllm.checkpoint.moe_layers import layer_number, moe_layers
 
 __all__ = [
     "INDEX",
     "Checkpoint",
     "CheckpointError",
     "TensorInfo",
-    "describe_layers",
     "layer_number",
     "moe_layers",
     "pickle_refused",

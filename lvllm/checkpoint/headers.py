@@ -23,10 +23,12 @@ from lvllm.errors import LvllmError
 
 __all__ = [
     "INDEX",
+    "LFS_POINTER",
     "Checkpoint",
     "CheckpointError",
     "TensorInfo",
     "pickle_refused",
+    "pointer_refused",
     "read_header",
 ]
 
@@ -145,10 +147,7 @@ def read_header(path: Path) -> list[TensorInfo]:
             size = os.fstat(file.fileno()).st_size
             first = file.read(len(LFS_POINTER))
             if first == LFS_POINTER:
-                raise CheckpointError(
-                    f"{path}: is a git-LFS pointer, not the weights: run `git lfs pull` in the"
-                    " folder or download the model anew"
-                )
+                raise pointer_refused(path)
             if size < 8:
                 raise CheckpointError(
                     f"{path}: truncated: has {size} bytes, a safetensors file at least 8"
@@ -263,6 +262,14 @@ def pickle_refused(file: Path) -> CheckpointError:
     return CheckpointError(
         f"{file}: is a pickle, which may run code when it is read; by default only safetensors are"
         f" read, and the folder has none: {advice}"
+    )
+
+
+def pointer_refused(file: Path) -> CheckpointError:
+    """An error about a file that holds a git-LFS pointer, which begins with LFS_POINTER."""
+    return CheckpointError(
+        f"{file}: is a git-LFS pointer, not the weights: run `git lfs pull` in the folder or"
+        " download the model anew"
     )
 
 

@@ -57,15 +57,3 @@ def _has_experts(config: Any, layer: int) -> bool:
         and layer >= field("moe_layer_start_index", 0)
         and (layer + 1) % field("moe_layer_interval", 1) == 0
     )
-
-
-def describe_layers(layers: list[int]) -> str:
-    """Write numbers as LVLLM_GPU_RESIDENT_MOE_LAYERS does: [1, 2, 3, 7] becomes `1-3,7`."""
-    parts: list[str] = []
-    start = 0
-    for end, layer in enumerate(layers):
-        if end + 1 == len(layers) or layers[end + 1] != layer + 1:
-            first = layers[start]
-            parts.append(f"{first}" if first == layer else f"{first}-{layer}")
-            start = end + 1
-    return ",".join(parts)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lvllm.checkpoint.moe_layers import describe_layers, layer_number, moe_layers
+from lvllm.checkpoint.moe_layers import layer_number, moe_layers
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,6 @@ from lvllm.checkpoint.moe_layers import describe_layers, layer_number, moe_layer
 )
 def test_families(fields: dict[str, Any], expected: list[int]) -> None:
     assert moe_layers(SimpleNamespace(num_hidden_layers=6, **fields)) == expected
-
-
-def test_describe() -> None:
-    assert describe_layers([]) == ""
-    assert describe_layers([3]) == "3"
-    assert describe_layers([1, 2, 3, 7, 9, 10]) == "1-3,7,9-10"
 
 
 @pytest.mark.parametrize(
