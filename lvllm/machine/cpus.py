@@ -88,3 +88,9 @@ def choose(share: Machine, threads: int) -> list[int]:
 def logical_cpus(share: Machine) -> int:
     """The largest thread count that `choose` can serve."""
     return sum(len(core) for node in share for core in node)
+
+
+def spares_a_core(machine: Machine, taken: Sequence[Sequence[int]]) -> bool:
+    """Whether the ranks, whose logical CPUs are `taken`, leave a whole core to other processes."""
+    used = {cpu for rank in taken for cpu in rank}
+    return any(used.isdisjoint(core) for node in machine for core in node)

@@ -5,7 +5,8 @@ interpreter and buffers, about 1 GiB. So a model that does not fit by these sums
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from lvllm import formats
 from lvllm.checkpoint.headers import TensorInfo
 from lvllm.checkpoint.moe_layers import layer_number
 from lvllm.formats import Section, integers, unquantized
-from lvllm.settings.variables import UseWeight
+from lvllm.settings.use_weight import LayerFormats, UseWeight
 from lvllm.units import gib
 
-__all__ = ["Need", "folder_of", "needed"]
+__all__ = ["Need", "folder_of", "layers_of_experts", "needed"]
 
-_EXPERTS = re.compile(r"\.experts\.")
+_EXPERTS = re.compile(r"(.*\.experts)\.")
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 _DRAFTS = re.compile(r"^(?:model\.)?mtp\.")
 
@@ -52,7 +53,7 @@ class Need:
 
 def needed(
     tensors: Mapping[str, TensorInfo],
-    use: UseWeight | None,
+    use: LayerFormats | None,
     *,
     layers: int,
     drafts: bool = False,
@@ -63,31 +64,53 @@ def needed(
 
     Args:
         tensors: the tensors of all files, by name.
-        use: LVLLM_MOE_USE_WEIGHT.
+        use: LVLLM_MOE_USE_WEIGHT; None: it is not set.
         layers: the number of decoder layers. Later layers are drafts, for speculative decoding.
         drafts: whether the drafts are loaded.
         resident: the resident layers, whose experts vLLM holds in the checkpoint's format. vLLM
             then holds the drafts' experts too. None: there is no accelerator.
         section: `quantization_config` of config.json.
     """
-    count = _Weights(section)
-    experts = others = weights = 0
+    count, use = _Weights(section), use or LayerFormats()
+    others = 0
+    stored: Counter[str] = Counter()
+    held: Counter[str] = Counter()
     for name, tensor in tensors.items():
-        layer = layer_number(name)
-        draft = _DRAFTS.search(name) is not None or (layer is not None and layer >= layers)
+        draft = _is_draft(name, layers)
         if draft and not drafts:
             continue
         # vLLM runs the model in 16 bits.
         size = tensor.nbytes // (2 if tensor.dtype == torch.float32 else 1)
-        with_vllm = resident is not None and (draft or layer in resident)
-        if with_vllm or _EXPERTS.search(name) is None:
+        with_vllm = resident is not None and (draft or layer_number(name) in resident)
+        of_experts = _EXPERTS.match(name)
+        if with_vllm or of_experts is None:
             others += size
             continue
-        experts += size
-        weights += count(tensor)
-    int4 = int(weights * integers.INT4_BITS / 8)
-    in_memory = {UseWeight.TO_DTYPE: weights * 2, UseWeight.INT4: int4}
-    return Need(in_memory.get(use, experts) if use else experts, others, 0, int4)
+        stored[of_experts[1]] += size
+        held[of_experts[1]] += count(tensor)
+    experts: dict[UseWeight, int] = dict.fromkeys(UseWeight, 0)
+    for layer, size in stored.items():
+        how = use.of(layer)
+        experts[how] += size if how == UseWeight.KEEP else held[layer]
+    total = (
+        experts[UseWeight.KEEP]
+        + experts[UseWeight.TO_DTYPE] * 2
+        + int(experts[UseWeight.INT4] * integers.INT4_BITS / 8)
+    )
+    return Need(total, others, 0, int(held.total() * integers.INT4_BITS / 8))
+
+
+def layers_of_experts(tensors: Iterable[str], *, layers: int, drafts: bool) -> list[str]:
+    """The checkpoint's names for the experts of each layer that is loaded, in the layers' order."""
+    names = (_EXPERTS.match(name) for name in tensors if drafts or not _is_draft(name, layers))
+    found = {name[1] for name in names if name is not None}
+    return sorted(found, key=lambda name: (layer_number(name) or 0, name))
+
+
+def _is_draft(name: str, layers: int) -> bool:
+    """Whether a tensor belongs to a draft, in a model with so many decoder layers."""
+    number = layer_number(name)
+    return _DRAFTS.search(name) is not None or (number is not None and number >= layers)
 
 
 class _Weights:

@@ -8,7 +8,7 @@ cache counts as free, since the kernel gives it up. The limit of the memory cgro
 import json
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from lvllm import engine
-from lvllm.checkpoint.headers import Checkpoint, CheckpointError
+from lvllm.checkpoint.headers import Checkpoint, CheckpointError, TensorInfo
 from lvllm.engine import bank, raw_ops
-from lvllm.machine.memory_need import Need, folder_of, needed
-from lvllm.settings.variables import SettingError, UseWeight
+from lvllm.machine.memory_need import Need, folder_of, layers_of_experts, needed
+from lvllm.settings.use_weight import LayerFormats
+from lvllm.settings.variables import SettingError
 from lvllm.units import gib
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Room",
     "check",
     "check_built",
+    "expert_layers",
     "fits",
     "free_on_nodes",
     "node_shares",
@@ -167,7 +169,7 @@ def _most_kv_cache(need: Need, room: Room, ranks: Sequence[Rank], may_interleave
 
 def check(
     vllm_config: Any,
-    use: UseWeight | None,
+    use: LayerFormats | None,
     may_interleave: bool,
     engine_cpus: Sequence[Sequence[int]],
     omp_cpus: Sequence[Sequence[int]],
@@ -277,24 +279,20 @@ def _check_reserve(cache: Any, need: Need, ranks: Sequence[Rank]) -> None:
 
 
 def _need_of(
-    vllm_config: Any, use: UseWeight | None, ranks: int, resident: Collection[int] | None
+    vllm_config: Any, use: LayerFormats | None, ranks: int, resident: Collection[int] | None
 ) -> Need | None:
     """The bytes that the model takes on this host; None if its files are missing or not readable.
 
     In that case the loader will report what is wrong with the files.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    folder = folder_of(model.model, model.revision)
-    if folder is None:
-        return None
-    try:
-        tensors = Checkpoint.open(folder).tensors
-    except CheckpointError:
+    tensors = _tensors_of(model)
+    if tensors is None:
         return None
     need = needed(
         tensors,
         use,
-        layers=getattr(model.hf_text_config, "num_hidden_layers", None) or sys.maxsize,
+        layers=_layers(model),
         drafts=vllm_config.speculative_config is not None,
         resident=resident,
         section=model.model_arch_config.quantization_config,
@@ -308,6 +306,48 @@ def _need_of(
         ranks * (vllm_config.cache_config.kv_cache_memory_bytes or 0),
         int(need.experts_int4 * here),
     )
+
+
+def expert_layers(vllm_config: Any) -> list[str] | None:
+    """vLLM's names for the experts of each layer; None if the model's files are not here.
+
+    A few families, such as MiniMax-M2, are renamed where vLLM loads their weights. These keep the
+    checkpoint's names.
+    """
+    model = vllm_config.model_config
+    tensors = _tensors_of(model)
+    if tensors is None:
+        return None
+    drafts = vllm_config.speculative_config is not None
+    names = layers_of_experts(tensors, layers=_layers(model), drafts=drafts)
+    return list(map(_renaming(model), names))
+
+
+def _tensors_of(model: Any) -> Mapping[str, TensorInfo] | None:
+    """All tensors of a model by name; None if its files are missing or not readable."""
+    folder = folder_of(model.model, model.revision)
+    if folder is None:
+        return None
+    try:
+        return Checkpoint.open(folder).tensors
+    except CheckpointError:
+        return None
+
+
+def _layers(model: Any) -> int:
+    return getattr(model.hf_text_config, "num_hidden_layers", None) or sys.maxsize
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """A function from the name of a module in the checkpoint to vLLM's name for it."""
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    model_class, _ = get_model_architecture(model)
+    mapper = getattr(model_class, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return str
+    renames = mapper.get_rename_mapper()
+    return lambda name: renames.map_name(name) or name
 
 
 def free_on_nodes(

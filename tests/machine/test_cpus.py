@@ -82,3 +82,12 @@ def test_no_more_threads_than_cores_by_default(
     """This holds for the sum over all ranks, except that each rank has at least one thread."""
     each = cpus.default_threads(machine(nodes, cores, smt), ranks)
     assert each == 1 or each * ranks <= nodes * cores
+
+
+def test_a_core_is_spared_if_none_of_its_threads_is_taken() -> None:
+    two_cores = machine(1, 2, smt=2)
+    first, second = two_cores[0]
+    assert cpus.spares_a_core(two_cores, [first])
+    assert cpus.spares_a_core([[], *two_cores], [[first[0]], [first[1]]])
+    assert not cpus.spares_a_core(two_cores, [[first[0], second[1]]])
+    assert not cpus.spares_a_core(two_cores, [first, second])

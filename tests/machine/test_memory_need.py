@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lvllm.checkpoint.headers import Checkpoint
+from lvllm.checkpoint.headers import Checkpoint, TensorInfo
 from lvllm.formats import Section
-from lvllm.machine.memory_need import Need, needed
-from lvllm.settings.variables import UseWeight
+from lvllm.machine.memory_need import Need, layers_of_experts, needed
+from lvllm.settings.use_weight import LayerFormats, UseWeight, UseWeights
 
 Tensors = Mapping[str, tuple[str, list[int]]]
 SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I32": 4, "F16": 2}
@@ -79,14 +81,56 @@ def test_bytes_of_formats(
         (UseWeight.TO_DTYPE, 2 * weights),
         (UseWeight.INT4, int4),
     ):
-        got = needed(tensors, use, layers=4, section=section)
+        how = None if use is None else LayerFormats(others=use)
+        got = needed(tensors, how, layers=4, section=section)
         assert got == Need(experts, others, 0, int4), use
     with_drafts = needed(tensors, None, layers=4, drafts=True, section=section)
     assert with_drafts.experts == stored + 256_000
     assert with_drafts.others == others + 256_000
     # vLLM holds the experts of drafts, and those of resident layers, as they are stored.
-    for use in (None, UseWeight.INT4):
-        got = needed(tensors, use, layers=4, drafts=True, resident=(), section=section)
-        assert got == Need(int4 if use else stored, others + 512_000, 0, int4)
-        got = needed(tensors, use, layers=4, drafts=True, resident=(0, 3), section=section)
+    for how in (None, LayerFormats(others=UseWeight.INT4)):
+        got = needed(tensors, how, layers=4, drafts=True, resident=(), section=section)
+        assert got == Need(int4 if how else stored, others + 512_000, 0, int4)
+        got = needed(tensors, how, layers=4, drafts=True, resident=(0, 3), section=section)
         assert got == Need(0, others + 512_000 + stored, 0, 0)
+
+
+FORMAT = st.sampled_from(UseWeight)
+
+
+@given(
+    st.lists(FORMAT, min_size=1, max_size=6), st.lists(st.integers(1, 4), min_size=6, max_size=6)
+)
+def test_each_layer_counts_in_the_format_of_its_rule(
+    formats: list[UseWeight], experts: list[int]
+) -> None:
+    """The layers have different numbers of experts; those without a rule count as they are stored.
+
+    The names by which the rules know the layers are not those of the checkpoint.
+    """
+    tensors = {}
+    for layer, count in enumerate(experts):
+        for expert in range(count):
+            for name, dtype, shape in (
+                ("weight", torch.float8_e4m3fn, (64, 96)),
+                ("weight_scale", torch.bfloat16, (64, 1)),
+            ):
+                full = f"model.language_model.layers.{layer}.mlp.experts.{expert}.up_proj.{name}"
+                size = torch.Size(shape).numel() * dtype.itemsize
+                tensors[full] = TensorInfo(full, Path("f"), dtype, shape, 0, size)
+    rules = UseWeights.model_validate(
+        [{rf"^language_model\.model\.layers\.{n}\.": use} for n, use in enumerate(formats)]
+    )
+    names = [f"language_model.model.layers.{n}.mlp.experts" for n in range(len(experts))]
+    use = LayerFormats.by_rules(rules, names)
+    need = needed(tensors, use, layers=len(experts), section={"quant_method": "fp8"})
+    sizes = {
+        UseWeight.KEEP: 64 * 96 + 64 * 2,
+        UseWeight.TO_DTYPE: 64 * 96 * 2,
+        UseWeight.INT4: 64 * 96 * 9 // 16,
+    }
+    kept = [UseWeight.KEEP] * len(experts)
+    expected = [sizes[how] * count for how, count in zip([*formats, *kept], experts, strict=False)]
+    assert need == Need(sum(expected), 0, 0, sizes[UseWeight.INT4] * sum(experts))
+    found = layers_of_experts(tensors, layers=4, drafts=False)
+    assert found == [f"model.language_model.layers.{n}.mlp.experts" for n in range(4)]

@@ -1,0 +1,48 @@
+"""Rules about the installation and the environment."""
+
+from collections.abc import Iterator
+
+from lvllm.machine.report import Finding, MachineReport
+
+__all__ = ["RULES"]
+
+
+def engine_fails(report: MachineReport) -> Iterator[Finding]:
+    if report.engine.error is not None:
+        yield Finding(
+            what=f"the engine does not start ({report.engine.error})",
+            why="no model can be served by it",
+            command="make install, in the folder of LvLLM's source",
+        )
+
+
+def no_vllm(report: MachineReport) -> Iterator[Finding]:
+    if report.versions.vllm is None:
+        yield Finding(
+            what="vLLM is not installed in this Python",
+            why="`vllm serve` needs it",
+            command=f"pip install vllm=={report.versions.vllm_tested}",
+        )
+
+
+def other_vllm(report: MachineReport) -> Iterator[Finding]:
+    installed = report.versions.vllm
+    if installed is None or not report.versions.vllm_supported:
+        return
+    release = installed.partition("+")[0]
+    if release not in report.versions.vllm_supported:
+        yield Finding(
+            what=f"vLLM is {installed}, which LvLLM was not checked with",
+            why="LvLLM replaces parts of vLLM, and ends at the start if they have changed",
+            command=f"pip install vllm=={report.versions.vllm_tested}",
+        )
+
+
+def wrong_settings(report: MachineReport) -> Iterator[Finding]:
+    for name, reason in report.wrong_settings.items():
+        yield Finding(
+            what=reason, why="LvLLM ends at the start because of it", command=f"unset {name}"
+        )
+
+
+RULES = (engine_fails, no_vllm, other_vllm, wrong_settings)

@@ -1,0 +1,1 @@
+"""Rates of this machine: reading memory, and copying to a GPU."""
