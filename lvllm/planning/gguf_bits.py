@@ -1,0 +1,68 @@
+"""The bits of a weight in GGUF files, and the engine's format that comes nearest."""
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from lvllm.checkpoint.gguf_headers import GgufTensor
+from lvllm.formats.integers import INT4_BITS
+from lvllm.planning.bits import GROUP_SCALES, Bits
+
+__all__ = ["Stored", "bits_of", "size_of"]
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+SAME = {"MXFP4": "mxfp4", "NVFP4": "nvfp4", "F16": "fp16"} | dict.fromkeys(
+    ("BF16", "F32", "F64"), "bf16"
+)
+"""The engine's formats that hold the values of a type."""
+MOST_FOR_INT4 = 5.0
+"""Types of up to so many bits become int4: Q4_1 has 5 with a scale and a minimum of each block, and
+the types with 5 bits of codes have 5.5."""
+LEAST = {
+    "int4": INT4_BITS,
+    "int8": 8.0,
+    "bf16": 16.0,
+    "fp16": 16.0,
+    **{name: 4 + scale for name, scale in GROUP_SCALES.items()},
+}
+"""Bits of a weight in checkpoints of a format, with its share of the scales."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How GGUF files store the routed experts."""
+
+    types: tuple[str, ...]
+    """ggml's types, that of most weights first."""
+    bits: float
+
+
+def size_of(tensors: Collection[GgufTensor]) -> float:
+    """Bytes of tensors, of which vLLM holds floats in 16 bits."""
+    return sum(2 * x.weights if x.type in FLOATS else x.nbytes for x in tensors)
+
+
+def bits_of(
+    experts: Collection[GgufTensor], routed: int, others: Collection[GgufTensor], rest: int
+) -> tuple[Bits, Stored]:
+    """The bits to plan with, and what the files have.
+
+    The experts' format is that of the type that most of their weights have. A checkpoint in that
+    format has at least LEAST bits a weight.
+
+    Args:
+        routed: how many weights the experts have.
+        rest: how many the others have.
+    """
+    count: Counter[str] = Counter()
+    # Biases are floats whatever the weights are.
+    for tensor in [x for x in experts if x.name.endswith(".weight")] or experts:
+        count[tensor.type] += tensor.weights
+    types = tuple(name for name, _ in count.most_common())
+    most = next(x for x in experts if x.type == types[0])
+    format = SAME.get(types[0])
+    if format is None:
+        format = "int4" if 8 * most.nbytes / most.weights <= MOST_FOR_INT4 else "int8"
+    stored = 8 * size_of(experts) / routed
+    bits = Bits(format, max(stored, LEAST[format]), 8 * size_of(others) / rest)
+    return bits, Stored(types, stored)

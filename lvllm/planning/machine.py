@@ -1,0 +1,109 @@
+"""The machine that a plan is for, and how fast parts that people have are."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lvllm.units import GIB
+
+__all__ = ["CPUS", "GPUS", "Gpu", "Machine", "gpu_like"]
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Gpu(BaseModel):
+    """One kind of card. The rates are the maker's numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    memory_bytes: Positive
+    read_gb_per_s: Positive
+    """How fast the card reads its own memory."""
+    bf16_tflop_per_s: Positive
+    bus_gb_per_s: Positive
+    """How fast it reads pinned memory of the host."""
+
+
+class Machine(BaseModel):
+    """What limits the speed of a model. One GB is 1e9 bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cores: Count
+    """Those that compute."""
+    nodes: Count
+    """NUMA nodes."""
+    memory_bytes: Positive
+    read_gb_per_s: Positive
+    """How fast all cores together read memory, each that of its own node."""
+    giga_products_per_core: dict[str, float]
+    """Products of a weight and an activation that a core computes a second with many tokens, by the
+    format of the weights."""
+    gpus: int = Field(default=0, ge=0)
+    gpu: Gpu | None = None
+    """None: there is no GPU."""
+
+    def products(self, format: str) -> float:
+        """Products a second of all cores."""
+        return 1e9 * self.cores * self.giga_products_per_core[format]
+
+
+# benchmarks/moe_block.py with 2048 tokens in the shape of Qwen3-30B-A3B and the default bits of
+# activations: half of what two cores did, on Zen 3 (avx2), Zen 4 (avx512_vnni) and Zen 5
+# (avx512_bf16). The others are estimates: nobody has timed them so.
+CPUS: dict[str, dict[str, float]] = {
+    "portable": {"bf16": 5, "fp16": 5, "fp8": 5, "int8": 5, "int4": 5, "mxfp4": 5, "nvfp4": 5},
+    "avx2": {"bf16": 35, "fp16": 34, "fp8": 37, "int8": 42, "int4": 73, "mxfp4": 67, "nvfp4": 60},
+    "avx2_vnni": {
+        "bf16": 35, "fp16": 34, "fp8": 37, "int8": 80, "int4": 120, "mxfp4": 110, "nvfp4": 100
+    },
+    "avx512": {
+        "bf16": 70, "fp16": 70, "fp8": 65, "int8": 80, "int4": 140, "mxfp4": 130, "nvfp4": 120
+    },
+    "avx512_vnni": {
+        "bf16": 70, "fp16": 70, "fp8": 65, "int8": 130, "int4": 190, "mxfp4": 180, "nvfp4": 160
+    },
+    "avx512_vbmi": {
+        "bf16": 70, "fp16": 70, "fp8": 70, "int8": 130, "int4": 190, "mxfp4": 180, "nvfp4": 160
+    },
+    "avx512_bf16": {
+        "bf16": 170, "fp16": 91, "fp8": 172, "int8": 185, "int4": 249, "mxfp4": 240, "nvfp4": 220
+    },
+    "amx": {
+        "bf16": 400, "fp16": 91, "fp8": 350, "int8": 350, "int4": 500, "mxfp4": 500, "nvfp4": 450
+    },
+}  # fmt: skip
+
+# Memory, its bandwidth and dense bf16 products by the makers' data sheets. Of the bus's nominal
+# rate, 80 to 85% reach the card (PCIe 3: 16, PCIe 4: 32, PCIe 5: 64 GB/s).
+GPUS = {
+    name: Gpu(
+        name=name,
+        memory_bytes=memory * GIB,
+        read_gb_per_s=read,
+        bf16_tflop_per_s=flops,
+        bus_gb_per_s=bus,
+    )
+    for name, (memory, read, flops, bus) in {
+        "rtx-3060": (12, 360, 51, 25),
+        "rtx-3090": (24, 936, 71, 25),
+        "rtx-4090": (24, 1008, 165, 25),
+        "rtx-5090": (32, 1792, 210, 52),
+        "rtx-pro-6000": (96, 1792, 250, 52),
+        "l40s": (48, 864, 181, 25),
+        "a100": (80, 2039, 312, 25),
+        "h100": (80, 3350, 990, 52),
+        "h200": (141, 4800, 990, 52),
+    }.items()
+}
+
+
+def gpu_like(memory_bytes: float) -> Gpu:
+    """A card of this much memory, as fast as the slowest known one whose memory is nearest."""
+    nearest = min(
+        GPUS.values(),
+        key=lambda gpu: (abs(gpu.memory_bytes - memory_bytes), gpu.read_gb_per_s),
+    )
+    return nearest.model_copy(update={"memory_bytes": memory_bytes})

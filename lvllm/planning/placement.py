@@ -1,0 +1,154 @@
+"""What lies where: on the cards, in the host's memory, and on each NUMA node."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lvllm.formats.integers import INT4_BITS
+from lvllm.planning.machine import Machine
+from lvllm.planning.shape import LayerShape, ModelShape
+from lvllm.units import GIB, gib
+
+__all__ = ["Load", "Memory", "Placement", "memory", "resident_layers"]
+
+USABLE = 0.9
+"""Of a card's memory, vLLM takes this share by default (gpu-memory-utilization)."""
+CARD_OVERHEAD = 1.5 * GIB
+"""What PyTorch, CUDA and the graphs take of a card; an estimate."""
+HOST_OVERHEAD = 3 * GIB
+"""What a rank's interpreter and buffers take. About 1 GiB of it was measured without a GPU; the
+rest leaves room for the page cache while loading."""
+STAGED = 2
+"""Layers, or at least experts, that are staged: gpu_prefetch_window is 1, so one is copied while
+one is computed."""
+STAGING_BYTES = GIB
+"""The default of LVLLM_GPU_STAGING_MIB, the most memory for more than two experts on each card."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of the server."""
+
+    prompt: int = 2048
+    """Tokens of a prompt."""
+    answer: int = 256
+    users: int = 1
+    context: int = 8192
+    """The longest context, in tokens, that each user may have."""
+    batch: int = 2048
+    """Tokens of a prompt that are computed at once."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A way to run a model."""
+
+    on_gpu: bool
+    """Whether everything but the offloaded experts is on the cards."""
+    resident: int = 0
+    """How many layers keep their experts on the cards."""
+    streamed_from: int | None = None
+    """Batches of at least so many tokens have experts copied to the cards; None: no batch has."""
+    int4: bool = False
+    """LVLLM_MOE_USE_WEIGHT=INT4."""
+    int8_linear: bool = False
+    """LVLLM_DENSE_WEIGHT=INT8, without a GPU."""
+
+    def converts(self, model: ModelShape) -> bool:
+        """Whether the experts are rounded to 4 bits while loading."""
+        return self.int4 and model.bits.experts > INT4_BITS
+
+    def expert_bits(self, model: ModelShape) -> float:
+        return INT4_BITS if self.converts(model) else model.bits.experts
+
+    def expert_format(self, model: ModelShape) -> str:
+        return "int4" if self.converts(model) else model.bits.format
+
+    def other_bits(self, model: ModelShape) -> float:
+        """On a CPU, weights outside the experts are computed in 16 bits, or in 8 if asked for."""
+        if self.on_gpu:
+            return model.bits.others
+        return 8 if self.int8_linear else 16
+
+
+Part = Literal["experts", "other weights", "KV cache", "staging", "activations", "programs"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, on each card, on the host, and on the fullest NUMA node."""
+
+    card: dict[Part, float]
+    """Empty without a GPU."""
+    host: dict[Part, float]
+    node: dict[Part, float]
+    card_lacks: str | None
+    """One line that says what does not fit; None if everything does."""
+    host_lacks: str | None
+
+    @property
+    def lacks(self) -> str | None:
+        return self.card_lacks or self.host_lacks
+
+
+def resident_layers(model: ModelShape, count: int) -> tuple[LayerShape, ...]:
+    """The layers that keep their experts on the cards, if `count` do: the first ones."""
+    return model.moe_layers[:count]
+
+
+def memory(model: ModelShape, machine: Machine, how: Placement, load: Load) -> Memory:
+    """Where the bytes of `how` lie, and whether they fit."""
+    expert = how.expert_bits(model) / 8
+    routed = model.routed * expert
+    others = model.others * how.other_bits(model) / 8
+    cache = float(load.users * model.cache_bytes(load.context))
+    activations = _activations(model, load)
+    if not how.on_gpu:
+        host: dict[Part, float] = {
+            "experts": routed,
+            "other weights": others,
+            "KV cache": cache,
+            "activations": activations,
+            "programs": HOST_OVERHEAD,
+        }
+        return _checked(machine, {}, host)
+    kept = resident_layers(model, how.resident)
+    # A layer that stays on the cards is in the checkpoint's own format.
+    resident = sum(layer.routed for layer in kept) * model.bits.experts / 8
+    offloaded = routed - sum(layer.routed for layer in kept) * expert
+    cards = machine.gpus
+    two = STAGED * max(layer.expert for layer in model.moe_layers) * expert / cards
+    staged = STAGED * max(layer.routed for layer in model.moe_layers) * expert / cards
+    staging = min(staged, max(two, STAGING_BYTES))
+    card: dict[Part, float] = {
+        "experts": resident / cards,
+        "other weights": others / cards,
+        "KV cache": cache / cards,
+        "staging": staging if how.streamed_from is not None and offloaded else 0,
+        "activations": activations,
+        "programs": CARD_OVERHEAD,
+    }
+    return _checked(machine, card, {"experts": offloaded, "programs": HOST_OVERHEAD * cards})
+
+
+def _activations(model: ModelShape, load: Load) -> float:
+    """Bytes of a pass's activations: some tensors of 16 bits as wide as the widest projection."""
+    widest = max(layer.others // model.hidden for layer in model.layers)
+    return 2.0 * load.batch * min(4 * model.hidden + widest, 16 * model.hidden)
+
+
+def _checked(machine: Machine, card: dict[Part, float], host: dict[Part, float]) -> Memory:
+    # The engine puts an equal share of each expert's rows on each node. All else may be on one.
+    node = {
+        part: size / machine.nodes if part == "experts" else size for part, size in host.items()
+    }
+    card_lacks = host_lacks = None
+    if card and machine.gpu and sum(card.values()) > USABLE * machine.gpu.memory_bytes:
+        card_lacks = (
+            f"each GPU would hold {gib(sum(card.values()))},"
+            f" and {gib(USABLE * machine.gpu.memory_bytes)} are usable"
+        )
+    if sum(host.values()) > machine.memory_bytes:
+        host_lacks = (
+            f"the host would hold {gib(sum(host.values()))}, and has {gib(machine.memory_bytes)}"
+        )
+    return Memory(card, host, node, card_lacks, host_lacks)

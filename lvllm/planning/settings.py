@@ -1,0 +1,155 @@
+"""The settings of `vllm serve` that make a plan come true, each with its reason."""
+
+import math
+import shlex
+from dataclasses import dataclass
+
+import yaml
+
+from lvllm.formats.integers import INT4_BITS
+from lvllm.planning.choice import Candidate
+from lvllm.planning.machine import Machine
+from lvllm.planning.placement import resident_layers
+from lvllm.planning.shape import ModelShape
+from lvllm.settings.variables import BY_KEY
+from lvllm.units import MIB, amount, ranges
+
+__all__ = ["Chosen", "as_command", "as_yaml", "settings_of", "unserved"]
+
+LEAST_SEQUENCES = 16
+"""More requests than the plan's users may come at a time; they share its KV cache."""
+SPARE = 0.1
+"""The share of the memory that is left which the KV cache may take beyond what was asked for."""
+SECTION = "additional_config.lvllm."
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A setting that the plan chose."""
+
+    key: str
+    """Of `vllm serve`'s YAML file; LvLLM's own begin with additional_config.lvllm."""
+    value: str | int
+    why: str
+
+
+def settings_of(model: ModelShape, machine: Machine, best: Candidate) -> list[Chosen]:
+    """What `vllm serve` is told, in the order of a YAML file."""
+    load, how = best.load, best.how
+    found = [
+        Chosen("max-model-len", load.context, "the longest context that was asked for"),
+        Chosen(
+            "max-num-seqs",
+            max(load.users, LEAST_SEQUENCES),
+            "requests at a time; they share the KV cache",
+        ),
+        Chosen(
+            "max-num-batched-tokens",
+            load.batch,
+            "tokens of a prompt computed at once; more need more memory for activations",
+        ),
+    ]
+    if how.on_gpu:
+        if machine.gpus > 1:
+            found.append(Chosen("tensor-parallel-size", machine.gpus, "the number of GPUs"))
+        return found + _on_gpu(model, best)
+    contexts = _contexts(model, machine, best)
+    cache = MIB * math.ceil(contexts * model.cache_bytes(load.context) / MIB)
+    # vLLM rounds each sequence up to blocks, and refuses a cache that is too small for one.
+    cache += cache // 8 + 64 * MIB
+    found.append(
+        Chosen(
+            "kv-cache-memory-bytes",
+            cache,
+            f"{amount(cache)} hold {contexts} x {load.context} tokens, and an eighth more",
+        )
+    )
+    if how.int8_linear:
+        found.append(
+            Chosen(
+                f"{SECTION}dense_weight",
+                "INT8",
+                "allowed, and a token reads half as many bytes of all weights but the experts",
+            )
+        )
+    return found + _int4(model, best)
+
+
+def _contexts(model: ModelShape, machine: Machine, best: Candidate) -> int:
+    """How many longest contexts the KV cache holds: more than asked for where memory is left."""
+    spare = SPARE * (machine.memory_bytes - sum(best.memory.host.values()))
+    more = int(spare / max(1, model.cache_bytes(best.load.context)))
+    return max(best.load.users, min(LEAST_SEQUENCES, more))
+
+
+def _on_gpu(model: ModelShape, best: Candidate) -> list[Chosen]:
+    how = best.how
+    found = []
+    if how.resident:
+        found.append(
+            Chosen(
+                f"{SECTION}gpu_resident_moe_layers",
+                ranges([layer.number for layer in resident_layers(model, how.resident)]),
+                "as many layers' experts as fit beside the KV cache",
+            )
+        )
+    if how.streamed_from is not None:
+        found += [
+            Chosen(
+                f"{SECTION}gpu_prefill_min_batch_size",
+                how.streamed_from,
+                "from so many tokens on, copying a layer's experts is expected to be faster",
+            ),
+            Chosen(f"{SECTION}gpu_prefetch_window", 1, "a layer is copied while one is computed"),
+        ]
+    return found + _int4(model, best)
+
+
+def _int4(model: ModelShape, best: Candidate) -> list[Chosen]:
+    if not best.how.converts(model):
+        return []
+    saved = model.bits.experts / INT4_BITS
+    why = f"allowed, and a token reads {saved:.1f} times fewer bytes of experts"
+    return [Chosen(f"{SECTION}moe_use_weight", "INT4", why)]
+
+
+def unserved(model: ModelShape) -> str | None:
+    """What the plan is for if LvLLM does not serve the model's files; None if it does."""
+    if model.stored is None:
+        return None
+    bits, stored = model.bits.experts, model.stored.bits
+    much = "as many bits a weight" if bits == stored else f"{bits:.2f} bits a weight"
+    return (
+        "LvLLM does not serve GGUF files yet: the plan is for the same model in safetensors, with"
+        f" experts in {model.bits.format} of {much}"
+    )
+
+
+def as_yaml(model: str | None, settings: list[Chosen]) -> str:
+    """A file for `vllm serve --config`, with the reasons as comments.
+
+    Without a model, the file has settings alone.
+    """
+    lines = [] if model is None else [f"model: {_plain(model)}"]
+    for one in settings:
+        lines += [f"# {one.why}", f"{one.key}: {_plain(one.value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: str | int) -> str:
+    """A scalar as YAML writes it, quoted where it would be read as something else."""
+    text: str = yaml.safe_dump(value, default_style=None, width=math.inf)
+    return text.removesuffix("...\n").strip()
+
+
+def as_command(model: str, settings: list[Chosen]) -> str:
+    """One line for a shell."""
+    variables = ["LVLLM_MOE_NUMA_ENABLED=1"]
+    options = []
+    for one in settings:
+        if one.key.startswith(SECTION):
+            name = BY_KEY[one.key.removeprefix(SECTION)].name
+            variables.append(f"{name}={one.value}")
+        else:
+            options.append(f"--{one.key} {one.value}")
+    return " ".join([*variables, "vllm serve", shlex.quote(model), *options])

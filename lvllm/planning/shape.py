@@ -1,0 +1,272 @@
+"""The sizes of a model, from its config.json.
+
+transformers builds the model without memory (PyTorch's meta device), which takes 0.2 s for 671
+billion weights. So every architecture that transformers knows is counted exactly, by the names and
+shapes of its own parameters.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lvllm.checkpoint.headers import Checkpoint
+from lvllm.checkpoint.moe_layers import layer_number
+from lvllm.machine.memory_need import needed
+from lvllm.planning import bits
+from lvllm.planning.errors import PlanError
+from lvllm.planning.gguf_bits import Stored
+
+__all__ = ["CHOSEN", "LayerShape", "ModelShape", "of_config", "of_folder", "read_config"]
+
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Models that are another family's, under a name that transformers does not know."""
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token")
+"""What configurations call the number of experts that a token chooses."""
+UNLIMITED = 1 << 60
+_ROUTED = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A decoder layer. Sizes are numbers of weights."""
+
+    number: int
+    experts: int
+    """How many routed experts it has; 0 if it has none."""
+    chosen: int
+    """How many of them a token takes."""
+    expert: int
+    """Weights of one routed expert."""
+    others: int
+    """Weights that every token reads: attention, router, shared experts or a dense MLP."""
+    cached: int = 0
+    """Values that a token keeps in the KV cache."""
+    window: int = UNLIMITED
+    """How many tokens attention looks back."""
+    attended: int = 0
+    """Multiplications of a token with each token that attention looks at, while decoding."""
+    attended_in_prompts: int = 0
+    """The same in prompts."""
+
+    def looks(self, back: float) -> float:
+        """How many of `back` earlier tokens attention looks at."""
+        return min(back, self.window)
+
+    @property
+    def routed(self) -> int:
+        """Weights of all routed experts."""
+        return self.experts * self.expert
+
+    def read(self, tokens: int) -> float:
+        """How many routed weights so many tokens read, if they choose independently."""
+        return self.routed * (1 - (1 - self.chosen / self.experts) ** tokens)
+
+    def products(self, tokens: int) -> int:
+        """How many products so many tokens compute with routed experts."""
+        return tokens * self.chosen * self.expert
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model. Sizes are numbers of weights."""
+
+    name: str
+    layers: tuple[LayerShape, ...]
+    hidden: int
+    embedding: int
+    head: int
+    """Weights of the output layer."""
+    tied: bool
+    """Whether the output layer's weights are those of the embedding."""
+    context: int
+    """The longest context that the model was made for, in tokens."""
+    bits: bits.Bits
+    stored: Stored | None = None
+    """How GGUF files store the experts, for which `bits` are the engine's nearest; None: the model
+    is no GGUF file."""
+
+    @property
+    def routed(self) -> int:
+        """Weights of all routed experts."""
+        return sum(layer.routed for layer in self.layers)
+
+    @property
+    def others(self) -> int:
+        """All weights but the routed experts."""
+        ends = self.embedding + (0 if self.tied else self.head)
+        return sum(layer.others for layer in self.layers) + ends
+
+    @property
+    def active(self) -> int:
+        """The weights that one token is multiplied with."""
+        return self.head + sum(x.chosen * x.expert + x.others for x in self.layers)
+
+    def attention(self, tokens: int, sequences: int, back: float) -> tuple[float, float]:
+        """Attention of `tokens` tokens of `sequences` sequences, each looking back at `back`.
+
+        Returns how many values of the KV cache it reads, and how many products it computes.
+        """
+        decoding = tokens == sequences
+        values = products = 0.0
+        for layer in self.layers:
+            attended = layer.attended if decoding else layer.attended_in_prompts
+            values += sequences * layer.cached * layer.looks(back)
+            products += tokens * attended * layer.looks(back)
+        return values, products
+
+    @property
+    def moe_layers(self) -> tuple[LayerShape, ...]:
+        return tuple(layer for layer in self.layers if layer.experts)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of the KV cache for one context of so many tokens, in 16 bits."""
+        return int(sum(2 * layer.cached * layer.looks(tokens) for layer in self.layers))
+
+
+def of_folder(folder: Path, name: str) -> ModelShape:
+    """The shape of the model in a folder.
+
+    If its safetensors files are there, the bits of a weight are those that the files have.
+
+    Raises:
+        PlanError: see of_config.
+        CheckpointError: a safetensors file that cannot be read.
+    """
+    shape = of_config(read_config(folder), name)
+    return _with_files(shape, folder) if any(folder.glob("*.safetensors")) else shape
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json in a folder. Raises PlanError if it is not there, or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise PlanError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise PlanError(f"{path}: a JSON object is wanted")
+    return config
+
+
+def _with_files(shape: ModelShape, folder: Path) -> ModelShape:
+    need = needed(Checkpoint.open(folder).tensors, None, layers=len(shape.layers))
+    found = replace(
+        shape.bits,
+        experts=8 * need.experts / shape.routed,
+        others=8 * need.others / shape.others,
+    )
+    return replace(shape, bits=found)
+
+
+def of_config(config: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape of the model that a config.json describes.
+
+    Raises:
+        PlanError: if transformers does not know the model or refuses its config.json, if the
+            quantisation is not supported, or if the model has no routed experts.
+    """
+    kind = SAME_AS.get(str(config.get("model_type")), config.get("model_type"))
+    text, parameters = _parameters(kind, config, name)
+    sizes: dict[int, dict[str, torch.Size]] = defaultdict(dict)
+    ends: dict[str, int] = {}
+    for parameter, size in parameters.items():
+        number = layer_number(parameter)
+        if number is None:
+            ends[parameter] = size.numel()
+        else:
+            sizes[number][parameter.split(f"layers.{number}.", 1)[1]] = size
+    layers = tuple(_layer(sizes[i], text, i) for i in sorted(sizes))
+    if not any(layer.experts for layer in layers):
+        raise PlanError(f"{name}: the model has no routed experts; stock vLLM serves it")
+    embedding = next((n for key, n in ends.items() if "embed_tokens" in key), max(ends.values()))
+    section = config.get("quantization_config") or getattr(text, "quantization_config", None)
+    return ModelShape(
+        name=name,
+        layers=layers,
+        hidden=int(text.hidden_size),
+        embedding=embedding,
+        head=ends.get("lm_head.weight", embedding),
+        tied="lm_head.weight" not in ends,
+        context=int(getattr(text, "max_position_embeddings", None) or 4096),
+        bits=bits.of_section(section),
+    )
+
+
+def _parameters(
+    kind: Any, config: Mapping[str, Any], name: str
+) -> tuple[Any, dict[str, torch.Size]]:
+    """The configuration of the language model, and the shapes of all parameters."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if kind not in CONFIG_MAPPING:
+        raise PlanError(f"{name}: transformers does not know the model_type {kind!r}")
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "model_type")}
+    # A config.json with values of a wrong type fails somewhere in transformers, with any error.
+    try:
+        text = CONFIG_MAPPING[kind](**plain).get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise PlanError(
+            f"{name}: transformers does not build a model of type {kind!r} from its config.json:"
+            f" {said}"
+        ) from None
+    return text, {key: tensor.shape for key, tensor in model.named_parameters()}
+
+
+def _layer(parameters: Mapping[str, torch.Size], config: Any, number: int) -> LayerShape:
+    experts = routed = others = 0
+    for name, shape in parameters.items():
+        if found := _ROUTED.search(name):
+            # Most families stack a layer's experts in one tensor; others number them.
+            experts = max(experts, int(found[1]) + 1 if found[1] else shape[0])
+            routed += math.prod(shape)
+        else:
+            others += math.prod(shape)
+    chosen = next((n for key in CHOSEN if (n := getattr(config, key, None))), 0)
+    cached, attended, in_prompts = _attention(parameters, config)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    sliding = kinds is not None and kinds[number] == "sliding_attention"
+    window = getattr(config, "sliding_window", None) if sliding else None
+    return LayerShape(
+        number=number,
+        experts=experts,
+        chosen=int(chosen) if experts else 0,
+        expert=routed // experts if experts else 0,
+        others=others,
+        cached=cached,
+        window=int(window or UNLIMITED),
+        attended=attended,
+        attended_in_prompts=in_prompts,
+    )
+
+
+def _attention(parameters: Mapping[str, torch.Size], config: Any) -> tuple[int, int, int]:
+    """Values of a token in the KV cache, and multiplications with each token looked at.
+
+    The latter are two numbers, of decoding and of prompts. MLA keeps one latent vector for all
+    heads (DeepSeek-V2, arXiv 2405.04434): decoding multiplies each head with it twice, and prompts
+    turn it into keys and values first.
+    """
+    rows = {name.split(".")[-2]: shape[0] for name, shape in parameters.items() if "weight" in name}
+    heads = int(config.num_attention_heads)
+    if "kv_a_proj_with_mqa" in rows:
+        rope, latent = int(config.qk_rope_head_dim), int(config.kv_lora_rank)
+        in_prompts = int(config.qk_nope_head_dim) + rope + int(config.v_head_dim)
+        return rows["kv_a_proj_with_mqa"], heads * (2 * latent + rope), heads * in_prompts
+    if "k_proj" not in rows or any(".linear_attn." in f".{name}" for name in parameters):
+        return 0, 0, 0  # Linear attention has a state that does not grow.
+    cached = rows["k_proj"] + rows.get("v_proj", rows["k_proj"])
+    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    attended = heads * (cached // key_heads)
+    return cached, attended, attended

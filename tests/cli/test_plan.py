@@ -1,0 +1,159 @@
+"""`lvllm plan` as its user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from gguf import GGMLQuantizationType as Type
+from typer.testing import CliRunner, Result
+
+from lvllm.cli.app import app
+from lvllm.planning import source
+from tests.planning.gguf_files import small
+from tests.planning.test_measured import report
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = str(REPOSITORY / "examples/models/tiny-moe")
+SMALL = ["--context", "512", "--prompt", "128", "--answer", "64"]
+SERVER = ["--ram", "24G", "--cores", "2", "--bandwidth", "28", "--isa", "avx2"]
+
+
+def plan(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def refusal(result: Result) -> str:
+    """The line that a command ended with."""
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    message = str(result.exception.code)
+    assert message.startswith("lvllm: ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_described_machine() -> None:
+    result = plan(TINY, *SMALL, *SERVER)
+    assert result.exit_code == 0, result.output
+    assert "everything on the CPU" in result.output
+    text = result.output.split("config.yaml\n\n", 1)[1].split("\n\n", 1)[0]
+    assert yaml.safe_load(text)["max-model-len"] == 512
+
+
+def test_this_machine_is_measured() -> None:
+    result = plan(TINY, *SMALL, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["fits"]
+    assert found["machine"]["read_gb_per_s"] > 0
+    best = found["candidates"][0]
+    assert best["lacks"] is None
+    assert best["decode_tokens_per_s"] == pytest.approx(1 / sum(best["decode_seconds"].values()))
+    assert best["prefill_tokens_per_s"] == pytest.approx(
+        128 / sum(best["prefill_seconds"].values())
+    )
+
+
+def test_a_machine_of_which_there_is_a_report(tmp_path: Path) -> None:
+    file = tmp_path / "doctor.json"
+    file.write_text(report().model_dump_json())
+    result = plan(TINY, *SMALL, "--machine", str(file), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["machine"]["cores"] == 12
+    file.write_text('{"cpu": 7}')
+    refused = plan(TINY, *SMALL, "--machine", str(file))
+    said = "not what `lvllm doctor --json` prints"
+    assert refusal(refused) == f"lvllm: --machine {file}: {said}"
+
+
+def test_too_little_memory_is_no_success() -> None:
+    result = plan(TINY, *SMALL, *SERVER, "--ram", "1G")
+    assert result.exit_code == 1
+    assert "The model does not fit on this machine." in result.output
+
+
+def test_without_a_way_to_use_the_gpu_it_needs_the_build_for_cpus() -> None:
+    small = ["--gpu", "rtx-3060", "--gpu-memory", "1G"]
+    result = plan(TINY, *SMALL, *SERVER, *small)
+    assert result.exit_code == 0, result.output
+    assert "no: each GPU would hold" in result.output
+    assert result.output.endswith("This needs LvLLM's build for CPUs: docs/install.md.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["/no/such/folder"], "/no/such/folder: no such folder, and no id on the hub"),
+        (["no-such-folder"], "no-such-folder: no such folder, and no id on the hub"),
+        ([str(REPOSITORY)], f"{REPOSITORY}: the folder has no config.json"),
+        ([f"{TINY}/config.json"], "config.json: a file; a folder with config.json"),
+        (["no/such.gguf"], "no/such.gguf: no such file"),
+        ([TINY], "--prompt and --answer: 2304 tokens; "),
+        ([TINY, "--context", "4096"], "--context: 4096 tokens; "),
+        ([TINY, "--context", "100"], "--context 100: --prompt and --answer are 2304 tokens"),
+        ([TINY, *SMALL, "--machine", "/no/file"], "--machine /no/file: No such file or directory"),
+        ([TINY, *SMALL, "--isa", "neon"], "--isa neon: allowed are"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments: list[str], said: str) -> None:
+    assert said in refusal(plan(*arguments))
+
+
+def test_a_gguf_file_is_planned_and_not_served(tmp_path: Path) -> None:
+    file = small(tmp_path / "model.gguf", Type.Q6_K)
+    for model in (file, tmp_path):
+        result = plan(str(model), *SMALL, *SERVER)
+        assert result.exit_code == 0, result.output
+        assert "experts in Q6_K, 6.56 bits a weight" in result.output
+        assert "LvLLM does not serve GGUF files yet: the plan is for the same" in result.output
+        assert "experts in int8 of 8.00 bits a weight" in result.output
+        assert "vllm serve" not in result.output
+        settings = yaml.safe_load(result.output.partition("; a GGUF file has no command")[2])
+        assert settings["max-model-len"] == 512
+        assert "model" not in settings
+        found = json.loads(plan(str(model), *SMALL, *SERVER, "--json").stdout)
+        assert found["model"]["gguf"] == {"types": ["Q6_K"], "bits": 6.5625}
+        assert "does not serve GGUF" in found["model"]["unserved"]
+        assert {one["command"] for one in found["candidates"]} == {None}
+        assert "model" not in yaml.safe_load(found["candidates"][0]["yaml"])
+    served = json.loads(plan(TINY, *SMALL, *SERVER, "--json").stdout)
+    assert served["model"]["gguf"] is served["model"]["unserved"] is None
+    assert "vllm serve" in served["candidates"][0]["command"]
+
+
+def test_a_file_of_another_name_is_known_by_its_begin(tmp_path: Path) -> None:
+    file = small(tmp_path / "sha256-0123")
+    assert plan(str(file), *SMALL, *SERVER).exit_code == 0
+
+
+def test_which_model_of_a_folder(tmp_path: Path) -> None:
+    for name in ("a-00001-of-00002", "a-00002-of-00002", "mmproj-a"):
+        small(tmp_path / f"{name}.gguf")
+    first = tmp_path / "a-00001-of-00002.gguf"
+    assert source.gguf_of(str(tmp_path)) == first
+    small(tmp_path / "b.gguf")
+    said = f"{tmp_path}: the folder has 2 models; name one: {first.name}, b.gguf"
+    assert said in refusal(plan(str(tmp_path)))
+    # With a config.json, a folder is what it always was.
+    (tmp_path / "config.json").write_text((Path(TINY) / "config.json").read_text())
+    assert source.gguf_of(str(tmp_path)) is None
+    assert source.folder_of(str(tmp_path)) == tmp_path
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refusal(plan("nobody/no-model"))
+    assert message.startswith(
+        "lvllm: no folder is called so, and nobody/no-model: the Hugging Face hub did"
+    )
+
+
+@pytest.mark.parametrize("size", ["", "G", "0G", "-1G", "12", "1.5.1G", "1e3G", "12P", "nanG"])
+def test_sizes(size: str) -> None:
+    result = plan(TINY, "--ram", size)
+    assert result.exit_code == 2
+    assert "is no size such as 24G" in " ".join(result.output.replace("│", " ").split())

@@ -1,0 +1,98 @@
+"""Which way is taken."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lvllm.planning.choice import choose
+from lvllm.planning.machine import GPUS
+from lvllm.planning.placement import Load, Placement, memory
+from lvllm.planning.speed import predict
+from tests.planning.made_up import machine, model
+
+MODEL = model()
+MACHINES = st.builds(
+    machine,
+    gib=st.floats(2, 100),
+    gb_per_s=st.floats(10, 1000),
+    cores=st.integers(1, 200),
+    isa=st.sampled_from(["avx2", "avx512_vnni", "amx"]),
+    gpus=st.integers(0, 4),
+    gpu=st.sampled_from(sorted(GPUS)),
+)
+LOADS = st.builds(
+    Load,
+    prompt=st.integers(1, 20000),
+    answer=st.integers(1, 2000),
+    users=st.integers(1, 64),
+    context=st.just(32768),
+)
+
+
+@given(MACHINES, LOADS)
+def test_the_best_is_never_slower_than_cpu_alone_or_streaming_alone(here, load) -> None:  # type: ignore[no-untyped-def]
+    best = choose(MODEL, here, load).best
+    simple = [Placement(False)]
+    if here.gpus:
+        simple.append(Placement(True, streamed_from=1))
+    for how in simple:
+        for batch in (2048, 8192):
+            one = replace(load, batch=batch)
+            if memory(MODEL, here, how, one).lacks is None and (how.on_gpu or batch == 2048):
+                assert best is not None
+                assert best.seconds <= predict(MODEL, here, how, one).seconds(one)
+    if best is not None:
+        assert memory(MODEL, here, best.how, best.load).lacks is None
+
+
+@given(MACHINES, LOADS, st.floats(1, 10))
+def test_faster_memory_is_never_slower(here, load, factor) -> None:  # type: ignore[no-untyped-def]
+    faster = here.model_copy(update={"read_gb_per_s": here.read_gb_per_s * factor})
+    before, after = choose(MODEL, here, load).best, choose(MODEL, faster, load).best
+    assert (before is None) == (after is None)
+    if before is not None and after is not None:
+        assert after.seconds <= before.seconds * (1 + 1e-9)
+
+
+def test_a_gpu_is_filled_with_experts_and_no_further() -> None:
+    here = machine(gpus=1, gpu_gib=12)
+    best = choose(MODEL, here, Load()).best
+    assert best is not None
+    assert best.how.on_gpu
+    assert 0 < best.how.resident < 7
+    more = replace(best.how, resident=best.how.resident + 1)
+    assert memory(MODEL, here, more, best.load).card_lacks
+
+
+def test_a_model_that_fits_on_the_gpu_is_not_offloaded() -> None:
+    best = choose(MODEL, machine(gpus=1, gpu="h100"), Load()).best
+    assert best is not None
+    assert best.name == "everything on the GPU"
+    assert best.memory.host.get("experts") == 0
+
+
+def test_long_prompts_are_streamed_where_the_cpu_is_slow() -> None:
+    slow = machine(gpus=1, gpu="h100", gpu_gib=12, cores=2, isa="avx2", gb_per_s=100)
+    best = choose(MODEL, slow, Load(prompt=16384, answer=16, context=32768)).best
+    assert best is not None
+    assert best.how.streamed_from is not None
+    # One token does not pay for copying 64 experts, of which it takes 6.
+    answers = choose(MODEL, slow, Load(prompt=16, answer=1000)).best
+    assert answers is not None
+    assert answers.how.streamed_from is None or answers.how.streamed_from > 1
+
+
+def test_what_does_not_fit_says_why() -> None:
+    plan = choose(MODEL, machine(gib=4, gpus=1, gpu_gib=4), Load())
+    assert plan.best is None
+    assert all(one.memory.lacks for one in plan.candidates)
+    assert "the host would hold" in str(plan.candidates[0].memory.lacks)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_weights_are_rounded_only_if_allowed(allowed: bool) -> None:
+    plan = choose(MODEL, machine(), Load(), int4=allowed, int8=allowed)
+    assert plan.best is not None
+    assert plan.best.how.int4 == plan.best.how.int8_linear == allowed

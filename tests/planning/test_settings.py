@@ -1,0 +1,57 @@
+"""The settings that a plan prints."""
+
+import shlex
+
+import pytest
+import yaml
+
+from lvllm.planning.choice import choose
+from lvllm.planning.placement import Load
+from lvllm.planning.settings import as_command, as_yaml, settings_of
+from lvllm.settings.config_file import section
+from lvllm.settings.resolving import resolve
+from tests.planning.made_up import machine, model
+
+MODEL = model()
+MACHINES = [
+    machine(),
+    machine(gpus=1),
+    machine(gpus=2, gpu_gib=12, gpu="h100", cores=2, isa="avx2"),
+]
+NAME = "folder with spaces: and #more"
+
+
+@pytest.mark.parametrize("here", MACHINES)
+def test_lvllm_takes_the_file_and_the_command_alike(here) -> None:  # type: ignore[no-untyped-def]
+    plan = choose(MODEL, here, Load(prompt=8192, context=16384, users=3), int4=True, int8=True)
+    for candidate in plan.candidates:
+        chosen = settings_of(MODEL, here, candidate)
+        file = yaml.safe_load(as_yaml(NAME, chosen))
+        assert file["model"] == NAME
+        words = shlex.split(as_command(NAME, chosen))
+        start = words.index("vllm")
+        assert words[start : start + 3] == ["vllm", "serve", NAME]
+        environ = dict(word.split("=", 1) for word in words[:start])
+        from_file, from_command = resolve({}, section(file)), resolve(environ, None)
+        for key, setting in from_file.items():
+            if key != "moe_numa_enabled":
+                assert setting.value == from_command[key].value, key
+        options = dict(zip(words[start + 3 :: 2], words[start + 4 :: 2], strict=True))
+        for key in options:
+            assert str(file[key.removeprefix("--")]) == options[key]
+
+
+def test_layers_are_named_by_the_models_own_numbers() -> None:
+    here = machine(gpus=1, gpu_gib=12)
+    best = choose(MODEL, here, Load()).best
+    assert best is not None
+    chosen = {one.key: one.value for one in settings_of(MODEL, here, best)}
+    layers = chosen["additional_config.lvllm.gpu_resident_moe_layers"]
+    assert layers == f"1-{best.how.resident}"  # Layer 0 is dense.
+
+
+def test_the_cache_holds_the_contexts() -> None:
+    best = choose(MODEL, machine(), Load(users=8, context=10000)).best
+    assert best is not None
+    chosen = {one.key: one.value for one in settings_of(MODEL, machine(), best)}
+    assert int(chosen["kv-cache-memory-bytes"]) >= 8 * MODEL.cache_bytes(10000)
