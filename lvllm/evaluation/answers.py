@@ -62,16 +62,18 @@ def ask_transformers(
     model: Path | str,
     *,
     dtype: str = "bfloat16",
+    network: Any = None,
     batch_size: int = 100,
 ) -> list[str]:
     """Ask Hugging Face transformers on the CPU, the reference for the other two ways.
 
-    `model` is a checkpoint folder, `dtype` the name of a torch dtype.
+    `model` is a checkpoint folder, `dtype` the name of a torch dtype, and `network` the model if it
+    is loaded already.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    network = network or AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         prompts = tokenizer.apply_chat_template(

@@ -50,13 +50,18 @@ class Comparison:
 
     agreement: float
     """In what share of the places both have the same most probable token."""
-    divergence: float
-    """Mean KL divergence of the model from the reference. It is a lower bound unless `exact`."""
+    divergences: NDArray[np.float64]
+    """[N]: KL divergence of the model from the reference. It is a lower bound unless `exact`."""
     exact: bool
     listed: int
     """How many tokens were compared one by one in a place, at most."""
     covered: float
     """The share of the reference's probability that these tokens have, on average."""
+
+    @property
+    def divergence(self) -> float:
+        """The mean of `divergences`."""
+        return float(self.divergences.mean())
 
 
 def compare(reference: Likelihoods, model: Likelihoods) -> Comparison:
@@ -81,7 +86,7 @@ def compare(reference: Likelihoods, model: Likelihoods) -> Comparison:
     ]
     return Comparison(
         agreement=float(np.mean(reference.top_ids[:, 0] == model.top_ids[:, 0])),
-        divergence=float(np.concatenate([block[0] for block in blocks]).mean()),
+        divergences=np.concatenate([block[0] for block in blocks]),
         exact=exact,
         listed=min(reference.top_ids.shape[1], model.top_ids.shape[1]),
         covered=float(np.concatenate([block[1] for block in blocks]).mean()),

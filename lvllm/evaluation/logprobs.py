@@ -19,8 +19,8 @@ from lvllm.evaluation.likelihood import Likelihoods
 from lvllm.evaluation.passages import Passages
 
 LOGPROBS_OF_A_BATCH = 1 << 22
-"""How many log-probabilities vLLM is asked for at a time. It turns each of them into Python objects
-of some 110 bytes, so a batch of passages takes at most 0.5 GB.
+"""How many log-probabilities a batch of passages may have. vLLM turns each of them into Python
+objects of some 110 bytes, so a batch takes at most 0.5 GB.
 """
 LOGPROBS_OF_A_PASSAGE = 1 << 24
 """How many log-probabilities a single passage may have: 1.8 GB."""
@@ -32,15 +32,20 @@ log-probabilities [n - 1, K] of the most probable tokens in their places.
 
 
 def _collect(
-    passages: Passages, read: Iterator[PassageLogprobs], vocabulary: int | None, name: str
+    passages: Passages,
+    read: Iterator[PassageLogprobs],
+    vocabulary: int | None,
+    name: str,
+    shown: bool = True,
 ) -> Likelihoods:
     """Keep the scored tokens of each passage, and show the progress.
 
     Raises EvaluationError for values that are not finite.
     """
     parts = []
-    shown = track(read, f"{name}: reading", len(passages.ids), console=Console(stderr=True))
-    for number, (first, of_one) in enumerate(zip(passages.first, shown, strict=True)):
+    console = Console(stderr=True)
+    rows = track(read, f"{name}: reading", len(passages.ids), console=console, disable=not shown)
+    for number, (first, of_one) in enumerate(zip(passages.first, rows, strict=True)):
         logprobs, top_ids, top_logprobs = (values[first - 1 :] for values in of_one)
         if not np.isfinite(logprobs).all():
             at = int(np.flatnonzero(~np.isfinite(logprobs))[0])
@@ -91,10 +96,12 @@ def logprobs_from_server(
     model: str,
     api_key: str = "EMPTY",
     concurrency: int = 8,
+    shown: bool = True,
 ) -> Likelihoods:
     """Ask a vLLM server for the `prompt_logprobs` of completions.
 
-    `top` is limited by the server's `--max-logprobs`, which is 20 unless set. Raises
+    `top` is limited by the server's `--max-logprobs`, which is 20 unless set. Progress is printed
+    if it is to be `shown`. Raises
     EvaluationError if the server cannot be reached, refuses, or is not vLLM.
     """
     import openai
@@ -126,25 +133,40 @@ def logprobs_from_server(
         server_errors(base_url, "refused a passage"),
         ThreadPoolExecutor(concurrency) as pool,
     ):
-        return _collect(passages, pool.map(read, passages.ids), None, model)
+        return _collect(passages, pool.map(read, passages.ids), None, model, shown)
 
 
 def logprobs_from_transformers(
-    passages: Passages, model: Path | str, top: int, *, dtype: str = "bfloat16"
+    passages: Passages,
+    model: Path | str,
+    top: int,
+    *,
+    dtype: str = "bfloat16",
+    network: Any = None,
 ) -> Likelihoods:
-    """Ask Hugging Face transformers on the CPU, the reference for the other two ways."""
+    """Ask Hugging Face transformers on the CPU, the reference for the other two ways.
+
+    `network` is the model if it is loaded already.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    network = network or AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
 
-    @torch.no_grad()
-    def read(ids: NDArray[np.int32]) -> PassageLogprobs:
-        tokens = torch.from_numpy(ids).long()
-        logits = network(input_ids=tokens[None]).logits[0, :-1].float()
-        logprobs = torch.log_softmax(logits, dim=-1)
-        best = logprobs.topk(min(top, logprobs.shape[1]))
-        own = logprobs.gather(1, tokens[1:, None]).squeeze(1)
-        return own.numpy(), best.indices.int().numpy(), best.values.numpy()
+    vocabulary = network.config.vocab_size
+    step = max(1, LOGPROBS_OF_A_BATCH // (passages.longest * vocabulary))
 
-    return _collect(passages, map(read, passages.ids), network.config.vocab_size, str(model))
+    def read() -> Iterator[PassageLogprobs]:
+        for start in range(0, len(passages.ids), step):
+            batch = [torch.from_numpy(ids).long() for ids in passages.ids[start : start + step]]
+            # What is behind the end of a passage has no effect on it.
+            padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            with torch.no_grad():
+                all_logits = network(input_ids=padded, use_cache=False).logits
+            for tokens, logits in zip(batch, all_logits, strict=True):
+                logprobs = torch.log_softmax(logits[: len(tokens) - 1].float(), dim=-1)
+                best = logprobs.topk(min(top, vocabulary))
+                own = logprobs.gather(1, tokens[1:, None]).squeeze(1)
+                yield own.numpy(), best.indices.int().numpy(), best.values.numpy()
+
+    return _collect(passages, read(), vocabulary, str(model))

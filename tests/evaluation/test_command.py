@@ -119,7 +119,9 @@ def rows() -> list[Row]:
     result = Result({"add": Tally(3, 4)}, ())
     return [
         Row("bf16", 3 << 20, result, likelihoods),
-        Row("int4", 5 << 30, result, likelihoods, Comparison(0.75, 0.001, False, 2, 0.9)),
+        Row(
+            "int4", 5 << 30, result, likelihoods, Comparison(0.75, np.array([0.001]), False, 2, 0.9)
+        ),
     ]
 
 
