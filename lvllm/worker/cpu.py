@@ -13,6 +13,8 @@ from lvllm.faults.nonfinite import Watch, layers_of, open_watch
 from lvllm.faults.request import set_faults
 from lvllm.patches import PatchError, install
 from lvllm.patches.registry import MODEL_LOADED
+from lvllm.worker import verification
+from lvllm.worker.counting import Steps, count_worker
 
 
 class HybridCPUWorker(CPUWorker):
@@ -24,6 +26,7 @@ class HybridCPUWorker(CPUWorker):
     """
 
     _watch: Watch | None = None
+    _steps = Steps(None)
 
     def load_model(self, **arguments: Any) -> None:
         super().load_model(**arguments)
@@ -32,6 +35,7 @@ class HybridCPUWorker(CPUWorker):
         except PatchError as error:
             process.end(str(error))
         self._make_room_for_earlier_stages()
+        verification.at_start(self.vllm_config, self.model_runner.get_model())
         config = self.parallel_config
         self._per_request = (
             config.data_parallel_size == 1 and config.nnodes == 1 and not self.use_v2_model_runner
@@ -50,6 +54,16 @@ class HybridCPUWorker(CPUWorker):
             process.follow()  # A rank whose share of the checkpoint is damaged has ended by now.
             raise
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm the model up, and count from then on."""
+        times = super().compile_or_warm_up_model()
+        self._steps = count_worker(self)
+        return times
+
+    def verify_experts(self) -> list[str]:
+        """See `lvllm verify`."""
+        return verification.verify_experts(self.model_runner.get_model())
+
     def _make_room_for_earlier_stages(self) -> None:
         """Make the tensors into which a later stage of a pipeline receives its input.
 
@@ -65,6 +79,7 @@ class HybridCPUWorker(CPUWorker):
             )
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        self._steps.add(scheduler_output)
         if self._watch is None:
             return super().execute_model(scheduler_output)
         self._faults = {}

@@ -6,6 +6,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from lvllm.gpu import concentrated_routing, mark_step, raise_host_call_error
+from lvllm.worker import verification
+from lvllm.worker.counting import Steps, count_worker
 
 __all__ = ["HybridGPUWorker"]
 
@@ -19,6 +21,23 @@ class HybridGPUWorker(Worker):
     Raises RuntimeError, which ends the engine.
     """
 
+    _steps = Steps(None)
+
+    def load_model(self, **arguments: Any) -> None:
+        """Load the model, and verify its layers if LVLLM_VERIFY says so."""
+        super().load_model(**arguments)
+        verification.at_start(self.vllm_config, self.model_runner.get_model())
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm the model up, and count from then on."""
+        times = super().compile_or_warm_up_model()
+        self._steps = count_worker(self)
+        return times
+
+    def verify_experts(self) -> list[str]:
+        """See `lvllm verify`."""
+        return verification.verify_experts(self.model_runner.get_model())
+
     def determine_available_memory(self) -> int:
         """Measure memory with the routing that takes the most of it."""
         with concentrated_routing():
@@ -26,6 +45,7 @@ class HybridGPUWorker(Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step, which is due from now on for the watchdog."""
+        self._steps.add(scheduler_output)
         output = super().execute_model(scheduler_output)
         mark_step()
         return _checked(output)
