@@ -1,0 +1,189 @@
+"""Asks an OpenAI-compatible server, and yields its answer while it comes."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from lvllm.errors import LvllmError
+
+__all__ = ["ChatError", "Chunk", "Client"]
+
+CONNECT_SECONDS = 10.0
+SILENT_SECONDS = 1800.0
+"""How long a server may say nothing: a prompt of 128 Ki tokens can take a CPU ten minutes."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+START = "`lvllm serve` starts one"
+
+
+class ChatError(LvllmError):
+    """A question that was not answered to its end; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer. Any of its parts may be missing."""
+
+    text: str = ""
+    thinking: str = ""
+    finish_reason: str | None = None
+    tokens: int | None = None
+    """How many tokens the answer has so far, thinking included."""
+
+
+class Client:
+    """A server at `url`, which ends with /v1 as a rule; `api_key` is never part of a message.
+
+    Raises ChatError if `url` is none, or if `api_key` cannot be in a header.
+    """
+
+    def __init__(self, url: str, api_key: str = "") -> None:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ChatError(f"--url {url!r} is not allowed: http://HOST:PORT/v1")
+        if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
+            raise ChatError("--api-key is not allowed: ASCII characters without spaces")
+        self.url = (url if parsed.path.strip("/") else f"{parsed.copy_with(path='/v1')}").rstrip(
+            "/"
+        )
+        self._key = api_key
+        try:
+            self._http = httpx.Client(
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+                timeout=httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
+                # Servers close idle connections after seconds, perhaps while a question is sent.
+                limits=httpx.Limits(max_keepalive_connections=0),
+                # A proxy of the environment cannot reach a server on this machine.
+                trust_env=parsed.host not in LOOPBACK,
+            )
+        except (ImportError, ValueError) as error:
+            raise ChatError(f"the environment's proxy cannot be used: {error}") from None
+
+    def first_model(self) -> str:
+        """The name of the server's first model. Raises ChatError."""
+        with self._errors():
+            answer = self._http.get(f"{self.url}/models", timeout=CONNECT_SECONDS)
+            self._check(answer)
+            try:
+                return str(answer.json()["data"][0]["id"])
+            except (ValueError, LookupError, TypeError):
+                raise ChatError(f"{self.url}/models names no model: give one by --model") from None
+
+    @contextmanager
+    def ask(
+        self, model: str, messages: list[dict[str, str]], options: dict[str, Any]
+    ) -> Iterator[Iterator[Chunk]]:
+        """Send `messages`, and give the chunks of the answer while they come.
+
+        `options` are further fields of the request. Leaving the context closes the connection, and
+        the server then stops. Raises ChatError, also between chunks.
+        """
+        body = {
+            "model": model,
+            "messages": messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **options,
+        }
+        # Python writes this JSON in ASCII, so that half of a surrogate pair does no harm.
+        content, headers = json.dumps(body), {"Content-Type": "application/json"}
+        url = f"{self.url}/chat/completions"
+        with (
+            self._errors(),
+            self._http.stream("POST", url, content=content, headers=headers) as response,
+        ):
+            self._check(response)
+            yield self._chunks(response)
+
+    def _chunks(self, response: httpx.Response) -> Iterator[Chunk]:
+        finished = False
+        for line in _lines(response.iter_bytes()):
+            field, _, data = line.partition(":")
+            if field != "data":  # An empty line or a comment.
+                continue
+            if data.strip() == "[DONE]":
+                return
+            try:
+                event = json.loads(data)
+                chunk = None if event.get("error") else _chunk(event)
+            except (ValueError, AttributeError, LookupError, TypeError):
+                raise ChatError(f"{self.url} sent what is no chunk of an answer") from None
+            if chunk is None:
+                raise ChatError(self._said(f"{self.url} gave the answer up: {_message(event)}"))
+            finished = finished or chunk.finish_reason is not None
+            yield chunk
+        if not finished:
+            raise ChatError(f"{self.url} broke off before the end of its answer")
+
+    def _check(self, response: httpx.Response) -> None:
+        """Raises ChatError, with the server's message if there is one, unless the status is 200."""
+        if response.status_code == 200:
+            return
+        response.read()
+        try:
+            message = _message(response.json())
+        except ValueError:
+            message = ""
+        message = message or response.reason_phrase
+        if response.status_code == 401:
+            message += " (--api-key gives the key)"
+        raise ChatError(
+            self._said(f"{response.url} answered with {response.status_code}: {message}")
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn httpx's errors into a ChatError."""
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise ChatError(f"no server answers at {self.url} ({error}): {START}") from None
+        except (httpx.ReadError, httpx.RemoteProtocolError):
+            raise ChatError(f"{self.url} broke off before the end of its answer") from None
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise ChatError(self._said(f"the connection to {self.url} broke: {reason}")) from None
+
+    def _said(self, text: str) -> str:
+        """`text` as one line, without the key."""
+        line = " ".join(text.split())
+        return line.replace(self._key, "(the key)") if self._key else line
+
+
+def _lines(parts: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a stream. Only a line feed ends one: JSON may contain U+2028 and U+0085."""
+    rest = b""
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace").rstrip("\r")
+    if rest:
+        yield rest.decode(errors="replace").rstrip("\r")
+
+
+def _chunk(event: dict[str, Any]) -> Chunk:
+    """What an event of the stream says."""
+    choice = (event.get("choices") or [{}])[0]
+    delta = choice.get("delta") or {}
+    usage = event.get("usage") or {}
+    return Chunk(
+        text=delta.get("content") or "",
+        # Servers call it by either name. Some send both, with the same text.
+        thinking=delta.get("reasoning") or delta.get("reasoning_content") or "",
+        finish_reason=choice.get("finish_reason"),
+        tokens=usage.get("completion_tokens"),
+    )
+
+
+def _message(body: Any) -> str:
+    """The message of an error: OpenAI's `error`, or what other servers send instead."""
+    for name in ("error", "message", "detail"):
+        if isinstance(body, dict) and body.get(name):
+            return _message(body[name])
+    return str(body or "")
