@@ -1,0 +1,85 @@
+"""Which settings can be tried around a plan."""
+
+from dataclasses import dataclass
+
+from lvllm.engine.weight_formats import FORMATS, activation_bits
+from lvllm.formats.integers import INT4_BITS
+from lvllm.machine.cpus import default_threads, this_machine
+from lvllm.planning.choice import Candidate
+from lvllm.planning.placement import resident_layers
+from lvllm.planning.shape import ModelShape
+from lvllm.serving.defaults import Defaults
+from lvllm.serving.given import Given, count
+from lvllm.settings.variables import ThreadBinding
+from lvllm.tuning.search import Knob
+from lvllm.units import ranges
+
+__all__ = ["Allowed", "knobs"]
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which settings may change results."""
+
+    int4: bool = False
+    int8: bool = False
+    activation_bits: bool = False
+
+
+def knobs(given: Given, plan: Defaults, best: Candidate, allowed: Allowed) -> list[Knob]:
+    """What to try beside the plan's best candidate. A setting that the user gave stays as it is.
+
+    What is likely to matter most comes first, since the time may be up before the end.
+    """
+    found = [*_rounding(plan, best, allowed), *_threads(given, plan)]
+    if best.how.on_gpu:
+        found += _on_gpu(plan.model, best)
+    fixed = {one.variable.name for one in given.settings.values() if one.source != "default"}
+    return [knob for knob in found if knob.values and knob.name not in fixed]
+
+
+def _rounding(plan: Defaults, best: Candidate, allowed: Allowed) -> list[Knob]:
+    found = []
+    bits = plan.model.bits
+    if allowed.int4 and bits.experts > INT4_BITS:
+        found.append(Knob("LVLLM_MOE_USE_WEIGHT", ("INT4",), changes_results=True))
+    if allowed.int8 and not best.how.on_gpu:
+        found.append(Knob("LVLLM_DENSE_WEIGHT", ("INT8",), changes_results=True))
+    format = "int4" if allowed.int4 else best.how.expert_format(plan.model)
+    if allowed.activation_bits:
+        others = set(FORMATS[format].activation_bits) - {activation_bits(format, None)}
+        values = tuple(str(number) for number in sorted(others))
+        found.append(Knob("LK_ACTIVATION_BITS", values, changes_results=True))
+    return found
+
+
+def _threads(given: Given, plan: Defaults) -> list[Knob]:
+    machine = this_machine()
+    ranks = count(given.options.get("tensor-parallel-size")) or max(1, plan.machine.gpus)
+    usual = default_threads(machine, ranks)
+    cores = sum(len(node) for node in machine) // ranks
+    # Memory may be read as fast by fewer threads; the default leaves four cores to vLLM.
+    numbers = {cores, cores - 1, 3 * cores // 4, cores // 2} - {usual}
+    return [
+        Knob("LK_THREADS", tuple(str(n) for n in sorted(numbers, reverse=True) if n > 0)),
+        Knob("LK_THREAD_BINDING", (ThreadBinding.NUMA_NODE.value,)),
+    ]
+
+
+def _on_gpu(model: ModelShape, best: Candidate) -> list[Knob]:
+    how = best.how
+    layers = len(model.moe_layers)
+    # The plan's estimate of the memory may be too high; a server that lacks it does not start.
+    more = {how.resident + 1, how.resident + max(2, layers // 16), how.resident - 1}
+    resident = [
+        ranges([layer.number for layer in resident_layers(model, n)])
+        for n in sorted(more, reverse=True)
+        if 0 < n <= layers
+    ]
+    found = [Knob("LVLLM_GPU_RESIDENT_MOE_LAYERS", tuple(resident))]
+    if how.streamed_from is not None:
+        batches = (how.streamed_from // 2, 2 * how.streamed_from)
+        values = tuple(str(n) for n in batches if 1 <= n <= best.load.batch)
+        found.append(Knob("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", values))
+        found.append(Knob("LVLLM_GPU_PREFETCH_WINDOW", ("2", "0")))
+    return found
