@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lvllm import engine
-from lvllm.checkpoint.moe_layers import describe_layers
 from lvllm.machine import cpus
+from lvllm.settings import config_file
 from lvllm.settings.resolving import Setting, resolve
 from lvllm.settings.variables import SettingError
+from lvllm.units import ranges
 
 
 def env(
-    config_file: Annotated[
+    path: Annotated[
         Path | None,
         typer.Option("--config", help="The YAML file that `vllm serve --config` gets."),
     ] = None,
@@ -29,6 +30,8 @@ def env(
 ) -> None:
     """Print every setting, its value and its source (environment, config, default).
 
+    A second table says how experts of each format are multiplied on this CPU.
+
     docs/configuration.md says what each one means, and docs/patches.md why each replacement is
     there.
     """
@@ -36,8 +39,8 @@ def env(
         Console().print(_patches())
         return
     try:
-        file = read_yaml(config_file) if config_file else {}
-        settings = resolve(os.environ, section(file))
+        file = config_file.read(path) if path else {}
+        settings = resolve(os.environ, config_file.section(file))
         machine_defaults = _machine_defaults(settings, file)
     except SettingError as error:
         raise SystemExit(f"lvllm: {error}") from None
@@ -47,6 +50,19 @@ def env(
         value = setting.value if setting.value is not None else machine_defaults.get(key)
         table.add_row(setting.variable.name, _text(value, setting), setting.source)
     Console().print(table)
+    Console().print(_arithmetics())
+
+
+def _arithmetics() -> Table:
+    """How experts of each format are multiplied on this machine."""
+    rates = engine.info().rates
+    table = Table("experts", "activations", "multiplied as", "billion weights a second and core")
+    for name, bits, arithmetic in engine.format_arithmetics():
+        rate = rates.get(arithmetic)
+        table.add_row(
+            name, f"{bits} bits", str(arithmetic), "" if rate is None else f"{rate / 1e9:.0f}"
+        )
+    return table
 
 
 def _patches() -> Table:
@@ -61,10 +77,11 @@ def _patches() -> Table:
 
 def _text(value: Any, setting: Setting) -> str:
     if isinstance(value, tuple):
-        return describe_layers(list(value)) or "(none)"
+        return ranges(list(value)) or "(none)"
     if isinstance(value, bool):
         return str(int(value))
-    return f"({setting.variable.default_text})" if value is None else str(value)
+    # rich would take `[0-3]` in a pattern for markup.
+    return escape(f"({setting.variable.default_text})" if value is None else str(value))
 
 
 def _machine_defaults(
@@ -84,36 +101,3 @@ def _machine_defaults(
         "omp_num_threads": lk_threads,
         "lk_isa": engine.info().isa,
     }
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The file's mapping with `_` in top-level names as `-`, as vLLM reads it."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SettingError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise SettingError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise SettingError(f"--config {path}: a mapping of settings is wanted")
-    return {
-        name if name.startswith("additional") else name.replace("_", "-"): value
-        for name, value in content.items()
-    }
-
-
-def section(file: Mapping[str, Any]) -> Any:
-    """The `additional_config.lvllm` section, from nested mappings and dotted keys alike."""
-    found: dict[str, Any] = {}
-    for name, value in file.items():
-        path = name.split(".")
-        if path[0].replace("-", "_") != "additional_config":
-            continue
-        for part in reversed(path[1:]):
-            value = {part: value}
-        inner = value.get("lvllm") if isinstance(value, dict) else None
-        if isinstance(inner, dict):
-            found |= inner
-        elif inner is not None:
-            return inner
-    return found

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lvllm.cli.app import app
+from lvllm.cli.app import COMMANDS, app
 from lvllm.settings.variables import VARIABLES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -21,6 +21,15 @@ def rows(output: str) -> dict[str, list[str]]:
     """The rows of the printed table by their first cell."""
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines()]
     return {row[0]: row[1:] for row in cells if len(row) == 3}
+
+
+def test_help_lists_every_command_and_an_unknown_one_is_corrected() -> None:
+    code, output = invoke("--help")
+    assert code == 0
+    assert {line.split()[1] for line in output.splitlines() if "│" in line} >= set(COMMANDS)
+    code, output = invoke("exprt")
+    assert code == 2
+    assert "No such command 'exprt'. Did you mean 'export'" in output
 
 
 def test_env_tells_every_value_and_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
