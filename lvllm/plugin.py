@@ -5,8 +5,14 @@ vLLM calls `register` in every process it starts, and may call it more than once
 
 import os
 
+import vllm
+from packaging.version import InvalidVersion, Version
+
+import lvllm
 from lvllm.errors import LvllmError
+from lvllm.faults import orphans
 from lvllm.settings import variables
+from lvllm.supported import VLLM
 
 
 def register() -> None:
@@ -24,9 +30,11 @@ def register() -> None:
 
 
 def _register() -> None:
+    _check_vllm()
     from lvllm.settings.resolving import resolve
 
     resolve(os.environ, None)  # the variables alone, before any configuration is read
+    orphans.end_with_the_parent()
 
     from vllm.platforms import current_platform
 
@@ -40,3 +48,18 @@ def _register() -> None:
     if is_cpu:
         integer_linear.register()
     patches.install("cpu" if is_cpu else "cuda")
+
+
+def _check_vllm() -> None:
+    """Raise LvllmError for a release of vLLM that LvLLM does not run with."""
+    try:
+        version = Version(vllm.__version__)
+    except InvalidVersion:
+        return  # This is vLLM's source, whose functions are checked one by one.
+    least, most = (Version(known).release[:2] for known in (VLLM[0], VLLM[-1]))
+    if not least <= version.release[:2] <= most:
+        raise LvllmError(
+            f"vLLM {version} is installed, and LvLLM {lvllm.__version__} runs with"
+            f" {VLLM[0]} to {VLLM[-1]}: install one of these, or unset LVLLM_MOE_NUMA_ENABLED for"
+            " stock vLLM"
+        )

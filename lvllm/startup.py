@@ -60,6 +60,7 @@ def _start(config: HybridConfig, rank: int) -> engine.EngineInfo:
             cpus=cpus,
             binding=config.thread_binding.value,
             power_saving=config.power_saving,
+            own_cores=config.own_cores,
             interleave=config.numa_interleave,
             shared=config.shared_experts is not None,
         )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import vllm.platforms
 
-from lvllm import plugin, prepare
+from lvllm import patches, plugin, prepare
 from lvllm.patches import Patch
 
 
@@ -99,4 +99,22 @@ def test_switched_off_nothing_is_looked_at(value: str, monkeypatch: pytest.Monke
     """Not even settings that would be refused: the program is stock vLLM."""
     monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", value)
     monkeypatch.setenv("LK_THREADS", "nonsense")
+    plugin.register()
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("version", ["0.30.0", "0.34.0", "1.0.0rc1"])
+def test_another_vllm_is_refused_before_anything_is_replaced(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    monkeypatch.setattr(patches, "install", pytest.fail)
+    with pytest.raises(SystemExit, match=f"^lvllm: vLLM {version} is installed, and LvLLM .* to "):
+        plugin.register()
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.1.dev5+cpu", "0.33.9"])
+def test_these_are_not(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
     plugin.register()

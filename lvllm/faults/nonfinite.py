@@ -7,7 +7,7 @@ wrong numbers, and the rank that answers the request must know of the fault befo
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,16 +42,21 @@ class Layer:
 def layers_of(model: torch.nn.Module, dtype: torch.dtype) -> dict[int, Layer]:
     """The layers of a loaded model that run on the engine, by their handles in the engine."""
     found = {}
-    for module in model.modules():
-        layer: Any = module
-        if isinstance(getattr(layer, "engine", None), engine.ExpertLayer):
-            experts = None
-            if layer.expert_map is not None:
-                held = (layer.expert_map >= 0).nonzero().flatten()
-                experts = tuple(held[layer.expert_map[held].argsort()].tolist())
-            name = str(dtype).removeprefix("torch.")
-            found[int(layer.engine.handle)] = Layer(layer.layer_name, name, experts)
+    for layer in modules_of(model):
+        experts = None
+        if layer.expert_map is not None:
+            held = (layer.expert_map >= 0).nonzero().flatten()
+            experts = tuple(held[layer.expert_map[held].argsort()].tolist())
+        name = str(dtype).removeprefix("torch.")
+        found[int(layer.engine.handle)] = Layer(layer.layer_name, name, experts)
     return found
+
+
+def modules_of(model: torch.nn.Module) -> Iterator[Any]:
+    """vLLM's modules of a loaded model whose `engine` is an `ExpertLayer`."""
+    for module in model.modules():
+        if isinstance(getattr(module, "engine", None), engine.ExpertLayer):
+            yield module
 
 
 class Watch:

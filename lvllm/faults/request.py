@@ -13,10 +13,12 @@ from typing import Any
 from vllm.exceptions import GenerationError, GracefulHTTPError
 
 from lvllm.log import logger
+from lvllm.metrics.memory import Numbers, Series, engine_name, open_block
 
 __all__ = ["ExpertFault", "add_outputs", "end_requests", "fault_of", "faults_of", "set_faults"]
 
 _FAULTS = "lvllm_faults"
+_STOPS = "lvllm_nan_stops"
 
 
 class ExpertFault(GracefulHTTPError, GenerationError):
@@ -46,6 +48,7 @@ def end_requests(scheduler: Any, faults: Mapping[str, str]) -> list[tuple[Any, s
     """End these requests in vLLM's scheduler, and return each with its line."""
     from vllm.v1.request import RequestStatus
 
+    stops = _stops(scheduler)
     ended = []
     for request_id, text in faults.items():
         request = scheduler.requests.get(request_id)
@@ -59,7 +62,19 @@ def end_requests(scheduler: Any, faults: Mapping[str, str]) -> list[tuple[Any, s
         logger.error("LvLLM: request %s ends with an error: %s", request_id, text)
         scheduler.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
         ended.append((request, text))
+        if stops is not None:
+            stops[0] += 1
     return ended
+
+
+def _stops(scheduler: Any) -> Numbers | None:
+    """The number of requests that ended so, which `/metrics` shows from the first step on."""
+    if not hasattr(scheduler, _STOPS):
+        labels = {"engine": engine_name(scheduler.vllm_config)}
+        series = Series("lvllm_nan_stops_total", {}, [0])
+        setattr(scheduler, _STOPS, open_block(labels, [series], 1))
+    found: Numbers | None = getattr(scheduler, _STOPS)
+    return found
 
 
 def add_outputs(outputs: dict[int, Any], ended: list[tuple[Any, str]]) -> None:

@@ -1,6 +1,6 @@
-"""Errors that end in one line: of a process at the start, or of a single request.
+"""Errors that end in one line: of a process at the start, of a request, or of a server that stops.
 
-What the lines say, and how they travel, is in `lvllm.faults.process` and `lvllm.faults.request`.
+What the lines say, and how they travel, is in `lvllm.faults`.
 """
 
 from typing import Any
@@ -12,6 +12,8 @@ __all__ = [
     "end_faulty_requests",
     "end_in_the_engines_line",
     "end_in_the_workers_line",
+    "end_open_requests",
+    "say_who_died",
 ]
 
 
@@ -19,10 +21,6 @@ __all__ = [
     "vllm.v1.engine.utils:wait_for_engine_startup",
     signature="(handshake_socket, core_engines, parallel_config, coordinated_dp, cache_config,"
     " launch)",
-    also=(
-        "(handshake_socket, addresses, core_engines, parallel_config, coordinated_dp,"
-        " cache_config, proc_manager, coord_process)",
-    ),
     why="vLLM's front process says of an engine that failed to start no more than that it did."
     " It ends in the line of the process that met the error instead.",
     upstream="none, because nothing was proposed yet; draft: docs/upstream/startup-errors.md",
@@ -108,3 +106,50 @@ def answer_with_the_fault(original: Any) -> Any:
         )
 
     return make_request_output
+
+
+@patch(
+    "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+    signature="(self, timeout=None)",
+    why="A server that gets SIGTERM ends its engine, and then waits for the answers that this"
+    " engine was computing, until the last client gives up. The requests end with HTTP status"
+    " 503.",
+    upstream="none, because nothing was proposed yet",
+    until="vLLM ends its open requests when it stops",
+)
+def end_open_requests(original: Any) -> Any:
+    from lvllm.faults import shutdown as stopping
+
+    def shutdown(self: Any, timeout: float | None = None) -> None:
+        stopping.note_a_death(self)
+        original(self, timeout)
+        stopping.end_open_requests(self)
+
+    return shutdown
+
+
+@patch(
+    "vllm.entrypoints.launchers.api_server.entry:run_server_worker",
+    signature="(listen_address, sock, args, client_config=None, **uvicorn_kwargs)",
+    why="A server whose engine was killed ends with status 0, which a supervisor takes for success."
+    " A signal that comes while it starts may be lost, and the server goes on.",
+    upstream="none, because nothing was proposed yet",
+    until="vLLM ends with another status, and handles signals before it builds the engine",
+)
+def say_who_died(original: Any) -> Any:
+    from lvllm.faults import shutdown as stopping
+
+    async def run_server_worker(
+        listen_address: Any,
+        sock: Any,
+        args: Any,
+        client_config: Any = None,
+        **uvicorn_kwargs: Any,
+    ) -> None:
+        if client_config is None:  # Of several API servers, the process that started them decides.
+            stopping.stop_at_once()
+        await original(listen_address, sock, args, client_config, **uvicorn_kwargs)
+        if (death := stopping.noted_death()) is not None:
+            raise SystemExit(f"lvllm: {death}")
+
+    return run_server_worker

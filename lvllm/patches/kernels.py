@@ -1,10 +1,30 @@
-"""LvLLM's FP8 linear layer among the kernels that vLLM chooses from."""
+"""LvLLM's linear layers, where vLLM chooses the kernel of a layer."""
 
 from typing import Any
 
 from lvllm.patches.registry import patch
 
-__all__ = ["offer_fp8_linear"]
+__all__ = ["multiply_on_the_engine", "offer_fp8_linear"]
+
+
+@patch(
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+    signature="(layer, remove_weight)",
+    why="In models with experts on the CPU, the engine multiplies the other linear layers as well."
+    " On CPUs with AVX2 only, vLLM multiplies bf16 at a tenth of the CPU's rate, and"
+    " LVLLM_DENSE_WEIGHT=INT8 has no counterpart in vLLM.",
+    upstream="none, because register_linear_kernel takes no kernels for unquantised layers",
+    until="register_linear_kernel takes kernels for unquantised layers on CPUs",
+    platform="cpu",
+)
+def multiply_on_the_engine(original: Any) -> Any:
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        from lvllm.upstream import engine_linear
+
+        if not engine_linear.take(layer, remove_weight=remove_weight):
+            original(layer, remove_weight)
+
+    return dispatch_cpu_unquantized_gemm
 
 
 @patch(

@@ -27,14 +27,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lvllm.errors import LvllmError
+from lvllm.supported import VLLM
 
 __all__ = ["Patch", "PatchError", "Unless", "install", "patch", "patches"]
 
 AT_START = "at the start of every process"
 MODEL_LOADED = "in a CPU worker, once the model is loaded"
 PICTURE_MODEL_IMPORTED = "once a model for pictures is imported"
-VLLM = ("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
-"""The releases of vLLM in which every target was looked up. The tests run with 0.32.0."""
 NOTHING = "nothing"
 """The signature of a target that does not exist and is added."""
 

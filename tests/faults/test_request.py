@@ -12,7 +12,9 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
+from lvllm.faults import request
 from lvllm.faults.request import ExpertFault
+from lvllm.metrics import memory
 from lvllm.patches import failures
 
 TEXT = "model.layers.3.mlp.experts: expert 5 makes NaN or infinity of finite numbers"
@@ -50,3 +52,25 @@ def test_who_waits_gets_an_exception(make: Any, pooling_output: torch.Tensor | N
 def test_an_embedding_that_is_none_is_not_returned(make: Any) -> None:
     with pytest.raises(ExpertFault, match=r"layers\.3"):
         make(False, torch.empty(0))
+
+
+def test_requests_that_end_so_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(memory._VARIABLE, "")
+    memory.prepare()
+    running = SimpleNamespace(is_finished=lambda: False)
+    scheduler = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            kv_transfer_config=None, parallel_config=SimpleNamespace(data_parallel_index=1)
+        ),
+        requests={"a": running, "b": running, "ended": SimpleNamespace(is_finished=lambda: True)},
+        kv_cache_manager=SimpleNamespace(get_blocks=lambda _: SimpleNamespace(blocks=[])),
+        finish_requests=lambda *_: None,
+    )
+    reader = memory.Reader()
+    request.end_requests(scheduler, {})
+    ((block, numbers),) = reader.read()
+    assert (block.labels, numbers.tolist()) == ({"engine": "1"}, [0])
+    request.end_requests(scheduler, dict.fromkeys(("a", "b", "ended", "gone"), TEXT))
+    ((_, numbers),) = reader.read()
+    assert numbers.tolist() == [2]
+    memory.close()

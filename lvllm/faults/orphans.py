@@ -1,0 +1,65 @@
+"""Processes that end when the one that started them is gone.
+
+vLLM's processes wait for messages of their parent. If that one is killed with SIGKILL, they wait
+for ever, and with them the memory of the experts stays in use. Linux can send a signal at a
+parent's end (PR_SET_PDEATHSIG), but it takes the thread that made the process for the parent: an
+engine that a program makes in a thread would end with that thread. So a thread of each process
+waits for the end of the pipe that multiprocessing keeps open in the parent.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.util import register_after_fork
+from threading import Thread
+from typing import Any
+
+__all__ = ["GuardedTarget", "end_with_the_parent"]
+
+PROCESSES = ("EngineCore", "VllmWorker", "ApiServer", "VLLM_DP_Coordinator")
+"""How the names begin that vLLM gives its processes. Those of a user's own program are his."""
+
+_guarded: int | None = None
+"""The process that was asked last; a forked process has none of its parent's threads."""
+
+
+def end_with_the_parent() -> None:
+    """Let this process end as soon as its parent has ended, if it is one of vLLM's processes."""
+    global _guarded
+    if _guarded is None:
+        # Plugins are loaded once, and a forked process takes them to be loaded.
+        register_after_fork(end_with_the_parent, lambda guard: guard())
+    elif _guarded == os.getpid():
+        return
+    _guarded = os.getpid()
+    parent = multiprocessing.parent_process()
+    if parent is None or not multiprocessing.current_process().name.startswith(PROCESSES):
+        return
+
+    def wait() -> None:
+        parent.join()  # This returns at once if the parent has ended before.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Thread(target=wait, name="lvllm-parent", daemon=True).start()
+
+
+class GuardedTarget:
+    """What a process of vLLM runs that loads no plugins, with `end_with_the_parent` before it.
+
+    Args:
+        find: finds the function. A process that is spawned finds vLLM's own.
+        original: vLLM's function, for processes that are forked.
+    """
+
+    def __init__(
+        self, find: Callable[[], Callable[..., Any]], original: Callable[..., Any] | None = None
+    ) -> None:
+        self._find, self._original = find, original
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        end_with_the_parent()
+        return (self._original or self._find())(*arguments, **options)
+
+    def __reduce__(self) -> Any:
+        return GuardedTarget, (self._find,)

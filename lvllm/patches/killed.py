@@ -1,0 +1,64 @@
+"""What vLLM's processes leave behind when one of them is killed."""
+
+from typing import Any
+
+from lvllm.patches.registry import patch
+
+__all__ = ["end_the_coordinator", "several_ranks_meet", "single_rank_meets"]
+
+LEFT_BEHIND = "The file by which ranks find each other stays in /tmp if their process is killed."
+UPSTREAM = "none, because nothing was proposed yet"
+OWN_FOLDER = "vLLM makes such files in a folder that it removes"
+
+
+def _in_the_servers_folder(original: Any) -> Any:
+    from lvllm.faults import scratch
+
+    def get_file_store_init_method() -> str:
+        return scratch.file_store() or original()
+
+    return get_file_store_init_method
+
+
+@patch(
+    "vllm.v1.executor.uniproc_executor:get_file_store_init_method",
+    signature="()",
+    why=LEFT_BEHIND,
+    upstream=UPSTREAM,
+    until=OWN_FOLDER,
+)
+def single_rank_meets(original: Any) -> Any:
+    return _in_the_servers_folder(original)
+
+
+@patch(
+    "vllm.v1.executor.multiproc_executor:get_file_store_init_method",
+    signature="()",
+    why=LEFT_BEHIND,
+    upstream=UPSTREAM,
+    until=OWN_FOLDER,
+)
+def several_ranks_meet(original: Any) -> Any:
+    return _in_the_servers_folder(original)
+
+
+@patch(
+    "vllm.v1.engine.coordinator:DPCoordinatorProc.run_coordinator",
+    signature="(engine_count, front_publish_address, back_output_address, back_publish_address,"
+    " zmq_addr_pipe=None, min_stats_update_interval_ms=100, enable_wave_coordination=True,"
+    " logging_config=None)",
+    why="The process that coordinates data-parallel replicas runs for ever once the front process"
+    " was killed. It loads no plugins, in which the other processes learn to end.",
+    upstream=UPSTREAM,
+    until="vLLM's processes end with their parent",
+)
+def end_the_coordinator(original: Any) -> Any:
+    from lvllm.faults.orphans import GuardedTarget
+
+    return GuardedTarget(_run_coordinator, original)
+
+
+def _run_coordinator() -> Any:
+    from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+    return DPCoordinatorProc.run_coordinator

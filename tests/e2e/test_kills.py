@@ -1,0 +1,90 @@
+"""Servers whose processes are killed: who is left, what is said, and what lies around."""
+
+import os
+import random
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import openai
+import pytest
+
+from tests.e2e.generate import TINY
+from tests.e2e.server import END_SECONDS, CommandServer, Server
+
+ARGUMENTS = (str(TINY), "--max-model-len", "512", "--enforce-eager")
+
+
+@pytest.fixture(scope="module")
+def temporary() -> Iterator[Path]:
+    """The folder for temporary files of all servers here."""
+    with TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def start(log: Path, temporary: Path, kind: type[Server] = Server) -> Server:
+    return kind(log, *ARGUMENTS, TMPDIR=str(temporary), VLLM_CPU_KVCACHE_SPACE="1")
+
+
+def left(temporary: Path) -> list[Path]:
+    """What processes use to find each other."""
+    found = [*temporary.glob("vllm_dist_*"), *temporary.glob("lvllm-server-*")]
+    return found + [path for path in temporary.iterdir() if stat.S_ISSOCK(path.stat().st_mode)]
+
+
+def named(server: Server, name: str) -> int:
+    """The process that vLLM calls so."""
+    (found,) = (
+        pid for pid in server.processes() if name in Path(f"/proc/{pid}/cmdline").read_text()
+    )
+    return found
+
+
+def test_all_processes_end_with_a_killed_front_process(temporary: Path, tmp_path: Path) -> None:
+    with start(tmp_path / "log", temporary, CommandServer).ready() as server:
+        assert named(server, "EngineCore")
+        assert named(server, "Worker")
+        assert len(left(temporary)) == 1
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.ended()
+
+
+def test_a_killed_engine_is_named(temporary: Path, tmp_path: Path) -> None:
+    with start(tmp_path / "log", temporary, CommandServer).ready() as server:
+        # The folder of the server before has gone, too.
+        assert len(left(temporary)) == 1
+        with ThreadPoolExecutor(1) as pool:
+            engine = named(server, "EngineCore")
+            os.kill(engine, signal.SIGSTOP)  # Otherwise a fast CPU has answered by then.
+            vain = pool.submit(server.ask, [[5, 6, 7]], 480)
+            time.sleep(1)
+            os.kill(engine, signal.SIGKILL)
+            with pytest.raises(openai.APIError):
+                vain.result()
+        server.ended()
+        assert server.process.wait() == 1
+        said = server.log.read_text()
+        assert said.count("lvllm: the process EngineCore was ended by SIGKILL") == 1, said
+    assert not left(temporary)
+
+
+def test_sigterm_ends_a_start(temporary: Path, tmp_path: Path) -> None:
+    """At any moment: the engine may not exist yet, or load the model."""
+    with start(tmp_path / "log", temporary) as server:
+        while "Initializing a V1 LLM engine" not in server.log.read_text():
+            assert server.process.poll() is None, server.said()
+            time.sleep(0.1)
+        time.sleep(random.uniform(0, 6))
+        os.kill(server.process.pid, signal.SIGTERM)
+        server.ended(END_SECONDS)
+        said = server.log.read_text()
+        # A fast machine is ready by then, and ends as any server.
+        if "Application startup complete" not in said:
+            assert "lvllm: SIGTERM has stopped the start" in said
+            assert server.process.wait() == 128 + signal.SIGTERM
+            assert "Traceback" not in said
+    assert not left(temporary)
