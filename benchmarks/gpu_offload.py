@@ -4,7 +4,7 @@
         [--trace FILE]
 
 The benchmark prints five tables: the bus (plain copies from and to pinned memory), the cost of a
-host call as a host function and through a mailbox, conversion, prefill passes through the window
+host call as a host function and through a mailbox, conversion, prefill passes through the ring
 against their copies and their products alone, and decoding steps in a CUDA graph against the
 engine's own time. Then it shows when the copies and products of one pass ran; `--trace` keeps the
 profiler's trace of the pass. With `--accelerator host` it runs on the stand-in, which only shows
@@ -27,7 +27,9 @@ from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.convert import convert
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
-from lvllm.gpu.window import PrefetchWindow
+from lvllm.gpu.products import Pairs, multiply
+from lvllm.gpu.ring import StagingRing
+from lvllm.units import GIB
 from tests.random_layers import Random, random_layer
 
 GB = 1e9
@@ -105,22 +107,30 @@ def prefill(
 ) -> tuple[float, float, float]:
     """Return seconds per layer: of its copy, of its products, and of a pass over all layers."""
     weights = {number: layer.tensors for number, layer in enumerate(layers)}
-    window = PrefetchWindow(accelerator, weights, ahead)
+    ring = StagingRing(accelerator, weights, ahead, GIB)
+    first, (x, ids, router) = layers[0], inputs
+    there = {name: tensor.to(accelerator.device) for name, tensor in first.tensors.items()}
 
     def copies() -> None:
-        for number in weights:
-            window.stage(number)
-            window.release(number)
+        for number, layer in enumerate(layers):
+            for _ in ring.stream(number, [1] * layer.num_experts):
+                pass
+
+    def products() -> None:
+        pairs = Pairs.sort(ids, router, first.num_experts)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        multiply(first, there, range(first.num_experts), x, pairs, total)
 
     def both() -> None:
         for number, layer in enumerate(layers):
-            streamed.run(layer, window.stage(number), *inputs)
-            window.release(number)
+            streamed.run(layer, ring, number, *inputs)
 
-    there = {name: tensor.to(accelerator.device) for name, tensor in layers[0].tensors.items()}
-    products = seconds(accelerator, lambda: streamed.run(layers[0], there, *inputs))
     count = len(layers)
-    return seconds(accelerator, copies) / count, products, seconds(accelerator, both) / count
+    return (
+        seconds(accelerator, copies) / count,
+        seconds(accelerator, products),
+        seconds(accelerator, both) / count,
+    )
 
 
 def decode(
@@ -231,7 +241,7 @@ def main() -> None:
         converted,
     )
     table(
-        "prefill, a layer: copy through the window, products, pass, and the CPU's time, ms;\n"
+        "prefill, a layer: copy through the ring, products, pass, and the CPU's time, ms;\n"
         "speed of the copy against a plain one; pass against the longer of copy and products",
         ("format", "tokens", "copy", "products", "pass", "CPU", "copy speed", "overlap"),
         passes,

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from lvllm.engine.expert_layer import ExpertLayer
-from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.products import Pairs, multiply
+from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.stand_in import StandInAccelerator, StandInStream
-from lvllm.gpu.window import PrefetchWindow
+from lvllm.units import GIB
 
 __all__ = ["TracedStandIn", "busy", "draw", "of_host", "of_trace", "timeline"]
 
@@ -48,39 +49,41 @@ class TracedStandIn(StandInAccelerator):
 
 def _pass(
     accelerator: Accelerator,
-    window: PrefetchWindow,
+    ring: StagingRing,
     layers: list[ExpertLayer],
     inputs: tuple[torch.Tensor, ...],
 ) -> Spans:
     """Run a pass. Returns when the caller computed, which says nothing on a GPU."""
     spans: Spans = []
+    x, ids, weights = inputs
     for number, layer in enumerate(layers):
-        staged = window.stage(number)
-        begin = time.perf_counter()
-        streamed.run(layer, staged, *inputs)
-        spans.append((begin, time.perf_counter()))
-        window.release(number)
+        pairs = Pairs.sort(ids, weights, layer.num_experts)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for some, tensors in ring.stream(number, pairs.counts()):
+            begin = time.perf_counter()
+            multiply(layer, tensors, some, x, pairs, total)
+            spans.append((begin, time.perf_counter()))
     accelerator.synchronize(accelerator.compute())
     return spans
 
 
-def _window(accelerator: Accelerator, layers: list[ExpertLayer], ahead: int) -> PrefetchWindow:
-    return PrefetchWindow(
-        accelerator, {number: layer.tensors for number, layer in enumerate(layers)}, ahead
-    )
+def _ring(accelerator: Accelerator, layers: list[ExpertLayer], ahead: int) -> StagingRing:
+    weights = {number: layer.tensors for number, layer in enumerate(layers)}
+    return StagingRing(accelerator, weights, ahead, GIB)
 
 
 def of_host(
     layers: list[ExpertLayer], inputs: tuple[torch.Tensor, ...], ahead: int
 ) -> dict[str, Spans]:
     """Time a pass on the stand-in."""
-    start = time.perf_counter()
-    streamed.run(layers[0], layers[0].tensors, *inputs)
-    # A copy has four pieces for each tensor, and each of two events is one more.
+    plain = StandInAccelerator()
+    groups = _pass(plain, _ring(plain, layers[:1], 0), layers[:1], inputs)
+    plain.close()
+    products = _total(groups) / len(groups)
+    # A copy of a group has four pieces for each tensor, and each of two events is one more.
     pieces = 4 * len(layers[0].tensors) + 2
-    products = time.perf_counter() - start
     accelerator = TracedStandIn(delay=lambda: products / pieces)
-    computed = _pass(accelerator, _window(accelerator, layers, ahead), layers, inputs)
+    computed = _pass(accelerator, _ring(accelerator, layers, ahead), layers, inputs)
     copied = sorted(accelerator.copies)
     accelerator.close()
     return {COPY: copied, COMPUTE: computed}
@@ -111,10 +114,10 @@ def timeline(
     """Time a second pass on the GPU. The trace file can be read by chrome://tracing."""
     from torch.profiler import ProfilerActivity, profile
 
-    window = _window(accelerator, layers, ahead)
-    _pass(accelerator, window, layers, inputs)
+    ring = _ring(accelerator, layers, ahead)
+    _pass(accelerator, ring, layers, inputs)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        _pass(accelerator, window, layers, inputs)
+        _pass(accelerator, ring, layers, inputs)
     profiler.export_chrome_trace(str(trace))
     return of_trace(json.loads(trace.read_text()))
 

@@ -2,7 +2,7 @@
 
 from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.devices import open_accelerator
-from lvllm.gpu.hybrid import raise_host_call_error
+from lvllm.gpu.hybrid import host_calls, raise_host_call_error
 from lvllm.gpu.offload import Offload, mark_step
 from lvllm.gpu.offloaded_layer import OffloadedLayer, concentrated_routing
 from lvllm.gpu.watchdog import Watchdog
@@ -13,6 +13,7 @@ __all__ = [
     "OffloadedLayer",
     "Watchdog",
     "concentrated_routing",
+    "host_calls",
     "mark_step",
     "open_accelerator",
     "raise_host_call_error",

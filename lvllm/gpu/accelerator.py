@@ -12,12 +12,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Accelerator", "Event", "Stream", "check_copy", "check_pinnable"]
+__all__ = ["Accelerator", "Event", "Mark", "Stream", "check_copy", "check_pinnable"]
 
 Stream: TypeAlias = Any
 """A stream of one accelerator. Callers only pass it on."""
 Event: TypeAlias = Any
 """An event of one accelerator. Callers only pass it on."""
+Mark: TypeAlias = Any
+"""A place in a stream of one accelerator. Callers only pass it on."""
 
 
 class Accelerator(ABC):
@@ -59,6 +61,21 @@ class Accelerator(ABC):
         """Tell whether the event's last record was reached, without waiting.
 
         This must not be called while a graph is captured.
+        """
+
+    @abstractmethod
+    def mark(self, stream: Stream) -> Mark:
+        """Note the time at which all work that is in `stream` by now is done.
+
+        This must not be called while a graph is captured.
+        """
+
+    @abstractmethod
+    def seconds(self, first: Mark, second: Mark) -> float | None:
+        """Return the seconds from one mark to another, or None while one is not reached.
+
+        The marks may be in different streams. The result is negative if the second came first. This
+        does not wait, and must not be called while a graph is captured.
         """
 
     @abstractmethod

@@ -2,8 +2,9 @@
 to compute it with lk. LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto measures one layer at start.
 
 On the CPU a layer takes lk's time and the time to copy the tokens there and back. A streamed layer
-in a pass over many layers takes the longer of its copy and its products. Without a window it takes
-their sum, for then no copy runs beside products. What both paths have in common is left out.
+takes the longer of its copy and its products, and a little more: nothing is copied ahead here, so
+that the first group's copy or the last one's products are not hidden. What both paths have in
+common is left out.
 """
 
 import logging
@@ -16,14 +17,13 @@ import torch
 
 from lvllm.gpu import streamed
 from lvllm.gpu.offloaded_layer import OffloadedLayer
-from lvllm.gpu.window import PrefetchWindow
+from lvllm.gpu.ring import StagingRing
 
 __all__ = [
     "MeasuredThreshold",
     "Point",
     "measure_threshold",
     "search",
-    "streamed_seconds",
     "threshold",
 ]
 
@@ -72,11 +72,6 @@ class Point:
     def gain(self) -> float:
         """The seconds that streaming saves."""
         return self.cpu - self.streamed
-
-
-def streamed_seconds(copy: float, products: float, ahead: int) -> float:
-    """Return the seconds of one of many layers, with `ahead` layers copied ahead of it."""
-    return max(copy, products) if ahead else copy + products
 
 
 def search(measure: Callable[[int], Point | None], most: int) -> list[Point]:
@@ -131,7 +126,7 @@ def _around(points: Sequence[Point]) -> tuple[Point | None, list[Point]]:
 
 def measure_threshold(
     measured: MeasuredThreshold,
-    window: PrefetchWindow,
+    ring: StagingRing,
     layer: OffloadedLayer,
     layers: int,
     most: int,
@@ -142,7 +137,7 @@ def measure_threshold(
     measure at the same time, as they compute at the same time: they share the host's memory, and
     some of them share a bus.
     """
-    timer = _LayerTimer(measured.dtype, window, layer)
+    timer = _LayerTimer(measured.dtype, ring, layer)
     timer.warm_up(min(most, WARM_UP))
     measured.agree((0.0,))  # This makes the ranks begin together.
     (copy,) = measured.agree((timer.copy(),))
@@ -155,12 +150,12 @@ def measure_threshold(
             return None
         batch = timer.batch(tokens)
         cpu, now = measured.agree((timer.cpu(*batch), time.perf_counter() - begin))
-        # More tokens take at least as long, and any batch at least as long as the copy. If the CPU
-        # is faster than that, the device need not be measured.
-        least = max((one.streamed for one in known if one.tokens < tokens), default=copy)
+        # More tokens take at least as long, and so does the copy of the experts that they choose.
+        # If the CPU is faster than that, the device need not be measured.
+        chosen = 1 - (1 - layer.topk / layer.routed) ** tokens
+        least = max([chosen * copy, *(one.streamed for one in known if one.tokens < tokens)])
         if cpu > least:
-            products, now = measured.agree((timer.products(*batch), time.perf_counter() - begin))
-            least = streamed_seconds(copy, products, window.ahead)
+            least, now = measured.agree((timer.streamed(*batch), time.perf_counter() - begin))
         spent, last = now, now - spent
         known.append(Point(tokens, cpu, least))
         return known[-1]
@@ -172,62 +167,58 @@ def measure_threshold(
         chosen = measured.least if measured.least <= most else 0
     logger.info(
         "LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is %s",
-        describe(chosen, points, copy, layer.size(), layers, window.ahead),
+        describe(chosen, points, copy, layer.size(), layers),
     )
     return chosen
 
 
-def describe(
-    chosen: int, points: Sequence[Point], copy: float, size: int, layers: int, ahead: int
-) -> str:
+def describe(chosen: int, points: Sequence[Point], copy: float, size: int, layers: int) -> str:
     """Describe the threshold and the times behind it in one line. `size` is a layer's bytes."""
     beyond = [point for point in points if chosen and point.tokens >= chosen]
     nearest = (min if beyond else max)(beyond or points, key=lambda point: point.tokens)
     # If the CPU is faster, only a lower bound of the streamed time is known.
     at_least = "at least " if nearest.gain <= 0 else ""
-    unhidden = "" if ahead else ", for LVLLM_GPU_PREFETCH_WINDOW=0 hides no copy"
     return (
         f"{chosen if chosen else '0 (off)'}: bus {size / copy / 1e9:.1f} GB/s, a layer's"
         f" {size / 1e6:.1f} MB in {1e3 * copy:.2f} ms; {nearest.tokens} tokens take it"
         f" {1e3 * nearest.cpu:.2f} ms on the CPU ({nearest.tokens / nearest.cpu / layers:.0f}"
         f" tokens/s through {layers} layers), {at_least}{1e3 * nearest.streamed:.2f} ms"
-        f" streamed{unhidden}"
+        " streamed"
     )
 
 
 class _LayerTimer:
-    """Times one staged layer on random batches."""
+    """Times one layer on random batches."""
 
-    def __init__(self, dtype: torch.dtype, window: PrefetchWindow, layer: OffloadedLayer) -> None:
-        self._dtype, self._window, self._layer = dtype, window, layer
+    def __init__(self, dtype: torch.dtype, ring: StagingRing, layer: OffloadedLayer) -> None:
+        self._dtype, self._ring, self._layer = dtype, ring, layer
         self._accelerator = layer.accelerator
         # The process's own generator is left alone, so that vLLM samples the same tokens.
         self._random = torch.Generator(self._accelerator.device).manual_seed(0)
-        self._stage()
-        window.settle()
 
     def copy(self) -> float:
-        """Return the seconds of the layer's copy with no other copy under way.
-
-        The layer is staged again afterwards.
-        """
-        seconds = self._best(self._stage, before=self.drop)
-        self._window.settle()
-        return seconds
+        """Return the seconds of the whole layer's copy, with no other copy under way."""
+        everyone = [1] * self._layer.experts.num_experts
+        stream = self._ring.stream
+        return self._best(lambda: list(stream(self._layer.number, everyone)), before=self.drop)
 
     def cpu(self, *batch: torch.Tensor) -> float:
         """Return the seconds of a batch on the CPU, with the copies there and back."""
         return self._best(lambda: self._layer.call(*batch))
 
-    def products(self, *batch: torch.Tensor) -> float:
-        """Return the seconds of a batch's products on the device."""
-        return self._best(lambda: streamed.run(self._layer.experts, self._staged, *batch))
+    def streamed(self, *batch: torch.Tensor) -> float:
+        """Return the seconds of a batch on the device, of which nothing was copied before."""
+        layer = self._layer
+        return self._best(
+            lambda: streamed.run(layer.experts, self._ring, layer.number, *batch),
+            before=self.drop,
+        )
 
     def warm_up(self, tokens: int) -> None:
         """Compute a batch on both paths, without timing it."""
         batch = self.batch(tokens)
         self.cpu(*batch)
-        self.products(*batch)
+        self.streamed(*batch)
 
     def batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return x, ids and weights of a batch. Each token has random experts, some of them other
@@ -243,12 +234,9 @@ class _LayerTimer:
         return x, ids, torch.full_like(ids, 1 / layer.topk, dtype=torch.float32)
 
     def drop(self) -> None:
-        """Leave the window as it was: nothing is staged or being copied."""
-        self._window.abort()
-        self._window.settle()
-
-    def _stage(self) -> None:
-        self._staged = self._window.stage(self._layer.number)
+        """Leave the ring as it was: nothing is being copied."""
+        self._ring.abort()
+        self._ring.settle()
 
     def _best(self, work: Callable[[], object], before: Callable[[], object] = int) -> float:
         """Return the shortest of up to three runs. Other work of the machine only adds time."""

@@ -1,6 +1,6 @@
 """Converts experts from the engine's order and format to plain matrices, on a device.
 
-The staging buffers of a GPU hold the engine's bytes: tiles of 64 rows, transposed in units of four
+The staging ring on a GPU holds the engine's bytes: tiles of 64 rows, transposed in units of four
 bytes (`engine.tiles`), in 4, 8 or 16 bits. One Triton kernel reads each byte once and writes each
 value once, which is 2.6 to 4 bytes per weight. At 4 TB/s that takes a small part of the time in
 which a bus of 55 GB/s brings the weight's half byte to two bytes. In plain PyTorch, where each step

@@ -56,6 +56,16 @@ class CudaAccelerator(Accelerator):
     def reached(self, event: torch.cuda.Event) -> bool:
         return event.query()
 
+    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(stream)
+        return mark
+
+    def seconds(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float | None:
+        if not (first.query() and second.query()):
+            return None
+        return first.elapsed_time(second) / 1e3
+
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
         check_copy(target, source)
         with torch.cuda.stream(stream):

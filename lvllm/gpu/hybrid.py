@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from lvllm.engine.counters import Reason
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.engine.ops import raw_ops
 from lvllm.gpu.accelerator import Accelerator, Stream
@@ -21,6 +22,7 @@ __all__ = [
     "PINNED_BYTES",
     "HybridCall",
     "PinnedBuffers",
+    "host_calls",
     "raise_host_call_error",
     "running_host_call",
 ]
@@ -75,6 +77,10 @@ class PinnedBuffers:
         self._out = accelerator.pinned((self.rows * hidden,), torch.bfloat16)
         self._ids = accelerator.pinned((self.rows * topk,), torch.int32)
         self._weights = accelerator.pinned((self.rows * topk,), torch.float32)
+        self.nbytes = sum(
+            tensor.nbytes for tensor in (self._x, self._out, self._ids, self._weights)
+        )
+        """The size of the pinned memory."""
         self.begin, self.end = accelerator.event(), accelerator.event()
         # The arguments of calls outside graphs, in the order in which they were queued, and thus
         # end. There are as many as there ever were calls under way at a time.
@@ -122,7 +128,7 @@ class HybridCall:
     def __init__(
         self, buffers: PinnedBuffers, layer: ExpertLayer, topk: int, name: str = "layer"
     ) -> None:
-        self._buffers, self._accelerator, self.name = buffers, buffers.accelerator, name
+        self.buffers, self._accelerator, self.name = buffers, buffers.accelerator, name
         self._handle = int(layer.handle)
         self._function: int = raw_ops.host_call_function()
         # A graph keeps the address of its argument for good, so an argument that was captured is
@@ -132,28 +138,34 @@ class HybridCall:
         _calls[self._handle] = self
 
     def __call__(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        reason: Reason = Reason.OFF,
     ) -> torch.Tensor:
         """Compute x [M, H], topk_ids and topk_weights [M, k] on the device -> [M, H] as x.
 
-        Work that the caller puts in its stream after this call can use the result.
+        Work that the caller puts in its stream after this call can use the result. `reason` says
+        why the batch is not streamed, for the counters.
         """
         x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
         ids = topk_ids.to(torch.int32).contiguous()
         weights = topk_weights.to(torch.float32).contiguous()
         compute = self._accelerator.compute()
-        stream = self._buffers.stream
+        stream = self.buffers.stream
         if stream is None:
             stream = compute
         else:
-            self._accelerator.record(self._buffers.begin, compute)
-            self._accelerator.wait(self._buffers.begin, stream)
-        for first in range(0, len(x), self._buffers.rows):
-            rows = slice(first, first + self._buffers.rows)
-            self._queue(x[rows], ids[rows], weights[rows], out[rows], first, stream)
+            self._accelerator.record(self.buffers.begin, compute)
+            self._accelerator.wait(self.buffers.begin, stream)
+        for first in range(0, len(x), self.buffers.rows):
+            rows = slice(first, first + self.buffers.rows)
+            self._queue(x[rows], ids[rows], weights[rows], out[rows], first, reason, stream)
         if stream is not compute:
-            self._accelerator.record(self._buffers.end, stream)
-            self._accelerator.wait(self._buffers.end, compute)
+            self._accelerator.record(self.buffers.end, stream)
+            self._accelerator.wait(self.buffers.end, compute)
         return out
 
     def _queue(
@@ -163,16 +175,17 @@ class HybridCall:
         weights: torch.Tensor,
         out: torch.Tensor,
         first: int,
+        reason: Reason,
         stream: Stream,
     ) -> None:
         """Queue a batch that fits in the buffers. It begins at row `first` of the whole batch."""
         shape = (*x.shape, ids.shape[1], x.dtype)
-        host_x, host_ids, host_weights, host_out = views = self._buffers.views(*shape)
+        host_x, host_ids, host_weights, host_out = views = self.buffers.views(*shape)
         copy, capturing = self._accelerator.copy, self._accelerator.capturing()
         argument = self._captured.get((first, *shape)) if capturing else None
         if argument is None:
-            argument = _Argument() if capturing else self._buffers.take_argument()
-            raw_ops.host_call_fill(argument.address, self._handle, *views, first)
+            argument = _Argument() if capturing else self.buffers.take_argument()
+            raw_ops.host_call_fill(argument.address, self._handle, *views, first, reason)
         copy(host_x, x, stream)
         copy(host_ids, ids, stream)
         copy(host_weights, weights, stream)
@@ -181,7 +194,7 @@ class HybridCall:
         if capturing:
             self._captured[(first, *shape)] = argument
         else:
-            self._buffers.give_back(argument, self.name)
+            self.buffers.give_back(argument, self.name)
 
 
 _calls: weakref.WeakValueDictionary[int, HybridCall] = weakref.WeakValueDictionary()
@@ -196,6 +209,12 @@ def raise_host_call_error() -> None:
     handle, text = raw_ops.host_call_error()
     if handle:
         raise RuntimeError(f"{_name_of(handle)}: {text}")
+
+
+def host_calls() -> tuple[int, int]:
+    """Return how many host calls of this process have begun and ended."""
+    begun, ended, _ = raw_ops.host_call_progress()
+    return begun, ended
 
 
 def running_host_call() -> str:

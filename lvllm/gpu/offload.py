@@ -9,8 +9,8 @@ from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers, raise_host_call_error, running_host_call
 from lvllm.gpu.offloaded_layer import OffloadedLayer
+from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
-from lvllm.gpu.window import PrefetchWindow
 
 __all__ = ["Offload", "mark_step"]
 
@@ -27,6 +27,7 @@ class Offload:
         threshold: batches of at least this many tokens are computed on the device; 0: none is. A
             MeasuredThreshold is measured when the last layer is added.
         ahead: the number of layers that are copied to the device before they are needed.
+        staging_bytes: the limit of the device's memory for copies of experts.
         watchdog: to be told of copies, host calls and steps; it is closed at this object's end.
     """
 
@@ -36,12 +37,14 @@ class Offload:
         tokens: int,
         threshold: int | MeasuredThreshold = 0,
         ahead: int = 0,
+        staging_bytes: int = 1 << 30,
         watchdog: Watchdog | None = None,
     ) -> None:
         self.accelerator = accelerator
         self._threshold = threshold
         self._streams = isinstance(threshold, MeasuredThreshold) or threshold > 0
-        self._tokens, self._ahead, self._watchdog = tokens, ahead, watchdog
+        self._tokens, self._watchdog = tokens, watchdog
+        self._ahead, self._staging_bytes = ahead, staging_bytes
         if watchdog is not None:
             weakref.finalize(self, watchdog.close).atexit = False
         self._model: weakref.ref[object] | None = None
@@ -51,6 +54,7 @@ class Offload:
             weakref.WeakValueDictionary()
         )
         self._steps: StreamSteps | None = None
+        self._ring: StagingRing | None = None
         self._complete = False
 
     @staticmethod
@@ -85,7 +89,7 @@ class Offload:
         router chooses from, if other ranks hold some of them.
 
         Raises MemoryError, in one line, if the host's memory cannot be pinned or the device has too
-        little memory for the prefetch window.
+        little memory for the copies of experts.
         """
         layer = OffloadedLayer(
             self, self.accelerator, number, name, experts, topk, routed or experts.num_experts
@@ -120,23 +124,26 @@ class Offload:
         if not self._streams:
             return
         weights = {layer.number: layer.experts.tensors for layer in layers}
-        window = PrefetchWindow(self.accelerator, weights, self._ahead, watchdog)
+        ring = StagingRing(self.accelerator, weights, self._ahead, self._staging_bytes, watchdog)
         threshold = self._threshold
         if isinstance(threshold, MeasuredThreshold):
             by_size = sorted(layers, key=OffloadedLayer.size)
             median = by_size[len(layers) // 2]
             threshold = break_even.measure_threshold(
-                threshold, window, median, len(layers), self._tokens
+                threshold, ring, median, len(layers), self._tokens
             )
             raise_host_call_error()
         if threshold == 0:
-            # The window's memory is freed here, before vLLM measures what is left. The experts stay
+            # The ring's memory is freed here, before vLLM measures what is left. The experts stay
             # pinned, since lk computes on them anyway.
             return
+        self._ring = ring
         for layer in layers:
-            layer.window, layer.threshold = window, threshold
+            layer.ring, layer.threshold = ring, threshold
 
     def _mark_step(self) -> None:
+        if self._ring is not None:
+            self._ring.tally()
         if self._watchdog is not None:
             if self._steps is None:
                 self._steps = self._watchdog.follow(self.accelerator.compute())
@@ -151,6 +158,8 @@ _live: weakref.WeakSet[Offload] = weakref.WeakSet()
 
 def mark_step() -> None:
     """Tell the watchdogs that all work in the compute stream is due. Call this after each step.
+
+    What is known of the copies by now is counted.
 
     The replay of a graph is only seen here, since it makes no call that this package knows of.
     """

@@ -7,11 +7,13 @@ from enum import Enum, auto
 
 import torch
 
+from lvllm.engine.counters import Reason
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.counters import StreamedCounters
 from lvllm.gpu.hybrid import HybridCall, raise_host_call_error
-from lvllm.gpu.window import PrefetchWindow
+from lvllm.gpu.ring import StagingRing
 
 __all__ = ["ComputePath", "OffloadedLayer", "choose_path", "concentrated_routing"]
 
@@ -52,9 +54,10 @@ class OffloadedLayer:
 
     # Offload sets these once all layers of the model have been added.
     call: HybridCall
-    window: PrefetchWindow | None = None
+    ring: StagingRing | None = None
     threshold: int = 0
     """Batches of at least this many tokens are streamed; 0: none is."""
+    counters: StreamedCounters | None = None
 
     def __init__(
         self,
@@ -85,28 +88,37 @@ class OffloadedLayer:
         capturing = self.accelerator.capturing()
         if choose_path(len(x), capturing, self.threshold) is ComputePath.STREAMED:
             return self._run_streamed(x, topk_ids, topk_weights)
-        out = self.call(x, topk_ids, topk_weights)
+        reason = Reason.SMALL if self.threshold else Reason.OFF
+        if capturing:
+            reason = Reason.GRAPH
+        out = self.call(x, topk_ids, topk_weights, reason=reason)
         if not capturing:
             raise_host_call_error()
         return out
 
+    def count(self, counters: StreamedCounters) -> None:
+        """From now on, count the streamed batches."""
+        assert self.ring is not None, "only layers with a ring are streamed"
+        self.counters = counters
+        self.ring.count(self.number, counters)
+
     def _run_streamed(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Compute a batch on the device, with the window's copy of the layer's weights."""
-        window = self.window
-        assert window is not None, "a threshold is set together with a window"
+        """Compute a batch on the device, with the ring's copies of the layer's experts."""
+        ring = self.ring
+        assert ring is not None, "a threshold is set together with a ring"
         if _concentrated:
             ids = torch.arange(topk_ids.shape[1], device=x.device, dtype=topk_ids.dtype)
             topk_ids = ids.where(ids < self.experts.num_experts, -1).expand_as(topk_ids)
+        count = self.counters.add_batch if self.counters is not None else None
         try:
-            staged = window.stage(self.number)
-            out = streamed.run(self.experts, staged, x, topk_ids, topk_weights)
-            window.release(self.number)
+            return streamed.run(
+                self.experts, ring, self.number, x, topk_ids, topk_weights, count=count
+            )
         except BaseException:
-            window.abort()
+            ring.abort()
             raise
-        return out
 
 
 _concentrated = False

@@ -13,7 +13,7 @@ from lvllm.gpu.accelerator import Accelerator, check_copy, check_pinnable
 from lvllm.gpu.pinning import PinnedTensors
 from lvllm.units import ceil_div
 
-__all__ = ["StandInAccelerator", "StandInEvent", "StandInStream"]
+__all__ = ["StandInAccelerator", "StandInEvent", "StandInMark", "StandInStream"]
 
 PIECES = 4
 """A copy is done in this many parts: who reads too early sees a mixture of old and new bytes."""
@@ -33,6 +33,12 @@ class StandInEvent:
     """An event. It has the point in a stream where it was recorded last."""
 
     point: _Point | None = None
+
+
+class StandInMark:
+    """A place in a stream, and the time.perf_counter() at which it was reached."""
+
+    reached: float | None = None
 
 
 class StandInStream:
@@ -101,6 +107,17 @@ class StandInAccelerator(Accelerator):
     def reached(self, event: StandInEvent) -> bool:
         with self._changed:
             return event.point is None or event.point.passed
+
+    def mark(self, stream: StandInStream) -> StandInMark:
+        self._raise()
+        mark = StandInMark()
+        self._put(partial(_stamp, mark), stream)
+        return mark
+
+    def seconds(self, first: StandInMark, second: StandInMark) -> float | None:
+        if first.reached is None or second.reached is None:
+            return None
+        return second.reached - first.reached
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: StandInStream) -> None:
         check_copy(target, source)
@@ -208,6 +225,10 @@ class StandInAccelerator(Accelerator):
     def _raise(self) -> None:
         if self._error is not None:
             raise RuntimeError(f"in a stream of the host stand-in: {self._error}") from self._error
+
+
+def _stamp(mark: StandInMark) -> None:
+    mark.reached = time.perf_counter()
 
 
 def _copy_bytes(target: torch.Tensor, source: torch.Tensor, begin: int, size: int) -> None:

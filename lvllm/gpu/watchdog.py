@@ -1,9 +1,12 @@
 """Ends the process when something that the GPU waits for does not happen, and says what it was.
 
+CUDA queues the steps of all layers within milliseconds, and they are due from then on. So a step is
+late when nothing at all has happened for the allowed time: a pass may take many times as long.
+
 The watchdog's thread reads host memory and never calls CUDA. A query of an event may block behind a
 thread that waits for the device, and would break a graph that is being captured. So the device
-itself writes to host memory how far a stream has come. The thread sleeps until the oldest step that
-is due would be late, or until a step becomes due.
+itself writes to host memory how far a stream has come. The thread looks there a few times in the
+allowed time, and sleeps while nothing is due.
 """
 
 import time
@@ -22,6 +25,9 @@ __all__ = ["Steps", "StreamSteps", "Watchdog"]
 NUMBERS = 1 << 16
 """The marks of a stream are numbered modulo this. CUDA queues some thousand of them at most."""
 
+LOOKS = 8
+"""How often the thread looks in the allowed time, while something is due."""
+
 Name = str | Callable[[], str]
 """A step's name, or a function that tells the name once the step is late. The replay of a graph has
 many steps, of which only the late one is of interest."""
@@ -31,22 +37,28 @@ many steps, of which only the late one is of interest."""
 class _Step:
     name: Name
     happened: Callable[[], bool]
-    late: float
-    """The step is late from this time.monotonic() on."""
+    due: float
+    """The time.monotonic() at which it became due."""
 
 
 class Watchdog:
-    """Ends the process when a step has not happened `seconds` after it was due.
+    """Ends the process when a step is due and nothing has happened for `seconds`.
 
     Args:
         accelerator: the device whose streams are watched.
         seconds: the time that a step may take.
         end: ends the process. It is called in the watchdog's thread, with one line that names the
             step.
+        others: returns what changes whenever other work of the process goes on, such as the calls
+            of the engine that a graph makes. It only reads host memory.
     """
 
     def __init__(
-        self, accelerator: Accelerator, seconds: float, end: Callable[[str], object]
+        self,
+        accelerator: Accelerator,
+        seconds: float,
+        end: Callable[[str], object],
+        others: Callable[[], object] = lambda: None,
     ) -> None:
         self.accelerator = accelerator
         self.numbers = torch.arange(NUMBERS, dtype=torch.int32, device=accelerator.device)
@@ -54,10 +66,13 @@ class Watchdog:
         accelerator.synchronize(accelerator.compute())
         self._seconds = seconds
         self._end = end
+        self._others = others
         self._changed = Condition()  # This guards all of the following, and what Steps hold.
         self._all: list[Steps] = []
         self._sleeps_for_good = False
         self._closed = False
+        self._happened = time.monotonic()  # when something was last seen to have happened
+        self._seen = others()
         self._thread = Thread(target=self._watch, name="lvllm-watchdog", daemon=True)
         self._thread.start()
 
@@ -87,8 +102,10 @@ class Watchdog:
 
     def _due(self, steps: "Steps", name: Name, happened: Callable[[], bool]) -> None:
         with self._changed:
-            steps.clear()
-            steps.waiting.append(_Step(name, happened, time.monotonic() + self._seconds))
+            now = time.monotonic()
+            if steps.clear():
+                self._happened = now
+            steps.waiting.append(_Step(name, happened, now))
             if self._sleeps_for_good:  # From any other sleep it wakes in time for this step.
                 self._changed.notify()
 
@@ -106,21 +123,24 @@ class Watchdog:
     def _next_late_step(self) -> _Step | None:
         """Sleep until a step is late. Return the oldest one, or None once this is closed."""
         while True:
-            for steps in self._all:
-                steps.clear()
+            now = time.monotonic()
+            cleared = [steps.clear() for steps in self._all]
+            before, self._seen = self._seen, self._others()
+            if any(cleared) or self._seen != before:
+                self._happened = now
             if self._closed:  # This is checked last, as a finaliser may run in this thread.
                 return None
             oldest = min(
                 (steps.waiting[0] for steps in self._all if steps.waiting),
-                key=lambda step: step.late,
+                key=lambda step: step.due,
                 default=None,
             )
             if oldest is None:
                 self._sleeps_for_good = True
                 self._changed.wait()
                 self._sleeps_for_good = False
-            elif (left := oldest.late - time.monotonic()) > 0:
-                self._changed.wait(left)
+            elif (left := max(oldest.due, self._happened) + self._seconds - now) > 0:
+                self._changed.wait(min(left, self._seconds / LOOKS))
             else:
                 return oldest
 
@@ -140,10 +160,15 @@ class Steps:
         """
         self._watchdog._due(self, name, happened)
 
-    def clear(self) -> None:
-        """Forget steps that have happened. The caller holds the watchdog's lock."""
+    def clear(self) -> bool:
+        """Forget steps that have happened, and tell whether there were any.
+
+        The caller holds the watchdog's lock.
+        """
+        before = len(self.waiting)
         while self.waiting and self.waiting[0].happened():
             self.waiting.popleft()
+        return len(self.waiting) < before
 
 
 class StreamSteps(Steps):

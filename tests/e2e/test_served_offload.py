@@ -15,12 +15,14 @@ import pytest
 import torch
 import transformers
 
-from examples.demo import free_port
 from lvllm import evaluation
+from lvllm.serving.background import free_port
+from lvllm.top.scrape import Scrape, scrape
 from tests.e2e import reference
 from tests.e2e.generate import TINY
 from tests.e2e.hanging_copies import HangingCopies
 from tests.e2e.server import CommandServer, Server
+from tests.examples import test_grafana
 
 TOKENS = 8
 # 9 to 17 tokens each: with chunks of up to 32, batches on both sides of the threshold.
@@ -85,11 +87,58 @@ def _answer(model: Any, prompt: list[int]) -> list[int] | None:
     return tokens
 
 
-def ask_in_vain(server: Server, prompt: list[int]) -> str:
+def ask_in_vain(server: Server, prompt: list[int]) -> openai.APIError:
     """What the client is told."""
     with pytest.raises(openai.APIError) as caught:
         server.ask([prompt], TOKENS)
-    return caught.value.message
+    return caught.value
+
+
+def check_metrics(found: Scrape) -> None:
+    """Of four layers, one of them resident, and batches on both sides of the threshold."""
+    layers = found.by("class", name="lvllm_expert_layers")
+    assert layers == {("offloaded",): 3, ("resident",): 1}
+    calls = found.by("path", "reason", name="lvllm_expert_calls_total")
+    assert calls.keys() == {
+        *(("cpu", reason) for reason in ("small", "off", "graph")),
+        *(("streamed", "large"), ("resident", "resident")),
+    }
+    assert calls["cpu", "off"] == calls["cpu", "graph"] == 0
+    # Each step is a batch of each layer, and all layers have its tokens.
+    large, small, steps = (
+        calls["streamed", "large"],
+        calls["cpu", "small"],
+        calls["resident", "resident"],
+    )
+    assert large > 0 < small
+    assert large + small == 3 * steps
+    tokens = found.by("path", name="lvllm_expert_tokens_total")
+    assert tokens["cpu",] + tokens["streamed",] == 3 * tokens["resident",]
+    assert tokens["streamed",] >= 16 * large
+    # All groups but the last layer's are known to be complete. A layer has several where some of
+    # its experts have no tokens.
+    came = found.by("result", name="lvllm_staged_groups_total")
+    assert sum(came.values()) >= large - 1
+    assert came["hit",] + came["stall",] > 0
+    layer = found.sum("lvllm_bank_bytes", **{"class": "offloaded"}) / 3
+    assert 0 < found.sum("lvllm_copied_bytes_total", what="weights") <= layer * large
+    assert found.sum("lvllm_copied_bytes_total", what="activations") == tokens["cpu",] * (
+        4 * 128 + 8 * 4
+    )
+    for path, activity in (
+        ("cpu", "computing"),
+        ("streamed", "computing"),
+        ("streamed", "copying"),
+    ):
+        spent = found.sum("lvllm_expert_seconds_total", path=path, activity=activity)
+        assert spent > 0, (path, activity)
+    assert found.sum("lvllm_staging_bytes", memory="ring") >= 2 * layer
+    assert found.sum("lvllm_staging_bytes", memory="pinned") > 0
+    assert found.sum("lvllm_streaming_threshold_tokens") == 16
+    # The dashboard's numbers are there, but for those that other settings bring.
+    assert {name for name in test_grafana.metric_names() if name not in found.samples} == {
+        *("lvllm_prefill_queue", "lvllm_prefill_prompts_total", "lvllm_routed_tokens_total"),
+    }
 
 
 def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path) -> None:
@@ -104,13 +153,17 @@ def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path)
         assert server.ask(known.prompts, TOKENS) == known.answers
         for name in ("spec_decode_num_accepted_tokens", "prefix_cache_hits"):
             assert sum(server.metric(f"vllm:{name}_total").values()) > 0, name
+        check_metrics(scrape(server.url))
         hang.begin()
         with ThreadPoolExecutor(1) as pool:
             vain = pool.submit(ask_in_vain, server, known.prompts[-1][::-1])
             hang.wait()
             segments = server.segments()
             server.process.send_signal(signal.SIGTERM)
-            assert vain.result()
+            told = vain.result()
+            assert isinstance(told, openai.APIStatusError), told
+            assert told.status_code == 503
+            assert "stopped before the answer was complete" in told.message
         server.ended()
         assert not [name for name in segments if name.exists()]
 
@@ -125,10 +178,15 @@ def test_replicas_and_the_watchdog(known: Known, tmp_path: Path) -> None:
         assert server.ask(known.prompts, TOKENS) == known.answers
         answered = server.metric("vllm:generation_tokens_total")
         assert len(answered) == 2
+        # Each of two API servers has the metrics of both replicas.
+        for _ in range(6):
+            tokens = scrape(server.url).by("engine", name="lvllm_expert_tokens_total")
+            assert tokens.keys() == {("0",), ("1",)}
+            assert min(tokens.values()) > 0
         assert min(answered.values()) >= TOKENS, answered
         hang.begin()
         segments = server.segments()
-        assert ask_in_vain(server, known.prompts[-1])
+        assert ask_in_vain(server, known.prompts[-1][::-1]).message
         server.ended()
         assert not [name for name in segments if name.exists()]
         said = server.log.read_text()

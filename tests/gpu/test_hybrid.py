@@ -141,7 +141,7 @@ def beside_shared_experts(accelerator: Deferred) -> bool:
     # This does not wait by events, since one of them may be missing. A call of lk after the end of
     # its layer would leave an error, which a later test would find.
     done: list[None] = []
-    streams: tuple[Any, ...] = (compute, other, call._buffers.stream)
+    streams: tuple[Any, ...] = (compute, other, call.buffers.stream)
     for stream in streams:
         accelerator.launch(lambda: done.append(None), stream)
     while len(done) < len(streams):

@@ -17,6 +17,7 @@ from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.hybrid import raise_host_call_error
 from lvllm.gpu.offload import Offload, mark_step
 from lvllm.gpu.offloaded_layer import ComputePath, OffloadedLayer, choose_path, concentrated_routing
+from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.gpu.watchdog import Watchdog
 from tests.gpu.streams import RecordedAhead
@@ -122,10 +123,14 @@ def test_long_batches_are_streamed(accelerator: Pinning, monkeypatch: pytest.Mon
     assert len(accelerator.pins) == sum(len(layer.tensors) for layer in made)
     streamed_tokens = []
 
-    def run(layer: ExpertLayer, tensors: Any, *x: torch.Tensor) -> torch.Tensor:
-        assert tensors.keys() == layer.tensors.keys()
-        for name, tensor in layer.tensors.items():
-            assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8))
+    def run(
+        layer: ExpertLayer, ring: StagingRing, number: int, *x: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        for some, tensors in ring.stream(number, [1] * layer.num_experts):
+            assert tensors.keys() == layer.tensors.keys()
+            for name, tensor in layer.tensors.items():
+                wanted = tensor[some.start : some.stop].view(torch.uint8)
+                assert torch.equal(tensors[name].view(torch.uint8), wanted)
         streamed_tokens.append(len(x[0]))
         return layer(*x)
 
@@ -137,7 +142,7 @@ def test_long_batches_are_streamed(accelerator: Pinning, monkeypatch: pytest.Mon
     assert streamed_tokens == [12] * 3 + [10] * 3 + [MOST] * 3
 
     # The next batch can run after one that failed.
-    def fail(*_: Any) -> torch.Tensor:
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(streamed, "run", fail)
@@ -161,7 +166,7 @@ def test_a_threshold_that_is_measured(
         measured.append(arguments)
         return found
 
-    def run(layer: ExpertLayer, tensors: Any, *x: torch.Tensor) -> torch.Tensor:
+    def run(layer: ExpertLayer, _r: Any, _n: int, *x: torch.Tensor, **_: Any) -> torch.Tensor:
         ways.append(len(x[0]))
         return layer(*x)
 
@@ -174,14 +179,14 @@ def test_a_threshold_that_is_measured(
     ((*given, layers, most),) = measured
     sizes = sorted((layer.size(), layer) for layer in kept)
     assert (given[0], given[2], layers, most) == (auto, sizes[1][1], 3, MOST)
-    window = weakref.ref(given.pop(1))
+    ring = weakref.ref(given.pop(1))
     measured.clear()
     for tokens in (9, 10, MOST):
         for layer in made:
             x = batch(tokens)
             assert torch.equal(torch.ops.lvllm.routed_experts(*x, layer.handle), layer(*x))
     assert ways == ([10] * 3 + [MOST] * 3 if found else [])
-    assert (window() is not None) == bool(found)  # Its buffers' memory is freed with it.
+    assert (ring() is not None) == bool(found)  # Its memory is freed with it.
 
 
 def test_measuring_comes_to_an_end_and_streaming_with_it(
@@ -190,7 +195,7 @@ def test_measuring_comes_to_an_end_and_streaming_with_it(
     """The products are made up and take no time, so large batches may be streamed."""
     monkeypatch.setattr(break_even, "SECONDS", 0.2)
     run = streamed.run
-    monkeypatch.setattr(streamed, "run", lambda layer, tensors, x, *_: x)
+    monkeypatch.setattr(streamed, "run", lambda layer, ring, number, x, *_: x)
     made, kept = model(accelerator, (0, 1), threshold=MeasuredThreshold(torch.bfloat16), ahead=1)
     monkeypatch.setattr(streamed, "run", run)
     assert 0 <= kept[0].threshold <= MOST
@@ -208,9 +213,9 @@ def test_batches_of_concentrated_routing(
     made, kept = model(accelerator, (1,), threshold=10)
     plain, seen = streamed.run, []
 
-    def run(layer: ExpertLayer, tensors: Any, x: Any, ids: Any, weights: Any) -> torch.Tensor:
+    def run(layer: Any, ring: Any, number: int, x: Any, ids: Any, w: Any, **_: Any) -> torch.Tensor:
         seen.append(ids.clone())
-        return plain(layer, tensors, x, ids, weights)
+        return plain(layer, ring, number, x, ids, w)
 
     monkeypatch.setattr(streamed, "run", run)
     x = batch(11)
@@ -247,10 +252,10 @@ def test_an_offload_ends_with_its_layers(accelerator: Pinning) -> None:
     _, beside = model(accelerator, (2, 3))
     assert {id(layer.offload) for layer in beside}.isdisjoint({id(given_up)})
     del beside
-    window = kept[0].window
-    assert window is not None
-    accelerator.synchronize(window._copies)  # The next layer is being copied.
-    del made, kept, window
+    ring = kept[0].ring
+    assert ring is not None
+    ring.settle()  # The next layer is being copied.
+    del made, kept, ring
     gc.collect()
     assert offload() is None
     assert all(tensor() is None for tensor in memory)

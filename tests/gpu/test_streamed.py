@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvllm.gpu import streamed
+from lvllm.gpu import groups, streamed
 from lvllm.gpu.convert import convert
+from lvllm.gpu.ring import StagingRing
+from lvllm.gpu.stand_in import StandInAccelerator
 from tests.random_layers import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
 
 LAYERS = {
@@ -39,6 +41,16 @@ def made(
     )
 
 
+def run(layer: Any, *batch: torch.Tensor, **how: Any) -> torch.Tensor:
+    """Compute a batch with the layer's experts streamed through a ring."""
+    accelerator = StandInAccelerator()
+    try:
+        ring = StagingRing(accelerator, {3: layer.tensors}, 0, 1 << 30)
+        return streamed.run(layer, ring, 3, *batch, **how)
+    finally:
+        accelerator.close()
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     format=st.sampled_from(FORMATS),
@@ -47,10 +59,20 @@ def made(
     on_input=st.booleans(),
     tokens=st.sampled_from((0, 1, 2, 7, 33)),
     scratch=st.sampled_from((1, 40_000, 1 << 30)),
+    sums=st.sampled_from((1, 4000, 1 << 30)),
+    group=st.sampled_from((1, 30_000, 1 << 30)),
     **LAYERS,
 )
 def test_it_computes_the_expert_block(
-    format: str, on_input: bool, tokens: int, scratch: int, seed: int, experts: int, **how: Any
+    format: str,
+    on_input: bool,
+    tokens: int,
+    scratch: int,
+    sums: int,
+    group: int,
+    seed: int,
+    experts: int,
+    **how: Any,
 ) -> None:
     random, layer = made(
         format, experts=experts, seed=seed, apply_router_weight_on_input=on_input, **how
@@ -60,8 +82,21 @@ def test_it_computes_the_expert_block(
     x = random.normal(tokens, engine_layer.hidden_size).to(dtype)
     ids = random.integers(-1, experts, tokens, 3)
     weights = random.uniform(0.1, 1, tokens, 3)
-    copies = {name: tensor.clone() for name, tensor in engine_layer.tensors.items()}
-    got = streamed.run(engine_layer, copies, x, ids.int(), weights, scratch_bytes=scratch)
+    parts: list[tuple[int, list[int]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "GROUP_BYTES", group)
+        got = run(
+            engine_layer,
+            x,
+            ids.int(),
+            weights,
+            scratch_bytes=scratch,
+            sum_bytes=sums,
+            count=lambda tokens, counts: parts.append((tokens, counts)),
+        )
+    assert sum(tokens for tokens, _ in parts) == tokens
+    wanted = ids[ids >= 0].flatten().bincount(minlength=experts).tolist()
+    assert [sum(counts) for counts in zip(*(counts for _, counts in parts), strict=True)] == wanted
     assert got.shape == x.shape
     assert got.dtype == dtype
     want = layer.reference(x, ids, weights)
@@ -79,7 +114,7 @@ def test_it_agrees_with_the_engine(format: str) -> None:
     engine_layer = layer.make(activation_bits=16)
     x = random.normal(50, engine_layer.hidden_size).to(torch.bfloat16)
     ids, weights = random.integers(0, 7, 50, 4), random.uniform(0, 1, 50, 4)
-    got = streamed.run(engine_layer, engine_layer.tensors, x, ids, weights).float()
+    got = run(engine_layer, x, ids, weights).float()
     want = engine_layer(x, ids, weights).float()
     assert torch.linalg.norm(got - want) <= 6e-3 * torch.linalg.norm(want)
 
@@ -92,7 +127,7 @@ def test_an_id_that_is_no_expert_is_refused(wrong: int) -> None:
     ids, weights = random.integers(-1, 4, 5, 3), random.uniform(0, 1, 5, 3)
     ids[3, 1] = wrong
     with pytest.raises(ValueError, match=rf"^topk_ids has {wrong}, must be -1 or in \[0, 4\)$"):
-        streamed.run(engine_layer, engine_layer.tensors, x, ids, weights)
+        run(engine_layer, x, ids, weights)
 
 
 @settings(max_examples=60, deadline=None)

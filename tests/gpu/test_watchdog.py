@@ -13,16 +13,16 @@ import torch
 
 from lvllm.faults import process
 from lvllm.gpu import watchdog as watchdogs
+from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.stand_in import StandInStream
 from lvllm.gpu.watchdog import Watchdog
-from lvllm.gpu.window import PrefetchWindow
 from tests.gpu.streams import RecordedAhead
 
 SHORT = 1.0
 """The seconds that a step may take here."""
 LONG = 30.0
 
-LAYERS = {n: {"w13": torch.zeros(1000, dtype=torch.uint8)} for n in (3, 4, 7, 8)}
+LAYERS = {n: {"w13": torch.zeros(1, 1000, dtype=torch.uint8)} for n in (3, 4, 7, 8)}
 
 
 class Lines(list[str]):
@@ -66,24 +66,57 @@ def test_a_hanging_stream_is_named(
 ) -> None:
     """All later layers are late, too. The first one is named."""
     watchdog, gate = Watchdog(accelerator, SHORT, lines.add), threading.Event()
-    window = PrefetchWindow(accelerator, LAYERS, 1, watchdog)
+    ring = StagingRing(accelerator, LAYERS, 1, 1 << 20, watchdog)
     copy = accelerator.copy
 
     def hang(target: torch.Tensor, source: torch.Tensor, stream: StandInStream) -> None:
-        if hangs == "copy" and source is LAYERS[7]["w13"]:
+        if hangs == "copy" and source.data_ptr() == LAYERS[7]["w13"].data_ptr():
             accelerator.launch(lambda: gate.wait(LONG), stream)
         copy(target, source, stream)
 
     monkeypatch.setattr(accelerator, "copy", hang)
     for _ in range(2):
         for number in LAYERS:
-            window.stage(number)
-            if hangs == "compute" and number == 4:
-                accelerator.launch(lambda: gate.wait(LONG), accelerator.compute())
-            window.release(number)
+            for _ in ring.stream(number, [1]):
+                if hangs == "compute" and number == 4:
+                    accelerator.launch(lambda: gate.wait(LONG), accelerator.compute())
     assert lines.said.wait(LONG)
     assert lines == [line(step)]
     gate.set()
+    watchdog.close()
+
+
+def test_a_pass_may_take_longer_than_a_step(accelerator: RecordedAhead, lines: Lines) -> None:
+    """All layers are queued at once, as on a GPU, and are due from then on."""
+    watchdog = Watchdog(accelerator, SHORT, lines.add)
+    ring = StagingRing(accelerator, LAYERS, 1, 1 << 20, watchdog)
+    compute = watchdog.follow(accelerator.compute())
+    queued = time.monotonic()
+    for number in LAYERS:
+        for _ in ring.stream(number, [1]):
+            accelerator.launch(lambda: time.sleep(0.6 * SHORT), accelerator.compute())
+        compute.mark(f"layer {number}: experts on the GPU")
+    compute.mark("a step")
+    assert time.monotonic() - queued < SHORT
+    accelerator.synchronize(accelerator.compute())
+    assert time.monotonic() - queued > 2 * SHORT
+    assert not lines
+    watchdog.close()
+
+
+def test_a_step_may_take_long_while_other_work_goes_on(
+    accelerator: RecordedAhead, lines: Lines
+) -> None:
+    """The replay of a graph is one step, in which the engine is called once a layer."""
+    calls = [0]
+    watchdog = Watchdog(accelerator, SHORT, lines.add, lambda: tuple(calls))
+    watchdog.steps().due("a step", lambda: False)
+    for _ in range(5):
+        time.sleep(0.5 * SHORT)
+        calls[0] += 1
+        assert not lines
+    assert lines.said.wait(LONG)
+    assert lines == [line("a step")]
     watchdog.close()
 
 
@@ -112,20 +145,20 @@ def test_what_happens_is_left_alone_and_the_thread_sleeps(
 ) -> None:
     monkeypatch.setattr(watchdogs, "NUMBERS", 64)  # Numbers are used again.
     watchdog = Watchdog(accelerator, LONG, lines.add)
-    window = PrefetchWindow(accelerator, LAYERS, 2, watchdog)
+    ring = StagingRing(accelerator, LAYERS, 2, 1 << 20, watchdog)
     looks = list[float]()
     steps = watchdog.steps()
     steps.due("layer 0: experts on the CPU", lambda: looks.append(time.monotonic()) or True)  # type: ignore[func-returns-value]
     for _ in range(40):
         for number in LAYERS:
             if random.random() < 0.9:
-                window.stage(number)
+                assert list(ring.stream(number, [1]))
         accelerator.synchronize(accelerator.compute())
-        accelerator.synchronize(window._copies)
+        ring.settle()
     with watchdog._changed:
-        assert window._steps is not None
-        window._steps.clear()
-        assert not window._steps.waiting
+        assert ring._steps is not None
+        ring._steps.clear()
+        assert not ring._steps.waiting
     # It slept while a step was due, and did not look again and again.
     assert len(looks) <= 1
     assert not lines
@@ -170,14 +203,14 @@ def test_a_finaliser_may_close_it_in_its_own_thread(
 CHILD = """
 import threading, torch
 from lvllm.faults.process import end_now
+from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.gpu.watchdog import Watchdog
-from lvllm.gpu.window import PrefetchWindow
 accelerator = StandInAccelerator()
 watchdog = Watchdog(accelerator, 0.1, end_now)
-window = PrefetchWindow(accelerator, {12: {"w2": torch.zeros(9)}}, 1, watchdog)
-accelerator.launch(threading.Event().wait, window._copies)
-window.stage(12)
+ring = StagingRing(accelerator, {12: {"w2": torch.zeros(1, 9)}}, 1, 1 << 20, watchdog)
+accelerator.launch(threading.Event().wait, ring._copies)
+list(ring.stream(12, [1]))
 """
 
 

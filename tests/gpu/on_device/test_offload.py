@@ -17,7 +17,7 @@ from lvllm.gpu.convert import convert
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.offload import Offload
-from lvllm.gpu.window import PrefetchWindow
+from lvllm.gpu.ring import StagingRing
 from tests.random_layers import FORMATS, Layer, Random, random_layer
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 160, 12, 4
@@ -74,10 +74,9 @@ def test_streamed_against_float32(accelerator: Accelerator, format: str) -> None
     engine_layer = layer.make()
     for tensor in engine_layer.tensors.values():
         accelerator.pin(tensor)
-    window = PrefetchWindow(accelerator, {3: engine_layer.tensors}, ahead=1)
+    ring = StagingRing(accelerator, {3: engine_layer.tensors}, ahead=1, limit=1 << 30)
     x, ids, weights = batch(random, 301, accelerator.device)
-    got = streamed.run(engine_layer, window.stage(3), x, ids, weights).float().cpu()
-    window.release(3)
+    got = streamed.run(engine_layer, ring, 3, x, ids, weights).float().cpu()
     want = layer.reference(x.cpu(), ids.cpu(), weights.cpu())
     assert torch.linalg.norm(got - want) <= 6e-3 * torch.linalg.norm(want)
     accelerator.synchronize(accelerator.compute())
@@ -117,7 +116,7 @@ def test_an_offload_of_many_layers(accelerator: Accelerator) -> None:
                 assert torch.equal(got.cpu(), want)
             else:
                 error = torch.linalg.norm(got.cpu().float() - want.float())
-                # On the CPU, int8 experts round activations to 8 bits.
+                # On the CPU, 4-bit experts round activations to 8 bits.
                 assert error <= 2e-2 * torch.linalg.norm(want.float())
 
 
@@ -166,7 +165,8 @@ def test_experts_of_another_engine(accelerator: Accelerator, format: str) -> Non
         mine, theirs = (one.run(x, ids, weights).float().cpu() for one in added)
         assert torch.equal(mine, theirs)
         want = layer.reference(x.cpu(), ids.cpu(), weights.cpu())
-        assert torch.linalg.norm(mine - want) <= 6e-3 * torch.linalg.norm(want)
+        bound = {16: 6e-3, 8: 1.5e-2}[made[0].activation_bits]
+        assert torch.linalg.norm(mine - want) <= bound * torch.linalg.norm(want)
 
 
 @pytest.mark.gpu
