@@ -13,15 +13,16 @@ from typing import Any
 
 from lvllm import sharing
 from lvllm.checkpoint import Checkpoint
-from lvllm.faults import process
+from lvllm.faults import process, scratch
 from lvllm.machine import cpus, gpu_distance, memory_plan
 from lvllm.machine.memory_need import folder_of
+from lvllm.metrics import collector, memory
 from lvllm.prefill import configuration as prefill_configuration
 from lvllm.settings import gpu_checks, model_checks
 from lvllm.settings.configuration import RESOLVED, HybridConfig
 from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, is_moe
 from lvllm.settings.resolving import SECTION, Setting, resolve
-from lvllm.settings.variables import UseWeight
+from lvllm.settings.use_weight import LayerFormats, UseWeight, UseWeights
 
 __all__ = ["final_settings", "prepare", "replicas_here"]
 
@@ -41,6 +42,10 @@ def prepare(vllm_config: Any) -> None:
     config = final_settings(vllm_config, cpus.this_machine(), gpu_distance.of_gpus())
     _check_checkpoint(vllm_config)
     process.prepare()
+    if vllm_config.parallel_config.distributed_executor_backend != "ray":
+        scratch.prepare()  # Ray would carry the name of the folder to other hosts.
+    memory.prepare()
+    collector.register()
     if config.prefill_engine is not None:
         config = prefill_configuration.configure(vllm_config, config.prefill_engine, config)
     vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
@@ -73,6 +78,7 @@ def final_settings(
     model_checks.check_features(vllm_config, accelerator)
     gpu_checks.check(settings, accelerator, vllm_config)
     model_checks.check_weights(settings, accelerator, vllm_config)
+    use_weight = _use_weight(settings["moe_use_weight"], vllm_config)
     prefill = prefill_configuration.check(settings, accelerator, vllm_config)
     shared = _shared_name(settings, vllm_config)
     bits = settings["lk_activation_bits"].value
@@ -80,14 +86,22 @@ def final_settings(
     return HybridConfig(
         thread_binding=settings["lk_thread_binding"].value,
         power_saving=settings["lk_power_saving"].value,
-        use_weight=settings["moe_use_weight"].value or UseWeight.KEEP,
+        # Without a GPU, attention runs on the engine's cores between two layers, and engines that
+        # share experts share cores as well.
+        own_cores=accelerator == "cuda"
+        and shared is None
+        and cpus.spares_a_core(machine, engine_cpus),
+        use_weight=use_weight,
+        dense_weight=model_checks.dense_weight(
+            settings["dense_weight"], accelerator, vllm_config.model_config
+        ),
         quantize_on="cuda" if settings["moe_quant_on_gpu"].value else "cpu",
-        activation_bits=None if bits is None else int(bits),
+        activation_bits=None if bits == "auto" else int(bits),
         engine_cpus=engine_cpus,
         omp_cpus=omp_cpus,
         numa_interleave=memory_plan.check(
             vllm_config,
-            settings["moe_use_weight"].value,
+            use_weight,
             settings["enable_numa_interleave"].value,
             engine_cpus,
             omp_cpus,
@@ -101,11 +115,32 @@ def final_settings(
         accelerator=accelerator,
         gpu_resident_moe_layers=settings["gpu_resident_moe_layers"].value,
         gpu_prefetch_window=settings["gpu_prefetch_window"].value,
+        gpu_staging_mib=settings["gpu_staging_mib"].value,
         gpu_prefill_min_batch_size=settings["gpu_prefill_min_batch_size"].value,
         watchdog_seconds=settings["watchdog_seconds"].value,
+        verify=settings["verify"].value,
+        metrics_experts=settings["metrics_experts"].value,
         shared_experts=shared,
         prefill_engine=prefill,
     )
+
+
+def _use_weight(setting: Setting, vllm_config: Any) -> LayerFormats:
+    """The number format of each layer's experts. Raises SettingError for a rule without effect."""
+    use: UseWeights | None = setting.value
+    if use is None or not is_moe(vllm_config.model_config):
+        return LayerFormats()
+    if use.everywhere is not None:
+        return LayerFormats(others=use.everywhere)
+    layers = memory_plan.expert_layers(vllm_config)
+    if not layers:
+        raise setting.refuse(
+            "the rules are checked against the names of experts in the model's files, and on this"
+            " machine are none: fetch them first, or give one format for all layers"
+        )
+    if (fault := use.without_effect(layers)) is not None:
+        raise setting.refuse(f"{fault}; the layers are {layers[0]} to {layers[-1]}")
+    return LayerFormats.by_rules(use, layers)
 
 
 CpusOfRanks = tuple[tuple[int, ...], ...]
@@ -164,9 +199,9 @@ def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | Non
             f"it needs load-format {', '.join(SHAREABLE)}, not {load_format!r}; allowed is 0"
         )
     folder = folder_of(model.model, model.revision)
-    use = settings["moe_use_weight"].value or UseWeight.KEEP
     resident = settings["gpu_resident_moe_layers"].value
-    name = sharing.name_of(vllm_config, folder, use.value, resident)
+    use = settings["moe_use_weight"].value or UseWeight.KEEP
+    name = sharing.name_of(vllm_config, folder, str(use), resident)
     return f"{name}/{os.getpid()}" if with_own_prefill_engine_only else name
 
 

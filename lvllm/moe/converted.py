@@ -21,7 +21,7 @@ from lvllm.formats.base import ExpertFormat, Shape, empty
 from lvllm.formats.integers import INT4_GROUP
 from lvllm.log import logger
 from lvllm.machine import thread_pool
-from lvllm.settings.variables import UseWeight
+from lvllm.settings.use_weight import UseWeight
 from lvllm.units import ceil_div
 
 __all__ = ["Conversion", "Converted", "choose"]

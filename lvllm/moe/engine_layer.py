@@ -3,9 +3,10 @@
 from typing import Any
 
 from lvllm import sharing
-from lvllm.engine import ExpertLayer
+from lvllm.engine import ExpertLayer, explain, info
 from lvllm.engine.weight_formats import preferred_activation_bits
 from lvllm.formats.base import check_scales
+from lvllm.log import logger
 from lvllm.moe import activations
 
 __all__ = ["make", "make_of_shared"]
@@ -15,8 +16,8 @@ def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> Ex
     """The engine's layer for the loaded weights and biases of vLLM's `layer`.
 
     `tensors` are the arguments of `ExpertLayer` that hold the weights (`ExpertFormat.tensors`);
-    `activation_bits` is the setting LK_ACTIVATION_BITS. If this engine shares its experts, the
-    other engines can map the layer from now on.
+    `activation_bits` is the setting LK_ACTIVATION_BITS, None for `auto`. If this engine shares its
+    experts, the other engines can map the layer from now on.
 
     Raises ValueError if a bias is missing or not finite.
     """
@@ -44,9 +45,16 @@ def make_of_shared(layer: Any, follower: sharing.Follower) -> ExpertLayer:
 
 
 def _expert_layer(layer: Any, stored: dict[str, Any], **options: Any) -> ExpertLayer:
-    return ExpertLayer(
+    expert_layer = ExpertLayer(
         **stored,
         **activations.arguments(layer.moe_config),
         apply_router_weight_on_input=layer.apply_router_weight_on_input,
         **options,
     )
+    logger.info_once(
+        "LvLLM: %s experts with %d-bit activations are multiplied as %s",
+        expert_layer.format,
+        expert_layer.activation_bits,
+        explain(expert_layer.format, expert_layer.activation_bits, info().rates),
+    )
+    return expert_layer

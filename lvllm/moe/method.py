@@ -11,7 +11,6 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from lvllm import sharing, startup
-from lvllm.checkpoint.moe_layers import describe_layers
 from lvllm.errors import layer_errors
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape, add_biases, empty
@@ -20,6 +19,7 @@ from lvllm.moe import activations, engine_layer, offloading
 from lvllm.moe.arrivals import EXPERTS, Arrivals
 from lvllm.moe.converted import Conversion, choose
 from lvllm.settings.configuration import HybridConfig
+from lvllm.units import ranges
 
 
 class HybridMoEMethod(FusedMoEMethodBase):
@@ -43,7 +43,10 @@ class HybridMoEMethod(FusedMoEMethodBase):
         self.activation_bits = config.activation_bits
         self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
         conversion = Conversion(
-            config.use_weight, config.quantize_on, config.engine_cpus[rank], self.dummy
+            config.use_weight.of(prefix),
+            config.quantize_on,
+            config.engine_cpus[rank],
+            self.dummy,
         )
         self.weight_format = choose(weight_format, conversion, prefix)
         info = startup.start_engine(rank)
@@ -54,7 +57,7 @@ class HybridMoEMethod(FusedMoEMethodBase):
             info.isa,
             info.threads,
             len(info.nodes),
-            describe_layers(sorted({cpu for worker in info.cpus for cpu in worker})),
+            ranges(sorted({cpu for worker in info.cpus for cpu in worker})),
         )
 
     @staticmethod

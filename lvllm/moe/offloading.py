@@ -9,8 +9,9 @@ from vllm.distributed import get_ep_group
 
 from lvllm.checkpoint.moe_layers import layer_number
 from lvllm.faults import process
-from lvllm.gpu import MeasuredThreshold, Offload, Watchdog, open_accelerator
+from lvllm.gpu import MeasuredThreshold, Offload, Watchdog, host_calls, open_accelerator
 from lvllm.settings.configuration import HybridConfig
+from lvllm.units import MIB
 
 __all__ = ["join"]
 
@@ -41,12 +42,13 @@ def _make(config: HybridConfig) -> Offload:
     else:
         threshold = config.gpu_prefill_min_batch_size
     accelerator, seconds = open_accelerator(config.accelerator), config.watchdog_seconds
-    watchdog = Watchdog(accelerator, seconds, process.end_now) if seconds else None
+    watchdog = Watchdog(accelerator, seconds, process.end_now, host_calls) if seconds else None
     return Offload(
         accelerator,
         tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         threshold=threshold,
         ahead=config.gpu_prefetch_window,
+        staging_bytes=config.gpu_staging_mib * MIB,
         watchdog=watchdog,
     )
 

@@ -123,7 +123,7 @@ def configure(vllm_config: Any, engine: PrefillEngine, config: HybridConfig) -> 
         scheduler.disable_hybrid_kv_cache_manager = True
     if config.accelerator == "cuda" and engine.gpu is None:
         vllm_config.cache_config.gpu_memory_utilization /= 2
-    # No batch of the decoding engine is large enough to be worth staging buffers on its GPU.
+    # No batch of the decoding engine is large enough to be worth a staging ring on its GPU.
     return config.model_copy(update={"gpu_prefill_min_batch_size": 0, "gpu_prefetch_window": 0})
 
 

@@ -9,7 +9,7 @@ itself.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from lvllm.log import logger
 from lvllm.machine import thread_pool
+from lvllm.metrics.memory import Series, engine_name, open_block
 from lvllm.prefill import client
 from lvllm.prefill.caches import BlockCopy, BlockSize, CopyPlan, LayerCaches
 from lvllm.prefill.memory import OwnedMemory
@@ -67,6 +68,37 @@ class Prompt:
             self.memory = None
 
 
+class _Counters:
+    """What `/metrics` shows of the prompts that go to the prefill engine."""
+
+    WAITING = (Stage.QUEUED, Stage.PREFILLING, Stage.READY, Stage.LOADING)
+    RESULTS = ("sent", "loaded", "given_up")
+
+    def __init__(self, vllm_config: Any) -> None:
+        first = len(self.WAITING)
+        series = [
+            Series("lvllm_prefill_queue", {"stage": stage.name.lower()}, [place])
+            for place, stage in enumerate(self.WAITING)
+        ] + [
+            Series("lvllm_prefill_prompts_total", {"result": result}, [place])
+            for place, result in enumerate(self.RESULTS, first)
+        ]
+        size = first + len(self.RESULTS)
+        self._numbers = open_block({"engine": engine_name(vllm_config)}, series, size)
+
+    def add(self, result: str) -> None:
+        """Count a prompt that had one of `RESULTS`."""
+        if self._numbers is not None:
+            self._numbers[len(self.WAITING) + self.RESULTS.index(result)] += 1
+
+    def show(self, prompts: Iterable[Prompt]) -> None:
+        """Note in which stages the prompts of now are."""
+        if self._numbers is not None:
+            stages = [prompt.stage for prompt in prompts]
+            for place, stage in enumerate(self.WAITING):
+                self._numbers[place] = stages.count(stage)
+
+
 class SchedulerPart:
     """Starts the prefill engine and sends prompts to it."""
 
@@ -85,6 +117,7 @@ class SchedulerPart:
         wait for them, so the memory between the engines is at most as large as that cache, and the
         prefill engine never preempts a request.
         """
+        self._counters = _Counters(vllm_config)
 
     def start(self, metadata: Mapping[int, BlockSize]) -> None:
         """Start the prefill engine. vLLM calls this when the worker has its caches."""
@@ -116,6 +149,7 @@ class SchedulerPart:
             self._prompts[request.request_id] = prompt
             self._queue.append(prompt)
             self._send()
+            self._counters.show(self._prompts.values())
         if prompt.stage in (Stage.QUEUED, Stage.PREFILLING):
             return None, False
         if prompt.stage is Stage.READY and prompt.tokens > computed:
@@ -127,6 +161,7 @@ class SchedulerPart:
         if prompt is None or prompt.stage is not Stage.READY:
             return
         if not external or prompt.memory is None:
+            self._counters.add("given_up")
             self._finish(prompt)  # Other requests have computed the same tokens here meanwhile.
             return
         prompt.stage = Stage.LOADING
@@ -144,6 +179,7 @@ class SchedulerPart:
             and not stages & {Stage.READY, Stage.LOADING}
         ):
             self._collect(PAUSE)
+        self._counters.show(self._prompts.values())
         return CopyPlan(loads)
 
     def arrived(self, output: Any) -> None:
@@ -152,9 +188,11 @@ class SchedulerPart:
             prompt = self._prompts[request]
             failed = request in output.failed_recving
             self._finish(prompt)
+            self._counters.add("given_up" if failed else "loaded")
             if prompt.request_ended or not failed:
                 # If the request is preempted later, it goes to the prefill engine again.
                 del self._prompts[request]
+        self._counters.show(self._prompts.values())
 
     def finished(self, request: Any) -> None:
         prompt = self._prompts.get(request.request_id)
@@ -167,8 +205,11 @@ class SchedulerPart:
             self._queue.remove(prompt)
         if prompt.stage is Stage.PREFILLING and self._client is not None:
             self._client.abort(prompt.sent_as)
+        if prompt.stage is not Stage.LOCAL:
+            self._counters.add("given_up")
         self._finish(prompt)
         del self._prompts[request.request_id]
+        self._counters.show(self._prompts.values())
 
     def shutdown(self) -> None:
         if self._client is not None:
@@ -206,6 +247,7 @@ class SchedulerPart:
             prompt.stage = Stage.PREFILLING
             self._sent[prompt.sent_as] = prompt
             self._client.send(prompt.sent_as, prompt.request, prompt.memory.address)
+            self._counters.add("sent")
 
     def _finish(self, prompt: Prompt) -> None:
         """Free what a prompt takes up on its way, and send the next ones."""
@@ -224,6 +266,7 @@ class SchedulerPart:
                 if complete:
                     prompt.stage = Stage.READY
                 else:
+                    self._counters.add("given_up")
                     self._finish(prompt)
         if self._client.ended:
             logger.warning(
@@ -234,6 +277,7 @@ class SchedulerPart:
             client, self._client = self._client, None
             client.shutdown()
             for prompt in (*self._queue, *self._sent.values()):
+                self._counters.add("given_up")
                 prompt.release()
             self._queue.clear()
             self._sent.clear()

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from lvllm.settings.variables import ThreadBinding, UseWeight
+from lvllm.settings.use_weight import LayerFormats
+from lvllm.settings.variables import DenseWeight, ThreadBinding
 
 __all__ = ["RESOLVED", "Accelerator", "HybridConfig", "PrefillEngine"]
 
@@ -38,8 +39,15 @@ class HybridConfig(BaseModel):
 
     thread_binding: ThreadBinding
     power_saving: bool
-    # The number format in which experts are computed, and the device that converts them to it.
-    use_weight: UseWeight
+    # Whether nothing else needs the engine's cores between two layers, so that its threads may spin
+    # there for longer.
+    own_cores: bool
+    # The number format in which each layer's experts are computed, and the device that converts
+    # them to it.
+    use_weight: LayerFormats
+    # The number format of linear layers outside the experts, which the engine multiplies; None:
+    # vLLM multiplies them, because they are on a GPU or the model has no experts.
+    dense_weight: DenseWeight | None
     quantize_on: str
     # Bits of the activations that experts are multiplied with; None: each format's default.
     activation_bits: int | None
@@ -56,11 +64,17 @@ class HybridConfig(BaseModel):
     gpu_resident_moe_layers: tuple[int, ...]
     # How many layers are copied to the accelerator ahead of the one being computed.
     gpu_prefetch_window: int
+    # The most memory on each accelerator for copies of experts, in MiB.
+    gpu_staging_mib: int
     # Batches of at least this many tokens have their experts streamed; 0: never; "auto": the
     # workers measure the break-even batch size.
     gpu_prefill_min_batch_size: int | Literal["auto"]
     # How long a copy or a callback to the host may take; 0: any time.
     watchdog_seconds: int
+    # Whether loaded layers are compared with float32 before the first request.
+    verify: bool
+    # Whether /metrics has the tokens of each expert.
+    metrics_experts: bool
     # The name under which engines of this host find each other's experts; None: they do not share.
     shared_experts: str | None
     # Which prompts another engine prefills, and where; None: this engine prefills all.

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lvllm.checkpoint.moe_layers import describe_layers, moe_layers
+from lvllm.checkpoint.moe_layers import moe_layers
 from lvllm.settings.configuration import Accelerator
 from lvllm.settings.resolving import Setting
 from lvllm.settings.variables import SettingError
+from lvllm.units import ranges
 
 __all__ = ["accelerator", "check"]
 
@@ -48,7 +49,7 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
     if unknown := [layer for layer in resident.value if layer not in known]:
         raise resident.refuse(
             f"layer {unknown[0]} of {model.model} has no routed experts; those that have are"
-            f" {describe_layers(known) or 'none'}"
+            f" {ranges(known) or 'none'}"
         )
     most = vllm_config.scheduler_config.max_num_batched_tokens
     if threshold.value != "auto" and threshold.value > most:
@@ -64,11 +65,16 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
             )
         if setting.value and not layers:
             raise setting.refuse(f"{model.model} has no routed experts; allowed is {allowed}")
-    if window.value and not threshold.value:
-        raise window.refuse(
-            f"it is for batches of {threshold.variable.name} tokens or more, which is 0; allowed"
-            " is 0 or empty"
-        )
+    staging = settings["gpu_staging_mib"]
+    for setting, given, allowed in (
+        (window, window.value, "0 or empty"),
+        (staging, staging.source != "default", "empty"),
+    ):
+        if given and not threshold.value:
+            raise setting.refuse(
+                f"it is for batches of {threshold.variable.name} tokens or more, which is 0;"
+                f" allowed is {allowed}"
+            )
     if accelerator == "cuda" and layers:
         _check_omp(settings["omp_num_threads"])
         _check_cuda(vllm_config)

@@ -13,9 +13,18 @@ from lvllm import formats
 from lvllm.checkpoint.moe_layers import moe_layers
 from lvllm.settings.configuration import Accelerator
 from lvllm.settings.resolving import Setting
-from lvllm.settings.variables import SettingError, UseWeight
+from lvllm.settings.use_weight import UseWeight
+from lvllm.settings.variables import DenseWeight, SettingError
 
-__all__ = ["CPU_WORKER", "GPU_WORKER", "check_features", "check_model", "check_weights", "is_moe"]
+__all__ = [
+    "CPU_WORKER",
+    "GPU_WORKER",
+    "check_features",
+    "check_model",
+    "check_weights",
+    "dense_weight",
+    "is_moe",
+]
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
@@ -76,6 +85,23 @@ def check_features(vllm_config: Any, accelerator: Accelerator) -> None:
         )
 
 
+def dense_weight(setting: Setting, accelerator: Accelerator, model: Any) -> DenseWeight | None:
+    """The number format of linear layers on the engine; None if vLLM multiplies them.
+
+    Raises SettingError for a format that nobody would honour.
+    """
+    if accelerator != "cuda" and is_moe(model):
+        return setting.value or DenseWeight.KEEP
+    if setting.value == DenseWeight.INT8:
+        why = (
+            "linear layers run on the GPU"
+            if accelerator == "cuda"
+            else f"{model.model} has no routed experts"
+        )
+        raise setting.refuse(f"{why}; allowed is KEEP")
+    return None
+
+
 def check_weights(
     settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config: Any
 ) -> None:
@@ -83,7 +109,8 @@ def check_weights(
     model = vllm_config.model_config
     wanted, on_gpu = settings["moe_use_weight"], settings["moe_quant_on_gpu"]
     quantization = model.model_arch_config.quantization_config
-    if wanted.value == UseWeight.INT4 and is_moe(model) and quantization is not None:
+    int4 = wanted.value is not None and any(rule.value == UseWeight.INT4 for rule in wanted.value)
+    if int4 and is_moe(model) and quantization is not None:
         layers = moe_layers(model.hf_text_config)
         if formats.only_4_bit(quantization, layers):
             raise wanted.refuse(
@@ -91,7 +118,7 @@ def check_weights(
                 " TO_DTYPE"
             )
     if on_gpu.value:
-        if wanted.value != UseWeight.INT4:
+        if not int4:
             raise on_gpu.refuse(
                 "it does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is"
                 " 0"

@@ -6,6 +6,7 @@ describes the settings and parses single values; `lvllm.settings.resolving` reso
 and `lvllm.prepare` checks them against the model and the machine.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from lvllm.errors import LvllmError
+from lvllm.settings.use_weight import UseWeights, WrongRules
 
 
 class ThreadBinding(StrEnum):
@@ -23,12 +25,11 @@ class ThreadBinding(StrEnum):
     NUMA_NODE = "NUMA_NODE"
 
 
-class UseWeight(StrEnum):
-    """The number format the experts have in memory, relative to the checkpoint."""
+class DenseWeight(StrEnum):
+    """The number format that linear layers outside the experts have in memory."""
 
-    TO_DTYPE = "TO_DTYPE"
     KEEP = "KEEP"
-    INT4 = "INT4"
+    INT8 = "INT8"
 
 
 class SettingError(LvllmError):
@@ -155,11 +156,28 @@ VARIABLES: tuple[Variable, ...] = (
         "LVLLM_MOE_USE_WEIGHT",
         None,
         "the checkpoint's format",
-        "TO_DTYPE, KEEP or INT4",
+        "TO_DTYPE, KEEP or INT4, or a list of rules for layers",
         "The number format of the experts in memory. KEEP computes them in the checkpoint's own"
         " format. TO_DTYPE converts them to the model's dtype while loading. INT4 quantises bf16,"
-        " fp16, FP8 and int8 experts to 4-bit integers in groups of 32 while loading.",
-        UseWeight,
+        " fp16, FP8 and int8 experts to 4-bit integers in groups of 32 while loading. Rules give"
+        " layers different formats: in YAML a list such as `[{'layers\\.[0-3]\\.': KEEP}, {'.*':"
+        ' INT4}]`, and in the variable the same as JSON, `[{"layers\\\\.[0-3]\\\\.": "KEEP"},'
+        ' {".*": "INT4"}]`. A rule has a regular expression, which is looked for in vLLM\'s names'
+        " of layers of experts, such as `model.layers.0.mlp.experts`. The first rule that matches"
+        " counts, and layers that none matches are kept. A rule that decides about no layer stops"
+        " the start.",
+        UseWeights.parse,
+    ),
+    Variable(
+        "LVLLM_DENSE_WEIGHT",
+        None,
+        "KEEP",
+        "KEEP or INT8",
+        "The number format of linear layers outside the experts: attention's projections, shared"
+        " experts and the head. INT8 rounds them to 8-bit integers with a scale for each row while"
+        " loading, so that a token reads half as many bytes. Layers with fewer than 1024 rows, such"
+        " as routers, stay as they are. It is for models with experts on CPUs without a GPU.",
+        DenseWeight,
     ),
     Variable(
         "LVLLM_ACCELERATOR",
@@ -188,8 +206,17 @@ VARIABLES: tuple[Variable, ...] = (
         "0",
         "a whole number of at least 0",
         "During GPU prefill, the number of MoE layers that are copied to the GPU ahead of the layer"
-        " being computed.",
+        " being computed, as far as LVLLM_GPU_STAGING_MIB allows.",
         parse_whole(0),
+    ),
+    Variable(
+        "LVLLM_GPU_STAGING_MIB",
+        1024,
+        "1024",
+        "a whole number of at least 1",
+        "During GPU prefill, the most memory on each GPU for copies of experts, in MiB. Two experts"
+        " always have room.",
+        parse_whole(1),
     ),
     Variable(
         "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE",
@@ -208,9 +235,30 @@ VARIABLES: tuple[Variable, ...] = (
         120,
         "120",
         "a whole number of at least 0",
-        "If a copy to the GPU or one layer's experts on the CPU take longer than this, the engine"
-        " ends with an error that names the layer. 0 disables the check.",
+        "If work beside a GPU is queued and none of it ends for this long, the engine ends with an"
+        " error that names the layer. 0 disables the check.",
         parse_whole(0),
+    ),
+    Variable(
+        "LVLLM_VERIFY",
+        False,
+        "0",
+        "0 or 1",
+        "With 1, the engine's results for two experts of each layer are compared with PyTorch's in"
+        " float32 when the model is loaded, and these experts' weights are looked at. A wrong"
+        " layer stops the start. This takes 20 seconds at most; `lvllm verify` looks at"
+        " everything.",
+        parse_switch,
+    ),
+    Variable(
+        "LVLLM_METRICS_EXPERTS",
+        False,
+        "0",
+        "0 or 1",
+        "With 1, `/metrics` also has the tokens of each expert of each layer, which"
+        " `lvllm top --experts` shows. A model of 58 layers with 256 experts has 14,848 such"
+        " numbers, 1.5 MB of text at each scrape.",
+        parse_switch,
     ),
     Variable(
         "LK_POWER_SAVING",
@@ -218,7 +266,7 @@ VARIABLES: tuple[Variable, ...] = (
         "0",
         "0 or 1",
         "With 1, idle engine threads sleep at once. With 0, they first spin for 50 microseconds to"
-        " be ready for the next layer.",
+        " be ready for the next layer, or beside a GPU for up to 2 milliseconds.",
         parse_switch,
     ),
     Variable(
@@ -272,22 +320,33 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "LK_ISA",
         None,
-        "the best the CPU has",
-        "portable, avx2, avx512, avx512_vnni or avx512_bf16",
-        "Forces the engine's instruction set, for tests and bug reports. It can only be set in the"
-        " environment.",
-        parse_choice("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
+        "what is fastest here",
+        "portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_vbmi, avx512_bf16 or amx",
+        "Forces the engine's instruction set, for tests and bug reports. By default the engine"
+        " measures at its start what multiplies fastest for each format of experts (a millisecond),"
+        " and `lvllm env` shows it. It can only be set in the environment.",
+        parse_choice(
+            "portable",
+            "avx2",
+            "avx2_vnni",
+            "avx512",
+            "avx512_vnni",
+            "avx512_vbmi",
+            "avx512_bf16",
+            "amx",
+        ),
     ),
     Variable(
         "LK_ACTIVATION_BITS",
-        None,
-        "8 for int8 experts, 16 for all others",
-        "16 or 8",
+        "auto",
+        "auto",
+        "auto, 8 or 16",
         "With 8, int8, int4, mxfp4 and nvfp4 experts are multiplied by activations that are rounded"
         " to 8 bits, in blocks with one scale each, where the CPU multiplies bytes: 4-bit experts"
         " need AVX2, and int8 experts need VNNI. With 16, activations are never rounded to 8 bits."
-        " It can only be set in the environment.",
-        parse_choice("16", "8"),
+        " auto takes 8 for int4, mxfp4 and nvfp4, where that adds less than a tenth to the loss of"
+        " quality by the 4-bit weights, and 16 for int8. It can only be set in the environment.",
+        parse_choice("auto", "8", "16"),
     ),
 )
 
@@ -313,10 +372,13 @@ def parse(variable: Variable, value: object, where: str) -> Any:
     if isinstance(value, bool):
         value = int(value)  # YAML has true and false.
     if isinstance(value, list):
-        value = ",".join(str(item) for item in value)
+        rules = any(isinstance(item, Mapping) for item in value)
+        value = json.dumps(value, default=str) if rules else ",".join(str(item) for item in value)
     text = str(value).strip()
     try:
         return variable.parse(text)
+    except WrongRules as error:
+        raise SettingError(f"{where}={text!r} is not allowed: {error}") from None
     except ValueError:
         raise SettingError(f"{where}={text!r} is not allowed: {variable.allowed}") from None
 
@@ -327,15 +389,37 @@ def suggest(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
 
 
+def unknown_names(environ: Mapping[str, str]) -> list[str]:
+    """The variables whose name begins with LVLLM_ or LK_ and that are no setting, sorted."""
+    known = {variable.name for variable in VARIABLES}
+    return sorted(
+        name for name in environ if name.startswith(("LVLLM_", "LK_")) and name not in known
+    )
+
+
 def check_names(environ: Mapping[str, str]) -> None:
-    """Raise SettingError for an unknown variable whose name begins with LVLLM_ or LK_.
+    """Raise SettingError for the first of `unknown_names`.
 
     Otherwise a misspelt variable would have no effect, without a word.
     """
+    for name in unknown_names(environ):
+        raise SettingError(_no_setting(name))
+
+
+def _no_setting(name: str) -> str:
     known = {variable.name for variable in VARIABLES}
-    for name in sorted(environ):
-        if name.startswith(("LVLLM_", "LK_")) and name not in known:
-            raise SettingError(f"{name} is not a setting of LvLLM: {suggest(name, known)}")
+    return f"{name} is not a setting of LvLLM: {suggest(name, known)}"
+
+
+def wrong(environ: Mapping[str, str]) -> dict[str, str]:
+    """Why LvLLM refuses variables of the environment, one line for each, by their names."""
+    refused = {name: _no_setting(name) for name in unknown_names(environ)}
+    for variable in VARIABLES:
+        try:
+            parse(variable, environ.get(variable.name), variable.name)
+        except SettingError as error:
+            refused[variable.name] = str(error)
+    return refused
 
 
 def enabled(environ: Mapping[str, str]) -> bool:

@@ -14,7 +14,7 @@ from lvllm.formats import integers
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter
 from lvllm.formats.unquantized import Unquantized
 from lvllm.moe.converted import Conversion, Converted, choose
-from lvllm.settings.variables import UseWeight
+from lvllm.settings.use_weight import UseWeight
 from tests.random_layers import FORMATS, Random, dequantise, random_layer
 
 EXPERTS, HIDDEN, INTERMEDIATE = 3, 80, 48

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from lvllm.metrics import memory
 from lvllm.prefill import client, decode_side, executors, prefill_side
 from lvllm.prefill.caches import BlockCopy, BlockSize, CopyPlan, LayerCaches
 from lvllm.prefill.memory import MemoryAddress, OwnedMemory
 from lvllm.settings.configuration import RESOLVED, HybridConfig
-from lvllm.settings.variables import ThreadBinding, UseWeight
+from lvllm.settings.use_weight import LayerFormats
+from lvllm.settings.variables import ThreadBinding
 
 BLOCK = 16
 
@@ -198,14 +200,19 @@ def loaded(*requests: str, failed: bool = False) -> Any:
     )
 
 
+def decoding(**extra: Any) -> Any:
+    """The configuration of a decoding engine, as far as its scheduler's part reads it."""
+    transfer = connector_config(**extra)
+    transfer.is_kv_producer = False
+    parallel = SimpleNamespace(data_parallel_index=0)
+    return SimpleNamespace(kv_transfer_config=transfer, parallel_config=parallel)
+
+
 @pytest.fixture
 def router(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The decoding engine's scheduler: prompts of 40 tokens are long."""
     monkeypatch.setattr(client, "Client", lambda *given: Client())
-    transfer = connector_config(min_tokens=40)
-    scheduler = decode_side.SchedulerPart(
-        SimpleNamespace(kv_transfer_config=transfer), cache_config()
-    )
+    scheduler = decode_side.SchedulerPart(decoding(min_tokens=40), cache_config())
     scheduler.start({0: BlockSize(64)})
     yield scheduler
     assert open_memories() == 0
@@ -310,6 +317,40 @@ def test_a_prompt_that_fails_is_prefilled_here(router: Any) -> None:
     assert router._prompts == {}
 
 
+def test_prompts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefill engine has room for the first of two prompts; the second is aborted."""
+    monkeypatch.setattr(client, "Client", lambda *given: Client())
+    monkeypatch.setenv(memory._VARIABLE, "")  # which is restored afterwards
+    memory.prepare()
+    scheduler = decode_side.SchedulerPart(decoding(min_tokens=40), cache_config())
+    scheduler.start({0: BlockSize(64)})
+    reader = memory.Reader()
+
+    def counted() -> list[int]:
+        ((block, numbers),) = reader.read()
+        assert block.labels == {"engine": "0"}
+        return [int(number) for number in numbers]
+
+    first, second = request("a", 6 * BLOCK), request("b", 5 * BLOCK)
+    assert counted() == [0] * 7
+    scheduler.match(first, 0)
+    scheduler.match(second, 0)
+    assert counted() == [1, 1, 0, 0, 1, 0, 0]
+    made: Any = scheduler._client
+    made.results = [(next(iter(made.sent)), True)]
+    scheduler.match(first, 0)
+    scheduler.plan(IDLE)
+    assert counted() == [1, 0, 1, 0, 1, 0, 0]
+    scheduler.allocated(first, blocks(list(range(6))), 6 * BLOCK)
+    scheduler.plan(IDLE)
+    assert counted() == [1, 0, 0, 1, 1, 0, 0]
+    scheduler.finished(second)
+    assert counted() == [0, 0, 0, 1, 1, 0, 1]
+    scheduler.arrived(loaded("a"))
+    assert counted() == [0, 0, 0, 0, 1, 1, 1]
+    memory.close()
+
+
 def test_the_prefill_engine_ends(router: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Prompts may be in any stage. What is computed is loaded, all others are prefilled here."""
     client = router._client
@@ -340,7 +381,9 @@ def engine_configuration() -> Any:
     resolved = HybridConfig(
         thread_binding=ThreadBinding.CPU_CORE,
         power_saving=False,
-        use_weight=UseWeight.KEEP,
+        own_cores=False,
+        use_weight=LayerFormats(),
+        dense_weight=None,
         quantize_on="cpu",
         activation_bits=None,
         engine_cpus=own,
@@ -349,8 +392,11 @@ def engine_configuration() -> Any:
         accelerator="none",
         gpu_resident_moe_layers=(),
         gpu_prefetch_window=0,
+        gpu_staging_mib=1024,
         gpu_prefill_min_batch_size=0,
         watchdog_seconds=0,
+        verify=False,
+        metrics_experts=False,
         shared_experts=None,
         prefill_engine=None,
     )
@@ -400,9 +446,7 @@ def test_a_worker_may_end_before_it_has_its_caches(side: Any) -> None:
     refused.save(CopyPlan())
     assert refused.results(set()).finished_recving in (None, set())
     refused.shutdown()
-    scheduler = side.SchedulerPart(
-        SimpleNamespace(kv_transfer_config=connector_config(min_tokens=40)), cache_config()
-    )
+    scheduler = side.SchedulerPart(decoding(min_tokens=40), cache_config())
     assert scheduler.match(request("a", 400), 0) == (0, False)
     scheduler.shutdown()
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from lvllm import engine, prepare, sharing
-from lvllm.machine import memory_plan
+from lvllm.machine import cpus, memory_plan
 from lvllm.prefill import configuration as prefill
 from lvllm.settings import variables
 from lvllm.settings.configuration import RESOLVED, HybridConfig, PrefillEngine
-from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER
+from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, dense_weight
 from lvllm.settings.resolving import resolve
+from lvllm.settings.use_weight import LayerFormats
 
 vllm = pytest.importorskip("vllm")
 
@@ -100,6 +101,7 @@ CPUS = len(os.sched_getaffinity(0))
         ("OMP_NUM_THREADS", "100000", f"allowed is 1 to {CPUS}"),
         ("OMP_NUM_THREADS", "0", "a whole number from 1"),
         ("LVLLM_MOE_USE_WEIGHT", "int8", "TO_DTYPE, KEEP or INT4"),
+        ("LVLLM_DENSE_WEIGHT", "INT4", "KEEP or INT8"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0-", "layer indices"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "1", "those that have are 0,2"),
@@ -125,8 +127,14 @@ CPUS = len(os.sched_getaffinity(0))
         ("LVLLM_PREFILL_ENGINE", "129", "no prompt has 129 tokens, as max-model-len is 128"),
         ("LVLLM_PREFILL_ENGINE", "auto", "no prompt has 512 tokens, as max-model-len is 128"),
         ("LVLLM_PREFILL_ENGINE_GPU", "1", "LVLLM_PREFILL_ENGINE is 0; allowed is empty"),
-        ("LK_ISA", "avx9", "portable, avx2, avx512, avx512_vnni or avx512_bf16"),
-        ("LK_ACTIVATION_BITS", "4", "16 or 8"),
+        (
+            "LK_ISA",
+            "avx9",
+            "portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_vbmi, avx512_bf16",
+        ),
+        ("LK_ACTIVATION_BITS", "4", "auto, 8 or 16"),
+        ("LK_ACTIVATION_BITS", "08", "auto, 8 or 16"),
+        ("LK_ACTIVATION_BITS", "Auto", "auto, 8 or 16"),
     ],
 )
 def test_refusals_are_one_line_and_exit_code_1(
@@ -150,6 +158,97 @@ def test_int4_of_4_bit_experts_is_refused(configure: Any, qwen3_moe: Path, tmp_p
         configure({"LVLLM_MOE_USE_WEIGHT": "INT4"}, model=str(tmp_path / "awq"))
     assert str(caught.value.code).startswith("lvllm: LVLLM_MOE_USE_WEIGHT='INT4': the experts of ")
     assert str(caught.value.code).endswith("in 4 bits already; allowed is KEEP or TO_DTYPE")
+
+
+BY_LAYER = [{r"layers\.[01]\.": "TO_DTYPE"}, {".*": "INT4"}]
+
+
+def test_formats_by_layer(configure: Any) -> None:
+    """They come from YAML as a list and from the environment as JSON, and reach the workers."""
+    built = configure(additional_config={"lvllm": {"moe_use_weight": BY_LAYER}})
+    use = HybridConfig.carried(built).use_weight
+    layers = ("model.layers.0.mlp.experts", "model.layers.2.mlp.experts")
+    assert [use.of(name) for name in layers] == ["TO_DTYPE", "INT4"]
+    built = configure({"LVLLM_MOE_USE_WEIGHT": json.dumps(BY_LAYER[:1])})
+    assert HybridConfig.carried(built).use_weight.of(layers[1]) == "KEEP"
+    shared = {
+        configure({"LVLLM_MOE_USE_WEIGHT": text, "LVLLM_SHARE_EXPERTS": "1"}).additional_config[
+            RESOLVED
+        ]["shared_experts"]
+        for text in ("INT4", "", json.dumps(BY_LAYER), json.dumps(BY_LAYER[:1]))
+    }
+    assert len(shared) == 4, "engines share experts only if each layer has the same format"
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            [*BY_LAYER, {"x": "INT8"}],
+            "rule 3: 'INT8': Input should be 'TO_DTYPE', 'KEEP' or 'INT4'",
+        ),
+        ([{"(": "INT4"}], "rule 1: '(' is no regular expression: missing )"),
+        ([{"a": "INT4", "b": "INT4"}], "rule 1: {'a': 'INT4', 'b': 'INT4'} is not one pattern"),
+        (
+            [{r"layers\.1\.": "INT4"}],
+            r"'layers\.1\.' matches nothing; the layers are model.layers.0.mlp.experts to"
+            " model.layers.2.mlp.experts",
+        ),
+        ([*BY_LAYER, {"layers.0": "KEEP"}], "'layers.0' comes too late: rules before it match all"),
+        ([{".*": "KEEP"}, {"layers.0": "INT4"}], "'layers.0' comes too late: rules before it"),
+    ],
+)
+def test_wrong_rules(configure: Any, rules: Any, message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        configure(additional_config={"lvllm": {"moe_use_weight": rules}})
+    said = str(caught.value.code)
+    assert said.startswith("lvllm: additional_config.lvllm.moe_use_weight=")
+    assert message in said
+    assert "\n" not in said
+    with pytest.raises(SystemExit) as caught:
+        configure({"LVLLM_MOE_USE_WEIGHT": json.dumps(rules)})
+    assert str(caught.value.code).startswith("lvllm: LVLLM_MOE_USE_WEIGHT='[{")
+    assert message in str(caught.value.code)
+
+
+def test_rules_need_the_models_files(configure: Any, qwen3_moe: Path, tmp_path: Path) -> None:
+    shutil.copy(qwen3_moe / "config.json", tmp_path)
+    section = {"lvllm": {"moe_use_weight": BY_LAYER}}
+    with pytest.raises(
+        SystemExit, match="names of experts in the model's files, and on this machine are"
+    ):
+        configure(model=str(tmp_path), load_format="dummy", additional_config=section)
+    section = {"lvllm": {"moe_use_weight": [{".*": "INT4"}]}}
+    configure(model=str(tmp_path), load_format="dummy", additional_config=section)
+
+
+def test_rules_for_a_model_whose_modules_vllm_renames(
+    configure: Any, monkeypatch: pytest.MonkeyPatch, qwen3_moe: Path
+) -> None:
+    from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "hf_to_vllm_mapper", mapper, raising=False)
+    rules = [{"^language_model.*layers.0": "INT4"}]
+    built = configure(additional_config={"lvllm": {"moe_use_weight": rules}})
+    need = memory_plan._need_of(built, HybridConfig.carried(built).use_weight, 1, None)
+    kept = memory_plan._need_of(built, None, 1, None)
+    assert need is not None
+    assert kept is not None
+    # One of two layers has 4.5 bits for 16.
+    assert need.experts == kept.experts // 2 + kept.experts_int4 // 2
+    with pytest.raises(SystemExit, match=r"the layers are language_model\.model\.layers\.0\."):
+        configure(additional_config={"lvllm": {"moe_use_weight": [{"^model": "INT4"}]}})
+
+
+def test_int8_of_linear_layers(configure: Any) -> None:
+    """They are on the engine unless vLLM's platform is a GPU."""
+    chosen = configure({"LVLLM_DENSE_WEIGHT": "INT8", "LVLLM_ACCELERATOR": "host"})
+    assert HybridConfig.carried(chosen).dense_weight == "INT8"
+    setting = resolve({"LVLLM_DENSE_WEIGHT": "INT8"}, None)["dense_weight"]
+    with pytest.raises(variables.SettingError, match=r"'INT8': linear .* GPU; allowed is KEEP"):
+        dense_weight(setting, "cuda", chosen.model_config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -182,7 +281,9 @@ def test_workers_get_final_values(configure: Any) -> None:
     built = configure({"LK_THREADS": "1", "LVLLM_MOE_USE_WEIGHT": "KEEP", "LK_POWER_SAVING": "1"})
     resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
     assert resolved.power_saving
-    assert (resolved.use_weight, resolved.quantize_on) == ("KEEP", "cpu")
+    assert not resolved.own_cores
+    assert (resolved.use_weight, resolved.quantize_on) == (LayerFormats(), "cpu")
+    assert resolved.dense_weight == "KEEP"
     assert [len(cpus) for cpus in resolved.engine_cpus] == [1]
     assert resolved.omp_cpus == resolved.engine_cpus
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == str(resolved.omp_cpus[0][0])
@@ -246,6 +347,13 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("cuda", (0, 2))
     assert built.parallel_config.worker_cls == "lvllm.worker.gpu.HybridGPUWorker"
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
+    for spare in (True, False):
+        monkeypatch.setattr(cpus, "spares_a_core", lambda *_, spare=spare: spare)
+        assert prepared("0,2").own_cores == spare
+    monkeypatch.setattr(cpus, "spares_a_core", lambda *_: True)
+    monkeypatch.setenv("LVLLM_SHARE_EXPERTS", "1")
+    assert not prepared("0,2").own_cores
+    monkeypatch.delenv("LVLLM_SHARE_EXPERTS")
     with pytest.raises(variables.SettingError, match=r"the model takes 0\.00 GiB of memory"):
         prepared("0")
     # Batches that run from graphs are computed on the CPU, so graphs are for smaller batches only.

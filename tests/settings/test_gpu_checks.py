@@ -74,7 +74,7 @@ def test_allowed_settings() -> None:
     check("host", config(), resident_moe_layers="3-5,7")
     check("cuda", config(), resident_moe_layers="3-7")
     check("cuda", config(), prefill_min_batch_size="256", prefetch_window="2")
-    check("cuda", config(), prefill_min_batch_size="1")
+    check("cuda", config(), prefill_min_batch_size="1", staging_mib="64")
     check("cuda", config(), prefill_min_batch_size="auto")
     check("host", config(), {"gpu_prefill_min_batch_size": "auto"}, prefetch_window="1")
     check("cuda", config(experts=0))
@@ -111,6 +111,12 @@ def test_resident_layers_without_experts_are_refused(
             config(),
             {"prefetch_window": "1"},
             "batches of LVLLM_GPU_PREFILL_MIN_BATCH_SIZE tokens or more, which is 0; allowed is 0",
+        ),
+        (
+            "cuda",
+            config(),
+            {"staging_mib": "1024"},
+            "batches of LVLLM_GPU_PREFILL_MIN_BATCH_SIZE tokens or more, which is 0; allowed is em",
         ),
         (
             "cuda",

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvllm.checkpoint.moe_layers import describe_layers
+from lvllm.engine import ISAS
 from lvllm.settings import variables
+from lvllm.units import ranges
 
 LAYERS = variables.BY_KEY["gpu_resident_moe_layers"]
 
@@ -31,7 +32,7 @@ def test_bad_layer_lists_name_variable_and_value(text: str) -> None:
 @given(st.sets(st.integers(0, 200), min_size=1))
 def test_describe_is_the_inverse_of_parse(layers: set[int]) -> None:
     ordered = tuple(sorted(layers))
-    assert variables.parse_layers(describe_layers(list(ordered))) == ordered
+    assert variables.parse_layers(ranges(list(ordered))) == ordered
 
 
 @pytest.mark.parametrize("variable", variables.VARIABLES, ids=lambda v: v.name)
@@ -59,8 +60,8 @@ def test_zero_switches_prefill_off_but_is_no_thread_count() -> None:
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("lk_isa", ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")),
-        ("lk_activation_bits", ("16", "8")),
+        ("lk_isa", ISAS),
+        ("lk_activation_bits", ("auto", "8", "16")),
     ],
 )
 def test_choices_are_the_ones_allowed(key: str, values: tuple[str, ...]) -> None:
