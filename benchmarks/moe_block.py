@@ -40,13 +40,14 @@ from benchmarks.measure import Rates, Result, measure
 from benchmarks.peers import MODULES
 from benchmarks.peers.protocol import Died, Peer
 from benchmarks.peers.settings import Refused, Settings
-from benchmarks.probes import PROBE_BYTES, Probes, last_level_cache, machine
+from benchmarks.probes import Probes, last_level_cache, machine
 from benchmarks.report import Report, plot, table, write_markdown
 from benchmarks.weights import FORMATS, layer_bytes
 from lvllm import engine
 from lvllm.engine import bank
+from lvllm.machine.measure.reading import wanted_bytes
 
-WORKING_BYTES = (1 << 30) + 2 * PROBE_BYTES  # Memory that is needed beside the layers.
+WORKING_BYTES = 1 << 30  # Memory that is needed beside the layers and the probes.
 PROCESS_BYTES = 400 << 20  # Memory of an engine's interpreter with PyTorch.
 MAX_LAYERS = 32
 
@@ -90,7 +91,8 @@ def layers_for(shape: Shape, format: str, engines: int) -> int:
     """How many layers take turns, so that at most 1 in 20 of their bytes can be in the caches."""
     layer = layer_bytes(shape, format)
     wanted = max(2, -(-20 * last_level_cache() // layer))
-    available = bank.available_bytes() - WORKING_BYTES - engines * PROCESS_BYTES
+    probes = wanted_bytes(len(engine.info().nodes))
+    available = bank.available_bytes() - WORKING_BYTES - probes - engines * PROCESS_BYTES
     # Each engine holds that many layers, and one engine at a time reorders one more.
     fitting = (available // layer - 1) // engines
     if fitting < 1:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from lvllm import engine
-from lvllm.engine import bank
+from lvllm.machine.facts import cpu
+from lvllm.machine.measure.reading import engine_reader
 
-PROBE_BYTES = 256 << 20
+READ_SECONDS = 0.02
 TRIES = 2  # The better one counts.
 PEAK_SIZE = 1536  # Rows of the square matrices that are multiplied.
 
@@ -27,9 +26,7 @@ def seconds(call: Callable[..., object], *args: object) -> float:
 
 class Probes:
     def __init__(self) -> None:
-        # The memory is in huge pages, as the weights are.
-        self._memory = bank.allocate((1, 2 * PROBE_BYTES // 8), torch.int64).view(-1)
-        self._turn = 0
+        self._reader = engine_reader()
         # The faster of bf16 and float32 counts, since not every CPU multiplies bf16.
         before = _threads()
         pairs = [
@@ -40,22 +37,14 @@ class Probes:
             self._multiply(pair)
         _pin([0, *sorted(_threads() - before)])
         self._operands = min(pairs, key=self._multiply)
-        self._memory.fill_(1)
 
     @staticmethod
     def _multiply(pair: torch.Tensor) -> float:
         return seconds(torch.matmul, pair[0], pair[1])
 
     def read_rate(self) -> float:
-        """Bytes a second, where each thread reads in sequence."""
-        return max(self._read() for _ in range(TRIES))
-
-    def _read(self) -> float:
-        words = PROBE_BYTES // 8
-        begin = (self._turn * 7919 * 4096) % (self._memory.numel() - words + 1)
-        self._turn += 1
-        chunk = self._memory[begin : begin + words]
-        return PROBE_BYTES / seconds(chunk.sum)
+        """Bytes a second, where each thread reads its node's memory in sequence."""
+        return self._reader.local_rate(READ_SECONDS, TRIES)
 
     def matrix_rate(self) -> float:
         """Operations a second in a product of square matrices."""
@@ -79,21 +68,13 @@ def _pin(threads: list[int]) -> None:
 
 def last_level_cache() -> int:
     """Bytes of all last-level caches together; 32 MiB if the system does not say."""
-    caches: dict[str, int] = {}
-    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
-        try:
-            size = (index / "size").read_text().strip()
-            caches[(index / "shared_cpu_list").read_text()] = int(size.removesuffix("K")) << 10
-        except (OSError, ValueError):
-            continue
-    return sum(caches.values()) or 32 << 20
+    return cpu.last_level_cache_bytes() or 32 << 20
 
 
 def machine() -> dict[str, object]:
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     info = engine.info()
     return {
-        "cpu": cpu.group(1) if cpu else platform.processor(),
+        "cpu": cpu.model() or platform.processor(),
         "physical_cores": engine.topology().physical_cores,
         "numa_nodes": list(info.nodes),
         "threads": info.threads,
