@@ -8,102 +8,54 @@ server answers, streams one chat completion, and stops the server whatever happe
 
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import typer
 from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from lvllm.serving.background import ServerError, free_port, running
+from lvllm.serving.launch import Launch
+
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE_LINE = re.compile(
     r"LvLLM: experts on (?P<engine>\w+), (?P<isa>\w+), (?P<threads>\d+) threads on"
     r" (?P<nodes>\d+) NUMA node"
 )
-# Starting takes 25 to 60 s on two cores, and several times as long with a cold disk or other work.
-START_SECONDS = 300
+HOST = "127.0.0.1"
 
 console = Console()
 
 
 @contextmanager
 def server(log: Path, *arguments: str, **environment: str) -> Iterator[str]:
-    """Run `vllm serve` with LvLLM from the repository's root until the block ends.
+    """Run `vllm serve` with LvLLM until the block ends. Yields its URL once it answers.
 
-    Yields the base URL once the server answers. Raises SystemExit with the end of the server's log
-    if it does not answer. The server and its children are stopped when the block ends.
+    Raises SystemExit with the end of the server's log if it ends instead.
     """
-    process, url = start(log, *arguments, **environment)
-    try:
-        _wait(process, url, log)
-        yield url
-    finally:
-        _stop(process)
-
-
-def start(log: Path, *arguments: str, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
-    """Start such a server, in a session of its own. Returns its process and future base URL."""
     vllm, port = Path(sys.executable).with_name("vllm"), free_port()
-    command = [str(vllm), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    return process, f"http://127.0.0.1:{port}"
+    command = [str(vllm), "serve", *arguments, "--host", HOST, "--port", str(port)]
+    variables = os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment
+    url = f"http://{HOST}:{port}"
+    began = time.monotonic()
+    with ExitStack() as stack:
+        with console.status("") as status:
 
+            def say(line: str) -> None:
+                status.update(f"starting the server, {time.monotonic() - began:.0f} s")
 
-def free_port() -> int:
-    """A port of this host on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    started = time.monotonic()
-    with console.status("") as status:
-        while time.monotonic() - started < START_SECONDS:
-            status.update(f"starting the server, {time.monotonic() - started:.0f} s")
-            if process.poll() is not None:
-                raise SystemExit(_failure(f"the server stopped ({process.returncode})", log))
             try:
-                with urlopen(f"{url}/health", timeout=2):
-                    return
-            except (URLError, OSError):
-                time.sleep(0.5)
-    raise SystemExit(_failure(f"the server did not answer within {START_SECONDS} s", log))
-
-
-def _failure(what: str, log: Path) -> str:
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    return f"demo: {what}; the end of its log ({log}):\n{tail}"
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to stop, then end its whole process group."""
-    process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=20)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+                stack.enter_context(running(Launch(command, variables), url, log, say))
+            except ServerError as error:
+                raise SystemExit(f"demo: {error}") from None
+        yield url
 
 
 def ask(url: str, question: str) -> tuple[int, float, float]:
@@ -143,7 +95,7 @@ def report(log: Path, tokens: int, first: float, rest: float) -> None:
     """Print what computed the answer, from a line of the server's log, and how fast."""
     ran = ENGINE_LINE.search(log.read_text(errors="replace"))
     if ran is None:
-        raise SystemExit(_failure("no layer was computed by LvLLM", log))
+        raise SystemExit(f"demo: no layer was computed by LvLLM: {log}")
     table = Table(show_header=False)
     table.add_row("engine", ran["engine"])
     table.add_row("instruction set", ran["isa"])
@@ -157,6 +109,7 @@ def report(log: Path, tokens: int, first: float, rest: float) -> None:
 
 def main(question: Annotated[str, typer.Argument()] = "What is 47 + 38?") -> None:
     """Serve the demo model and ask it QUESTION."""
+    os.chdir(ROOT)
     log = Path(tempfile.mkdtemp(prefix="lvllm-demo-")) / "server.log"
     console.print("starting the server: vllm serve --config config.yaml")
     started = time.monotonic()

@@ -1,7 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,3 +78,32 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE checkpoint of 3 layers; layer 1 is dense."""
     return make("qwen3_moe", tmp_path_factory.mktemp("models") / "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def vllm_config(qwen3_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """vLLM's configuration for a bfloat16 model, in a process of one rank that has the plugin."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+
+    from lvllm import engine, plugin
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
+        # Preparing a configuration sets this variable for the workers; `patch` restores it.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+        plugin.register()
+        arguments = {"model": str(qwen3_moe), "skip_tokenizer_init": True, "enforce_eager": True}
+        config = EngineArgs(**arguments, max_model_len=128).create_engine_config()
+        meeting = tmp_path_factory.mktemp("distributed") / "store"
+        with set_current_vllm_config(config):
+            init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+            initialize_model_parallel(1)
+        yield config
+        cleanup_dist_env_and_memory()
+        engine.configure()

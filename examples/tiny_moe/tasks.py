@@ -317,6 +317,20 @@ def held_out() -> tuple[Question, ...]:
     return tuple(questions.values())
 
 
+def held_out_in_other_words(draws: int) -> list[Question]:
+    """The held-out problems, one after the other, each in as many wordings as `draws` draws give.
+
+    More text than the 500 questions have, for what their tokens are too few to measure.
+    """
+    rng = random.Random(HELD_OUT_SEED)
+    found: list[Question] = []
+    for question in held_out():
+        chinese = not question.question.isascii()
+        drawn = (_phrase(question.task, question.operands, chinese, rng) for _ in range(draws))
+        found += dict.fromkeys(drawn)
+    return found
+
+
 @cache
 def held_out_keys() -> frozenset[Key]:
     """The problems that training must not draw."""

@@ -1,9 +1,9 @@
 """Greedy generation through vLLM, each job in a process of its own.
 
 A job is a dictionary such as {"model": DIR, "prompts": [[1, 5]], "max_tokens": 8}. Its other keys
-are arguments of `vllm.LLM`, but for three: "adapter", the folder of a LoRA adapter; "held", true or
-false; and "data_parallel_size", which takes as many processes. A prompt with a picture is
-{"ids": [1, 5], "picture": FILE, "modality": "image"}.
+are arguments of `vllm.LLM`, but for four: "adapter", the folder of a LoRA adapter; "held" and
+"formats", true or false; and "data_parallel_size", which takes as many processes. A prompt with a
+picture is {"ids": [1, 5], "picture": FILE, "modality": "image"}.
 
 The answers to a job are a list with a dictionary for each prompt:
     prompt: its token ids, with as many placeholders as the picture takes
@@ -13,6 +13,7 @@ The answers to a job are a list with a dictionary for each prompt:
     drafted: how many draft tokens the whole job proposed, and how many of them were accepted
     held: if the job asks for it, how many experts of a layer each worker holds, and how many rows
         of each expert
+    formats: if the job asks for it, the format of each layer of experts in the engine
 """
 
 import gc
@@ -124,6 +125,7 @@ def run(job: Job) -> Answers:
 
     prompts, max_tokens = job.pop("prompts"), job.pop("max_tokens")
     adapter, held = job.pop("adapter", None), job.pop("held", False)
+    formats = job.pop("formats", False)
     llm = LLM(**{**DEFAULTS, "disable_log_stats": "speculative_config" not in job, **job})
     sampling = SamplingParams(
         temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False
@@ -133,7 +135,11 @@ def run(job: Job) -> Answers:
         sampling,
         lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
     )
-    of_job = {"drafted": _drafted(llm), "held": llm.collective_rpc(_held) if held else []}
+    of_job = {
+        "drafted": _drafted(llm),
+        "held": llm.collective_rpc(_held) if held else [],
+        "formats": llm.collective_rpc(_formats)[0] if formats else {},
+    }
     answers: Answers = []
     for output in outputs:
         tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
@@ -156,14 +162,24 @@ def _drafted(llm: Any) -> list[int]:
 
 def _held(worker: Any) -> list[int]:
     """In a worker: experts of its last layer that has some, and rows of down_proj's input."""
+    layers = list(_layers(worker).values())
+    return [layers[-1].local_num_experts, layers[-1].intermediate_size_per_partition]
+
+
+def _formats(worker: Any) -> dict[str, str]:
+    """In a worker: the engine's formats by the names of layers."""
+    return {name: layer.engine.format for name, layer in _layers(worker).items()}
+
+
+def _layers(worker: Any) -> dict[str, Any]:
+    """The worker's layers of experts that are in the engine, by name."""
     from lvllm.engine import ExpertLayer
 
-    layers = [
-        layer
+    return {
+        layer.layer_name: layer
         for layer in worker.model_runner.get_model().modules()
         if isinstance(getattr(layer, "engine", None), ExpertLayer)
-    ]
-    return [layers[-1].local_num_experts, layers[-1].intermediate_size_per_partition]
+    }
 
 
 def _run_replicas(job: Job, replicas: int) -> Answers:

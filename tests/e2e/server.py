@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import openai
 
-from examples.demo import free_port, start
+from lvllm.serving.background import free_port
 from tests.e2e.warm_process import ROOT, Forked, fork
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -164,4 +164,20 @@ class Server:
 class CommandServer(Server):
     """A server by the real command."""
 
-    start = staticmethod(start)
+    @staticmethod
+    def start(
+        log: Path, *arguments: str, **environment: str
+    ) -> tuple[subprocess.Popen[bytes] | Forked, str]:
+        """Start it. Returns its process and its future base URL."""
+        port = str(free_port())
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [VLLM, "serve", *arguments, "--host", "127.0.0.1", "--port", port],
+                cwd=ROOT,
+                env=os.environ | {"LVLLM_MOE_NUMA_ENABLED": "1"} | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return process, f"http://127.0.0.1:{port}"

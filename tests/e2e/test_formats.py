@@ -35,6 +35,9 @@ CONVERTED = (
     "compressed_int4_and_bf16:INT4",
     "compressed_int4_and_bf16:TO_DTYPE",
 )
+# These have a format for each layer, by BY_LAYER.
+RULED = ("plain", "fp8_blocks_and_bf16", "compressed_int4_and_bf16")
+BY_LAYER = [{r"layers\.0\.": "KEEP"}, {r"mlp\.experts$": "INT4"}]
 # There is one case for each way in which a process may cut its share out of a checkpoint.
 SHARDED = (
     "awq",
@@ -50,6 +53,8 @@ Case = tuple[Path, Prompts, Answers]
 def prepare(plain: Path, case: str, folder: Path) -> Model:
     """Make the checkpoint of a case, which is "SCHEME" or "SCHEME:LVLLM_MOE_USE_WEIGHT".
 
+    "RULES" stands for BY_LAYER.
+
     The result is this checkpoint, one with the values that its experts are computed with, and
     arguments of `vllm.LLM`.
     """
@@ -57,12 +62,15 @@ def prepare(plain: Path, case: str, folder: Path) -> Model:
     quantized = values = plain
     if scheme != "plain":
         quantized, values = quantize(plain, (SCHEMES | MIXED)[scheme], folder)
+    section: dict[str, Any] = {"lvllm": {"moe_use_weight": use_weight}} if use_weight else {}
+    if use_weight == "RULES":
+        section = {"lvllm": {"moe_use_weight": BY_LAYER}}
+        values = as_int4(values, folder / "int4", SECOND_LAYER)
     if use_weight == "INT4":
         # Experts of a mixed checkpoint that have 4 bits already stay as they are.
         what = SECOND_LAYER if scheme == "compressed_int4_and_bf16" else EXPERTS
         values = as_int4(values, folder / "int4", what)
-    section = {"lvllm": {"moe_use_weight": use_weight}} if use_weight else {}
-    return quantized, values, {"additional_config": section}
+    return quantized, values, {"additional_config": section, "formats": use_weight == "RULES"}
 
 
 def run(plain: Path, cases: Iterable[str], seed: int, tmp: Path, **job: Any) -> dict[str, Case]:
@@ -85,7 +93,8 @@ def generated(seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     sizes = {"hidden_size": 320, "moe_intermediate_size": 128, "num_key_value_heads": 4}
     layers = {"num_hidden_layers": 2, "mlp_only_layers": []}
     plain = make("qwen3_moe", tmp / "plain", seed, **layers, **sizes)
-    return run(plain, (*SCHEMES, *MIXED, *CONVERTED), seed, tmp)
+    ruled = [f"{scheme}:RULES" for scheme in RULED]
+    return run(plain, (*SCHEMES, *MIXED, *CONVERTED, *ruled), seed, tmp)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +125,15 @@ def test_converted_experts(
     case: str, generated: dict[str, Case], record: Callable[..., None]
 ) -> None:
     record("formats", case, **check_against_reference(*generated[case]))
+
+
+@pytest.mark.parametrize(("scheme", "kept"), list(zip(RULED, ("bf16", "fp8", "int4"), strict=True)))
+def test_formats_by_rules(scheme: str, kept: str, generated: dict[str, Case]) -> None:
+    """The first layer is computed as it is stored, and the second one in 4 bits."""
+    values, asked, answers = generated[f"{scheme}:RULES"]
+    names = [f"model.layers.{layer}.mlp.experts" for layer in (0, 1)]
+    assert answers[0]["formats"] == dict(zip(names, (kept, "int4"), strict=True))
+    check_against_reference(values, asked, answers)
 
 
 @pytest.mark.parametrize("case", SHARDED)

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import connection, forkserver, resource_tracker
@@ -198,6 +199,7 @@ def _worker(environment: dict[str, str]) -> Worker:
 def _set_environment(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # It is looked up once in a process.
     sys.path += [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     # PyTorch and OpenMP have read these two while they were imported.
     torch._dynamo.config.disable = environment.get("TORCHDYNAMO_DISABLE") == "1"
@@ -247,6 +249,7 @@ def main() -> None:
     function, arguments = pickle.loads(call)
     function(*arguments)
     sys.stdout.flush()
+    atexit._run_exitfuncs()
     os._exit(0)  # to tear down all modules takes 1 s
 
 

@@ -69,6 +69,15 @@ def test_held_out_answers_are_right() -> None:
         assert question.answer == expected_answer(question)
 
 
+def test_other_words_are_those_of_the_held_out_problems() -> None:
+    problems = {(question.task, question.operands) for question in tasks.held_out()}
+    found = tasks.held_out_in_other_words(10)
+    assert {(question.task, question.operands) for question in found} == problems
+    assert len(set(found)) == len(found) > 4 * len(problems)
+    for question in found:
+        assert question.answer == expected_answer(question)
+
+
 def test_training_answers_are_right(drawn: list[tasks.Question]) -> None:
     checked = 0
     for question in drawn[:20_000]:
