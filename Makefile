@@ -21,8 +21,8 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-cpp test-asan test-tsan test-python lint format docs \
-	models-table quality wheel verify-upstream clean clean-upstream
+.PHONY: help install demo check test test-cpp test-asan test-tsan test-emulated test-python lint \
+	format docs models-table quality wheel verify-upstream clean clean-upstream
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +52,10 @@ test-asan: ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitize
 test-tsan: ## the C++ tests under ThreadSanitizer
 	@$(BOOTSTRAP) --tools test
 	@$(RUN) -m build_tools.engine test tsan
+
+test-emulated: ## the C++ tests of every instruction set's kernels, on emulated instructions
+	@$(BOOTSTRAP) --tools test
+	@$(RUN) -m build_tools.engine test emulated
 
 test-python: ## the Python tests
 	@$(BOOTSTRAP) --tools test

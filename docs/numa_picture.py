@@ -88,7 +88,7 @@ for number, (what, how) in enumerate(steps):
 text(
     430,
     468,
-    "Waiting: up to 200 us spinning inside a call, 50 us after it, then asleep on a futex.",
+    "Waiting: up to 500 us spinning inside a call, 50 us after it, then asleep on a futex.",
 )
 text(
     430,
