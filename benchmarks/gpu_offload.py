@@ -4,11 +4,11 @@
         [--trace FILE]
 
 The benchmark prints five tables: the bus (plain copies from and to pinned memory), the cost of a
-host call as a host function and through a mailbox, conversion, prefill passes through the ring
-against their copies and their products alone, and decoding steps in a CUDA graph against the
-engine's own time. Then it shows when the copies and products of one pass ran; `--trace` keeps the
-profiler's trace of the pass. With `--accelerator host` it runs on the stand-in, which only shows
-that it runs, and the order of that pass.
+host call as a host function and through a mailbox, the experts' products against one product of
+large matrices, prefill passes through the ring against their copies and their products alone, and
+decoding steps in a CUDA graph against the engine's own time. Then it shows when the copies and
+products of one pass ran; `--trace` keeps the profiler's trace of the pass. With `--accelerator
+host` it runs on the stand-in, which only shows that it runs, and the order of that pass.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from benchmarks import gpu_callback, gpu_timeline
 from lvllm.engine import ExpertLayer, info
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
-from lvllm.gpu.convert import convert
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
-from lvllm.gpu.products import Pairs, multiply
+from lvllm.gpu.pairs import Pairs
+from lvllm.gpu.products import multiply
 from lvllm.gpu.ring import StagingRing
 from lvllm.units import GIB
 from tests.random_layers import Random, random_layer
@@ -85,18 +85,11 @@ def batch(shape: tuple[int, ...], tokens: int, device: torch.device) -> tuple[to
     return x.to(device), ids.to(device), weights.to(device)
 
 
-def conversion(accelerator: Accelerator, layer: ExpertLayer) -> float:
-    """Return the seconds to convert a whole layer to matrices, a few experts at a time."""
-    copies = {name: tensor.to(accelerator.device) for name, tensor in layer.tensors.items()}
-    step = max(1, layer.num_experts // 8)
-
-    def whole() -> None:
-        for first in range(0, layer.num_experts, step):
-            some = range(first, min(first + step, layer.num_experts))
-            for name in ("w13", "w2"):
-                convert(layer, copies, name, some, torch.bfloat16)
-
-    return seconds(accelerator, whole)
+def matrix_rate(accelerator: Accelerator) -> float:
+    """Return the operations a second of a product of large matrices in bf16, by cuBLAS on a GPU."""
+    size = 8192 if accelerator.name == "cuda" else 256
+    a = torch.randn(size, size, device=accelerator.device).to(torch.bfloat16)
+    return 2 * size**3 / seconds(accelerator, lambda: a @ a)
 
 
 def prefill(
@@ -206,7 +199,8 @@ def main() -> None:
     if a.accelerator == "cuda":
         header = ("", "in a stream", "in a graph")
         table("an empty call of the host, us", header, gpu_callback.costs(accelerator))
-    converted, passes, steps = [], [], []
+    rate = matrix_rate(accelerator)
+    rates, passes, steps = [], [], []
     formats, timed = a.formats.split(","), [int(tokens) for tokens in a.prefill.split(",")]
     for format in formats:
         layers = make(format, shape, a.layers)
@@ -214,14 +208,15 @@ def main() -> None:
             for tensor in layer.tensors.values():
                 accelerator.pin(tensor)
         size = sum(tensor.nbytes for tensor in layers[0].tensors.values())
-        took = conversion(accelerator, layers[0])
-        converted.append((format, size / 1e6, 1e3 * took, 1e3 * size / there, took * there / size))
         for tokens in timed:
             inputs = batch(shape, tokens, accelerator.device)
             copy, products, whole = prefill(accelerator, layers, inputs, a.ahead)
             on_host = [argument.cpu() for argument in inputs]
             cpu = seconds(accelerator, lambda: layers[0](*on_host), times=1)  # noqa: B023
             row = (copy, products, whole, cpu)
+            hidden, intermediate, _, topk = shape
+            reached = 2 * tokens * topk * 3 * hidden * intermediate / products
+            rates.append((format, tokens, 1e3 * products, reached / 1e12, reached / rate))
             speed = size / copy / there
             passes.append(
                 (format, tokens, *(1e3 * t for t in row), speed, whole / max(copy, products))
@@ -236,9 +231,9 @@ def main() -> None:
             for tensor in layer.tensors.values():
                 accelerator.unpin(tensor)
     table(
-        "conversion of a layer (of the time that its copy takes)",
-        ("format", "MB", "ms", "copy ms", "share"),
-        converted,
+        f"products of a layer; one of large matrices reaches {rate / 1e12:.4g} TFLOP/s",
+        ("format", "tokens", "ms", "TFLOP/s", "share"),
+        rates,
     )
     table(
         "prefill, a layer: copy through the ring, products, pass, and the CPU's time, ms;\n"

@@ -1,12 +1,7 @@
-"""Converts experts from the engine's order and format to plain matrices, on a device.
+"""Converts experts from the engine's order and format to plain matrices, in plain PyTorch.
 
-The staging ring on a GPU holds the engine's bytes: tiles of 64 rows, transposed in units of four
-bytes (`engine.tiles`), in 4, 8 or 16 bits. One Triton kernel reads each byte once and writes each
-value once, which is 2.6 to 4 bytes per weight. At 4 TB/s that takes a small part of the time in
-which a bus of 55 GB/s brings the weight's half byte to two bytes. In plain PyTorch, where each step
-is a pass over memory, a 4-bit weight would take 45 bytes, which is more time than the bus takes.
-
-Without a GPU, plain PyTorch computes the same bits.
+The engine keeps tiles of 64 rows, transposed in units of four bytes (`engine.tiles`), in 4, 8 or 16
+bits. The kernels of a GPU read them as they are; this is for the other devices.
 """
 
 from collections.abc import Mapping
@@ -43,17 +38,6 @@ def convert(
         if name + suffix in tensors
     }
     parts = layer.parts if name == "w13" else 1
-    if part[""].is_cuda:
-        from lvllm.gpu import convert_kernel
-
-        return convert_kernel.run(layer.format, layer.group_size, parts, part, dtype)
-    return _plain(layer, parts, part, dtype)
-
-
-def _plain(
-    layer: ExpertLayer, parts: int, part: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor:
-    """Convert the tensors of one projection, by their suffixes, in plain PyTorch."""
     rows: dict[str, Any] = {"format": layer.format, "": from_tiles(part[""], parts, WEIGHT_UNIT)}
     for suffix in ("_scale", "_zero"):
         if suffix in part:
@@ -66,4 +50,6 @@ def _plain(
         rows["_global_scale"] = part["_global_scale"]
     if layer.format == "int4":
         rows["group_size"] = layer.group_size
-    return torch.stack([values(rows, "", expert).to(dtype) for expert in range(len(part[""]))])
+    device = str(part[""].device)
+    matrices = [values(rows, "", expert, device).to(dtype) for expert in range(len(part[""]))]
+    return torch.stack(matrices)

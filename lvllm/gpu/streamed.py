@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from lvllm.engine.expert_layer import ExpertLayer
-from lvllm.gpu.products import SCRATCH_BYTES, Pairs, multiply
+from lvllm.gpu.pairs import Pairs
+from lvllm.gpu.products import SCRATCH_BYTES, multiply
 from lvllm.gpu.ring import StagingRing
 from lvllm.units import ceil_div
 

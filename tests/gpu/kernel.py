@@ -1,4 +1,4 @@
-"""Checks the conversion kernel in Triton's interpreter, which is chosen when it is imported.
+"""Checks the kernels of experts in Triton's interpreter, which is chosen when they are imported.
 
 It needs a process of its own. Run it as `TRITON_INTERPRET=1 python -m tests.gpu.kernel SEED`.
 """
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lvllm.gpu import convert_kernel
-from lvllm.gpu.convert import convert
-from tests.random_layers import FORMATS, FOUR_BIT, Random, random_layer
+from lvllm.gpu.kernels import experts
+from lvllm.gpu.pairs import Pairs
+from tests.random_layers import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
 
 WAYS: dict[str, list[dict[str, Any]]] = {
     "fp8": [{"fp8_scale": kind} for kind in ("block", "channel", "tensor")],
@@ -30,31 +30,39 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 def main() -> None:
     random = Random(int(sys.argv[1]))
-    for format, how in VARIANTS:
-        for activation in ("silu", "relu2"):
-            hidden, intermediate = random.integers(1, 160, 2).tolist()
-            step = 2 if format in FOUR_BIT else 1
-            layer = random_layer(
-                random, format, 3, step * hidden, step * intermediate, activation=activation, **how
-            )
-            engine_layer = layer.make()
-            for name, parts in (("w13", engine_layer.parts), ("w2", 1)):
-                part = {
-                    suffix: engine_layer.tensors[name + suffix][1:]
-                    for suffix in ("", "_scale", "_zero", "_global_scale")
-                    if name + suffix in engine_layer.tensors
-                }
-                # This uses float32, since the interpreter rounds to bfloat16 by cutting bits off.
-                got = convert_kernel.run(
-                    format, engine_layer.group_size, parts, part, torch.float32
-                )
-                want = convert(engine_layer, engine_layer.tensors, name, range(1, 3), torch.float32)
-                if not torch.equal(got, want):
-                    raise SystemExit(
-                        f"{format} {how} {activation} {name} {hidden} x {intermediate}:"
-                        f" {(got != want).sum()} of {want.numel()} differ"
-                    )
+    for number, (format, how) in enumerate(VARIANTS):
+        check(random, format, how, ACTIVATIONS[number % len(ACTIVATIONS)], number)
     print(f"{len(VARIANTS)} variants")
+
+
+def check(random: Random, format: str, how: dict[str, Any], activation: str, number: int) -> None:
+    """Compute two groups of experts of a random layer, and compare the sum with the reference."""
+    # Rows are whole words of four bytes, as the kernels want them. Tiles and blocks may be cut.
+    step = 8 if format in FOUR_BIT else 4
+    hidden, intermediate = (step * random.integers(1, 140 // step, 2)).tolist()
+    bias, on_input, tokens = number % 2 == 0, number % 3 == 0, 1 + number * 3
+    layer = random_layer(
+        random, format, 5, hidden, intermediate,
+        activation=activation, bias=bias, apply_router_weight_on_input=on_input, **how,
+    )  # fmt: skip
+    engine_layer = layer.make()
+    # This uses float32, since the interpreter rounds to bfloat16 by cutting bits off.
+    x = random.normal(tokens, hidden)
+    ids, weights = random.integers(-1, 5, tokens, 3), random.uniform(0.1, 1, tokens, 3)
+    pairs = Pairs.sort(ids, weights, 5)
+    total = torch.zeros(tokens, hidden)
+    scratch = 20 * 4 * (hidden + intermediate)  # This holds 20 pairs.
+    for some in (range(0, 2), range(2, 5)):
+        tensors = {name: of[some.start : some.stop] for name, of in engine_layer.tensors.items()}
+        experts.multiply(engine_layer, tensors, some, x, pairs, total, scratch_bytes=scratch)
+    want = layer.reference(x, ids, weights)
+    # Sums of float32 in another order differ by few times 2^-24 of what is added up.
+    error = torch.linalg.norm(total - want) / (torch.linalg.norm(want) + 1e-6)
+    if not error <= 3e-6:
+        raise SystemExit(
+            f"{format} {how} {activation} {hidden} x {intermediate}, {tokens} tokens,"
+            f" {bias=}, {on_input=}: the relative error is {error:.2g}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,5 @@
 """Tests experts on copied weights, against float32 on dequantised weights."""
 
-import os
-import secrets
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,17 +137,3 @@ def test_conversion_gives_the_products_of_weights_and_scales(
         got = convert(engine_layer, engine_layer.tensors, name, some, torch.bfloat16)
         want = layer.dequantised(name)[some.start :].to(torch.bfloat16)
         assert torch.equal(got, want)
-
-
-@pytest.mark.slow
-def test_the_gpu_kernel_converts_to_the_same_bits() -> None:
-    """It runs in Triton's interpreter, which must be chosen before the kernel is imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.kernel", str(secrets.randbelow(2**31))],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.args}: {done.stderr}"
-    assert done.stdout == "11 variants\n"

@@ -13,7 +13,6 @@ from lvllm import engine
 from lvllm.engine import ExpertLayer, bank
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
-from lvllm.gpu.convert import convert
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.offload import Offload
@@ -86,12 +85,21 @@ def test_streamed_against_float32(accelerator: Accelerator, format: str) -> None
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_kernel_converts_to_the_bits_of_plain_pytorch(format: str, cuda: Accelerator) -> None:
-    layer = random_layer(Random(5), format, 5, HIDDEN + 22, INTERMEDIATE + 6).make()
-    copies = {name: tensor.to(cuda.device) for name, tensor in layer.tensors.items()}
-    for name in ("w13", "w2"):
-        got = convert(layer, copies, name, range(1, 5), torch.bfloat16).cpu()
-        assert torch.equal(got, convert(layer, layer.tensors, name, range(1, 5), torch.bfloat16))
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_sums_are_the_same_each_time(format: str, tokens: int, cuda: Accelerator) -> None:
+    layer = random_layer(Random(5), format, EXPERTS, HIDDEN + 24, INTERMEDIATE + 8).make()
+    for tensor in layer.tensors.values():
+        cuda.pin(tensor)
+    ring = StagingRing(cuda, {0: layer.tensors}, ahead=0, limit=1 << 30)
+    _, ids, weights = batch(Random(tokens), tokens, cuda.device)
+    x = Random(6).normal(tokens, HIDDEN + 24).to(cuda.device, torch.bfloat16)
+    first, second = (streamed.run(layer, ring, 0, x, ids, weights) for _ in range(2))
+    assert torch.equal(first, second)
+    want = expected(layer, x, ids, weights).float()
+    # On the CPU, 4-bit experts round activations to 8 bits.
+    assert torch.linalg.norm(first.cpu().float() - want) <= 2e-2 * torch.linalg.norm(want)
+    for tensor in layer.tensors.values():
+        cuda.unpin(tensor)
 
 
 def test_an_offload_of_many_layers(accelerator: Accelerator) -> None:

@@ -1,0 +1,26 @@
+"""The launches of the kernels for a batch."""
+
+import torch
+
+from benchmarks.gpu_kernels.compiled import Launch, recorded
+from lvllm.gpu.kernels import experts
+from lvllm.gpu.pairs import Pairs
+from tests.random_layers import Random, random_layer
+
+__all__ = ["launches"]
+
+HIDDEN, INTERMEDIATE = 512, 384
+"""Compiled kernels do not depend on these, if both are multiples of 16."""
+
+
+def launches(format: str, tokens_per_expert: int) -> list[Launch]:
+    """Return the launches for a layer of `format` with so many tokens for each expert."""
+    count, random = 3, Random(1)
+    layer = random_layer(random, format, count, HIDDEN, INTERMEDIATE).make()
+    x = torch.zeros(tokens_per_expert, HIDDEN, dtype=torch.bfloat16)
+    ids = torch.arange(count).repeat(tokens_per_expert, 1)
+    pairs = Pairs.sort(ids, torch.ones(ids.shape), count)
+    total = torch.zeros(x.shape)
+    with recorded() as found:
+        experts.multiply(layer, layer.tensors, range(count), x, pairs, total, scratch_bytes=1 << 30)
+    return found

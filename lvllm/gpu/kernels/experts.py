@@ -1,0 +1,314 @@
+"""Computes a group of experts for their tokens in three kernels.
+
+`_gate_up` multiplies the tokens' rows with w13 and applies the activation. `_down` multiplies the
+result with w2. Both read weights as the engine keeps them, and convert them in registers. `_add_up`
+adds each token's results, times the router's weights, in the order of the token's slots. So the
+sums are the same each time, which atomic additions would not give.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lvllm.engine.expert_layer import ExpertLayer
+from lvllm.engine.tiles import TILE_ROWS, WEIGHT_UNIT
+from lvllm.engine.weight_formats import BLOCK, FORMATS
+from lvllm.gpu.kernels import activation, blocks, weights
+from lvllm.gpu.pairs import Pairs
+from lvllm.units import ceil_div
+
+__all__ = ["multiply"]
+
+ROWS = (16, 64, 128)
+"""The rows of a block: the fewest that hold an expert's rows, since tensor cores compute all of
+them. More rows convert a weight fewer times."""
+COLUMNS = 64
+"""The columns of the sum that are read at a time."""
+SUMS = 1024
+"""How many columns of a token's results a program adds up."""
+
+
+@triton.jit(do_not_specialize=["some", "count", "first", "last"])
+def _gate_up(  # type: ignore[no-untyped-def]
+    x,  # [tokens, hidden]
+    slots,
+    router_weights,
+    starts,
+    some,  # the first expert
+    count,
+    first,
+    last,
+    w13,
+    scale,
+    zero,
+    global_scale,
+    bias,
+    out,  # [last - first, intermediate]
+    hidden,
+    intermediate,
+    groups,
+    alpha,
+    beta,
+    limit,
+    TOPK: tl.constexpr,
+    ON_INPUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute a tile of activated sums for a block of pairs. The grid is (blocks, tiles)."""
+    number = tl.program_id(0)
+    tile = tl.program_id(1)
+    expert, begin, end = blocks.find(starts + some, count, first, last, number, EXPERTS, ROWS)
+    pair = begin + tl.arange(0, ROWS)
+    inside = pair < end
+    token = tl.load(slots + pair, mask=inside, other=0) // TOPK
+    router_weight = tl.load(router_weights + pair, mask=inside, other=0)[:, None]
+    gate = tl.zeros((ROWS, TILE), tl.float32)
+    up = tl.zeros((ROWS, TILE), tl.float32)
+    for column in range(0, hidden, COLUMNS):
+        k = column + tl.arange(0, COLUMNS)[None, :]
+        a = tl.load(x + token[:, None] * hidden + k, mask=inside[:, None] & (k < hidden), other=0)
+        if ON_INPUT:
+            a = (a * router_weight).to(x.dtype.element_ty)
+        for part in tl.static_range(PARTS):
+            w = weights.read(
+                w13, scale, zero, global_scale, expert, part, tile, column, intermediate, hidden,
+                groups, PARTS, FORMAT, VALUES, SCALE, GROUP, ZERO, TILE, COLUMNS, BLOCK,
+                x.dtype.element_ty,
+            )  # fmt: skip
+            if part == PARTS - 1:
+                up = tl.dot(a, w, up, input_precision="ieee")
+            else:
+                gate = tl.dot(a, w, gate, input_precision="ieee")
+    row = tile * TILE + tl.arange(0, TILE)[None, :]
+    within = row < intermediate
+    if BIAS:
+        own = bias + expert * PARTS * intermediate + row
+        up += tl.load(own + (PARTS - 1) * intermediate, mask=within, other=0)
+        if PARTS == 2:
+            gate += tl.load(own, mask=within, other=0)
+    h = activation.apply(gate, up, alpha, beta, limit, ACTIVATION)
+    tl.store(
+        out + (pair - first)[:, None] * intermediate + row,
+        h.to(out.dtype.element_ty),
+        mask=inside[:, None] & within,
+    )
+
+
+@triton.jit(do_not_specialize=["some", "count", "first", "last"])
+def _down(  # type: ignore[no-untyped-def]
+    h,  # [last - first, intermediate]
+    starts,
+    some,  # the first expert
+    count,
+    first,
+    last,
+    w2,
+    scale,
+    zero,
+    global_scale,
+    bias,
+    out,  # float32 [last - first, hidden]
+    hidden,
+    intermediate,
+    groups,
+    BIAS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute a tile of results for a block of pairs. The grid is (blocks, tiles)."""
+    number = tl.program_id(0)
+    tile = tl.program_id(1)
+    expert, begin, end = blocks.find(starts + some, count, first, last, number, EXPERTS, ROWS)
+    pair = begin + tl.arange(0, ROWS)
+    inside = (pair < end)[:, None]
+    at = (pair - first)[:, None]
+    y = tl.zeros((ROWS, TILE), tl.float32)
+    for column in range(0, intermediate, COLUMNS):
+        k = column + tl.arange(0, COLUMNS)[None, :]
+        a = tl.load(h + at * intermediate + k, mask=inside & (k < intermediate), other=0)
+        w = weights.read(
+            w2, scale, zero, global_scale, expert, 0, tile, column, hidden, intermediate,
+            groups, 1, FORMAT, VALUES, SCALE, GROUP, ZERO, TILE, COLUMNS, BLOCK,
+            h.dtype.element_ty,
+        )  # fmt: skip
+        y = tl.dot(a, w, y, input_precision="ieee")
+    row = tile * TILE + tl.arange(0, TILE)[None, :]
+    within = row < hidden
+    if BIAS:
+        y += tl.load(bias + expert * hidden + row, mask=within, other=0)
+    tl.store(out + at * hidden + row, y, mask=inside & within)
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def _add_up(  # type: ignore[no-untyped-def]
+    results,  # float32 [last - first, hidden]
+    places,
+    router_weights,
+    total,
+    first,
+    last,
+    hidden,
+    TOPK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Add up columns of the results of one token. The grid is (tokens, blocks of columns)."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    within = column < hidden
+    some = False
+    for slot in tl.static_range(TOPK):
+        place = tl.load(places + token * TOPK + slot)
+        some = some or (place >= first and place < last)
+    if some:
+        sums = tl.load(total + token * hidden + column, mask=within, other=0)
+        for slot in tl.static_range(TOPK):
+            place = tl.load(places + token * TOPK + slot)
+            if place >= first and place < last:
+                y = tl.load(results + (place - first) * hidden + column, mask=within, other=0)
+                if WEIGHTED:
+                    y *= tl.load(router_weights + place)
+                sums += y
+        tl.store(total + token * hidden + column, sums, mask=within)
+
+
+def multiply(
+    layer: ExpertLayer,
+    tensors: Mapping[str, torch.Tensor],
+    some: range,
+    x: torch.Tensor,
+    pairs: Pairs,
+    total: torch.Tensor,
+    *,
+    scratch_bytes: int,
+) -> None:
+    """Do what `lvllm.gpu.products.multiply` does, for layers whose rows are whole words.
+
+    The scratch memory has the results of w13, activated, and those of w2.
+    """
+    row_bytes = layer.intermediate_size * x.element_size() + 4 * layer.hidden_size
+    most = max(1, scratch_bytes // row_bytes)
+    for first in range(pairs.starts[some.start], pairs.starts[some.stop], most):
+        last = min(first + most, pairs.starts[some.stop])
+        bounds = [min(max(at, first), last) for at in pairs.starts[some.start : some.stop + 1]]
+        counts = [end - begin for begin, end in pairwise(bounds)]
+        _compute(layer, tensors, some, x, pairs, total, first, last, counts)
+
+
+def _compute(
+    layer: ExpertLayer,
+    tensors: Mapping[str, torch.Tensor],
+    some: range,
+    x: torch.Tensor,
+    pairs: Pairs,
+    total: torch.Tensor,
+    first: int,
+    last: int,
+    counts: list[int],
+) -> None:
+    """Compute the pairs from `first` to `last`. `counts` has those of each of the experts."""
+    hidden, intermediate = layer.hidden_size, layer.intermediate_size
+    average = (last - first) / sum(count > 0 for count in counts)
+    rows = next((rows for rows in ROWS if rows >= average), ROWS[-1])
+    row_blocks = sum(ceil_div(count, rows) for count in counts)
+    h = torch.empty((last - first, intermediate), dtype=x.dtype, device=x.device)
+    y = torch.empty((last - first, hidden), dtype=torch.float32, device=x.device)
+    shape: dict[str, Any] = {
+        "EXPERTS": max(16, triton.next_power_of_2(layer.num_experts)),
+        "ROWS": rows,
+        "num_warps": 8 if rows > 64 else 4,
+    }
+    alpha, beta, limit = layer.swiglu
+    _gate_up[row_blocks, ceil_div(intermediate, TILE_ROWS)](
+        x, pairs.slots, pairs.weights, pairs.starts_on_device, some.start, len(some), first, last,
+        *_arguments(tensors, "w13"), h, hidden, intermediate,
+        _groups(tensors, "w13"), alpha, beta, limit,
+        TOPK=pairs.topk,
+        ON_INPUT=layer.apply_router_weight_on_input,
+        ACTIVATION=layer.activation,
+        PARTS=layer.parts,
+        **_constants(layer, tensors, "w13"),
+        **shape,
+    )  # fmt: skip
+    _down[row_blocks, ceil_div(hidden, TILE_ROWS)](
+        h, pairs.starts_on_device, some.start, len(some), first, last,
+        *_arguments(tensors, "w2"), y, hidden, intermediate,
+        _groups(tensors, "w2"),
+        **_constants(layer, tensors, "w2"),
+        **shape,
+    )  # fmt: skip
+    columns = min(SUMS, triton.next_power_of_2(hidden))
+    _add_up[len(x), ceil_div(hidden, columns)](
+        y, pairs.places, pairs.weights, total, first, last, hidden,
+        TOPK=pairs.topk,
+        WEIGHTED=not layer.apply_router_weight_on_input,
+        COLUMNS=columns,
+    )  # fmt: skip
+
+
+def _arguments(tensors: Mapping[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    """Return the weights, scales, zero points, global scales and bias of w13 or w2."""
+    words = tensors[name].view(torch.int32)
+    scale = tensors.get(f"{name}_scale", words)  # `words` stands for what the format has not.
+    return [
+        words,
+        scale.view(torch.uint8) if scale.element_size() == 1 else scale,
+        tensors.get(f"{name}_zero", words),
+        tensors.get(f"{name}_global_scale", words),
+        tensors.get(f"{name}_bias", words),
+    ]
+
+
+def _groups(tensors: Mapping[str, torch.Tensor], name: str) -> int:
+    """Return the groups of a row; for scales of blocks, the blocks of a row."""
+    scale = tensors.get(f"{name}_scale")
+    return 1 if scale is None or scale.dim() < 3 else scale.shape[2]
+
+
+def _scale_kind(scale: torch.Tensor | None, group_size: int) -> str:
+    """Tell which weights share a scale: those of a group, a row, a block, a tensor, or none."""
+    if scale is None:
+        return "none"
+    return "group" if group_size else {1: "tensor", 2: "row", 3: "block"}[scale.dim()]
+
+
+def _constants(
+    layer: ExpertLayer, tensors: Mapping[str, torch.Tensor], name: str
+) -> dict[str, Any]:
+    """Return the compile-time constants that belong to the layer's format."""
+    stored = FORMATS[layer.format]
+    return {
+        "BIAS": f"{name}_bias" in tensors,
+        "FORMAT": layer.format,
+        "VALUES": WEIGHT_UNIT // stored.weight.itemsize * stored.values,
+        "SCALE": _scale_kind(tensors.get(f"{name}_scale"), layer.group_size),
+        "GROUP": layer.group_size,
+        "ZERO": f"{name}_zero" in tensors,
+        "TILE": TILE_ROWS,
+        "COLUMNS": COLUMNS,
+        "BLOCK": BLOCK,
+    }

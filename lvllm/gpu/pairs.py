@@ -1,0 +1,52 @@
+"""The pairs of a token and an expert of a batch, in the order of the experts."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
+
+import torch
+
+__all__ = ["Pairs"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a token and a slot of a batch, sorted by their experts. P is M * k."""
+
+    experts: torch.Tensor
+    """int64 [P]: the expert of each pair. Skipped slots, with -1, come first."""
+    slots: torch.Tensor
+    """int64 [P]: the token times k plus the slot."""
+    weights: torch.Tensor
+    """float32 [P, 1]: the router's weight."""
+    starts_on_device: torch.Tensor
+    """int64 [E + 1]: starts[e] is the first pair of expert e; starts[E] ends the last one's."""
+    starts: list[int]
+    """The same numbers on the host."""
+    places: torch.Tensor
+    """int64 [P]: where each slot is in this order."""
+    topk: int
+
+    @classmethod
+    def sort(cls, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int) -> Self:
+        """Sort topk_ids [M, k] and topk_weights [M, k] by experts.
+
+        The host waits for the device once, to learn how many tokens each expert has.
+
+        Raises ValueError for an id that is neither in [0, experts) nor -1.
+        """
+        of_pairs, slots = topk_ids.flatten().long().sort(stable=True)
+        # The search, unlike torch.bincount, does not make the host wait for the device.
+        bounds = torch.arange(-1, experts + 1, device=topk_ids.device)
+        below, *starts = (on_device := torch.searchsorted(of_pairs, bounds)).tolist()
+        if below or starts[-1] < slots.numel():
+            wrong = of_pairs[0 if below else -1].item()
+            raise ValueError(f"topk_ids has {wrong}, must be -1 or in [0, {experts})")
+        weights = topk_weights.flatten()[slots].unsqueeze(1)
+        places = torch.empty_like(slots)
+        places[slots] = torch.arange(len(slots), device=slots.device)
+        return cls(of_pairs, slots, weights, on_device[1:], starts, places, topk_ids.shape[1])
+
+    def counts(self) -> list[int]:
+        """The number of tokens of each expert."""
+        return [end - begin for begin, end in pairwise(self.starts)]

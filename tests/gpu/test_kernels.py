@@ -1,0 +1,42 @@
+"""Tests the kernels of experts: what they compute, and what they take on each kind of GPU."""
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_kernels.compiled import SHARED_KIB, compile_launch
+from benchmarks.gpu_kernels.launches import launches
+from tests.random_layers import FORMATS
+
+
+@pytest.mark.slow
+def test_they_compute_the_expert_block() -> None:
+    """They run in Triton's interpreter, which must be chosen before they are imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.kernel", str(secrets.randbelow(2**31))],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.args}: {done.stderr}"
+    assert done.stdout == "11 variants\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "format"), zip([*SHARED_KIB, min(SHARED_KIB)], FORMATS, strict=True)
+)
+def test_they_fit_on_every_architecture(architecture: int, format: str) -> None:
+    """benchmarks/gpu_kernels compiles every format for every architecture."""
+    started = launches(format, tokens_per_expert=128)
+    assert [launch.kernel.__name__ for launch in started] == ["_gate_up", "_down", "_add_up"]
+    for launch in started:
+        taken = compile_launch(launch, architecture)
+        assert taken.shared <= SHARED_KIB[architecture] << 10
+        # A few bytes are spilled outside of the loop over the columns.
+        assert taken.spilled <= 16
