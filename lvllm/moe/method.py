@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -176,9 +177,23 @@ class HybridMoEMethod(FusedMoEMethodBase):
         topk_ids [M, k] are the model's expert ids. An id of -1 stands for no expert, and the engine
         skips it. With expert parallelism the ids of other ranks' experts become -1 too.
         """
+        if self.offload is not None or self.moe.dp_size > 1:
+            topk_ids = _without_padding(topk_ids)
         if layer.expert_map is not None:
             # vLLM's routers give padded rows the id -1, which as an index would be the last expert.
             topk_ids = layer.expert_map[topk_ids].where(topk_ids >= 0, -1)
         if self.offload is None:
             return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)
         return torch.ops.lvllm.routed_experts(x, topk_ids, topk_weights, layer.engine_handle)
+
+
+def _without_padding(topk_ids: torch.Tensor) -> torch.Tensor:
+    """Give the rows that are padding the id -1, so that nobody reads an expert for them.
+
+    Some of vLLM's routers do so, but not those with groups of experts or of a model's own. Only
+    graphs and replicas have such rows. The mask is a tensor, which a graph reads at each replay.
+    """
+    padding = get_forward_context().is_padding if is_forward_context_available() else None
+    if padding is None or len(padding) != len(topk_ids):
+        return topk_ids
+    return topk_ids.masked_fill(padding.unsqueeze(1), -1)

@@ -1,9 +1,9 @@
 """Greedy generation through vLLM, each job in a process of its own.
 
 A job is a dictionary such as {"model": DIR, "prompts": [[1, 5]], "max_tokens": 8}. Its other keys
-are arguments of `vllm.LLM`, but for four: "adapter", the folder of a LoRA adapter; "held" and
-"formats", true or false; and "data_parallel_size", which takes as many processes. A prompt with a
-picture is {"ids": [1, 5], "picture": FILE, "modality": "image"}.
+are arguments of `vllm.LLM`, but for five: "adapter", the folder of a LoRA adapter; "held",
+"counted" and "formats", true or false; and "data_parallel_size", which takes as many processes. A
+prompt with a picture is {"ids": [1, 5], "picture": FILE, "modality": "image"}.
 
 The answers to a job are a list with a dictionary for each prompt:
     prompt: its token ids, with as many placeholders as the picture takes
@@ -13,6 +13,8 @@ The answers to a job are a list with a dictionary for each prompt:
     drafted: how many draft tokens the whole job proposed, and how many of them were accepted
     held: if the job asks for it, how many experts of a layer each worker holds, and how many rows
         of each expert
+    counted: if the job asks for it, how many pairs of a token and an expert each of the worker's
+        layers computed
     formats: if the job asks for it, the format of each layer of experts in the engine
 """
 
@@ -125,11 +127,13 @@ def run(job: Job) -> Answers:
 
     prompts, max_tokens = job.pop("prompts"), job.pop("max_tokens")
     adapter, held = job.pop("adapter", None), job.pop("held", False)
-    formats = job.pop("formats", False)
+    formats, counted = job.pop("formats", False), job.pop("counted", False)
     llm = LLM(**{**DEFAULTS, "disable_log_stats": "speculative_config" not in job, **job})
     sampling = SamplingParams(
         temperature=0, max_tokens=max_tokens, logprobs=1, ignore_eos=True, detokenize=False
     )
+    if counted:
+        llm.collective_rpc(_count)
     outputs = llm.generate(
         [_prompt(prompt) for prompt in prompts],
         sampling,
@@ -138,6 +142,7 @@ def run(job: Job) -> Answers:
     of_job = {
         "drafted": _drafted(llm),
         "held": llm.collective_rpc(_held) if held else [],
+        "counted": llm.collective_rpc(_counted) if counted else [],
         "formats": llm.collective_rpc(_formats)[0] if formats else {},
     }
     answers: Answers = []
@@ -164,6 +169,26 @@ def _held(worker: Any) -> list[int]:
     """In a worker: experts of its last layer that has some, and rows of down_proj's input."""
     layers = list(_layers(worker).values())
     return [layers[-1].local_num_experts, layers[-1].intermediate_size_per_partition]
+
+
+def _count(worker: Any) -> None:
+    """In a worker: count the experts from now on, in all replicas."""
+    import torch
+    from vllm.distributed import get_dp_group
+
+    from lvllm.engine import counters
+
+    for layer in _layers(worker).values():
+        layer.pairs = torch.zeros(counters.size(layer.local_num_experts), dtype=torch.int64)
+        counters.count(layer.engine_handle, layer.pairs)
+    get_dp_group().barrier()
+
+
+def _counted(worker: Any) -> list[int]:
+    """In a worker: the pairs of a token and an expert that each layer has computed."""
+    from lvllm.engine.counters import TOKENS_OF_EXPERTS
+
+    return [int(layer.pairs[TOKENS_OF_EXPERTS:].sum()) for layer in _layers(worker).values()]
 
 
 def _formats(worker: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Tensor parallelism is in tests/e2e/test_equivalence.py and test_formats.py.
 """
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,12 @@ MODES: dict[str, tuple[Job, list[list[list[int]]]]] = {
         {"tensor_parallel_size": 2, "enable_expert_parallel": True},
         [[[4, INTERMEDIATE], [3, INTERMEDIATE]]],
     ),
-    # Replicas divide the experts' rows among them, as tensor parallelism does.
-    "data": (DATA_PARALLEL, [[[EXPERTS, INTERMEDIATE // 2]]] * 2),
+    # Replicas divide the experts' rows among them, as tensor parallelism does. They answer
+    # five prompts one after the other, so that one has three of them.
+    "data": (
+        DATA_PARALLEL | {"counted": True, "max_num_seqs": 1},
+        [[[EXPERTS, INTERMEDIATE // 2]]] * 2,
+    ),
     # A trace of the model must not take for constant how many tokens the others have.
     "data_and_experts_compiled": (
         DATA_PARALLEL | COMPILED | {"enable_expert_parallel": True},
@@ -101,7 +106,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     tmp = tmp_path_factory.mktemp("parallel")
     sizes = {"n_routed_experts": EXPERTS, "moe_intermediate_size": INTERMEDIATE}
     model = make("glm4_moe", tmp / "model", seed, **sizes)
-    asked = prompts(seed)
+    asked = [*prompts(seed), prompts(seed + 1)[1]]
     plain, broken = poisoned(tmp, seed)
     words = [[random.randrange(3, VOCABULARY)] for _ in range(40)]
     tiny: Job = {"model": str(TINY), "prompts": conversations(), "max_tokens": 12}
@@ -122,6 +127,17 @@ def test_a_divided_model_is_the_references(name: str, run: Run) -> None:
     check_against_reference(run.model, run.asked, run.answers[name])
     held = MODES[name][1]
     assert [answer["held"] for answer in run.answers[name]][: len(held)] == held
+
+
+def test_padding_takes_no_experts(run: Run) -> None:
+    """A replica whose prompts are answered goes on with batches of padding for the other one."""
+    topk = json.loads((run.model / "config.json").read_text())["num_experts_per_tok"]
+    answers = run.answers["data"]
+    # The last token of each answer is not computed any more.
+    tokens = sum(len(answer["prompt"]) + len(answer["tokens"]) - 1 for answer in answers)
+    for answer in answers:
+        (layers,) = answer["counted"]
+        assert set(layers) == {topk * tokens}
 
 
 @pytest.mark.parametrize("name", OFFLOADED_MODES)
