@@ -20,6 +20,7 @@
 #include "lk/free_memory.h"
 #include "lk/host_call.h"
 #include "lk/integers.h"
+#include "lk/mailbox.h"
 #include "lk/memory.h"
 
 namespace {
@@ -330,6 +331,20 @@ std::tuple<int64_t, int64_t, int64_t> host_call_progress() {
   return {progress.begun, progress.ended, progress.layer};
 }
 
+int64_t mailbox_create(const Tensor& words) {
+  if (!words.is_cpu() || words.scalar_type() != ScalarType::Long || !words.is_contiguous() ||
+      words.numel() * sizeof(int64_t) != sizeof(lk::MailboxWords)) {
+    fail("words must be a contiguous int64 CPU tensor [16]");
+  }
+  void* memory = words.mutable_data_ptr();
+  if (reinterpret_cast<uintptr_t>(memory) % alignof(lk::MailboxWords) != 0) {
+    fail("words must begin at a multiple of 64 bytes");
+  }
+  return reinterpret_cast<int64_t>(new lk::Mailbox(new (memory) lk::MailboxWords));
+}
+
+void mailbox_destroy(int64_t mailbox) { delete reinterpret_cast<lk::Mailbox*>(mailbox); }
+
 void reserve(int64_t layer, int64_t tokens, int64_t topk) { lk::reserve(layer, tokens, topk); }
 
 // The engine has a pointer to the log, so this keeps it alive until the next log comes.
@@ -529,6 +544,8 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("host_call_function() -> int");
   m.def("host_call_error() -> (int, str)");
   m.def("host_call_progress() -> (int, int, int)");
+  m.def("mailbox_create(Tensor(a!) words) -> int");
+  m.def("mailbox_destroy(int mailbox) -> ()");
   m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
   m.def("map_shared(int descriptor, int bytes) -> Tensor");
   m.def("shared_place(int address) -> int[]");
@@ -566,6 +583,8 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("host_call_function", TORCH_BOX(&host_call_function));
   m.impl("host_call_error", TORCH_BOX(&host_call_error));
   m.impl("host_call_progress", TORCH_BOX(&host_call_progress));
+  m.impl("mailbox_create", TORCH_BOX(&mailbox_create));
+  m.impl("mailbox_destroy", TORCH_BOX(&mailbox_destroy));
   m.impl("allocate", TORCH_BOX(&allocate));
   m.impl("map_shared", TORCH_BOX(&map_shared));
   m.impl("shared_place", TORCH_BOX(&shared_place));

@@ -117,6 +117,7 @@ def final_settings(
         gpu_prefetch_window=settings["gpu_prefetch_window"].value,
         gpu_staging_mib=settings["gpu_staging_mib"].value,
         gpu_prefill_min_batch_size=settings["gpu_prefill_min_batch_size"].value,
+        gpu_call=settings["gpu_call"].value,
         watchdog_seconds=settings["watchdog_seconds"].value,
         verify=settings["verify"].value,
         metrics_experts=settings["metrics_experts"].value,

@@ -24,7 +24,7 @@ def main(formats: Annotated[str, typer.Option()] = ",".join(FORMATS)) -> None:
     table = Table("format", "rows", *(f"sm_{architecture}" for architecture in SHARED_KIB))
     for format in formats.split(","):
         for rows in ROWS:
-            gate_up, down, _ = launches(format, tokens_per_expert=rows)
+            gate_up, down, *_ = launches(format, tokens_per_expert=rows)
             cells = []
             for architecture in SHARED_KIB:
                 taken = [compile_launch(launch, architecture) for launch in (gate_up, down)]

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.gpu_kernels.compiled import Launch, recorded
-from lvllm.gpu.kernels import experts
+from lvllm.gpu.kernels import exchange, experts
 from lvllm.gpu.pairs import Pairs
 from tests.random_layers import Random, random_layer
 
@@ -14,7 +14,10 @@ HIDDEN, INTERMEDIATE = 512, 384
 
 
 def launches(format: str, tokens_per_expert: int) -> list[Launch]:
-    """Return the launches for a layer of `format` with so many tokens for each expert."""
+    """Return the launches for a layer of `format` with so many tokens for each expert.
+
+    The last one brings the batch to the host.
+    """
     count, random = 3, Random(1)
     layer = random_layer(random, format, count, HIDDEN, INTERMEDIATE).make()
     x = torch.zeros(tokens_per_expert, HIDDEN, dtype=torch.bfloat16)
@@ -23,4 +26,5 @@ def launches(format: str, tokens_per_expert: int) -> list[Launch]:
     total = torch.zeros(x.shape)
     with recorded() as found:
         experts.multiply(layer, layer.tensors, range(count), x, pairs, total, scratch_bytes=1 << 30)
+        exchange.run([(tensor, tensor) for tensor in (x, ids.int(), torch.ones(ids.shape))])
     return found

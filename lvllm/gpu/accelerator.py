@@ -96,6 +96,31 @@ class Accelerator(ABC):
         """
 
     @abstractmethod
+    def write_word(self, address: int, value: int, stream: Stream) -> None:
+        """Write 64 bits of pinned memory in stream order, after all that is in the stream.
+
+        It may be captured in a graph, as `await_word` may: each replay writes the value.
+
+        Raises RuntimeError if the device cannot do it.
+        """
+
+    @abstractmethod
+    def await_word(self, address: int, value: int, stream: Stream) -> None:
+        """Make all work that is put in `stream` from now on wait until these 64 bits are `value`.
+
+        Raises RuntimeError if the device cannot do it.
+        """
+
+    @abstractmethod
+    def exchange(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
+        """Copy up to three small tensors from or to pinned memory, each to the first of its pair.
+
+        A kernel does it, and so it does not queue behind other copies in the same direction.
+
+        Raises ValueError as `copy` does.
+        """
+
+    @abstractmethod
     def synchronize(self, stream: Stream) -> None:
         """Make the caller wait for all work in `stream`."""
 

@@ -21,6 +21,10 @@ from lvllm.units import gib
 
 __all__ = ["CudaAccelerator", "runtime"]
 
+DRIVER = "libcuda.so.1"
+WAIT_FOR_EQUAL = 1
+"""CU_STREAM_WAIT_VALUE_EQ"""
+
 
 class CudaAccelerator(Accelerator):
     """The process's current CUDA device."""
@@ -74,6 +78,23 @@ class CudaAccelerator(Accelerator):
     def call(self, function: int, argument: int, stream: torch.cuda.Stream) -> None:
         self._check("cudaLaunchHostFunc", stream.cuda_stream, function, argument)
 
+    def write_word(self, address: int, value: int, stream: torch.cuda.Stream) -> None:
+        # Without a flag, the write comes after what earlier work of the stream wrote.
+        self._word("cuStreamWriteValue64_v2", address, value, stream, 0)
+
+    def await_word(self, address: int, value: int, stream: torch.cuda.Stream) -> None:
+        self._word("cuStreamWaitValue64_v2", address, value, stream, WAIT_FOR_EQUAL)
+
+    def exchange(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: torch.cuda.Stream
+    ) -> None:
+        from lvllm.gpu.kernels import exchange
+
+        for target, source in pairs:
+            check_copy(target, source)
+        with torch.cuda.stream(stream):
+            exchange.run(pairs)
+
     def synchronize(self, stream: torch.cuda.Stream) -> None:
         stream.synchronize()
 
@@ -114,6 +135,14 @@ class CudaAccelerator(Accelerator):
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
+
+    def _word(
+        self, function: str, address: int, value: int, stream: torch.cuda.Stream, flags: int
+    ) -> None:
+        with torch.cuda.device(self.device):
+            code = getattr(driver(), function)(stream.cuda_stream, address, value, flags)
+        if code != 0:
+            raise RuntimeError(f"{function}: CUDA's driver answers with error {code}")
 
     def _check(self, function: str, *arguments: int) -> None:
         """Call a function of the runtime.
@@ -166,6 +195,29 @@ def runtime() -> ctypes.CDLL:
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    return library
+
+
+@cache
+def driver() -> ctypes.CDLL:
+    """Return CUDA's driver, which the runtime has loaded.
+
+    Pinned memory has the same address on the device (unified addressing). Graphs hold only the
+    second versions of these functions.
+
+    Raises RuntimeError if the driver lacks the functions.
+    """
+    try:
+        library = ctypes.CDLL(DRIVER)
+        for name in ("cuStreamWriteValue64_v2", "cuStreamWaitValue64_v2"):
+            getattr(library, name).argtypes = (
+                ctypes.c_void_p,
+                ctypes.c_uint64,
+                ctypes.c_uint64,
+                ctypes.c_uint,
+            )
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"CUDA's driver cannot write words in streams: {error}") from None
     return library
 
 

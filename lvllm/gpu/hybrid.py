@@ -1,7 +1,7 @@
 """Runs lk in stream order: copies tokens to pinned memory, calls lk from the stream, copies back.
 
-A graph that captures a layer holds four copies and one host call. Its replay runs no Python,
-allocates nothing, and waits for nothing but the host call.
+A graph that captures a layer holds two kernels, which copy, and one call of lk between them. Its
+replay runs no Python, allocates nothing, and waits for nothing but the call.
 """
 
 import weakref
@@ -16,6 +16,7 @@ from lvllm.engine.counters import Reason
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.engine.ops import raw_ops
 from lvllm.gpu.accelerator import Accelerator, Stream
+from lvllm.gpu.calls import Call, faster, through_function, through_mailbox
 from lvllm.gpu.watchdog import Steps
 
 __all__ = [
@@ -82,9 +83,32 @@ class PinnedBuffers:
         )
         """The size of the pinned memory."""
         self.begin, self.end = accelerator.event(), accelerator.event()
+        self.call: Call = through_function(accelerator)
+        """Puts a call of lk in a stream."""
         # The arguments of calls outside graphs, in the order in which they were queued, and thus
         # end. There are as many as there ever were calls under way at a time.
         self._arguments: deque[_Argument] = deque()
+
+    def choose_call(self, setting: str, layer: ExpertLayer) -> str:
+        """Choose how streams call lk, by LVLLM_GPU_CALL, and return a line about it.
+
+        `auto` times both ways with an empty batch of `layer`.
+
+        Raises RuntimeError, in one line, if `mailbox` is set and not possible.
+        """
+        if setting == "hostfunc":
+            return setting
+        if setting == "mailbox":
+            try:
+                self.call = through_mailbox(self.accelerator)
+            except RuntimeError as error:
+                raise RuntimeError(f"LVLLM_GPU_CALL=mailbox is not possible: {error}") from None
+            return setting
+        argument = _Argument()
+        empty = self.views(0, layer.hidden_size, 1, torch.bfloat16)
+        raw_ops.host_call_fill(argument.address, int(layer.handle), *empty, 0, Reason.OFF)
+        self.call, said = faster(self.accelerator, argument.address)
+        return said
 
     def views(
         self, tokens: int, hidden: int, topk: int, dtype: torch.dtype
@@ -130,7 +154,6 @@ class HybridCall:
     ) -> None:
         self.buffers, self._accelerator, self.name = buffers, buffers.accelerator, name
         self._handle = int(layer.handle)
-        self._function: int = raw_ops.host_call_function()
         # A graph keeps the address of its argument for good, so an argument that was captured is
         # used for no other batch.
         self._captured: dict[tuple[object, ...], _Argument] = {}
@@ -181,16 +204,14 @@ class HybridCall:
         """Queue a batch that fits in the buffers. It begins at row `first` of the whole batch."""
         shape = (*x.shape, ids.shape[1], x.dtype)
         host_x, host_ids, host_weights, host_out = views = self.buffers.views(*shape)
-        copy, capturing = self._accelerator.copy, self._accelerator.capturing()
+        exchange, capturing = self._accelerator.exchange, self._accelerator.capturing()
         argument = self._captured.get((first, *shape)) if capturing else None
         if argument is None:
             argument = _Argument() if capturing else self.buffers.take_argument()
             raw_ops.host_call_fill(argument.address, self._handle, *views, first, reason)
-        copy(host_x, x, stream)
-        copy(host_ids, ids, stream)
-        copy(host_weights, weights, stream)
-        self._accelerator.call(self._function, argument.address, stream)
-        copy(out, host_out, stream)
+        exchange([(host_x, x), (host_ids, ids), (host_weights, weights)], stream)
+        self.buffers.call(argument.address, stream)
+        exchange([(out, host_out)], stream)
         if capturing:
             self._captured[(first, *shape)] = argument
         else:

@@ -1,5 +1,6 @@
 """The layers of one model whose experts lie on the host, and what these layers share."""
 
+import logging
 import weakref
 from collections.abc import Callable
 
@@ -13,6 +14,9 @@ from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
 
 __all__ = ["Offload", "mark_step"]
+
+# vLLM shows the loggers of this name. This package works without vLLM.
+logger = logging.getLogger("vllm.plugins.lvllm")
 
 
 class Offload:
@@ -28,6 +32,7 @@ class Offload:
             MeasuredThreshold is measured when the last layer is added.
         ahead: the number of layers that are copied to the device before they are needed.
         staging_bytes: the limit of the device's memory for copies of experts.
+        call: LVLLM_GPU_CALL, how the device calls lk.
         watchdog: to be told of copies, host calls and steps; it is closed at this object's end.
     """
 
@@ -38,13 +43,14 @@ class Offload:
         threshold: int | MeasuredThreshold = 0,
         ahead: int = 0,
         staging_bytes: int = 1 << 30,
+        call: str = "hostfunc",
         watchdog: Watchdog | None = None,
     ) -> None:
         self.accelerator = accelerator
         self._threshold = threshold
         self._streams = isinstance(threshold, MeasuredThreshold) or threshold > 0
         self._tokens, self._watchdog = tokens, watchdog
-        self._ahead, self._staging_bytes = ahead, staging_bytes
+        self._ahead, self._staging_bytes, self._call = ahead, staging_bytes, call
         if watchdog is not None:
             weakref.finalize(self, watchdog.close).atexit = False
         self._model: weakref.ref[object] | None = None
@@ -119,6 +125,8 @@ class Offload:
             stream=self.accelerator.stream() if self.accelerator.name == "host" else None,
             steps=watchdog.steps() if watchdog else None,
         )
+        said = buffers.choose_call(self._call, layers[0].experts)
+        logger.info("LvLLM: LVLLM_GPU_CALL=%s is %s", self._call, said)
         for layer in layers:
             layer.call = HybridCall(buffers, layer.experts, layer.topk, layer.name)
         if not self._streams:

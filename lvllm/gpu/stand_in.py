@@ -129,6 +129,18 @@ class StandInAccelerator(Accelerator):
     def call(self, function: int, argument: int, stream: StandInStream) -> None:
         self.launch(partial(_FUNCTION(function), argument), stream)
 
+    def write_word(self, address: int, value: int, stream: StandInStream) -> None:
+        self.launch(partial(_store, address, value), stream)
+
+    def await_word(self, address: int, value: int, stream: StandInStream) -> None:
+        self.launch(partial(self._await_word, address, value), stream)
+
+    def exchange(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: StandInStream
+    ) -> None:
+        for target, source in pairs:
+            self.copy(target, source, stream)
+
     def launch(self, work: Callable[[], object], stream: StandInStream) -> None:
         """Call a Python function in stream order. It takes the place of a kernel."""
         if stream is self._caller:
@@ -222,6 +234,11 @@ class StandInAccelerator(Accelerator):
         with self._changed:
             self._changed.wait_for(lambda: point.passed or self._closed)
 
+    def _await_word(self, address: int, value: int) -> None:
+        word = ctypes.c_uint64.from_address(address)
+        while word.value != value and not self._closed:
+            time.sleep(0)  # Python's other threads get their turns.
+
     def _raise(self) -> None:
         if self._error is not None:
             raise RuntimeError(f"in a stream of the host stand-in: {self._error}") from self._error
@@ -229,6 +246,10 @@ class StandInAccelerator(Accelerator):
 
 def _stamp(mark: StandInMark) -> None:
     mark.reached = time.perf_counter()
+
+
+def _store(address: int, value: int) -> None:
+    ctypes.c_uint64.from_address(address).value = value
 
 
 def _copy_bytes(target: torch.Tensor, source: torch.Tensor, begin: int, size: int) -> None:

@@ -49,6 +49,7 @@ def _make(config: HybridConfig) -> Offload:
         threshold=threshold,
         ahead=config.gpu_prefetch_window,
         staging_bytes=config.gpu_staging_mib * MIB,
+        call=config.gpu_call,
         watchdog=watchdog,
     )
 

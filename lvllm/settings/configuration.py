@@ -69,6 +69,8 @@ class HybridConfig(BaseModel):
     # Batches of at least this many tokens have their experts streamed; 0: never; "auto": the
     # workers measure the break-even batch size.
     gpu_prefill_min_batch_size: int | Literal["auto"]
+    # How the accelerator calls lk.
+    gpu_call: Literal["hostfunc", "mailbox", "auto"]
     # How long a copy or a callback to the host may take; 0: any time.
     watchdog_seconds: int
     # Whether loaded layers are compared with float32 before the first request.

@@ -44,7 +44,7 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
     if model.get_num_experts():
         layers = moe_layers(model.hf_text_config)
     resident, window = settings["gpu_resident_moe_layers"], settings["gpu_prefetch_window"]
-    threshold = settings["gpu_prefill_min_batch_size"]
+    threshold, call = settings["gpu_prefill_min_batch_size"], settings["gpu_call"]
     known = [*layers, *_draft_layers(vllm_config)]
     if unknown := [layer for layer in resident.value if layer not in known]:
         raise resident.refuse(
@@ -54,16 +54,17 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
     most = vllm_config.scheduler_config.max_num_batched_tokens
     if threshold.value != "auto" and threshold.value > most:
         raise threshold.refuse(f"more than max_num_batched_tokens; allowed is 0 to {most}")
-    for setting, allowed in (
-        (resident, "empty"),
-        (window, "0 or empty"),
-        (threshold, "0 or empty"),
+    for setting, given, allowed in (
+        (resident, resident.value, "empty"),
+        (window, window.value, "0 or empty"),
+        (threshold, threshold.value, "0 or empty"),
+        (call, call.value != "hostfunc", "hostfunc or empty"),
     ):
-        if setting.value and accelerator == "none":
+        if given and accelerator == "none":
             raise setting.refuse(
                 f"all experts run on the CPU, as LVLLM_ACCELERATOR is none; allowed is {allowed}"
             )
-        if setting.value and not layers:
+        if given and not layers:
             raise setting.refuse(f"{model.model} has no routed experts; allowed is {allowed}")
     staging = settings["gpu_staging_mib"]
     for setting, given, allowed in (

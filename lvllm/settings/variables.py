@@ -229,6 +229,16 @@ VARIABLES: tuple[Variable, ...] = (
         parse_whole(0, "auto"),
     ),
     Variable(
+        "LVLLM_GPU_CALL",
+        "hostfunc",
+        "hostfunc",
+        "hostfunc, mailbox or auto",
+        "How the GPU calls the CPU's experts. hostfunc lets CUDA call a function of the host. With"
+        " mailbox the GPU writes a word that a thread watches, which keeps a core busy while"
+        " requests are answered. auto times both at start and takes the faster.",
+        parse_choice("hostfunc", "mailbox", "auto"),
+    ),
+    Variable(
         "LVLLM_WATCHDOG_SECONDS",
         # vLLM ends an engine whose step takes 300 s without naming the layer that hangs. Copying a
         # layer takes about a second, and the largest batch some ten seconds on a slow CPU.

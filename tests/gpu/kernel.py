@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lvllm.gpu.kernels import experts
+from lvllm.gpu.kernels import exchange, experts
 from lvllm.gpu.pairs import Pairs
 from tests.random_layers import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
 
@@ -32,7 +32,21 @@ def main() -> None:
     random = Random(int(sys.argv[1]))
     for number, (format, how) in enumerate(VARIANTS):
         check(random, format, how, ACTIVATIONS[number % len(ACTIVATIONS)], number)
+    check_exchange(random)
     print(f"{len(VARIANTS)} variants")
+
+
+def check_exchange(random: Random) -> None:
+    """Copy one to three tensors of random sizes and types."""
+    for count in (1, 2, 3):
+        sources = [
+            random.normal(*random.integers(1, 90, 2).tolist()).to(dtype)
+            for dtype in (torch.bfloat16, torch.float32, torch.int32)[:count]
+        ]
+        targets = [torch.empty_like(source) for source in sources]
+        exchange.run(list(zip(targets, sources, strict=True)))
+        if not all(map(torch.equal, targets, sources)):
+            raise SystemExit(f"{[tuple(source.shape) for source in sources]}: a copy differs")
 
 
 def check(random: Random, format: str, how: dict[str, Any], activation: str, number: int) -> None:

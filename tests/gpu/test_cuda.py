@@ -69,6 +69,16 @@ int cudaLaunchHostFunc(void* stream, void (*function)(void*), void* argument) {
   return note(line);
 }
 
+int cuStreamWriteValue64_v2(void*, size_t address, size_t value, unsigned flags) {
+  if (flags != 0) return 1;
+  *(volatile size_t*)address = value;
+  return next_code;
+}
+
+int cuStreamWaitValue64_v2(void*, size_t address, size_t value, unsigned flags) {
+  return flags == 1 && *(volatile size_t*)address == value ? next_code : 1;
+}
+
 int cudaGetLastError() {
   int code = last_error;
   last_error = 0;
@@ -165,6 +175,25 @@ def test_no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"^accelerator cuda: PyTorch finds no CUDA device$"):
         open_accelerator("cuda")
+
+
+def test_words_of_a_stream(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda.driver.cache_clear()
+    monkeypatch.setattr(cuda, "DRIVER", SONAME)  # The fake has the driver's functions, too.
+    accelerator = CudaAccelerator()
+    stream: Any = SimpleNamespace(cuda_stream=0)
+    words = torch.zeros(2, dtype=torch.int64)
+    accelerator.write_word(words.data_ptr() + 8, 1 << 40, stream)
+    assert words.tolist() == [0, 1 << 40]
+    accelerator.await_word(words.data_ptr() + 8, 1 << 40, stream)
+    fake.fail_with(801)
+    with pytest.raises(RuntimeError, match=r"^cuStreamWaitValue64_v2: CUDA's driver .* error 801$"):
+        accelerator.await_word(words.data_ptr() + 8, 1 << 40, stream)
+    cuda.driver.cache_clear()
+    monkeypatch.setattr(cuda, "DRIVER", "libcuda.so.98")
+    with pytest.raises(RuntimeError, match=r"^CUDA's driver cannot write words .*libcuda.so.98"):
+        accelerator.write_word(words.data_ptr(), 0, stream)
+    cuda.driver.cache_clear()
 
 
 def pages(tensor: torch.Tensor) -> tuple[int, int]:

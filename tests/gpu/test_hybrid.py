@@ -1,5 +1,6 @@
 """Tests layers on the CPU in stream order, on the stand-in: the bits are those of a direct call."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tests.random_layers import FORMATS, Random, random_layer
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 EXPERTS, HIDDEN, TOPK, MOST = 5, 96, 3, 37
+WAYS = ("hostfunc", "mailbox")
 
 
 @contextmanager
@@ -44,19 +46,24 @@ def make_batch(random: Random, tokens: int, dtype: torch.dtype = torch.bfloat16)
 
 
 def calls(
-    accelerator: StandInAccelerator, layers: list[ExpertLayer], **more: Any
+    accelerator: StandInAccelerator,
+    layers: list[ExpertLayer],
+    way: str = "hostfunc",
+    **more: Any,
 ) -> list[HybridCall]:
-    """Make the calls of layers that share an buffers, whose copies have a stream of their own."""
+    """Make the calls of layers that share buffers, whose copies have a stream of their own."""
     sizes = [(HIDDEN, TOPK)]
     buffers = PinnedBuffers(accelerator, MOST, sizes, stream=accelerator.stream(), **more)
+    assert buffers.choose_call(way, layers[0]) == way
     return [HybridCall(buffers, layer, TOPK) for layer in layers]
 
 
-def test_any_format_and_batch_and_layers_in_turns() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_any_format_and_batch_and_layers_in_turns(way: str) -> None:
     random = Random(randrange(1 << 30))
     layers = [make_layer(random, format, bias=True) for format in FORMATS]
     with on_host() as accelerator:
-        pairs = list(zip(layers, calls(accelerator, layers), strict=True))
+        pairs = list(zip(layers, calls(accelerator, layers, way), strict=True))
         for tokens in (1, MOST, 2, 0, 8, 1, 36, 5):
             for layer, call in pairs:
                 batch = make_batch(random, tokens, (torch.bfloat16, torch.float16)[randrange(2)])
@@ -178,6 +185,35 @@ def test_arguments_of_ended_calls_are_used_again() -> None:
         assert len(buffers._arguments) <= 12
 
 
+class Refusing(StandInAccelerator):
+    """A stand-in that cannot write words in a stream."""
+
+    def write_word(self, address: int, value: int, stream: Stream) -> None:
+        raise RuntimeError("no words here")
+
+
+def test_the_faster_way_is_chosen() -> None:
+    random = Random(randrange(1 << 30))
+    layer, batch = make_layer(random), make_batch(random, 3)
+    for kind, said in (
+        (StandInAccelerator, r"^(hostfunc|mailbox): a call takes [\d.]+ us as hostfunc, [\d.]+ us"),
+        (Refusing, "^hostfunc, since a mailbox is not possible: no words here$"),
+    ):
+        with on_host(kind, seconds=0) as accelerator:
+            buffers = PinnedBuffers(accelerator, MOST, [(HIDDEN, TOPK)])
+            assert re.search(said, buffers.choose_call("auto", layer))
+            assert torch.equal(HybridCall(buffers, layer, TOPK)(*batch), layer(*batch))
+    hybrid.raise_host_call_error()
+
+
+def test_a_mailbox_that_is_not_possible_is_refused() -> None:
+    layer = make_layer(Random(1))
+    with on_host(Refusing) as accelerator:
+        buffers = PinnedBuffers(accelerator, MOST, [(HIDDEN, TOPK)])
+        with pytest.raises(RuntimeError, match=r"^LVLLM_GPU_CALL=mailbox is not possible: no"):
+            buffers.choose_call("mailbox", layer)
+
+
 class Recorder(StandInAccelerator):
     """Records what is put in streams instead of doing it, as the capture of a graph does."""
 
@@ -192,6 +228,12 @@ class Recorder(StandInAccelerator):
     def call(self, function: int, argument: int, stream: Stream) -> None:
         self._keep(partial(super().call, function, argument, stream))
 
+    def write_word(self, address: int, value: int, stream: Stream) -> None:
+        self._keep(partial(super().write_word, address, value, stream))
+
+    def await_word(self, address: int, value: int, stream: Stream) -> None:
+        self._keep(partial(super().await_word, address, value, stream))
+
     def record(self, event: Event, stream: Stream) -> None:
         self._keep(partial(super().record, event, stream))
 
@@ -205,12 +247,13 @@ class Recorder(StandInAccelerator):
             self.recorded.append(work)
 
 
-def test_graphs_keep_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_graphs_keep_their_arguments(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are captured once, and replayed with new tokens among calls of other sizes."""
     random = Random(randrange(1 << 30))
     layers = [make_layer(random), make_layer(random, "int4")]
     with on_host(Recorder) as accelerator:
-        both = calls(accelerator, layers, limit=20 * (4 * HIDDEN + 8 * TOPK))
+        both = calls(accelerator, layers, way, limit=20 * (4 * HIDDEN + 8 * TOPK))
 
         def capture(tokens: int) -> tuple[Batch, list[torch.Tensor], list[Callable[[], None]]]:
             batch = make_batch(random, tokens)

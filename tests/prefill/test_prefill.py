@@ -394,6 +394,7 @@ def engine_configuration() -> Any:
         gpu_prefetch_window=0,
         gpu_staging_mib=1024,
         gpu_prefill_min_batch_size=0,
+        gpu_call="hostfunc",
         watchdog_seconds=0,
         verify=False,
         metrics_experts=False,

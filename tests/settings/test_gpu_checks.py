@@ -62,7 +62,7 @@ def check(
     gpu_checks.check(resolve(environ, section), accelerator, model)
 
 
-def refusal(call: Callable[..., object], *arguments: Any, **named: Any) -> str:
+def refusal(call: Callable[..., object], /, *arguments: Any, **named: Any) -> str:
     with pytest.raises(SettingError) as caught:
         call(*arguments, **named)
     assert "\n" not in str(caught.value)
@@ -75,7 +75,7 @@ def test_allowed_settings() -> None:
     check("cuda", config(), resident_moe_layers="3-7")
     check("cuda", config(), prefill_min_batch_size="256", prefetch_window="2")
     check("cuda", config(), prefill_min_batch_size="1", staging_mib="64")
-    check("cuda", config(), prefill_min_batch_size="auto")
+    check("cuda", config(), prefill_min_batch_size="auto", call="mailbox")
     check("host", config(), {"gpu_prefill_min_batch_size": "auto"}, prefetch_window="1")
     check("cuda", config(experts=0))
     check("host", config(drafts=2), resident_moe_layers="3,8-9")
@@ -105,6 +105,7 @@ def test_resident_layers_without_experts_are_refused(
         ("none", config(), {"prefetch_window": "1"}, "ACCELERATOR is none; allowed is 0 or empty"),
         ("none", config(), {"prefill_min_batch_size": "9"}, "none; allowed is 0 or empty"),
         ("none", config(), {"prefill_min_batch_size": "auto"}, "none; allowed is 0 or empty"),
+        ("none", config(), {"call": "auto"}, "is none; allowed is hostfunc or empty"),
         ("cuda", config(), {"prefill_min_batch_size": "257"}, "; allowed is 0 to 256"),
         (
             "host",
