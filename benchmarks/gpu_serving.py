@@ -118,6 +118,10 @@ def run(options: dict[str, Any]) -> Results:
         if name in options:
             options[name] = set(options[name])
     llm = LLM(**options)
+    # Without LvLLM's entry point, this would be stock vLLM under LvLLM's name.
+    worker, enabled = llm.llm_engine.vllm_config.parallel_config.worker_cls, enabled_here()
+    if worker.startswith("lvllm.") != enabled:
+        raise RuntimeError(f"the worker is {worker}, although LVLLM_MOE_NUMA_ENABLED={enabled:d}")
 
     def seconds(requests: int, length: int, answer: int) -> float:
         sampling = SamplingParams(
@@ -145,6 +149,10 @@ def run(options: dict[str, Any]) -> Results:
         )
         found[f"decode {requests}"] = requests / step
     return found
+
+
+def enabled_here() -> bool:
+    return os.environ["LVLLM_MOE_NUMA_ENABLED"] == "1"
 
 
 def measure(name: str, options: dict[str, Any], timeout: float) -> Results | str:

@@ -1,0 +1,54 @@
+"""Tests vLLM with LvLLM on a GPU, against stock vLLM on it, with the demo model."""
+
+from typing import Any
+
+import pytest
+
+from tests.gpu.on_device.answers import TOGETHER, Answers, answer
+
+BOUND = 0.15
+"""How much a log-probability may differ: experts round elsewhere on the CPU and when streamed."""
+EAGER = {"enforce_eager": True}
+STREAMED = {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
+GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8], "max_cudagraph_capture_size": 8}
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hybrid": ({}, EAGER),
+    "streamed, by mailbox": (STREAMED | {"gpu_call": "mailbox"}, EAGER),
+    "half resident": ({"gpu_resident_moe_layers": "0"}, EAGER),
+    "graphs of decoding": (
+        {"gpu_call": "auto"},
+        {"compilation_config": GRAPHS | {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+    ),
+    "graphs of decoding and pieces": (
+        STREAMED,
+        {"compilation_config": GRAPHS | {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stock() -> Answers:
+    answers, _ = answer(None, **EAGER)
+    return answers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_are_those_of_stock_vllm(way: str, stock: Answers) -> None:
+    settings, arguments = WAYS[way]
+    answers, log = answer(settings, **arguments)
+    print("\n".join(line for line in log.splitlines() if "LvLLM" in line))
+    check(answers, stock)
+
+
+def check(answers: Answers, stock: Answers) -> None:
+    """Assert that tokens agree, but for near ties, and log-probabilities as far as they do."""
+    equal = total = 0
+    for together, got, want in zip(TOGETHER, answers, stock, strict=True):
+        assert len(got) == len(want) == together
+        for (tokens, logprobs), (wanted, wanted_logprobs) in zip(got, want, strict=True):
+            alike = [a == b for a, b in zip(tokens, wanted, strict=True)]
+            same = alike.index(False) if False in alike else len(alike)
+            equal, total = equal + same, total + len(alike)
+            assert logprobs[:same] == pytest.approx(wanted_logprobs[:same], abs=BOUND)
+    assert equal >= 0.9 * total

@@ -1,0 +1,48 @@
+"""Tests the script for a machine with a GPU, as far as it runs without one."""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.on_device import step
+from tests.gpu.on_device.step import Command
+
+
+def test_commands_pass_fail_and_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = (
+        Command("good one", 60, "echo first; echo last", shown=1),
+        Command("bad", 60, "echo wrong; exit 3"),
+        Command("slow", 1, "echo begun; sleep 100 & sleep 100"),
+        Command("missing", 60, "false", wants="no-such-program"),
+    )
+    monkeypatch.setitem(step.STEPS, 1, commands)
+    monkeypatch.setattr(sys, "argv", ["step", "1", str(tmp_path / "out")])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        step.main()
+    assert ended.value.code
+    said = capsys.readouterr().out
+    assert "passed    good one (" in said
+    assert "bad (0 s), status 3:\nwrong\n" in said
+    assert "status -1:\nbegun\n\nnot done after 1 s\n" in said
+    assert "left out  missing: there is no no-such-program\n" in said
+    assert said.endswith("\ngood one\nlast\n\nstep 1, failed: bad, slow\n")
+    with tarfile.open(tmp_path / "out" / "step-1.tar.gz") as archive:
+        names = [name for name in archive.getnames() if name.endswith(".log")]
+    assert names == ["step-1/bad.log", "step-1/good-one.log", "step-1/slow.log"]
+
+
+def test_a_step_that_is_not_there() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.on_device.step", "9"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "wanted the number of a step, 1 to 5, and a folder for logs\n"
