@@ -31,8 +31,9 @@ def test_ranks_compute_each_expert_once(ranks: int, placement: Any) -> None:
     weights, ids = torch.randn(TOKENS, EXPERTS).softmax(-1).topk(TOPK)
     ids = ids.int()
     ids[4], ids[7, 1] = -1, -1  # a row that pads the batch
-    method = HybridMoEMethod.__new__(HybridMoEMethod)  # The constructor needs a whole vLLM.
-    method.offload = None
+    # The constructor needs a whole vLLM.
+    method: Any = HybridMoEMethod.__new__(HybridMoEMethod)
+    method.offload, method.moe = None, SimpleNamespace(dp_size=1)
 
     def rank_of(expert_map: torch.Tensor | None, mine: Any) -> torch.Tensor:
         layer = ExpertLayer(format="bf16", w13=w13[mine].bfloat16(), w2=w2[mine].bfloat16())
