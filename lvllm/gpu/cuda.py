@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from mmap import PROT_READ, PROT_WRITE
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,9 @@ from lvllm.units import gib
 __all__ = ["CudaAccelerator", "runtime"]
 
 DRIVER = "libcuda.so.1"
+KERNEL = Path("/proc/version")
+WINDOWS = "; Windows limits the memory that WSL 2 can pin, so serve large models on Linux itself"
+"""CUDA on WSL User Guide, known limitations: pinned system memory."""
 WAIT_FOR_EQUAL = 1
 """CU_STREAM_WAIT_VALUE_EQ"""
 
@@ -131,6 +135,7 @@ class CudaAccelerator(Accelerator):
                 f"cannot pin {size} bytes ({gib(size)}) of host memory for the GPU:"
                 f" {error}; `ulimit -l` is {_locked_limit()}; set it to unlimited (in Docker:"
                 " --ulimit memlock=-1), or let the machine have more free memory"
+                + (WINDOWS if "microsoft" in KERNEL.read_text().lower() else "")
             ) from None
 
     def capturing(self) -> bool:

@@ -94,7 +94,7 @@ class PinnedBuffers:
 
         `auto` times both ways with an empty batch of `layer`.
 
-        Raises RuntimeError, in one line, if `mailbox` is set and not possible.
+        Raises ValueError, in one line, if `mailbox` is set and not possible.
         """
         if setting == "hostfunc":
             return setting
@@ -102,7 +102,10 @@ class PinnedBuffers:
             try:
                 self.call = through_mailbox(self.accelerator)
             except RuntimeError as error:
-                raise RuntimeError(f"LVLLM_GPU_CALL=mailbox is not possible: {error}") from None
+                raise ValueError(
+                    f"LVLLM_GPU_CALL=mailbox is not possible here: {error}; allowed is hostfunc or"
+                    " auto"
+                ) from None
             return setting
         argument = _Argument()
         empty = self.views(0, layer.hidden_size, 1, torch.bfloat16)

@@ -1,6 +1,7 @@
 """The layers of one model whose experts lie on the host, and what these layers share."""
 
 import logging
+import time
 import weakref
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from lvllm.gpu.hybrid import HybridCall, PinnedBuffers, raise_host_call_error, r
 from lvllm.gpu.offloaded_layer import OffloadedLayer
 from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
+from lvllm.units import gib
 
 __all__ = ["Offload", "mark_step"]
 
@@ -59,6 +61,7 @@ class Offload:
         self._added: weakref.WeakValueDictionary[int, OffloadedLayer] = (
             weakref.WeakValueDictionary()
         )
+        self._pinned, self._pinning = 0, 0.0  # bytes, and the seconds that they took
         self._steps: StreamSteps | None = None
         self._ring: StagingRing | None = None
         self._complete = False
@@ -101,12 +104,15 @@ class Offload:
             self, self.accelerator, number, name, experts, topk, routed or experts.num_experts
         )
         if self._streams:
+            begin = time.perf_counter()
             for what, tensor in experts.tensors.items():
                 try:
                     self.accelerator.pin(tensor)
                 except RuntimeError as error:
                     raise MemoryError(f"{name}: {what}: {error}") from None
                 weakref.finalize(layer, self.accelerator.unpin, tensor).atexit = False
+            self._pinned += layer.size()
+            self._pinning += time.perf_counter() - begin
         self._added[number] = layer
         if all(number in self._added for number in self._announced):
             self._complete = True
@@ -131,6 +137,12 @@ class Offload:
             layer.call = HybridCall(buffers, layer.experts, layer.topk, layer.name)
         if not self._streams:
             return
+        logger.info(
+            "LvLLM: pinned %s of experts in %.1f s while loading, %.1f GB/s",
+            gib(self._pinned),
+            self._pinning,
+            self._pinned / 1e9 / self._pinning,
+        )
         weights = {layer.number: layer.experts.tensors for layer in layers}
         ring = StagingRing(self.accelerator, weights, self._ahead, self._staging_bytes, watchdog)
         threshold = self._threshold

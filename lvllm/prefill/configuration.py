@@ -8,8 +8,10 @@ from its own.
 import copy
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lvllm.log import logger
 from lvllm.prefill.executors import EXECUTORS
 from lvllm.settings.configuration import RESOLVED, HybridConfig, PrefillEngine
 from lvllm.settings.resolving import Setting
@@ -123,8 +125,19 @@ def configure(vllm_config: Any, engine: PrefillEngine, config: HybridConfig) -> 
         scheduler.disable_hybrid_kv_cache_manager = True
     if config.accelerator == "cuda" and engine.gpu is None:
         vllm_config.cache_config.gpu_memory_utilization /= 2
+        if not _side_by_side():
+            logger.warning(
+                "LvLLM: both engines take turns on the GPU, since CUDA's MPS does not run: a token"
+                " may wait for a kernel of a prefill. `nvidia-cuda-mps-control -d` before the start"
+                " lets them run side by side; LVLLM_PREFILL_ENGINE_GPU gives one another GPU"
+            )
     # No batch of the decoding engine is large enough to be worth a staging ring on its GPU.
     return config.model_copy(update={"gpu_prefill_min_batch_size": 0, "gpu_prefetch_window": 0})
+
+
+def _side_by_side() -> bool:
+    """Tell whether the daemon of CUDA's Multi-Process Service runs, by the pipe that it makes."""
+    return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
 
 
 def prefill_configuration(vllm_config: Any, kv_cache_config: Any) -> Any:

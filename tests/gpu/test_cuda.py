@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from mmap import PAGESIZE as PAGE
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -291,7 +292,7 @@ def test_memory_of_another_engine(fake: Fake) -> None:
     ("limit", "says"), [(resource.RLIM_INFINITY, "unlimited"), (8 << 20, "8192 (KiB)")]
 )
 def test_a_refusal_to_pin_is_one_line(
-    fake: Fake, limit: int, says: str, monkeypatch: pytest.MonkeyPatch
+    fake: Fake, limit: int, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     accelerator, tensor = CudaAccelerator(), torch.zeros(3 << 20, dtype=torch.uint8)
@@ -306,6 +307,10 @@ def test_a_refusal_to_pin_is_one_line(
     )
     assert not accelerator._pinned._kept
     assert fake.last_error == 0  # PyTorch does not blame its next kernel.
+    (tmp_path / "version").write_text("Linux version 6.6.87.2-microsoft-standard-WSL2")
+    monkeypatch.setattr(cuda, "KERNEL", tmp_path / "version")
+    with pytest.raises(RuntimeError, match="free memory; Windows limits the memory that WSL 2 can"):
+        accelerator.pin(tensor)
 
 
 def test_a_host_callback(fake: Fake) -> None:

@@ -210,7 +210,7 @@ def test_a_mailbox_that_is_not_possible_is_refused() -> None:
     layer = make_layer(Random(1))
     with on_host(Refusing) as accelerator:
         buffers = PinnedBuffers(accelerator, MOST, [(HIDDEN, TOPK)])
-        with pytest.raises(RuntimeError, match=r"^LVLLM_GPU_CALL=mailbox is not possible: no"):
+        with pytest.raises(ValueError, match=r"^LVLLM_GPU_CALL=mailbox is not possible here: no"):
             buffers.choose_call("mailbox", layer)
 
 

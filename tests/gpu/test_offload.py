@@ -1,6 +1,7 @@
 """Tests the offloaded layers of a model: the path of each batch, and the operator."""
 
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from lvllm.engine.expert_layer import ExpertLayer
-from lvllm.gpu import break_even, streamed
+from lvllm.gpu import break_even, offload, streamed
 from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.hybrid import raise_host_call_error
 from lvllm.gpu.offload import Offload, mark_step
@@ -228,6 +229,17 @@ def test_batches_of_concentrated_routing(
     assert seen[1].tolist() == [[0, 1, 2, 3, 4, -1]] * 11
     assert torch.equal(seen[2], x[1])
     assert kept
+
+
+def test_how_fast_memory_was_pinned_is_said(
+    accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(offload.logger, "info", lambda line, *values: said.append(line % values))
+    experts, _ = model(accelerator, (0, 1), threshold=8)
+    size = sum(tensor.nbytes for layer in experts for tensor in layer.tensors.values())
+    pattern = rf"^LvLLM: pinned {size / (1 << 30):.2f} GiB of experts in [\d.]+ s while loading, "
+    assert [line for line in said if re.search(pattern, line)]
 
 
 def test_an_offload_ends_with_its_layers(accelerator: Pinning) -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from lvllm.metrics import memory
-from lvllm.prefill import client, decode_side, executors, prefill_side
+from lvllm.prefill import client, configuration, decode_side, executors, prefill_side
 from lvllm.prefill.caches import BlockCopy, BlockSize, CopyPlan, LayerCaches
 from lvllm.prefill.memory import MemoryAddress, OwnedMemory
-from lvllm.settings.configuration import RESOLVED, HybridConfig
+from lvllm.settings.configuration import RESOLVED, HybridConfig, PrefillEngine
 from lvllm.settings.use_weight import LayerFormats
 from lvllm.settings.variables import ThreadBinding
 
@@ -402,6 +402,31 @@ def engine_configuration() -> Any:
         prefill_engine=None,
     )
     return SimpleNamespace(additional_config={RESOLVED: resolved.model_dump(mode="json")})
+
+
+def test_two_engines_on_one_gpu_want_mps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(configuration.logger, "warning", said.append)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    resolved = HybridConfig(**engine_configuration().additional_config[RESOLVED])
+
+    def configure(accelerator: str, gpu: int | None) -> float:
+        cache = SimpleNamespace(gpu_memory_utilization=0.9)
+        vllm_config = SimpleNamespace(
+            cache_config=cache,
+            scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=True),
+        )
+        config = resolved.model_copy(update={"accelerator": accelerator})
+        configuration.configure(vllm_config, PrefillEngine(min_tokens=512, gpu=gpu), config)
+        return cache.gpu_memory_utilization
+
+    assert configure("none", None) == configure("cuda", 1) == 0.9
+    assert not said
+    assert configure("cuda", None) == 0.45
+    assert "take turns on the GPU, since CUDA's MPS does not run" in said.pop()
+    (tmp_path / "control").touch()
+    configure("cuda", None)
+    assert not said
 
 
 def test_loading_beside_steps() -> None:
