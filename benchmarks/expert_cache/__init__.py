@@ -1,0 +1,1 @@
+"""Simulates which share of the experts' reads a cache on the GPU saves."""
