@@ -27,8 +27,9 @@ Shared& shared() {
 }
 
 void fail(const HostCall& call, const char* text) noexcept {
-  // 0xffff is NaN in bfloat16 and in float16.
-  std::memset(call.batch.y, 0xff, call.batch.tokens * call.hidden * sizeof(uint16_t));
+  // 0xffff is NaN in bfloat16 and in float16. An empty batch may have no y.
+  const size_t bytes = call.batch.tokens * call.hidden * sizeof(uint16_t);
+  if (bytes > 0) std::memset(call.batch.y, 0xff, bytes);
   Shared& s = shared();
   const std::lock_guard lock(s.mutex);
   if (s.failed.load(std::memory_order_relaxed)) return;
