@@ -119,7 +119,8 @@ def run(options: dict[str, Any]) -> Results:
             options[name] = set(options[name])
     llm = LLM(**options)
     # Without LvLLM's entry point, this would be stock vLLM under LvLLM's name.
-    worker, enabled = llm.llm_engine.vllm_config.parallel_config.worker_cls, enabled_here()
+    worker = llm.llm_engine.vllm_config.parallel_config.worker_cls
+    enabled = os.environ["LVLLM_MOE_NUMA_ENABLED"] == "1"
     if worker.startswith("lvllm.") != enabled:
         raise RuntimeError(f"the worker is {worker}, although LVLLM_MOE_NUMA_ENABLED={enabled:d}")
 
@@ -149,10 +150,6 @@ def run(options: dict[str, Any]) -> Results:
         )
         found[f"decode {requests}"] = requests / step
     return found
-
-
-def enabled_here() -> bool:
-    return os.environ["LVLLM_MOE_NUMA_ENABLED"] == "1"
 
 
 def measure(name: str, options: dict[str, Any], timeout: float) -> Results | str:

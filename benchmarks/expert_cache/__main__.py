@@ -35,14 +35,7 @@ ANSWERS, ANSWER_TOKENS = 60, 24
 def demo_model() -> Trace:
     """Record what the demo model reads when it answers questions."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
-    prompts = [
-        list(
-            tokenizer.apply_chat_template(
-                question.messages, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        )
-        for question in load_questions()[:ANSWERS]
-    ]
+    prompts = [question.prompt(tokenizer) for question in load_questions()[:ANSWERS]]
     return list(recorded(TINY, prompts, ANSWER_TOKENS))
 
 

@@ -1,6 +1,7 @@
 """The questions of an evaluation. A file of them has one JSON object in each line."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,6 +22,13 @@ class Question(BaseModel):
     def messages(self) -> list[dict[str, str]]:
         """The chat that asks the question: one message of the user."""
         return [{"role": "user", "content": self.question}]
+
+    def prompt(self, tokenizer: Any) -> list[int]:
+        """The tokens that ask the question, by the chat template of a transformers tokenizer."""
+        ids = tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_dict=True
+        )
+        return list(ids["input_ids"])
 
 
 def load_questions(path: Path = TINY_MOE) -> list[Question]:

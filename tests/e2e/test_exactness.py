@@ -166,10 +166,7 @@ def _check_that_pictures_count(
 def chats() -> Prompts:
     """Every tenth held-out question, as the demo model's chat template writes it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
-    return [
-        tokenizer.apply_chat_template(q.messages, add_generation_prompt=True)["input_ids"]
-        for q in load_questions()[::10]
-    ]
+    return [question.prompt(tokenizer) for question in load_questions()[::10]]
 
 
 def text_case(name: str, seed: int, tmp: Path) -> Case:

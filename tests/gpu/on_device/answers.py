@@ -53,14 +53,7 @@ def questions(count: int) -> list[list[int]]:
     from lvllm.evaluation import load_questions
 
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    return [
-        list(
-            tokenizer.apply_chat_template(
-                question.messages, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        )
-        for question in load_questions()[:count]
-    ]
+    return [question.prompt(tokenizer) for question in load_questions()[:count]]
 
 
 def main() -> None:
