@@ -14,7 +14,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "numpy", "pytest", "hypothesis", "rich", "typer", "safetensors")
+PACKAGES = [
+    "torch",
+    "triton",
+    "numpy",
+    "pytest",
+    "hypothesis",
+    "pydantic",
+    "rich",
+    "typer",
+    "safetensors",
+]
 TOOLS = ("cmake", "ninja", "g++")
 INSTRUCTIONS = r"avx2|avx_vnni|avx512_bf16|avx512_vnni|avx512_vbmi|avx512_fp16|amx_\w+"
 QUERY = "name,memory.total,driver_version,pcie.link.gen.max,pcie.link.width.max,compute_cap"

@@ -6,7 +6,7 @@ Each step takes less than 8 minutes. It prints a line for each command, then the
 that are to be read, and leaves all logs in FOLDER/step-NUMBER.tar.gz; FOLDER is $OUT or build/gpu.
 The exit status is 1 if a command failed. A machine needs a CUDA GPU, PyTorch for CUDA, CMake,
 Ninja, a C++ compiler and the packages that the first step names. It needs no network, and no vLLM
-before step 3; `tests/gpu/on_device/pack.py` packs that.
+before step 3; `tests/gpu/on_device/pack.py` packs that, and pydantic, which step 2 wants.
 """
 
 import contextlib
