@@ -1,15 +1,25 @@
 """The family of errors that LvLLM raises about what a user gave it: settings, files, models.
 
 The text of each is one line for the user: what is wrong, its name and value, and what is allowed.
-Whoever starts LvLLM prints that line and exits with code 1; only other errors show a traceback.
+A command prints that line and exits with code 1; only other errors show a traceback. A program that
+uses vLLM as a library may catch the error (`lvllm.faults.process.refusal`).
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
-__all__ = ["LayerError", "LvllmError", "TensorError", "layer_errors", "naming_layer"]
+__all__ = [
+    "LayerError",
+    "LvllmError",
+    "TensorError",
+    "layer_errors",
+    "naming_layer",
+    "quoted",
+    "readable",
+]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -28,6 +38,22 @@ class TensorError(LvllmError):
     The code that raises this has the values and not the name in the checkpoint, so that the text
     does not name the tensor. The loader knows it and puts its file, name, dtype and shape in front.
     """
+
+
+def quoted(value: object) -> str:
+    """What a user wrote, for an error's line: a text in quotes, anything else as JSON.
+
+    It is escaped, and cut after 200 characters.
+    """
+    text = repr(value[:201]) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 202 else f"{text[:200]}..."
+
+
+def readable(name: str) -> str:
+    """A name or path that a user wrote, as it is, or `quoted` if a line would not show it well."""
+    return (
+        name if name.isprintable() and name == name.strip() and len(name) <= 200 else quoted(name)
+    )
 
 
 @contextmanager

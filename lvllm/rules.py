@@ -42,7 +42,8 @@ class Rule(BaseModel, Generic[Value]):
             re.compile(pattern)
         except TypeError:
             raise ValueError(f"{pattern!r} is no text: write patterns in quotes") from None
-        except re.error as error:
+        # The last two: a count such as a{9999999999}, and thousands of groups in each other.
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
         return {"pattern": pattern, "value": value}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lvllm.errors import LayerError, LvllmError, layer_errors, naming_layer
+from lvllm.errors import LayerError, LvllmError, layer_errors, naming_layer, quoted, readable
 
 
 @pytest.mark.parametrize("kind", [ValueError, MemoryError])
@@ -35,3 +35,28 @@ def test_a_method_runs_under_the_name_of_its_layer() -> None:
     assert Method().double(layer, number=4) == 8
     with pytest.raises(LayerError, match=r"^layers\.3: number is -1$"):
         Method().double(layer=layer, number=-1)
+
+
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ("a b", "'a b'"),
+        ("a\n\u2028\ud800", r"'a\n\u2028\ud800'"),
+        (True, "true"),
+        ([1, "x"], '[1, "x"]'),
+        (float("inf"), "Infinity"),
+        ("x" * 200, f"'{'x' * 200}'"),
+        ("x" * 201, f"'{'x' * 199}..."),
+        ([1] * 100_000, f"[{'1, ' * 66}1..."),
+    ],
+)
+def test_what_a_user_wrote_stays_on_the_line(written: object, line: str) -> None:
+    assert quoted(written) == line
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("/a b/内", "/a b/内"), ("A\nB", r"'A\nB'"), ("A ", "'A '"), ("x" * 201, f"'{'x' * 199}...")],
+)
+def test_names_are_readable(name: str, line: str) -> None:
+    assert readable(name) == line

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 COMMANDS = {
+    "bank": "lvllm.cli.bank:bank",
     "bench": "lvllm.cli.bench:bench",
     "chat": "lvllm.cli.chat:chat",
     "doctor": "lvllm.cli.doctor:doctor",
@@ -27,7 +28,7 @@ COMMANDS = {
     "tune": "lvllm.cli.tune:tune",
     "verify": "lvllm.cli.verify:verify",
 }
-"""The function of each command, by the name that the user types."""
+"""The function of each command, or its group of commands, by the name that the user types."""
 
 
 class Commands(TyperGroup):
@@ -49,8 +50,11 @@ def _load(name: str) -> Any:
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     try:
         command = importlib.import_module(module)
+        found = getattr(command, function)
+        if isinstance(found, typer.Typer):
+            return get_command(found)
         settings = getattr(command, "CONTEXT", None)
-        one.command(name, context_settings=settings)(getattr(command, function))
+        one.command(name, context_settings=settings)(found)
     # ImportError: something is not installed. OSError: the engine's library does not load.
     except (ImportError, OSError) as error:
         anything = {"ignore_unknown_options": True}

@@ -11,11 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from lvllm import engine
+from lvllm.errors import quoted
 from lvllm.machine import cpus
 from lvllm.settings import config_file
+from lvllm.settings.kinds import whole
 from lvllm.settings.resolving import Setting, resolve
 from lvllm.settings.variables import SettingError
 from lvllm.units import ranges
+
+RANKS = whole(1, 65536)
 
 
 def env(
@@ -42,7 +46,8 @@ def env(
         file = config_file.read(path) if path else {}
         settings = resolve(os.environ, config_file.section(file))
         machine_defaults = _machine_defaults(settings, file)
-    except SettingError as error:
+    # The engine's own ValueError is about an LK_ISA that this CPU lacks.
+    except ValueError as error:
         raise SystemExit(f"lvllm: {error}") from None
     table = Table("setting", "value", "source")
     table.columns[0].no_wrap = True
@@ -90,10 +95,13 @@ def _machine_defaults(
     """What unset settings come to on this machine, with the ranks that `file` asks for."""
     ranks = 1
     for name in ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size"):
-        size = file.get(name, 1)
-        if not isinstance(size, int) or size < 1:
-            raise SettingError(f"{name}={size!r} is not allowed: a whole number of at least 1")
-        ranks *= size
+        written = file.get(name, 1)
+        try:
+            ranks *= RANKS.read(written)
+        except ValueError:
+            raise SettingError(
+                f"{name}={quoted(written)} is not allowed: {RANKS.allowed}"
+            ) from None
     default = cpus.default_threads(cpus.this_machine(), ranks)
     lk_threads = settings["lk_threads"].value or default
     return {

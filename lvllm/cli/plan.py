@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from lvllm import documents
 from lvllm.cli.measuring import this_report
 from lvllm.cli.sizes import size
-from lvllm.errors import LvllmError
+from lvllm.errors import LvllmError, readable
 from lvllm.machine.report import MachineReport
 from lvllm.planning import gguf_shape, shape, source
 from lvllm.planning.choice import choose
@@ -23,6 +24,8 @@ from lvllm.planning.measured import of_report
 from lvllm.planning.placement import Load
 from lvllm.planning.text import lines
 
+MOST_BYTES = 1 << 20
+"""Of a report. That of a small machine has 5 KB."""
 MODEL = "The model: a folder with config.json, an id on the hub, or a GGUF file or its folder."
 
 AllowInt4 = Annotated[
@@ -119,9 +122,10 @@ def _report(path: Path | None) -> MachineReport:
     """The report in a file, or about this machine."""
     if path is None:
         return this_report()
+    where = f"--machine {readable(str(path))}"
     try:
-        return MachineReport.model_validate_json(path.read_text())
-    except OSError as error:
-        raise PlanError(f"--machine {path}: {error.strerror}") from None
-    except (ValidationError, UnicodeDecodeError):
-        raise PlanError(f"--machine {path}: not what `lvllm doctor --json` prints") from None
+        return MachineReport.model_validate_json(documents.read_text(path, MOST_BYTES))
+    except documents.DocumentError as error:
+        raise PlanError(f"{where}: {error}") from None
+    except ValidationError:
+        raise PlanError(f"{where}: not what `lvllm doctor --json` prints") from None

@@ -12,9 +12,10 @@ The expressions are looked for in the names of modules as the checkpoint has the
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
+from lvllm import documents
+from lvllm.errors import readable
 from lvllm.export import selection
 from lvllm.export.schemes import KEEP, Format
 from lvllm.export.tensorfile import ExportError
@@ -27,15 +28,13 @@ FormatRules = Rules[Format]
 
 def read(path: Path) -> FormatRules:
     """The rules of a file. Raises ExportError in one line."""
+    where = f"--dtype-config {readable(str(path))}"
     try:
-        return FormatRules.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise ExportError(f"--dtype-config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise ExportError(f"--dtype-config {path}: not YAML: {said}") from None
+        return FormatRules.model_validate(documents.read(path))
+    except documents.DocumentError as error:
+        raise ExportError(f"{where}: {error}") from None
     except ValidationError as error:
-        raise ExportError(f"--dtype-config {path}: {first_fault(error)}") from None
+        raise ExportError(f"{where}: {first_fault(error)}") from None
 
 
 def chosen(

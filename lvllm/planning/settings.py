@@ -3,6 +3,7 @@
 import math
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
@@ -29,7 +30,8 @@ class Chosen:
 
     key: str
     """Of `vllm serve`'s YAML file; LvLLM's own begin with additional_config.lvllm."""
-    value: str | int
+    value: Any
+    """A text or a number. A setting that the user gave may also be a boolean or a list."""
     why: str
 
 
@@ -136,9 +138,9 @@ def as_yaml(model: str | None, settings: list[Chosen]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plain(value: str | int) -> str:
-    """A scalar as YAML writes it, quoted where it would be read as something else."""
-    text: str = yaml.safe_dump(value, default_style=None, width=math.inf)
+def _plain(value: Any) -> str:
+    """A value as YAML writes it in one line, quoted where it would be read as something else."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
     return text.removesuffix("...\n").strip()
 
 

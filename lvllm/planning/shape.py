@@ -150,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise PlanError(f"{path}: a JSON object is wanted")

@@ -107,7 +107,8 @@ def configure(vllm_config: Any, engine: PrefillEngine, config: HybridConfig) -> 
     """
     from vllm.config import KVTransferConfig
 
-    prefill = config.model_copy(update={"prefill_engine": None})
+    # A cache of experts is for decoding: a long prompt reads nearly all of them.
+    prefill = config.model_copy(update={"prefill_engine": None, "gpu_expert_cache": (0,)})
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector="PrefillConnector",
         kv_connector_module_path="lvllm.prefill.connector",

@@ -1,10 +1,12 @@
 """What the user says in arguments of `vllm serve`, in its YAML file and in the environment."""
 
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from lvllm.settings import config_file
 from lvllm.settings.resolving import Setting, resolve
@@ -54,10 +56,10 @@ def read(words: Sequence[str], environ: Mapping[str, str]) -> Given:
     file: dict[str, Any] = {}
     if path := arguments.get("config"):
         file = config_file.read(Path(str(path)))
-    options = {**file, **arguments}
+    options = {**file, **_parsed(arguments)}
     if environ.get("VLLM_CPU_KVCACHE_SPACE"):  # vLLM's variable for the same, in GiB
         options.setdefault("kv-cache-memory-bytes", environ["VLLM_CPU_KVCACHE_SPACE"])
-    section = config_file.section(_parsed(options))
+    section = config_file.section(options)
     return Given(tuple(words), options, resolve(environ, section))
 
 
@@ -68,7 +70,7 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
-            name = name if name.startswith("additional") else name.replace("_", "-")
+            name = config_file.normal(name)
             found[name] = value if equals else True
             last = None if equals else name
         elif word in SHORT:
@@ -81,15 +83,13 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """With additional_config, which a command line gives as JSON, as a mapping."""
-    found = dict(options)
-    for name in ("additional_config", "additional-config"):
-        if isinstance(found.get(name), str):
-            try:
-                found[name] = json.loads(found[name])
-            except ValueError:
-                del found[name]  # vLLM refuses it in its own words.
+def _parsed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """With the values of additional_config, which a command line gives as JSON, where they are."""
+    found = dict(arguments)
+    for name, value in arguments.items():
+        if name.startswith("additional") and isinstance(value, str):
+            with suppress(ValueError):  # any other text
+                found[name] = from_json(value)
     return found
 
 

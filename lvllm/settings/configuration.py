@@ -46,7 +46,7 @@ class HybridConfig(BaseModel):
     # them to it.
     use_weight: LayerFormats
     # The number format of linear layers outside the experts, which the engine multiplies; None:
-    # vLLM multiplies them, because they are on a GPU or the model has no experts.
+    # vLLM multiplies them, because they are on a GPU.
     dense_weight: DenseWeight | None
     quantize_on: str
     # Bits of the activations that experts are multiplied with; None: each format's default.
@@ -58,7 +58,7 @@ class HybridConfig(BaseModel):
     # that compute the rows have too little memory for them.
     numa_interleave: bool
     # Where attention and everything else but the offloaded experts runs. "none": experts run on lk
-    # without an accelerator, and the settings below that begin with gpu_ are unused.
+    # without an accelerator, and gpu_* and defer_experts below are unused.
     accelerator: Accelerator
     # Layers, by the model's own numbers, whose experts stay on the accelerator with vLLM's method.
     gpu_resident_moe_layers: tuple[int, ...]
@@ -69,8 +69,13 @@ class HybridConfig(BaseModel):
     # Batches of at least this many tokens have their experts streamed; 0: never; "auto": the
     # workers measure the break-even batch size.
     gpu_prefill_min_batch_size: int | Literal["auto"]
+    # Bytes of each accelerator for the experts that are read most: one number for all ranks of this
+    # host, or one for each. "auto": what the KV cache does not need.
+    gpu_expert_cache: tuple[int | Literal["auto"], ...]
     # How the accelerator calls lk.
     gpu_call: Literal["hostfunc", "mailbox", "auto"]
+    # In decoding, how many of a token's experts are added one layer later.
+    defer_experts: int
     # How long a copy or a callback to the host may take; 0: any time.
     watchdog_seconds: int
     # Whether loaded layers are compared with float32 before the first request.
@@ -79,6 +84,8 @@ class HybridConfig(BaseModel):
     metrics_experts: bool
     # The name under which engines of this host find each other's experts; None: they do not share.
     shared_experts: str | None
+    # The name of the bank for which this engine loads the experts; None: for itself.
+    bank: str | None
     # Which prompts another engine prefills, and where; None: this engine prefills all.
     prefill_engine: PrefillEngine | None
 
@@ -88,6 +95,19 @@ class HybridConfig(BaseModel):
         from vllm.config import get_current_vllm_config
 
         return cls.carried(get_current_vllm_config())
+
+    @classmethod
+    def current_or_none(cls) -> Self | None:
+        """As `current`; None where a layer or a model is built outside an engine.
+
+        Tools and tests do that with a configuration of vLLM that has no model, or without any.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None or RESOLVED not in vllm_config.additional_config:
+            return None
+        return cls.carried(vllm_config)
 
     @classmethod
     def carried(cls, vllm_config: Any) -> Self:

@@ -45,6 +45,8 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
         layers = moe_layers(model.hf_text_config)
     resident, window = settings["gpu_resident_moe_layers"], settings["gpu_prefetch_window"]
     threshold, call = settings["gpu_prefill_min_batch_size"], settings["gpu_call"]
+    cache = settings["gpu_expert_cache"]
+    defer = settings["defer_experts"]
     known = [*layers, *_draft_layers(vllm_config)]
     if unknown := [layer for layer in resident.value if layer not in known]:
         raise resident.refuse(
@@ -59,6 +61,8 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
         (window, window.value, "0 or empty"),
         (threshold, threshold.value, "0 or empty"),
         (call, call.value != "hostfunc", "hostfunc or empty"),
+        (cache, any(cache.value), "0 or empty"),
+        (defer, defer.value, "0 or empty"),
     ):
         if given and accelerator == "none":
             raise setting.refuse(
@@ -76,9 +80,25 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
                 f"it is for batches of {threshold.variable.name} tokens or more, which is 0;"
                 f" allowed is {allowed}"
             )
+    if defer.value:
+        _check_deferral(defer, len(set(layers) - set(resident.value)), vllm_config)
     if accelerator == "cuda" and layers:
         _check_omp(settings["omp_num_threads"])
         _check_cuda(vllm_config)
+
+
+def check_cache(cache: Setting, ranks: int, vllm_config: Any) -> None:
+    """Raise SettingError unless the sizes of the caches suit the ranks and the KV cache."""
+    if len(cache.value) not in (1, ranks):
+        raise cache.refuse(
+            f"it has {len(cache.value)} sizes; allowed is one for all GPUs, or one for each of the"
+            f" {ranks} ranks of this host"
+        )
+    if "auto" in cache.value and vllm_config.cache_config.kv_cache_memory_bytes:
+        raise cache.refuse(
+            "the size of the KV cache is set, so vLLM measures no memory; allowed is a number of"
+            " GiB"
+        )
 
 
 def _draft_layers(vllm_config: Any) -> list[int]:
@@ -93,6 +113,28 @@ def _draft_layers(vllm_config: Any) -> list[int]:
     count = getattr(speculative.draft_model_config.hf_config, "n_predict", None) or 0
     first = vllm_config.model_config.hf_text_config.num_hidden_layers
     return list(range(first, first + count))
+
+
+def _check_deferral(defer: Setting, on_cpu: int, vllm_config: Any) -> None:
+    """Refuse to defer experts where a token has too few, or with `on_cpu` layers on the CPU."""
+    model = vllm_config.model_config
+    # It is 0 if config.json calls it by a name that vLLM does not know. The engine then defers all
+    # experts of a token but one at most.
+    if (topk := model.get_num_experts_per_tok()) and defer.value >= topk:
+        raise defer.refuse(
+            f"a token of {model.model} takes {topk} experts, and one of them is not deferred;"
+            f" allowed is 0 to {topk - 1}"
+        )
+    if vllm_config.parallel_config.enable_expert_parallel:
+        raise defer.refuse(
+            "with enable-expert-parallel no rank knows all experts of a token, and which of them"
+            " weigh least; allowed is 0"
+        )
+    if on_cpu < 2:
+        raise defer.refuse(
+            f"experts are added one layer on the CPU later, and there are {on_cpu} such layers;"
+            " allowed is 0"
+        )
 
 
 def _check_omp(setting: Setting) -> None:

@@ -12,6 +12,7 @@ import torch
 from lvllm import formats
 from lvllm.checkpoint.moe_layers import moe_layers
 from lvllm.settings.configuration import Accelerator
+from lvllm.settings.division import check_rows
 from lvllm.settings.resolving import Setting
 from lvllm.settings.use_weight import UseWeight
 from lvllm.settings.variables import DenseWeight, SettingError
@@ -44,11 +45,24 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in ("bfloat16", "float16"):
         raise SettingError(f"dtype={dtype!r} is not allowed with {ENABLED}: bfloat16 or float16")
+    quantized = vllm_config.quant_config
+    if quantized is not None and quantized.get_name() == "online":
+        raise SettingError(
+            f"quantization={model.quantization!r} is not allowed with {ENABLED} for a checkpoint"
+            " that is not quantised: leave it out, and LVLLM_MOE_USE_WEIGHT=FP8, INT8 or INT4"
+            " quantises experts while loading"
+        )
     if model.quantization not in (None, *formats.QUANTIZATIONS):
         raise SettingError(
             f"quantization={model.quantization!r} of {model.model} is not supported by"
             f" {ENABLED} yet: allowed are unquantised bfloat16 and float16"
             f" checkpoints, and {', '.join(formats.QUANTIZATIONS)}"
+        )
+    zero_experts = getattr(model.hf_text_config, "zero_expert_num", None)
+    if zero_experts and accelerator != "cuda":
+        raise SettingError(
+            f"{model.model} has {zero_experts} zero-computation experts, which vLLM routes and"
+            " computes on GPUs only (LongCat-Flash)"
         )
     if parallel.worker_cls != (GPU_WORKER if accelerator == "cuda" else CPU_WORKER):
         raise SettingError(
@@ -65,6 +79,7 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
             f"enable-eplb=True is not allowed with {ENABLED}: experts on the CPU"
             " are placed once; set it to false"
         )
+    check_rows(model, parallel)
 
 
 def check_features(vllm_config: Any, accelerator: Accelerator) -> None:
@@ -109,7 +124,8 @@ def check_weights(
     model = vllm_config.model_config
     wanted, on_gpu = settings["moe_use_weight"], settings["moe_quant_on_gpu"]
     quantization = model.model_arch_config.quantization_config
-    int4 = wanted.value is not None and any(rule.value == UseWeight.INT4 for rule in wanted.value)
+    used = {rule.value for rule in wanted.value or ()}
+    int4 = UseWeight.INT4 in used
     if int4 and is_moe(model) and quantization is not None:
         layers = moe_layers(model.hf_text_config)
         if formats.only_4_bit(quantization, layers):
@@ -118,10 +134,10 @@ def check_weights(
                 " TO_DTYPE"
             )
     if on_gpu.value:
-        if not int4:
+        if not used & {UseWeight.INT4, UseWeight.INT8, UseWeight.FP8}:
             raise on_gpu.refuse(
-                "it does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is"
-                " 0"
+                "it does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4, INT8 or FP8, none of which is"
+                " set; allowed is 0"
             )
         # Once a process has initialised CUDA, the workers that it forks cannot use CUDA. So CUDA is
         # asked only where the workers do not use it.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lvllm.errors import quoted, readable
 from lvllm.settings import variables
 from lvllm.settings.variables import SettingError, Variable
 
@@ -27,7 +28,7 @@ class Setting:
     def refuse(self, reason: str) -> SettingError:
         """An error about this setting: one line with its name, its value and `reason`."""
         where = f"{SECTION}.{self.variable.key}" if self.source == "config" else self.variable.name
-        return SettingError(f"{where}={str(self.written)!r}: {reason}")
+        return SettingError(f"{where}={quoted(self.written)}: {reason}")
 
 
 def resolve(environ: Mapping[str, str], section: object) -> dict[str, Setting]:
@@ -39,7 +40,7 @@ def resolve(environ: Mapping[str, str], section: object) -> dict[str, Setting]:
     if section is None:
         section = {}
     if not isinstance(section, Mapping):
-        raise SettingError(f"{SECTION}={section!r} is not allowed: a mapping")
+        raise SettingError(f"{SECTION}={quoted(section)} is not allowed: a mapping")
     _check_keys(section)
     settings = {}
     for key, variable in variables.BY_KEY.items():
@@ -65,4 +66,4 @@ def _check_keys(section: Mapping[object, object]) -> None:
             )
         if key not in allowed:
             hint = variables.suggest(str(key), allowed)
-            raise SettingError(f"{SECTION}.{key} is not a setting: {hint}")
+            raise SettingError(f"{SECTION}.{readable(str(key))} is not a setting: {hint}")

@@ -1,6 +1,5 @@
 """LVLLM_MOE_USE_WEIGHT: the number format of experts in memory, for all layers or by rules."""
 
-import json
 import re
 from collections.abc import Iterable
 from enum import StrEnum
@@ -8,6 +7,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lvllm import documents
 from lvllm.rules import Rules, first_fault
 
 __all__ = ["LayerFormats", "UseWeight", "UseWeights", "WrongRules"]
@@ -21,6 +21,8 @@ class UseWeight(StrEnum):
     TO_DTYPE = "TO_DTYPE"
     KEEP = "KEEP"
     INT4 = "INT4"
+    INT8 = "INT8"
+    FP8 = "FP8"
 
 
 class WrongRules(ValueError):
@@ -31,16 +33,23 @@ class UseWeights(Rules[UseWeight]):
     """The setting: a format for layers by the names of their experts."""
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """One format for all layers, or rules as JSON. Raises WrongRules, or ValueError."""
-        if not text.startswith("["):
-            return cls.model_validate([{ALL: UseWeight(text)}])
+    def parse(cls, written: object) -> Self:
+        """One format for all layers, or rules: a list, or the text of one in YAML or JSON.
+
+        Raises WrongRules for rules, and ValueError for anything else.
+        """
+        if isinstance(written, str) and not written.startswith("["):
+            return cls.model_validate([{ALL: UseWeight(written)}])
         try:
-            return cls.model_validate(json.loads(text))
+            rules = documents.parse(written) if isinstance(written, str) else written
+        except documents.DocumentError as error:
+            raise WrongRules(str(error)) from None
+        if not isinstance(rules, list):
+            raise ValueError
+        try:
+            return cls.model_validate(rules)
         except ValidationError as error:
             raise WrongRules(first_fault(error)) from None
-        except json.JSONDecodeError as error:
-            raise WrongRules(f"not JSON: {error}") from None
 
     @property
     def everywhere(self) -> UseWeight | None:

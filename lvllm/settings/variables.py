@@ -6,16 +6,27 @@ describes the settings and parses single values; `lvllm.settings.resolving` reso
 and `lvllm.prepare` checks them against the model and the machine.
 """
 
-import json
-import re
-from collections.abc import Callable, Collection, Mapping
+import string
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
-from lvllm.errors import LvllmError
-from lvllm.settings.use_weight import UseWeights, WrongRules
+from lvllm.errors import LvllmError, quoted, readable
+from lvllm.settings.kinds import (
+    LAYERS,
+    MOST,
+    MOST_LAYER,
+    PROMPT,
+    SIZES,
+    SWITCH,
+    USE_WEIGHT,
+    Kind,
+    choice,
+    whole,
+)
+from lvllm.settings.use_weight import WrongRules
 
 
 class ThreadBinding(StrEnum):
@@ -36,79 +47,15 @@ class SettingError(LvllmError):
     """A setting has a value that is not allowed, or that the model or the machine cannot honour."""
 
 
-def parse_switch(text: str) -> bool:
-    """Parse `0` or `1`."""
-    if text not in ("0", "1"):
-        raise ValueError
-    return text == "1"
-
-
-def parse_choice(*choices: str) -> Callable[[str], str]:
-    """A function that takes one of `choices` as it is, and raises ValueError for any other text."""
-
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError
-        return text
-
-    return parse
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Parse layer indices and ascending ranges, such as `0`, `0-1`, `0,9` or `0,1,8-9`.
-
-    The result is sorted, and names each layer once.
-    """
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
-        if match is None:
-            raise ValueError
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))
-
-
-def parse_whole(minimum: int, *words: str) -> Callable[[str], int | str]:
-    """A function that parses a whole number of at least `minimum`, or takes one of `words`.
-
-    A number has plain decimal digits only.
-    """
-
-    def parse(text: str) -> int | str:
-        if text in words:
-            return text
-        if not re.fullmatch(r"[0-9]+", text) or int(text) < minimum:
-            raise ValueError
-        return int(text)
-
-    return parse
-
-
-def parse_long_prompt(text: str) -> int | str:
-    """Parse `0`, `auto` or a number of tokens.
-
-    `1` is refused, because a user who means it as a switch would get every prompt moved.
-    """
-    return text if text == "auto" else 0 if text == "0" else parse_whole(2)(text)
-
-
 @dataclass(frozen=True)
 class Variable:
-    """One setting.
-
-    `parse` takes the text of a non-empty value and raises ValueError for one that is not
-    `allowed`; `default` is the value of a setting that is unset or empty.
-    """
+    """One setting; `default` is its value if it is unset or empty."""
 
     name: str
     default: Any
     default_text: str
-    allowed: str
+    kind: Kind
     meaning: str
-    parse: Callable[[str], Any]
 
     @property
     def key(self) -> str:
@@ -116,127 +63,139 @@ class Variable:
         return self.name.removeprefix("LVLLM_").lower()
 
 
+# Linux counts no more than 8192 logical CPUs.
+CPUS = whole(1, 8192, most="the logical CPUs of one rank")
+
 VARIABLES: tuple[Variable, ...] = (
     Variable(
         "LVLLM_MOE_NUMA_ENABLED",
         False,
         "0",
-        "0 or 1",
+        SWITCH,
         "The main switch. With 0 the program is stock vLLM. It can only be set in the environment,"
         " because it is read before any configuration file.",
-        parse_switch,
     ),
     Variable(
         "LK_THREAD_BINDING",
         ThreadBinding.CPU_CORE,
         "CPU_CORE",
-        "CPU_CORE or NUMA_NODE",
+        choice(ThreadBinding),
         "CPU_CORE pins each engine thread to one core. NUMA_NODE lets the operating system move a"
         " thread within its NUMA node, which suits machines that run other programs too.",
-        ThreadBinding,
     ),
     Variable(
         "LK_THREADS",
         None,
         "physical cores - 4 (all, on 4 cores or fewer), divided by the ranks on this host",
-        "a whole number from 1 to the logical CPUs of one rank",
+        CPUS,
         "The number of engine threads in each rank.",
-        parse_whole(1),
     ),
     Variable(
         "OMP_NUM_THREADS",
         None,
         "LK_THREADS",
-        "a whole number from 1 to the logical CPUs of one rank",
+        CPUS,
         "The number of PyTorch threads in each rank. They compute attention, norms and sampling"
         " when these run on the CPU.",
-        parse_whole(1),
     ),
     Variable(
         "LVLLM_MOE_USE_WEIGHT",
         None,
         "the checkpoint's format",
-        "TO_DTYPE, KEEP or INT4, or a list of rules for layers",
+        USE_WEIGHT,
         "The number format of the experts in memory. KEEP computes them in the checkpoint's own"
         " format. TO_DTYPE converts them to the model's dtype while loading. INT4 quantises bf16,"
-        " fp16, FP8 and int8 experts to 4-bit integers in groups of 32 while loading. Rules give"
+        " fp16, FP8 and int8 experts to 4-bit integers in groups of 32 while loading, and INT8 and"
+        " FP8 quantise bf16 and fp16 experts to 8 bits with a scale for each row. Rules give"
         " layers different formats: in YAML a list such as `[{'layers\\.[0-3]\\.': KEEP}, {'.*':"
         ' INT4}]`, and in the variable the same as JSON, `[{"layers\\\\.[0-3]\\\\.": "KEEP"},'
         ' {".*": "INT4"}]`. A rule has a regular expression, which is looked for in vLLM\'s names'
         " of layers of experts, such as `model.layers.0.mlp.experts`. The first rule that matches"
         " counts, and layers that none matches are kept. A rule that decides about no layer stops"
         " the start.",
-        UseWeights.parse,
     ),
     Variable(
         "LVLLM_DENSE_WEIGHT",
         None,
         "KEEP",
-        "KEEP or INT8",
+        choice(DenseWeight),
         "The number format of linear layers outside the experts: attention's projections, shared"
         " experts and the head. INT8 rounds them to 8-bit integers with a scale for each row while"
         " loading, so that a token reads half as many bytes. Layers with fewer than 1024 rows, such"
         " as routers, stay as they are. It is for models with experts on CPUs without a GPU.",
-        DenseWeight,
     ),
     Variable(
         "LVLLM_ACCELERATOR",
         None,
         "cuda or none, as vLLM's platform",
-        "cuda, host or none",
+        choice(("cuda", "host", "none")),
         "The device that runs attention and everything else outside the CPU's experts. cuda is an"
         " NVIDIA GPU. none means that there is no GPU and that the CPU computes all experts. host"
         " is for tests: it runs the code for GPUs on the CPU, and works on vLLM's CPU platform"
         " only.",
-        parse_choice("cuda", "host", "none"),
     ),
     Variable(
         "LVLLM_GPU_RESIDENT_MOE_LAYERS",
         (),
         "empty: none",
-        "layer indices and ascending ranges, such as 0 or 0-1 or 0,9 or 0,1,8-9",
+        LAYERS,
         "The MoE layers whose experts stay on the GPU, in the checkpoint's format. The numbers are"
         " the model's own layer numbers. The layers of a draft model and of multi-token prediction"
         " always stay on the GPU.",
-        parse_layers,
     ),
     Variable(
         "LVLLM_GPU_PREFETCH_WINDOW",
         0,
         "0",
-        "a whole number of at least 0",
+        whole(0, MOST_LAYER),
         "During GPU prefill, the number of MoE layers that are copied to the GPU ahead of the layer"
         " being computed, as far as LVLLM_GPU_STAGING_MIB allows.",
-        parse_whole(0),
     ),
     Variable(
         "LVLLM_GPU_STAGING_MIB",
         1024,
         "1024",
-        "a whole number of at least 1",
+        whole(1, 1 << 20),
         "During GPU prefill, the most memory on each GPU for copies of experts, in MiB. Two experts"
         " always have room.",
-        parse_whole(1),
     ),
     Variable(
         "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE",
         0,
         "0: off",
-        "a whole number from 0 to max_num_batched_tokens, or auto",
+        whole(0, MOST, "auto", most="max_num_batched_tokens"),
         "The GPU computes the experts of batches with at least this many tokens, on copies of the"
         " weights that are streamed to it. auto measures the bus and the CPU at start and takes"
         " the smallest batch for which streaming is faster.",
-        parse_whole(0, "auto"),
+    ),
+    Variable(
+        "LVLLM_GPU_EXPERT_CACHE",
+        (0,),
+        "0: off",
+        SIZES,
+        "The GPU's memory for the experts that are read most, of all layers that are not resident."
+        " The GPU computes them while the CPU computes the others. They are chosen by what is read"
+        " while the server answers, and replaced between two steps. auto takes what the KV cache"
+        " does not need: the KV cache keeps a quarter of the free memory, and at least what two"
+        " requests of max-model-len take.",
     ),
     Variable(
         "LVLLM_GPU_CALL",
         "hostfunc",
         "hostfunc",
-        "hostfunc, mailbox or auto",
+        choice(("hostfunc", "mailbox", "auto")),
         "How the GPU calls the CPU's experts. hostfunc lets CUDA call a function of the host. With"
         " mailbox the GPU writes a word that a thread watches, which keeps a core busy while"
         " requests are answered. auto times both at start and takes the faster.",
-        parse_choice("hostfunc", "mailbox", "auto"),
+    ),
+    Variable(
+        "LVLLM_DEFER_EXPERTS",
+        0,
+        "0: off",
+        whole(0, 1023, most="one less than the experts that a token takes"),
+        "In batches of at most 8 tokens, so many of each token's experts, those with the least"
+        " weights, are added one MoE layer later. The CPU computes them while the GPU runs the next"
+        " layer's attention. The model's answers change: docs/quality.md measures by how much.",
     ),
     Variable(
         "LVLLM_WATCHDOG_SECONDS",
@@ -244,119 +203,110 @@ VARIABLES: tuple[Variable, ...] = (
         # layer takes about a second, and the largest batch some ten seconds on a slow CPU.
         120,
         "120",
-        "a whole number of at least 0",
+        whole(0, 86400),
         "If work beside a GPU is queued and none of it ends for this long, the engine ends with an"
         " error that names the layer. 0 disables the check.",
-        parse_whole(0),
     ),
     Variable(
         "LVLLM_VERIFY",
         False,
         "0",
-        "0 or 1",
+        SWITCH,
         "With 1, the engine's results for two experts of each layer are compared with PyTorch's in"
         " float32 when the model is loaded, and these experts' weights are looked at. A wrong"
         " layer stops the start. This takes 20 seconds at most; `lvllm verify` looks at"
         " everything.",
-        parse_switch,
     ),
     Variable(
         "LVLLM_METRICS_EXPERTS",
         False,
         "0",
-        "0 or 1",
+        SWITCH,
         "With 1, `/metrics` also has the tokens of each expert of each layer, which"
         " `lvllm top --experts` shows. A model of 58 layers with 256 experts has 14,848 such"
         " numbers, 1.5 MB of text at each scrape.",
-        parse_switch,
     ),
     Variable(
         "LK_POWER_SAVING",
         False,
         "0",
-        "0 or 1",
+        SWITCH,
         "With 1, idle engine threads sleep at once. With 0, they first spin for 50 microseconds to"
         " be ready for the next layer, or beside a GPU for up to 2 milliseconds.",
-        parse_switch,
     ),
     Variable(
         "LVLLM_ENABLE_NUMA_INTERLEAVE",
         False,
         "0",
-        "0 or 1",
+        SWITCH,
         "With 0, each weight row lies on the NUMA node whose threads compute it, and a model that"
         " does not fit this way is refused. With 1, such a model is loaded with the experts' pages"
         " spread round-robin over all nodes.",
-        parse_switch,
     ),
     Variable(
         "LVLLM_MOE_QUANT_ON_GPU",
         False,
         "0",
-        "0 or 1",
-        "With 1, the GPU does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4.",
-        parse_switch,
+        SWITCH,
+        "With 1, the GPU does the arithmetic of LVLLM_MOE_USE_WEIGHT=INT4, INT8 or FP8.",
     ),
     Variable(
         "LVLLM_SHARE_EXPERTS",
         False,
         "0",
-        "0 or 1",
+        SWITCH,
         "With 1, servers of the same user on this host that load the same checkpoint with the same"
-        " settings share one copy of the experts in memory. The first server loads it, and the"
-        " others map it. Containers must share a network namespace, and full speed needs Linux 6.1"
-        " or newer.",
-        parse_switch,
+        " settings share one copy of the experts in memory. A bank (`lvllm bank`) holds it; without"
+        " one, the first server loads it, and the others map it. Containers must share a network"
+        " namespace, and full speed needs Linux 6.1 or newer.",
     ),
     Variable(
         "LVLLM_PREFILL_ENGINE",
         0,
         "0: off",
-        "0, auto or a whole number of at least 2",
+        PROMPT,
         "A second engine over the same experts prefills prompts of at least this many tokens, so"
         " that running answers continue meanwhile. auto takes LVLLM_GPU_PREFILL_MIN_BATCH_SIZE, or"
         " 512 where that is 0 or auto. The engine must have a single worker.",
-        parse_long_prompt,
     ),
     Variable(
         "LVLLM_PREFILL_ENGINE_GPU",
         None,
         "the first engine's",
-        "a whole number of at least 0",
+        whole(0, 1023),
         "The GPU of the prefill engine, as CUDA numbers them. If both engines use the same GPU,"
         " each takes half of gpu-memory-utilization.",
-        parse_whole(0),
     ),
     Variable(
         "LK_ISA",
         None,
         "what is fastest here",
-        "portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_vbmi, avx512_bf16 or amx",
+        choice(
+            (
+                "portable",
+                "avx2",
+                "avx2_vnni",
+                "avx512",
+                "avx512_vnni",
+                "avx512_vbmi",
+                "avx512_bf16",
+                "amx",
+            )
+        ),
         "Forces the engine's instruction set, for tests and bug reports. By default the engine"
         " measures at its start what multiplies fastest for each format of experts (a millisecond),"
         " and `lvllm env` shows it. It can only be set in the environment.",
-        parse_choice(
-            "portable",
-            "avx2",
-            "avx2_vnni",
-            "avx512",
-            "avx512_vnni",
-            "avx512_vbmi",
-            "avx512_bf16",
-            "amx",
-        ),
     ),
     Variable(
         "LK_ACTIVATION_BITS",
         "auto",
         "auto",
-        "auto, 8 or 16",
+        choice(("auto", "8", "16")),
         "With 8, int8, int4, mxfp4 and nvfp4 experts are multiplied by activations that are rounded"
         " to 8 bits, in blocks with one scale each, where the CPU multiplies bytes: 4-bit experts"
         " need AVX2, and int8 experts need VNNI. With 16, activations are never rounded to 8 bits."
         " auto takes 8 for int4, mxfp4 and nvfp4, where that adds less than a tenth to the loss of"
         " quality by the 4-bit weights, and 16 for int8. It can only be set in the environment.",
-        parse_choice("auto", "8", "16"),
     ),
 )
 
@@ -369,28 +319,27 @@ ENVIRONMENT_ONLY = frozenset({"moe_numa_enabled", "lk_isa", "lk_activation_bits"
 
 def is_unset(value: object) -> bool:
     """Whether a value from the environment or from YAML counts as not given."""
-    return value is None or not str(value).strip()
+    return value is None or (isinstance(value, str) and not value.strip(string.whitespace))
 
 
 def parse(variable: Variable, value: object, where: str) -> Any:
     """The parsed `value` of a setting found at `where` (the name the user wrote).
 
+    White space around a text does not count.
+
     Raises SettingError with one line that names the setting, the value and what is allowed.
     """
     if is_unset(value):
         return variable.default
-    if isinstance(value, bool):
-        value = int(value)  # YAML has true and false.
-    if isinstance(value, list):
-        rules = any(isinstance(item, Mapping) for item in value)
-        value = json.dumps(value, default=str) if rules else ",".join(str(item) for item in value)
-    text = str(value).strip()
+    if isinstance(value, str):
+        value = value.strip(string.whitespace)
     try:
-        return variable.parse(text)
+        return variable.kind.read(value)
     except WrongRules as error:
-        raise SettingError(f"{where}={text!r} is not allowed: {error}") from None
+        reason = str(error)
     except ValueError:
-        raise SettingError(f"{where}={text!r} is not allowed: {variable.allowed}") from None
+        reason = variable.kind.allowed
+    raise SettingError(f"{where}={quoted(value)} is not allowed: {reason[:400]}")
 
 
 def suggest(name: str, known: Collection[str]) -> str:
@@ -418,7 +367,7 @@ def check_names(environ: Mapping[str, str]) -> None:
 
 def _no_setting(name: str) -> str:
     known = {variable.name for variable in VARIABLES}
-    return f"{name} is not a setting of LvLLM: {suggest(name, known)}"
+    return f"{readable(name)} is not a setting of LvLLM: {suggest(name, known)}"
 
 
 def wrong(environ: Mapping[str, str]) -> dict[str, str]:
@@ -448,8 +397,15 @@ def markdown() -> str:
         "",
         "Each setting is an environment variable, or a key below `additional_config.lvllm` in the",
         "YAML file that you give to `vllm serve --config`. If both are given, the variable wins.",
-        "An empty value counts as unset. A wrong value or a misspelt name stops the start with one",
-        "line that says what is allowed.",
+        "A wrong value or a misspelt name stops the start with one line that says what is allowed.",
+        "",
+        "- An empty value counts as unset, in YAML also `null` and a key with nothing behind it.",
+        "- White space around a value does not count, and within a value it is not allowed.",
+        "- Numbers have plain decimal digits, without sign, leading zeros, `_` and exponent.",
+        "- In YAML, a text counts like the same text in a variable. Switches also take `true` and",
+        "  `false`, which are no numbers. Layers may be a list, such as `[0, 8-9]`.",
+        "- The YAML file is UTF-8 of at most 64 KiB. No key may be written twice. What YAML 1.1",
+        "  reads as another number than it looks like, such as `017` and `1:30`, is refused.",
         "",
         "`lvllm env --config config.yaml` prints each setting, its value and where the value came",
         "from.",
@@ -459,7 +415,7 @@ def markdown() -> str:
     ]
     for v in VARIABLES:
         key = "environment only" if v.key in ENVIRONMENT_ONLY else f"`{v.key}`"
-        lines.append(f"| `{v.name}` | {key} | {v.default_text} | {v.allowed} |")
+        lines.append(f"| `{v.name}` | {key} | {v.default_text} | {v.kind.allowed} |")
     lines += ["", "## What each setting does"]
     for v in VARIABLES:
         lines += ["", f"**`{v.name}`**: {v.meaning}"]

@@ -24,7 +24,7 @@ def config_yaml(launch: Launch, changes: Mapping[str, str], gain: float) -> str:
         if name not in ("config", "model") and not name.startswith("additional")
     ]
     chosen += [
-        Chosen(f"{SECTION}{key}", _scalar(one.written), SAID)
+        Chosen(f"{SECTION}{key}", _own(one.written), SAID)
         for key, one in given.settings.items()
         if one.source != "default" and key not in ENVIRONMENT_ONLY
     ]
@@ -50,6 +50,11 @@ def environment_of(launch: Launch, changes: Mapping[str, str]) -> dict[str, str]
         elif one.source == "environment":
             found[name] = str(one.written)
     return found
+
+
+def _own(value: Any) -> Any:
+    """A value of LvLLM's own settings, which may be lists."""
+    return value if isinstance(value, list) else _scalar(value)
 
 
 def _scalar(value: Any) -> str | int:

@@ -64,6 +64,8 @@ def test_env_reads_dotted_and_nested_keys(tmp_path: Path, written: str) -> None:
         ("- a", "a mapping of settings is wanted"),
         ("additional_config.lvllm.lk_thread: 1", "did you mean lk_threads?"),
         ("tensor-parallel-size: none", "tensor-parallel-size='none' is not allowed"),
+        ("tensor-parallel-size: true", "tensor-parallel-size=true is not allowed: a whole number"),
+        ("data_parallel_size: 99999999999999999999", "is not allowed: a whole number from 1 to 65"),
     ],
 )
 def test_env_refuses_a_bad_file_in_one_line(

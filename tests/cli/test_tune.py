@@ -83,7 +83,8 @@ def test_environment_and_yaml_of_the_user_are_kept(
     monkeypatch.setenv("LK_ACTIVATION_BITS", "16")
     monkeypatch.setenv("LK_POWER_SAVING", "1")
     (tmp_path / "own.yaml").write_text(
-        "compilation-config: {mode: NONE}\nadditional_config: {lvllm: {watchdog_seconds: 77}}\n"
+        "compilation-config: {mode: NONE}\nspeculative_config.num_speculative_tokens: 1\n"
+        "additional_config: {lvllm: {watchdog_seconds: 77, moe_use_weight: [{'a: b': KEEP}]}}\n"
     )
     result = run(binding, "--config", "own.yaml")
     assert result.exit_code == 0, result.output
@@ -92,6 +93,8 @@ def test_environment_and_yaml_of_the_user_are_kept(
     file = yaml.safe_load(text)
     assert file["additional_config.lvllm.lk_power_saving"] == 1
     assert file["additional_config.lvllm.watchdog_seconds"] == 77
+    assert file["additional_config.lvllm.moe_use_weight"] == [{"a: b": "KEEP"}]
+    assert file["speculative-config.num_speculative_tokens"] == 1
     assert yaml.safe_load(file["compilation-config"]) == {"mode": "NONE"}
     assert "config" not in file
 

@@ -394,11 +394,14 @@ def engine_configuration() -> Any:
         gpu_prefetch_window=0,
         gpu_staging_mib=1024,
         gpu_prefill_min_batch_size=0,
+        gpu_expert_cache=(0,),
         gpu_call="hostfunc",
+        defer_experts=0,
         watchdog_seconds=0,
         verify=False,
         metrics_experts=False,
         shared_experts=None,
+        bank=None,
         prefill_engine=None,
     )
     return SimpleNamespace(additional_config={RESOLVED: resolved.model_dump(mode="json")})

@@ -20,6 +20,7 @@ from lvllm.settings.variables import SettingError
             {"max-model-len": "8k", "tensor-parallel-size": "2"},
         ),
         (["m", "--max_model_len", "10"], "m", {"max-model-len": "10"}),
+        (["m", "--a_b.c_d", "10"], "m", {"a-b.c_d": "10"}),
         (
             ["--model", "m", "--enforce-eager", "--seed", "-1"],
             "m",

@@ -5,13 +5,19 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 
 from lvllm import engine, prepare, sharing
+from lvllm.bank import holder
+from lvllm.bank.holder import Holder
+from lvllm.errors import LvllmError
+from lvllm.handover import banks
 from lvllm.machine import cpus, memory_plan
 from lvllm.prefill import configuration as prefill
 from lvllm.settings import variables
@@ -19,6 +25,7 @@ from lvllm.settings.configuration import RESOLVED, HybridConfig, PrefillEngine
 from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, dense_weight
 from lvllm.settings.resolving import resolve
 from lvllm.settings.use_weight import LayerFormats
+from tests.models.make import COMMON
 
 vllm = pytest.importorskip("vllm")
 
@@ -46,7 +53,7 @@ def test_yaml_layers_may_be_a_number_a_text_or_a_list() -> None:
         ({"gpu_prefetch_windo": 1}, "did you mean gpu_prefetch_window?"),
         ({"moe_numa_enabled": 1}, "only the variable LVLLM_MOE_NUMA_ENABLED sets it"),
         ({"lk_threads": "many"}, "additional_config.lvllm.lk_threads='many' is not allowed"),
-        ({"gpu_prefetch_window": -1}, "gpu_prefetch_window='-1' is not allowed: a whole number"),
+        ({"gpu_prefetch_window": -1}, "gpu_prefetch_window=-1 is not allowed: a whole number"),
         ([1], "additional_config.lvllm=[1] is not allowed: a mapping"),
     ],
 )
@@ -70,6 +77,8 @@ def configure(qwen3_moe: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", "1")
     # Preparing a configuration sets this variable for the workers; monkeypatch restores it.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    # Banks that run on this machine hold other experts.
+    monkeypatch.setattr(banks, "PREFIX", f"lvllm/test/{os.getpid()}/bank/")
 
     def build(environment: dict[str, str] | None = None, **arguments: Any) -> Any:
         from vllm.engine.arg_utils import EngineArgs
@@ -97,33 +106,35 @@ CPUS = len(os.sched_getaffinity(0))
     [
         ("LVLLM_MOE_NUMA_ENABLED", "2", "0 or 1"),
         ("LK_THREAD_BINDING", "CORE", "CPU_CORE or NUMA_NODE"),
-        ("LK_THREADS", "100000", f"allowed is 1 to {CPUS}"),
-        ("OMP_NUM_THREADS", "100000", f"allowed is 1 to {CPUS}"),
+        ("LK_THREADS", "8192", f"allowed is 1 to {CPUS}"),
+        ("OMP_NUM_THREADS", "8192", f"allowed is 1 to {CPUS}"),
         ("OMP_NUM_THREADS", "0", "a whole number from 1"),
-        ("LVLLM_MOE_USE_WEIGHT", "int8", "TO_DTYPE, KEEP or INT4"),
+        ("LVLLM_MOE_USE_WEIGHT", "int8", "TO_DTYPE, KEEP, INT4, INT8 or FP8"),
         ("LVLLM_DENSE_WEIGHT", "INT4", "KEEP or INT8"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0-", "layer indices"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "1", "those that have are 0,2"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0,7", "those that have are 0,2"),
         ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "0,2", "allowed is empty"),
-        ("LVLLM_GPU_PREFETCH_WINDOW", "-1", "a whole number of at least 0"),
+        ("LVLLM_GPU_PREFETCH_WINDOW", "-1", "a whole number from 0 to 9999"),
         ("LVLLM_GPU_PREFETCH_WINDOW", "1", "allowed is 0 or empty"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "257", "allowed is 0 to 256"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "256", "allowed is 0 or empty"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "auto", "is none; allowed is 0 or empty"),
         ("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", "Auto", "max_num_batched_tokens, or auto"),
+        ("LVLLM_DEFER_EXPERTS", "-1", "a whole number from 0 to one less than the experts that"),
+        ("LVLLM_DEFER_EXPERTS", "1", "as LVLLM_ACCELERATOR is none; allowed is 0 or empty"),
         ("LVLLM_ACCELERATOR", "gpu", "cuda, host or none"),
         ("LVLLM_ACCELERATOR", "cuda", "on vLLM's CPU platform allowed is none or host"),
-        ("LVLLM_WATCHDOG_SECONDS", "-1", "a whole number of at least 0"),
+        ("LVLLM_WATCHDOG_SECONDS", "-1", "a whole number from 0 to 86400"),
         ("LK_POWER_SAVING", "yes", "0 or 1"),
         ("LVLLM_ENABLE_NUMA_INTERLEAVE", "2", "0 or 1"),
         (
             "LVLLM_MOE_QUANT_ON_GPU",
             "1",
-            "LVLLM_MOE_USE_WEIGHT=INT4, which is not set; allowed is 0",
+            "LVLLM_MOE_USE_WEIGHT=INT4, INT8 or FP8, none of which is set; allowed is 0",
         ),
-        ("LVLLM_PREFILL_ENGINE", "1", "0, auto or a whole number of at least 2"),
+        ("LVLLM_PREFILL_ENGINE", "1", "0, auto or a whole number from 2 to"),
         ("LVLLM_PREFILL_ENGINE", "129", "no prompt has 129 tokens, as max-model-len is 128"),
         ("LVLLM_PREFILL_ENGINE", "auto", "no prompt has 512 tokens, as max-model-len is 128"),
         ("LVLLM_PREFILL_ENGINE_GPU", "1", "LVLLM_PREFILL_ENGINE is 0; allowed is empty"),
@@ -137,14 +148,11 @@ CPUS = len(os.sched_getaffinity(0))
         ("LK_ACTIVATION_BITS", "Auto", "auto, 8 or 16"),
     ],
 )
-def test_refusals_are_one_line_and_exit_code_1(
-    configure: Any, name: str, value: str, allowed: str
-) -> None:
-    with pytest.raises(SystemExit) as caught:
+def test_refusals_are_one_line(configure: Any, name: str, value: str, allowed: str) -> None:
+    with pytest.raises(LvllmError) as caught:
         configure({name: value})
-    message = caught.value.code
-    assert isinstance(message, str), "a text makes Python print it and exit with code 1"
-    assert message.startswith(f"lvllm: {name}={value!r}")
+    message = str(caught.value)
+    assert message.startswith(f"{name}={value!r}")
     assert allowed in message
     assert "\n" not in message
 
@@ -154,10 +162,10 @@ def test_int4_of_4_bit_experts_is_refused(configure: Any, qwen3_moe: Path, tmp_p
     path = tmp_path / "awq" / "config.json"
     how = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": how}))
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(LvllmError) as caught:
         configure({"LVLLM_MOE_USE_WEIGHT": "INT4"}, model=str(tmp_path / "awq"))
-    assert str(caught.value.code).startswith("lvllm: LVLLM_MOE_USE_WEIGHT='INT4': the experts of ")
-    assert str(caught.value.code).endswith("in 4 bits already; allowed is KEEP or TO_DTYPE")
+    assert str(caught.value).startswith("LVLLM_MOE_USE_WEIGHT='INT4': the experts of ")
+    assert str(caught.value).endswith("in 4 bits already; allowed is KEEP or TO_DTYPE")
 
 
 BY_LAYER = [{r"layers\.[01]\.": "TO_DTYPE"}, {".*": "INT4"}]
@@ -184,8 +192,8 @@ def test_formats_by_layer(configure: Any) -> None:
     ("rules", "message"),
     [
         (
-            [*BY_LAYER, {"x": "INT8"}],
-            "rule 3: 'INT8': Input should be 'TO_DTYPE', 'KEEP' or 'INT4'",
+            [*BY_LAYER, {"x": "INT2"}],
+            "rule 3: 'INT2': Input should be 'TO_DTYPE', 'KEEP', 'INT4', 'INT8' or 'FP8'",
         ),
         ([{"(": "INT4"}], "rule 1: '(' is no regular expression: missing )"),
         ([{"a": "INT4", "b": "INT4"}], "rule 1: {'a': 'INT4', 'b': 'INT4'} is not one pattern"),
@@ -199,23 +207,23 @@ def test_formats_by_layer(configure: Any) -> None:
     ],
 )
 def test_wrong_rules(configure: Any, rules: Any, message: str) -> None:
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(LvllmError) as caught:
         configure(additional_config={"lvllm": {"moe_use_weight": rules}})
-    said = str(caught.value.code)
-    assert said.startswith("lvllm: additional_config.lvllm.moe_use_weight=")
+    said = str(caught.value)
+    assert said.startswith("additional_config.lvllm.moe_use_weight=")
     assert message in said
     assert "\n" not in said
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(LvllmError) as caught:
         configure({"LVLLM_MOE_USE_WEIGHT": json.dumps(rules)})
-    assert str(caught.value.code).startswith("lvllm: LVLLM_MOE_USE_WEIGHT='[{")
-    assert message in str(caught.value.code)
+    assert str(caught.value).startswith("LVLLM_MOE_USE_WEIGHT='[{")
+    assert message in str(caught.value)
 
 
 def test_rules_need_the_models_files(configure: Any, qwen3_moe: Path, tmp_path: Path) -> None:
     shutil.copy(qwen3_moe / "config.json", tmp_path)
     section = {"lvllm": {"moe_use_weight": BY_LAYER}}
     with pytest.raises(
-        SystemExit, match="names of experts in the model's files, and on this machine are"
+        LvllmError, match="names of experts in the model's files, and on this machine are"
     ):
         configure(model=str(tmp_path), load_format="dummy", additional_config=section)
     section = {"lvllm": {"moe_use_weight": [{".*": "INT4"}]}}
@@ -238,7 +246,7 @@ def test_rules_for_a_model_whose_modules_vllm_renames(
     assert kept is not None
     # One of two layers has 4.5 bits for 16.
     assert need.experts == kept.experts // 2 + kept.experts_int4 // 2
-    with pytest.raises(SystemExit, match=r"the layers are language_model\.model\.layers\.0\."):
+    with pytest.raises(LvllmError, match=r"the layers are language_model\.model\.layers\.0\."):
         configure(additional_config={"lvllm": {"moe_use_weight": [{"^model": "INT4"}]}})
 
 
@@ -253,13 +261,13 @@ def test_int8_of_linear_layers(configure: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_quantising_on_a_missing_gpu_is_refused(configure: Any) -> None:
-    with pytest.raises(SystemExit, match=r"LVLLM_MOE_QUANT_ON_GPU='1': there is no GPU; allowed"):
+    with pytest.raises(LvllmError, match=r"LVLLM_MOE_QUANT_ON_GPU='1': there is no GPU; allowed"):
         configure({"LVLLM_MOE_USE_WEIGHT": "INT4", "LVLLM_MOE_QUANT_ON_GPU": "1"})
 
 
 def test_the_same_refusals_for_yaml(configure: Any) -> None:
     section = {"lvllm": {"gpu_resident_moe_layers": "5"}}
-    with pytest.raises(SystemExit, match=r"gpu_resident_moe_layers='5': layer 5 .* are 0,2"):
+    with pytest.raises(LvllmError, match=r"gpu_resident_moe_layers='5': layer 5 .* are 0,2"):
         configure(additional_config=section)
 
 
@@ -270,10 +278,12 @@ def test_the_same_refusals_for_yaml(configure: Any) -> None:
         ({"quantization": "experts_int8"}, "quantization='experts_int8' of .* is not supported"),
         ({"worker_cls": "some.Worker"}, "worker-cls='some.Worker' is not allowed"),
         ({"scheduler_cls": "some.Scheduler"}, "scheduler-cls='some.Scheduler' is not allowed"),
+        ({"tensor_parallel_size": 3}, "^tensor-parallel-size=3 is not allowed .* attention heads"),
+        ({"data_parallel_size": 3}, "^data-parallel-size=3 with .* 3 processes .* of each expert"),
     ],
 )
 def test_models_that_lk_cannot_run(configure: Any, arguments: Any, message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(LvllmError, match=message):
         configure(**arguments)
 
 
@@ -291,6 +301,48 @@ def test_workers_get_final_values(configure: Any) -> None:
     assert not resolved.numa_interleave
 
 
+def test_a_binding_is_not_replaced_without_a_word(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(prepare.logger, "warning", lambda text, *of: said.append(text % of))
+    configure({"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    ours = os.environ["VLLM_CPU_OMP_THREADS_BIND"]
+    configure()
+    assert len(said) == 1
+    assert said[0].startswith(f"LvLLM: VLLM_CPU_OMP_THREADS_BIND='nobind' is replaced by '{ours}'")
+
+
+def test_a_model_without_experts_is_left_to_vllm(configure: Any, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**COMMON, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    built = configure(model=str(tmp_path), dtype="float32")
+    assert built.additional_config == {}
+    assert built.parallel_config.worker_cls == CPU_WORKER
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
+    with pytest.raises(LvllmError, match=r"LVLLM_DENSE_WEIGHT='INT8': .* has no routed experts"):
+        configure({"LVLLM_DENSE_WEIGHT": "INT8"}, model=str(tmp_path))
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_per_block", "int8_per_channel_weight_only"])
+def test_vllms_quantisation_while_loading(configure: Any, scheme: str) -> None:
+    with pytest.raises(LvllmError, match=rf"^quantization='{scheme}' .* LVLLM_MOE_USE_WEIGHT=FP8"):
+        configure(quantization=scheme)
+
+
+def test_zero_computation_experts_need_a_gpu(configure: Any, tmp_path: Path) -> None:
+    config = transformers.LongcatFlashConfig(
+        **(COMMON | {"num_hidden_layers": 2, "num_layers": 1}),
+        n_routed_experts=8,
+        zero_expert_num=4,
+        zero_expert_type="identity",
+        architectures=["LongcatFlashForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(LvllmError, match=r"has 4 zero-computation experts, which vLLM .* on GPUs"):
+        configure(model=str(tmp_path), dtype="bfloat16")
+
+
 def test_workers_get_the_settings_of_gpu_offload(
     configure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +350,7 @@ def test_workers_get_the_settings_of_gpu_offload(
     assert (resolved.accelerator, resolved.gpu_resident_moe_layers) == ("none", ())
     assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (0, 0)
     assert resolved.watchdog_seconds == 120
+    assert resolved.defer_experts == 0
     offload = {
         "LVLLM_ACCELERATOR": "host",
         "LVLLM_GPU_RESIDENT_MOE_LAYERS": "2",
@@ -312,6 +365,32 @@ def test_workers_get_the_settings_of_gpu_offload(
     offload["LVLLM_GPU_PREFILL_MIN_BATCH_SIZE"] = "auto"
     resolved = HybridConfig.model_validate(configure(offload).additional_config[RESOLVED])
     assert (resolved.gpu_prefetch_window, resolved.gpu_prefill_min_batch_size) == (1, "auto")
+
+
+@pytest.mark.parametrize(
+    ("count", "resident", "arguments", "message"),
+    [
+        ("3", "", {}, " takes 3 experts, and one of them is not deferred; allowed is 0 to 2"),
+        (
+            "1",
+            "",
+            {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+            "with enable-expert-parallel no rank knows all experts of a token, and which of them"
+            " weigh least; allowed is 0",
+        ),
+        ("1", "2", {}, "one layer on the CPU later, and there are 1 such layers; allowed is 0"),
+    ],
+)
+def test_experts_that_cannot_be_deferred(
+    configure: Any, count: str, resident: str, arguments: Any, message: str
+) -> None:
+    environment = {"LVLLM_ACCELERATOR": "host", "LVLLM_DEFER_EXPERTS": count}
+    with pytest.raises(LvllmError) as caught:
+        configure(environment | {"LVLLM_GPU_RESIDENT_MOE_LAYERS": resident}, **arguments)
+    said = str(caught.value)
+    assert said.startswith(f"LVLLM_DEFER_EXPERTS={count!r}: ")
+    assert said.endswith(message)
+    assert "\n" not in said
 
 
 def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +454,7 @@ def test_on_vllms_cuda_platform(configure: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_that_leave_no_room_for_a_kv_cache(configure: Any) -> None:
-    with pytest.raises(SystemExit, match=r"weights take 0\.00 GiB: kv-cache-memory-bytes sets"):
+    with pytest.raises(LvllmError, match=r"weights take 0\.00 GiB: kv-cache-memory-bytes sets"):
         configure(gpu_memory_utilization=1e-6)
     configure(gpu_memory_utilization=1e-6, kv_cache_memory_bytes=1 << 20)
 
@@ -386,7 +465,7 @@ def test_only_the_process_that_starts_the_engines_checks_the_memory(
     """Several API servers build the configuration again, while the engines fill the memory."""
     monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 0)
     servers = {"_api_process_count": 2, "data_parallel_size": 2}
-    with pytest.raises(SystemExit, match=r"the model takes 0\.00 GiB of memory"):
+    with pytest.raises(LvllmError, match=r"the model takes 0\.00 GiB of memory"):
         configure(**servers, _api_process_rank=-1)
     for rank in range(2):
         built = configure(**servers, _api_process_rank=rank)
@@ -409,7 +488,7 @@ def test_pages_are_interleaved_where_a_node_is_too_small(
     resolved = HybridConfig.model_validate(built.additional_config[RESOLVED])
     assert resolved.numa_interleave == interleaved
     if interleaved:
-        with pytest.raises(SystemExit, match="LVLLM_ENABLE_NUMA_INTERLEAVE=1 makes it fit"):
+        with pytest.raises(LvllmError, match="LVLLM_ENABLE_NUMA_INTERLEAVE=1 makes it fit"):
             configure({"LVLLM_ENABLE_NUMA_INTERLEAVE": "0"})
 
 
@@ -425,7 +504,7 @@ def test_shared_experts(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None
         assert shared is not None
         assert name(configure(max_model_len=64)) == shared
         assert name(configure(tensor_parallel_size=2)) != shared
-        with pytest.raises(SystemExit, match=r"LVLLM_SHARE_EXPERTS='1': it needs load-format .*my"):
+        with pytest.raises(LvllmError, match=r"LVLLM_SHARE_EXPERTS='1': it needs load-format .*my"):
             configure(load_format="dummy")
         plain = memory_plan._need_of
         patch.setattr(
@@ -433,11 +512,43 @@ def test_shared_experts(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None
             "_need_of",
             lambda *given: replace(cast(Any, plain(*given)), experts=1 << 50),
         )
-        with pytest.raises(SystemExit, match=r"experts 1048576\.00 GiB"):
+        with pytest.raises(LvllmError, match=r"experts 1048576\.00 GiB"):
             configure()
         owner = sharing.join(f"{shared}/0")
         assert name(configure()) == shared
         owner.close()
+
+
+def test_a_bank_holds_these_experts_or_the_start_ends(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(**arguments: Any) -> HybridConfig:
+        return HybridConfig.carried(configure({"LVLLM_SHARE_EXPERTS": "1"}, **arguments))
+
+    monkeypatch.setattr(holder, "PREFIX", banks.PREFIX)
+    plain = configure({"LVLLM_SHARE_EXPERTS": "1"})
+    identity = prepare.shared_identity(plain)
+    held = Holder("a/model", lambda status: None)
+    # The process that loads for a bank does not ask it.
+    with monkeypatch.context() as patch:
+        patch.setenv(banks.LOADS_FOR, held.name)
+        assert built().bank == held.name
+    # A server that starts together with the bank waits until that knows what it will hold.
+    loads = {"loads": sharing.name_of(identity), "ranks": 2, "identity": identity}
+    Timer(0.2, banks.tell, (held.name, loads)).start()
+    assert built().shared_experts == loads["loads"]
+    assert built(max_num_batched_tokens=512).bank is None
+    for arguments, differs in (
+        ({"tensor_parallel_size": 2}, "tensor-parallel-size is 1 there and 2 here"),
+        ({"dtype": "float16"}, r"dtype is torch\.bfloat16 there and torch\.float16 here"),
+        ({"hf_overrides": {"num_experts_per_tok": 1}}, "config.json .* differs"),
+    ):
+        with pytest.raises(LvllmError, match=rf"of process {os.getpid()}, .* a/model.*{differs}\."):
+            built(**arguments)
+    with pytest.raises(LvllmError, match="LVLLM_MOE_USE_WEIGHT is KEEP there and INT4 here"):
+        configure({"LVLLM_MOE_USE_WEIGHT": "INT4"})
+    held.close()
+    assert built().shared_experts is not None  # Without any bank, a server loads by itself.
 
 
 def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,6 +560,7 @@ def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> No
         "LVLLM_ACCELERATOR": "host",
         "LVLLM_GPU_PREFETCH_WINDOW": "1",
         "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE": "96",
+        "LVLLM_GPU_EXPERT_CACHE": "1",
     }
     built = configure({"LVLLM_PREFILL_ENGINE": "auto", **offload})
     decoding = HybridConfig.model_validate(built.additional_config[RESOLVED])
@@ -457,6 +569,7 @@ def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert (given["min_tokens"], given["gpu"]) == (96, None)
     assert (decoding.gpu_prefetch_window, decoding.gpu_prefill_min_batch_size) == (0, 0)
     assert (prefilling.gpu_prefetch_window, prefilling.gpu_prefill_min_batch_size) == (1, 96)
+    assert (decoding.gpu_expert_cache, prefilling.gpu_expert_cache) == ((1 << 30,), (0,))
     assert decoding.shared_experts == prefilling.shared_experts
     assert str(decoding.shared_experts).endswith(f"/{os.getpid()}")
     shared = configure({"LVLLM_SHARE_EXPERTS": "1"}).additional_config[RESOLVED]["shared_experts"]
@@ -489,7 +602,7 @@ def test_configurations_that_a_prefill_engine_cannot_serve(
 
         given = arguments["kv_transfer_config"]
         arguments = {"kv_transfer_config": KVTransferConfig(**given)}
-    with pytest.raises(SystemExit, match=f"LVLLM_PREFILL_ENGINE='64': .*{message}"):
+    with pytest.raises(LvllmError, match=f"LVLLM_PREFILL_ENGINE='64': .*{message}"):
         configure({"LVLLM_PREFILL_ENGINE": "64"}, **arguments)
 
 
@@ -559,11 +672,11 @@ def test_memory_of_both_engines(configure: Any, monkeypatch: pytest.MonkeyPatch)
         memory_plan, "_need_of", lambda *given: replace(cast(Any, plain(*given)), others=others)
     )
     monkeypatch.setattr(memory_plan.bank, "available_bytes", lambda: 2 * others - 1)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(LvllmError) as caught:
         configure({"LVLLM_PREFILL_ENGINE": "64"}, kv_cache_memory_bytes=1 << 20)
     expected = memory_plan.gib(others + kv_cache)
-    assert f"KV cache 0.00 GiB, prefill engine {expected})" in str(caught.value.code)
-    assert str(caught.value.code).endswith(": LVLLM_PREFILL_ENGINE=0 makes it fit")
+    assert f"KV cache 0.00 GiB, prefill engine {expected})" in str(caught.value)
+    assert str(caught.value).endswith(": LVLLM_PREFILL_ENGINE=0 makes it fit")
     configure({"LVLLM_PREFILL_ENGINE": "0"}, kv_cache_memory_bytes=1 << 20)
 
 

@@ -76,6 +76,7 @@ def test_allowed_settings() -> None:
     check("cuda", config(), prefill_min_batch_size="256", prefetch_window="2")
     check("cuda", config(), prefill_min_batch_size="1", staging_mib="64")
     check("cuda", config(), prefill_min_batch_size="auto", call="mailbox")
+    check("cuda", config(), expert_cache="4.5")
     check("host", config(), {"gpu_prefill_min_batch_size": "auto"}, prefetch_window="1")
     check("cuda", config(experts=0))
     check("host", config(drafts=2), resident_moe_layers="3,8-9")
@@ -106,6 +107,8 @@ def test_resident_layers_without_experts_are_refused(
         ("none", config(), {"prefill_min_batch_size": "9"}, "none; allowed is 0 or empty"),
         ("none", config(), {"prefill_min_batch_size": "auto"}, "none; allowed is 0 or empty"),
         ("none", config(), {"call": "auto"}, "is none; allowed is hostfunc or empty"),
+        ("none", config(), {"expert_cache": "auto"}, "is none; allowed is 0 or empty"),
+        ("cuda", config(experts=0), {"expert_cache": "0.1"}, "experts; allowed is 0 or empty"),
         ("cuda", config(), {"prefill_min_batch_size": "257"}, "; allowed is 0 to 256"),
         (
             "host",
@@ -133,6 +136,22 @@ def test_settings_without_effect_are_refused(
     assert said in refusal(check, accelerator, model, **given)
 
 
+def test_caches_for_ranks_and_beside_a_kv_cache() -> None:
+    def cache(value: str, ranks: int, kv_cache: int | None) -> None:
+        setting = resolve({"LVLLM_GPU_EXPERT_CACHE": value}, None)["gpu_expert_cache"]
+        sizes = SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=kv_cache))
+        gpu_checks.check_cache(setting, ranks, sizes)
+
+    for value, ranks, kv_cache in (("auto", 3, None), ("0,4.5,auto", 3, None), ("2", 2, 1 << 30)):
+        cache(value, ranks, kv_cache)
+    assert "it has 2 sizes; allowed is one for all GPUs, or one for each of the 3 ranks" in (
+        refusal(cache, "1,2", 3, None)
+    )
+    assert "the size of the KV cache is set, so vLLM measures no memory" in (
+        refusal(cache, "auto", 1, 1 << 30)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
@@ -158,7 +177,7 @@ def test_features_that_do_not_work_with_experts_on_the_cpu(name: str, fields: Fi
 def test_yaml_cannot_set_openmp_threads_on_the_cuda_platform() -> None:
     section = {"omp_num_threads": 2}
     said = refusal(check, "cuda", config(), section, resident_moe_layers="3-7")
-    assert said.startswith("additional_config.lvllm.omp_num_threads='2': on vLLM's CUDA platform")
+    assert said.startswith("additional_config.lvllm.omp_num_threads=2: on vLLM's CUDA platform")
     check("host", config(), section)
 
 

@@ -19,6 +19,19 @@ def test_layer_lists(text: str, layers: tuple[int, ...]) -> None:
     assert variables.parse(LAYERS, text, LAYERS.name) == layers
 
 
+def test_sizes_of_the_cache() -> None:
+    cache = variables.BY_KEY["gpu_expert_cache"]
+    for text, sizes in (
+        ("4", (4 << 30,)),
+        ("0.5,auto,12", (1 << 29, "auto", 12 << 30)),
+        ("0", (0,)),
+    ):
+        assert variables.parse(cache, text, cache.name) == sizes
+    for text in ("4,", ",", "1 GiB", "1e3", ".5", "5.", "inf", "4;5", "1234567", "-0"):
+        with pytest.raises(variables.SettingError, match=r"LVLLM_GPU_EXPERT_CACHE=.*number of Gi"):
+            variables.parse(cache, text, cache.name)
+
+
 @pytest.mark.parametrize("text", ["0-", "9-3", "-1", "abc", "1,,2", "1;2", "0x1", "1.5", "-", ","])
 def test_bad_layer_lists_name_variable_and_value(text: str) -> None:
     with pytest.raises(variables.SettingError) as caught:
@@ -32,7 +45,7 @@ def test_bad_layer_lists_name_variable_and_value(text: str) -> None:
 @given(st.sets(st.integers(0, 200), min_size=1))
 def test_describe_is_the_inverse_of_parse(layers: set[int]) -> None:
     ordered = tuple(sorted(layers))
-    assert variables.parse_layers(ranges(list(ordered))) == ordered
+    assert variables.parse(LAYERS, ranges(list(ordered)), LAYERS.name) == ordered
 
 
 @pytest.mark.parametrize("variable", variables.VARIABLES, ids=lambda v: v.name)
@@ -67,7 +80,7 @@ def test_zero_switches_prefill_off_but_is_no_thread_count() -> None:
 def test_choices_are_the_ones_allowed(key: str, values: tuple[str, ...]) -> None:
     variable = variables.BY_KEY[key]
     assert [variables.parse(variable, value, key) for value in values] == list(values)
-    assert variable.allowed.replace(" or ", ", ").split(", ") == list(values)
+    assert variable.kind.allowed.replace(" or ", ", ").split(", ") == list(values)
     assert key in variables.ENVIRONMENT_ONLY
 
 
