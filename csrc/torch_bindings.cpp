@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "lk/deferral.h"
 #include "lk/engine.h"
 #include "lk/free_memory.h"
 #include "lk/host_call.h"
@@ -313,6 +314,21 @@ void host_call_fill(int64_t address, int64_t layer, const Tensor& x, const Tenso
   call.batch.first_row = first_row;
   if (reason < 0 || reason >= lk::kReasons) fail("reason is " + std::to_string(reason));
   call.batch.reason = static_cast<lk::Reason>(reason);
+  call.deferral = nullptr;
+}
+
+int64_t deferral_create(int64_t experts, int64_t tokens, int64_t hidden, int64_t topk) {
+  return reinterpret_cast<int64_t>(new lk::Deferral(experts, tokens, hidden, topk));
+}
+
+void deferral_destroy(int64_t deferral) { delete reinterpret_cast<lk::Deferral*>(deferral); }
+
+// After host_call_fill: lets the call defer and add experts.
+void host_call_defer(int64_t address, int64_t deferral, bool first, bool last) {
+  lk::HostCall& call = host_call(address);
+  call.deferral = reinterpret_cast<lk::Deferral*>(deferral);
+  call.first = first;
+  call.last = last;
 }
 
 int64_t host_call_ended(int64_t address) {
@@ -540,10 +556,13 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def(
       "host_call_fill(int call, int layer, Tensor x, Tensor topk_ids, Tensor topk_weights, "
       "Tensor(a!) y, int first_row, int reason) -> ()");
+  m.def("host_call_defer(int call, int deferral, bool first, bool last) -> ()");
   m.def("host_call_ended(int call) -> int");
   m.def("host_call_function() -> int");
   m.def("host_call_error() -> (int, str)");
   m.def("host_call_progress() -> (int, int, int)");
+  m.def("deferral_create(int experts, int tokens, int hidden, int topk) -> int");
+  m.def("deferral_destroy(int deferral) -> ()");
   m.def("mailbox_create(Tensor(a!) words) -> int");
   m.def("mailbox_destroy(int mailbox) -> ()");
   m.def("allocate(int experts, int parts, int rows, int row_bytes) -> Tensor");
@@ -579,10 +598,13 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("reserve", TORCH_BOX(&reserve));
   m.impl("host_call_create", TORCH_BOX(&host_call_create));
   m.impl("host_call_fill", TORCH_BOX(&host_call_fill));
+  m.impl("host_call_defer", TORCH_BOX(&host_call_defer));
   m.impl("host_call_ended", TORCH_BOX(&host_call_ended));
   m.impl("host_call_function", TORCH_BOX(&host_call_function));
   m.impl("host_call_error", TORCH_BOX(&host_call_error));
   m.impl("host_call_progress", TORCH_BOX(&host_call_progress));
+  m.impl("deferral_create", TORCH_BOX(&deferral_create));
+  m.impl("deferral_destroy", TORCH_BOX(&deferral_destroy));
   m.impl("mailbox_create", TORCH_BOX(&mailbox_create));
   m.impl("mailbox_destroy", TORCH_BOX(&mailbox_destroy));
   m.impl("allocate", TORCH_BOX(&allocate));

@@ -9,12 +9,13 @@ namespace lk {
 
 // Why a batch is computed here. lvllm/engine/counters.py has the same order.
 enum class Reason {
-  kNoGpu,  // there is no other place
-  kSmall,  // it has fewer tokens than are worth a copy of the weights
-  kOff,    // no batch of this layer is streamed
-  kGraph,  // it comes from a graph of the GPU
+  kNoGpu,   // there is no other place
+  kSmall,   // it has fewer tokens than are worth a copy of the weights
+  kOff,     // no batch of this layer is streamed
+  kGraph,   // it comes from a graph of the GPU
+  kShared,  // the GPU computes the batch's other experts at the same time
 };
-constexpr int kReasons = 4;
+constexpr int kReasons = 5;
 constexpr int kSizes = 12;
 
 // Memory of the caller, which may be shared with processes that read it meanwhile. Every number

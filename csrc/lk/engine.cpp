@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <unordered_map>
 
 namespace lk {
@@ -50,9 +51,18 @@ Topology topology_of(const EngineOptions& options) {
   return options.cpus.empty() ? topology : restrict_topology(topology, options.cpus);
 }
 
+// The value of LK_ISA without the white space around it, which lvllm.settings ignores, too.
+std::string forced_isa() {
+  const char* variable = std::getenv("LK_ISA");
+  const std::string written = variable ? variable : "";
+  const char* space = " \t\n\v\f\r";
+  const size_t first = written.find_first_not_of(space);
+  if (first == std::string::npos) return "";
+  return written.substr(first, written.find_last_not_of(space) - first + 1);
+}
+
 const Kernels& kernels_of(const EngineOptions& options) {
-  const char* forced = std::getenv("LK_ISA");
-  return choose_kernels(!options.isa.empty() ? options.isa : forced ? forced : "");
+  return choose_kernels(options.isa.empty() ? forced_isa() : options.isa);
 }
 
 // Chooses the kernels and starts the pool if that has not happened yet. The caller holds the mutex.
@@ -233,8 +243,10 @@ void run_layer(int64_t handle, const Batch& batch, int64_t hidden) {
   const std::vector<Fault> faults = expert_block(layer, batch, *e.kernels, pool, e.workspace);
   if (layer.counters != nullptr) {
     auto& of = layer.counters->of[static_cast<int>(batch.reason)];
-    ++of.calls;
-    of.tokens += batch.tokens;
+    if (!batch.rest) {
+      ++of.calls;
+      of.tokens += batch.tokens;
+    }
     of.nanoseconds += since(start);
     layer.counters->waited += waited;
   }

@@ -4,6 +4,7 @@
 #include <exception>
 #include <mutex>
 
+#include "lk/deferral.h"
 #include "lk/engine.h"
 
 namespace lk {
@@ -43,10 +44,16 @@ void fail(const HostCall& call, const char* text) noexcept {
 extern "C" void lk_run_host_call(void* argument) noexcept {
   HostCall& call = *static_cast<HostCall*>(argument);
   Shared& s = shared();
-  s.layer.store(call.layer, std::memory_order_relaxed);
   s.begun.fetch_add(1);
+  // Until then, `layer` names the layer whose deferred experts this call waits for.
+  if (call.deferral != nullptr) call.deferral->wait();
+  s.layer.store(call.layer, std::memory_order_relaxed);
   try {
-    run_layer(call.layer, call.batch, call.hidden);
+    if (call.deferral != nullptr) {
+      call.deferral->run(call);
+    } else {
+      run_layer(call.layer, call.batch, call.hidden);
+    }
   } catch (const std::exception& error) {
     fail(call, error.what());
   } catch (...) {

@@ -24,6 +24,7 @@ struct Batch {
   void* y = nullptr;               // [tokens, hidden]
   int64_t first_row = 0;           // the number of y's first row in the log of watch()
   Reason reason = Reason::kNoGpu;  // for the counters
+  bool rest = false;               // the rest of a batch that the counters have: its time counts
 };
 
 // Where the NaN or infinity in a row of y comes from.

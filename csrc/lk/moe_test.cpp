@@ -19,6 +19,7 @@
 #include "lk/choice.h"
 #include "lk/testing/allocation_counter.h"
 #include "lk/testing/random_layers.h"
+#include "lk/testing/reference_block.h"
 
 namespace lk {
 namespace {
@@ -26,55 +27,6 @@ namespace {
 using namespace test_values;
 
 constexpr const char* kSmallPool = "2 nodes x 2,1 cores x 1 threads";
-
-double widen(Scalar type, uint16_t value) {
-  return type == Scalar::kBf16 ? bf16_to_float(value) : fp16_to_float(value);
-}
-
-// The output of an expert for one token, with the router's weight.
-std::vector<double> expert_output(const TestLayer& layer, int64_t expert,
-                                  const std::vector<double>& x, double weight) {
-  const LayerSpec& spec = layer.spec;
-  const int64_t parts = spec.w13.parts;
-  const int64_t rows = spec.intermediate;
-  std::vector<double> sums;  // [parts][rows]
-  for (int64_t row = 0; row < parts * rows; ++row) {
-    const double* w = layer.w13.values.data() + (expert * parts * rows + row) * spec.hidden;
-    double sum = 0;
-    for (int64_t i = 0; i < spec.hidden; ++i) sum += w[i] * x[i];
-    if (spec.weight_on_input) sum *= weight;
-    // The bias was de-interleaved with the rows.
-    if (spec.w13.bias) sum += spec.w13.bias[expert * parts * rows + row];
-    sums.push_back(sum);
-  }
-  std::vector<double> out;
-  for (int64_t h = 0; h < spec.hidden; ++h) {
-    const double* w = layer.w2.values.data() + (expert * spec.hidden + h) * rows;
-    double sum = spec.w2.bias ? spec.w2.bias[expert * spec.hidden + h] : 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      sum += w[i] * activated(spec.activation, sums[i], sums[(parts - 1) * rows + i]);
-    }
-    out.push_back(spec.weight_on_input ? sum : sum * weight);
-  }
-  return out;
-}
-
-std::vector<double> reference(const TestLayer& layer, const TestBatch& test) {
-  const int64_t hidden = layer.spec.hidden;
-  const Batch& batch = test.batch;
-  std::vector<double> y(batch.tokens * hidden, 0.0);
-  for (int64_t slot = 0; slot < batch.tokens * batch.topk; ++slot) {
-    if (test.ids[slot] < 0) continue;
-    const int64_t token = slot / batch.topk;
-    std::vector<double> x;
-    for (int64_t i = 0; i < hidden; ++i) {
-      x.push_back(widen(batch.type, test.x[token * hidden + i]));
-    }
-    const std::vector<double> out = expert_output(layer, test.ids[slot], x, test.weights[slot]);
-    for (int64_t h = 0; h < hidden; ++h) y[token * hidden + h] += out[h];
-  }
-  return y;
-}
 
 using Case = std::tuple<std::string, Kind>;
 
@@ -92,7 +44,7 @@ TEST_P(ExpertBlockOf, MatchesTheReference) {
     if (tokens == 1) test.ids = {2, 0};
     test.batch.ids = test.ids.data();
     expert_block(layer.spec, test.batch, kernels_named(isa), pool, workspace);
-    const std::vector<double> want = reference(layer, test);
+    const std::vector<double> want = reference(layer, test, test.ids);
     double squares = 0;
     double error_squares = 0;
     for (size_t i = 0; i < want.size(); ++i) {

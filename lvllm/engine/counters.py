@@ -36,6 +36,8 @@ class Reason(IntEnum):
     """No batch of this layer is streamed."""
     GRAPH = 3
     """It comes from a graph of the GPU."""
+    SHARED = 4
+    """The GPU computes the batch's other experts at the same time."""
 
 
 SIZES = (*(1 << bit for bit in range(11)), None)

@@ -6,6 +6,7 @@ A check raises ValueError with one line, which names the argument, its value and
 from __future__ import annotations
 
 import os
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ def activation_bits(format: str, given: int | None) -> int:
         allowed = FORMATS[format].activation_bits
         check_choice(f"activation_bits of format {format}", given, allowed)
         return given
-    written = os.environ.get(ACTIVATION_BITS, "").strip() or "auto"
+    written = os.environ.get(ACTIVATION_BITS, "").strip(string.whitespace) or "auto"
     if written not in ("auto", "8", "16"):
         raise ValueError(f"{ACTIVATION_BITS}={written!r} is not allowed: auto, 8 or 16")
     return preferred_activation_bits(format, None if written == "auto" else int(written))

@@ -68,14 +68,14 @@ def test_nothing_is_counted_after_the_end() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (torch.zeros(29, dtype=torch.int64), "counters has 29 elements, wanted 30"),
-        (torch.zeros(30, dtype=torch.int32), "counters must be a contiguous int64"),
+        (torch.zeros(32, dtype=torch.int64), "counters has 32 elements, wanted 33"),
+        (torch.zeros(33, dtype=torch.int32), "counters must be a contiguous int64"),
         (torch.zeros(60, dtype=torch.int64)[::2], "counters must be a contiguous int64"),
     ],
 )
 def test_other_memory_is_refused(wrong: Any, said: str) -> None:
     case = Case(3, 64, 32, 4, 2)
-    assert counters.size(4) == 30
+    assert counters.size(4) == 33
     with pytest.raises(ValueError, match=said):
         counters.count(case.layer.handle, wrong)
 

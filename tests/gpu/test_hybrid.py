@@ -17,8 +17,9 @@ from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.engine.ops import raw_ops
 from lvllm.gpu import hybrid
 from lvllm.gpu.accelerator import Event, Stream
-from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
+from lvllm.gpu.hybrid import DEFERRING_TOKENS, HybridCall, PinnedBuffers
 from lvllm.gpu.stand_in import StandInAccelerator
+from tests.gpu.deferral import deferring
 from tests.random_layers import FORMATS, Random, random_layer
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -285,6 +286,55 @@ def test_graphs_keep_their_arguments(way: str, monkeypatch: pytest.MonkeyPatch) 
                 for layer, out in zip(layers, outs, strict=True):
                     assert torch.equal(out, layer(*batch))
         assert 0 < len(made) <= 2  # These are at most the parts of one batch.
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_deferred_experts_come_one_layer_later(way: str) -> None:
+    """In calls outside graphs and in graphs, whose replays follow each other in any order."""
+    random = Random(randrange(1 << 30))
+    layers = [make_layer(random, format) for format in ("bf16", "int4", "fp8")]
+    with on_host(Recorder) as accelerator:
+        sequence = calls(accelerator, layers, way)
+        sequence[0].first = sequence[-1].last = True
+        sequence[0].buffers.defer(2)
+
+        def capture(
+            tokens: int,
+        ) -> tuple[list[Batch], list[torch.Tensor], list[Callable[[], None]]]:
+            batches = [make_batch(random, tokens) for _ in layers]
+            accelerator.recorded = []
+            outs = [call(*batch) for call, batch in zip(sequence, batches, strict=True)]
+            steps, accelerator.recorded = accelerator.recorded, None
+            return batches, outs, steps
+
+        graphs = [capture(tokens) for tokens in (1, 3, DEFERRING_TOKENS)]
+        for _ in range(4):
+            for batches, outs, steps in graphs:
+                for batch in batches:
+                    for kept, new in zip(batch, make_batch(random, len(batch[0])), strict=True):
+                        kept.copy_(new)
+                for step in steps:
+                    step()
+                want = deferring(layers, batches, 2)
+                assert all(torch.equal(*pair) for pair in zip(outs, want, strict=True))
+            for tokens in (2, DEFERRING_TOKENS, DEFERRING_TOKENS + 1, MOST):
+                dtype = (torch.bfloat16, torch.float16)[randrange(2)]
+                batches = [make_batch(random, tokens, dtype) for _ in layers]
+                outs = [call(*batch) for call, batch in zip(sequence, batches, strict=True)]
+                want = deferring(layers, batches, 2 if tokens <= DEFERRING_TOKENS else 0)
+                assert all(torch.equal(*pair) for pair in zip(outs, want, strict=True))
+    hybrid.raise_host_call_error()
+
+
+def test_batches_in_parts_defer_nothing() -> None:
+    random = Random(randrange(1 << 30))
+    layer = make_layer(random)
+    with on_host() as accelerator:
+        (call,) = calls(accelerator, [layer], limit=3 * (4 * HIDDEN + 8 * TOPK))
+        call.buffers.defer(1)
+        for tokens in (4, 7):
+            batch = make_batch(random, tokens)
+            assert torch.equal(call(*batch), layer(*batch))
 
 
 def test_errors_leave_nan_and_their_text() -> None:
