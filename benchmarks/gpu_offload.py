@@ -3,12 +3,14 @@
     python -m benchmarks.gpu_offload [--formats bf16,int4] [--layers 4] [--shape 2048x768x128x8]
         [--trace FILE]
 
-The benchmark prints five tables: the bus (plain copies from and to pinned memory), the cost of a
+The benchmark prints seven tables: the bus (plain copies from and to pinned memory), the cost of a
 host call as a host function and through a mailbox, the experts' products against one product of
-large matrices, prefill passes through the ring against their copies and their products alone, and
-decoding steps in a CUDA graph against the engine's own time. Then it shows when the copies and
-products of one pass ran; `--trace` keeps the profiler's trace of the pass. With `--accelerator
-host` it runs on the stand-in, which only shows that it runs, and the order of that pass.
+large matrices, prefill passes through the ring against their copies and their products alone,
+decoding steps in a CUDA graph against the engine's own time, such steps with work of the GPU
+between the layers, without and with deferred experts, and such steps with experts in a cache on the
+GPU. Then it shows when the copies and products of one pass ran; `--trace` keeps the profiler's
+trace of the pass. With `--accelerator host` it runs on the stand-in, which only shows that it runs,
+and the order of that pass.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from benchmarks import gpu_callback, gpu_timeline
 from lvllm.engine import ExpertLayer, info
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.cache.expert_cache import ExpertCache
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.pairs import Pairs
@@ -126,41 +129,86 @@ def prefill(
     )
 
 
+def pause(accelerator: Accelerator, time_of_one: float) -> Callable[[], None]:
+    """Make work for the device that takes that many seconds and none of the host's cores."""
+    if accelerator.name == "host":
+        return lambda: time.sleep(time_of_one)
+    cycles = 1_000_000
+    took = seconds(accelerator, lambda: torch.cuda._sleep(cycles))
+    return lambda: torch.cuda._sleep(int(cycles * time_of_one / took))
+
+
 def decode(
-    accelerator: Accelerator, layers: list[ExpertLayer], inputs: tuple[torch.Tensor, ...]
+    accelerator: Accelerator,
+    layers: list[ExpertLayer],
+    inputs: tuple[torch.Tensor, ...],
+    deferred: int = 0,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Return seconds per layer: of the engine alone, and in a graph of all layers.
 
-    Without CUDA, the layers are called without a graph. The engine alone is called as often in a
-    row, by a thread that does not sleep in between.
+    In the graph, `deferred` experts of each token are deferred, and the device does the work of
+    `between` after each layer. Without CUDA, the layers are called without a graph. The engine
+    alone is called as often in a row, by a thread that does not sleep in between.
     """
     topk = inputs[1].shape[1]
     buffers = PinnedBuffers(
         accelerator, len(inputs[0]), [(layers[0].hidden_size, topk)] * len(layers)
     )
     calls = [HybridCall(buffers, layer, topk) for layer in layers]
+    if deferred:
+        calls[0].first = calls[-1].last = True
+        buffers.defer(deferred)
 
     def step() -> None:
         for call in calls:
             call(*inputs)
+            between()
 
-    run: Callable[[], object] = step
-    if accelerator.name == "cuda":
-        step()
-        accelerator.synchronize(accelerator.compute())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        run = graph.replay
     on_host = [argument.cpu() for argument in inputs]
 
     def engine() -> None:
         for layer in layers:
             layer(*on_host)
 
-    in_graph = seconds(accelerator, run, times=50)
+    in_graph = seconds(accelerator, in_a_graph(accelerator, step), times=50)
     alone = seconds(accelerator, engine, times=50)
     return alone / len(layers), in_graph / len(layers)
+
+
+def decode_cached(
+    accelerator: Accelerator,
+    layers: list[ExpertLayer],
+    inputs: tuple[torch.Tensor, ...],
+    share: float,
+) -> float:
+    """Return seconds per layer of `decode`, with this share of each layer's experts in slots."""
+    x, ids, router = inputs
+    size = sum(tensor.nbytes for layer in layers for tensor in layer.tensors.values())
+    cache = ExpertCache(accelerator, dict(enumerate(layers)), round(share * size))
+    sizes = [(layers[0].hidden_size, ids.shape[1])] * len(layers)
+    buffers = PinnedBuffers(accelerator, len(x), sizes)
+    calls = [HybridCall(buffers, layer, ids.shape[1]) for layer in layers]
+
+    def step() -> None:
+        for number, call in enumerate(calls):
+            cached = cache.layers[number]
+            out = call(x, cached.split(ids), router)
+            cached.add(x, ids, router, out, count=True)
+
+    return seconds(accelerator, in_a_graph(accelerator, step), times=50) / len(layers)
+
+
+def in_a_graph(accelerator: Accelerator, step: Callable[[], None]) -> Callable[[], object]:
+    """Return what runs the step: a graph on CUDA, and else the step itself."""
+    if accelerator.name != "cuda":
+        return step
+    step()
+    accelerator.synchronize(accelerator.compute())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def show_timeline(
@@ -200,7 +248,7 @@ def main() -> None:
         header = ("", "in a stream", "in a graph")
         table("an empty call of the host, us", header, gpu_callback.costs(accelerator))
     rate = matrix_rate(accelerator)
-    rates, passes, steps = [], [], []
+    rates, passes, steps, apart, kept = [], [], [], [], []
     formats, timed = a.formats.split(","), [int(tokens) for tokens in a.prefill.split(",")]
     for format in formats:
         layers = make(format, shape, a.layers)
@@ -227,6 +275,19 @@ def main() -> None:
         for tokens in map(int, a.decode.split(",")):
             alone, graph = decode(accelerator, layers, batch(shape, tokens, accelerator.device))
             steps.append((format, tokens, 1e6 * alone, 1e6 * graph, 1e6 * (graph - alone)))
+        inputs = batch(shape, 1, accelerator.device)
+        alone, _ = decode(accelerator, layers, inputs)
+        work = pause(accelerator, alone / 2)
+        without = 0.0
+        for count in (0, shape[3] // 4, shape[3] // 2):
+            _, took = decode(accelerator, layers, inputs, count, work)
+            without = without or took
+            apart.append((format, count, 1e6 * alone, 1e6 * took, took / without))
+        whole_layer = 0.0
+        for share in (1 / shape[2], 0.25, 0.5, 1.0):
+            took = decode_cached(accelerator, layers, inputs, share)
+            whole_layer = whole_layer or took
+            kept.append((format, share, 1e6 * took, took / whole_layer))
         for layer in layers:
             for tensor in layer.tensors.values():
                 accelerator.unpin(tensor)
@@ -245,6 +306,19 @@ def main() -> None:
         "decoding, a layer, us: the engine alone, in a graph, the difference (at most 60)",
         ("format", "tokens", "engine", "graph", "more"),
         steps,
+    )
+    table(
+        "decoding a token, a layer, us: the engine alone, then with half as much work of the GPU\n"
+        "after each layer; times of no deferred experts",
+        ("format", "deferred", "engine", "both", "times"),
+        apart,
+    )
+
+    table(
+        "decoding a token, a layer, us, with a share of the experts in the GPU's cache; times of\n"
+        "one expert",
+        ("format", "share", "both", "times"),
+        kept,
     )
 
 

@@ -4,12 +4,12 @@
         [--decode 1,4,16] [--only NAME,...] [--json FILE]
 
 The benchmark makes a Qwen3-MoE model of that shape with dummy weights, and runs one configuration
-after the other, each in a process of its own: LvLLM with no, half and all MoE layers resident, and
-vLLM alone with the same experts offloaded by --offload-backend prefetch and by --cpu-offload-gb,
-and with none offloaded. Prompts are prefilled one at a time, up to their first token. Decoding
-steps have several requests at a time, after their prompts. The number in brackets compares with
-the faster of vLLM's ways to offload all experts or, if none of them runs, with the first
-configuration that runs.
+after the other, each in a process of its own: LvLLM with no, half and all MoE layers resident and
+with half of all experts in its cache, and vLLM alone with the same experts offloaded by
+--offload-backend prefetch and by --cpu-offload-gb, and with none offloaded. Prompts are prefilled
+one at a time, up to their first token. Decoding steps have several requests at a time, after their
+prompts. The number in brackets compares with the faster of vLLM's ways to offload all experts or,
+if none of them runs, with the first configuration that runs.
 
 On vLLM's CPU platform, which offloads nothing, LvLLM's configurations run on the stand-in. That
 only shows that the benchmark runs. `--shape tiny --layers 4 --prefill 48,96 --decode 1,4
@@ -91,6 +91,10 @@ def configurations(
             "settings": offload | {"gpu_resident_moe_layers": which},
         }
         for name, which in resident.items()
+    }
+    found["LvLLM, half the experts in the cache"] = {
+        "enabled": True,
+        "settings": offload | {"gpu_expert_cache": round(expert_gib / 2, 6)},
     }
     experts = {"w13_weight", "w2_weight"}
     if on_gpu:

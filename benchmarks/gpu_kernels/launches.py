@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.gpu_kernels.compiled import Launch, recorded
-from lvllm.gpu.kernels import exchange, experts
+from lvllm.gpu.kernels import exchange, experts, split
 from lvllm.gpu.pairs import Pairs
 from tests.random_layers import Random, random_layer
 
@@ -16,7 +16,8 @@ HIDDEN, INTERMEDIATE = 512, 384
 def launches(format: str, tokens_per_expert: int) -> list[Launch]:
     """Return the launches for a layer of `format` with so many tokens for each expert.
 
-    The last one brings the batch to the host.
+    First come those for a streamed group, then those for experts in a cache. The last two divide a
+    batch for the cache and bring it to the host.
     """
     count, random = 3, Random(1)
     layer = random_layer(random, format, count, HIDDEN, INTERMEDIATE).make()
@@ -26,5 +27,9 @@ def launches(format: str, tokens_per_expert: int) -> list[Launch]:
     total = torch.zeros(x.shape)
     with recorded() as found:
         experts.multiply(layer, layer.tensors, range(count), x, pairs, total, scratch_bytes=1 << 30)
+        table = torch.zeros(count, dtype=torch.int32)
+        cached = (layer, layer.tensors, table, x, pairs, total)
+        experts.multiply_cached(*cached, scratch_bytes=1 << 30)
+        split.run(ids, table)
         exchange.run([(tensor, tensor) for tensor in (x, ids.int(), torch.ones(ids.shape))])
     return found

@@ -8,6 +8,7 @@ and a wait refers to the last record that was made before the wait was queued.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
@@ -40,6 +41,10 @@ class Accelerator(ABC):
     @abstractmethod
     def stream(self) -> Stream:
         """Return a new stream."""
+
+    @abstractmethod
+    def within(self, stream: Stream) -> AbstractContextManager[object]:
+        """Put the caller's tensor operations in this stream while the context is open."""
 
     @abstractmethod
     def event(self) -> Event:

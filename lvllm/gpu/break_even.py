@@ -5,6 +5,9 @@ On the CPU a layer takes lk's time and the time to copy the tokens there and bac
 takes the longer of its copy and its products, and a little more: nothing is copied ahead here, so
 that the first group's copy or the last one's products are not hidden. What both paths have in
 common is left out.
+
+Then the same is done with batches that the CPU and the device share (shares.py), since near the
+break-even each of them can take half.
 """
 
 import logging
@@ -15,9 +18,10 @@ from math import ceil, isqrt
 
 import torch
 
-from lvllm.gpu import streamed
+from lvllm.gpu import shared, streamed
 from lvllm.gpu.offloaded_layer import OffloadedLayer
 from lvllm.gpu.ring import StagingRing
+from lvllm.gpu.shares import Rates, fit
 
 __all__ = [
     "MeasuredThreshold",
@@ -36,6 +40,8 @@ ENOUGH = 0.05
 """A part that takes this long is measured once. Shorter parts are measured up to three times."""
 WARM_UP = 256
 """Tokens of a first batch that does not count: it loads kernels and compiles those of Triton."""
+SAVES = 0.95
+"""A shared batch has to take at most this part of the CPU's time. Two runs differ by less."""
 PRECISION = 8
 """The interval around the break-even is halved until it is an eighth of its end. A layer's time
 differs by more than that between batches that choose different experts."""
@@ -130,10 +136,11 @@ def measure_threshold(
     layer: OffloadedLayer,
     layers: int,
     most: int,
-) -> int:
-    """Measure one of `layers` layers in batches of up to `most` tokens, and return the threshold.
+) -> tuple[int, Rates | None]:
+    """Measure one of `layers` layers in batches of up to `most` tokens.
 
-    The result is 0 if streaming does not pay. One line of the log says what was found. All ranks
+    Returns the threshold, which is 0 if streaming does not pay, and rates if larger batches are to
+    be divided between the CPU and the device. One line of the log says what was found. All ranks
     measure at the same time, as they compute at the same time: they share the host's memory, and
     some of them share a bus.
     """
@@ -161,15 +168,46 @@ def measure_threshold(
         return known[-1]
 
     points = search(measure, most)
-    timer.drop()
     chosen = threshold(points, most)
+    rates = _rates(layer, copy, points)
+    at_once = {point.tokens: point.cpu for point in points}
+    begin, spent, last = time.perf_counter(), 0.0, 0.0
+
+    def measure_shared(tokens: int) -> Point | None:
+        nonlocal spent, last
+        if spent + 2 * last > SECONDS:
+            return None
+        batch = timer.batch(tokens)
+        if tokens not in at_once:
+            (at_once[tokens],) = measured.agree((timer.cpu(*batch),))
+        both, now = measured.agree((timer.shared(rates, *batch), time.perf_counter() - begin))
+        spent, last = now, now - spent
+        return Point(tokens, SAVES * at_once[tokens], both)
+
+    divided = threshold(search(measure_shared, most), most)
+    timer.drop()
+    shares = 0 < divided < (chosen or most + 1)
+    if shares:
+        chosen = divided
     if 0 < chosen < measured.least:
         chosen = measured.least if measured.least <= most else 0
+    said = describe(chosen, points, copy, layer.size(), layers)
     logger.info(
-        "LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is %s",
-        describe(chosen, points, copy, layer.size(), layers),
+        "LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is %s%s",
+        said,
+        f"; shared by the CPU, {rates.describe()}" if shares and chosen else "",
     )
-    return chosen
+    return chosen, rates if shares and chosen else None
+
+
+def _rates(layer: OffloadedLayer, copy: float, points: Sequence[Point]) -> Rates:
+    """Return what an expert of the layer costs, whose tokens were spread over all experts."""
+    here, chance = layer.experts.num_experts, layer.topk / layer.routed
+    return fit(
+        copy / here,
+        [(point.tokens * chance * here, point.cpu) for point in points],
+        [here * (1 - (1 - chance) ** point.tokens) for point in points],
+    )
 
 
 def describe(chosen: int, points: Sequence[Point], copy: float, size: int, layers: int) -> str:
@@ -232,6 +270,15 @@ class _LayerTimer:
         ids = draws.topk(layer.topk).indices.int()
         ids[ids >= layer.experts.num_experts] = -1
         return x, ids, torch.full_like(ids, 1 / layer.topk, dtype=torch.float32)
+
+    def shared(self, rates: Rates, *batch: torch.Tensor) -> float:
+        """Return the seconds of a batch on both, of which nothing was copied before."""
+        layer = self._layer
+        experts, call = layer.experts, layer.call
+        return self._best(
+            lambda: shared.run(experts, self._ring, layer.number, call, rates, *batch),
+            before=self.drop,
+        )
 
     def drop(self) -> None:
         """Leave the ring as it was: nothing is being copied."""

@@ -9,7 +9,7 @@ import ctypes
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from mmap import PROT_READ, PROT_WRITE
 from pathlib import Path
@@ -51,6 +51,9 @@ class CudaAccelerator(Accelerator):
 
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)
+
+    def within(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
+        return torch.cuda.stream(stream)
 
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()

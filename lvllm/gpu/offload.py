@@ -4,18 +4,21 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu import break_even
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.break_even import MeasuredThreshold
+from lvllm.gpu.cache.expert_cache import ExpertCache
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers, raise_host_call_error, running_host_call
 from lvllm.gpu.offloaded_layer import OffloadedLayer
 from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
 from lvllm.units import gib
 
-__all__ = ["Offload", "mark_step"]
+__all__ = ["Offload", "caches", "mark_step", "waiting_for_cache"]
 
 # vLLM shows the loggers of this name. This package works without vLLM.
 logger = logging.getLogger("vllm.plugins.lvllm")
@@ -35,6 +38,9 @@ class Offload:
         ahead: the number of layers that are copied to the device before they are needed.
         staging_bytes: the limit of the device's memory for copies of experts.
         call: LVLLM_GPU_CALL, how the device calls lk.
+        cache_bytes: the device's memory for a cache of experts; "auto": `open_cache` tells it.
+        reads_path: where the cache saves how often experts are read.
+        defer: LVLLM_DEFER_EXPERTS, how many experts of a token are added one layer later.
         watchdog: to be told of copies, host calls and steps; it is closed at this object's end.
     """
 
@@ -46,6 +52,9 @@ class Offload:
         ahead: int = 0,
         staging_bytes: int = 1 << 30,
         call: str = "hostfunc",
+        cache_bytes: int | Literal["auto"] = 0,
+        reads_path: Path | None = None,
+        defer: int = 0,
         watchdog: Watchdog | None = None,
     ) -> None:
         self.accelerator = accelerator
@@ -53,6 +62,9 @@ class Offload:
         self._streams = isinstance(threshold, MeasuredThreshold) or threshold > 0
         self._tokens, self._watchdog = tokens, watchdog
         self._ahead, self._staging_bytes, self._call = ahead, staging_bytes, call
+        self.cache_bytes, self._reads_path = cache_bytes, reads_path
+        self._pins = self._streams or cache_bytes != 0
+        self._defer = defer
         if watchdog is not None:
             weakref.finalize(self, watchdog.close).atexit = False
         self._model: weakref.ref[object] | None = None
@@ -64,6 +76,8 @@ class Offload:
         self._pinned, self._pinning = 0, 0.0  # bytes, and the seconds that they took
         self._steps: StreamSteps | None = None
         self._ring: StagingRing | None = None
+        self.cache: ExpertCache | None = None
+        """The cache, once it is open."""
         self._complete = False
 
     @staticmethod
@@ -103,7 +117,7 @@ class Offload:
         layer = OffloadedLayer(
             self, self.accelerator, number, name, experts, topk, routed or experts.num_experts
         )
-        if self._streams:
+        if self._pins:
             begin = time.perf_counter()
             for what, tensor in experts.tensors.items():
                 try:
@@ -116,7 +130,11 @@ class Offload:
         self._added[number] = layer
         if all(number in self._added for number in self._announced):
             self._complete = True
-            self._share([self._added[number] for number in sorted(self._announced)])
+            layers = [self._added[number] for number in sorted(self._announced)]
+            self._share(layers)
+            if self._defer:  # The measurements of _share call layers outside a pass.
+                layers[0].call.first = layers[-1].call.last = True
+                layers[0].call.buffers.defer(self._defer)
             _live.add(self)
         return layer
 
@@ -135,21 +153,41 @@ class Offload:
         logger.info("LvLLM: LVLLM_GPU_CALL=%s is %s", self._call, said)
         for layer in layers:
             layer.call = HybridCall(buffers, layer.experts, layer.topk, layer.name)
-        if not self._streams:
-            return
-        logger.info(
-            "LvLLM: pinned %s of experts in %.1f s while loading, %.1f GB/s",
-            gib(self._pinned),
-            self._pinning,
-            self._pinned / 1e9 / self._pinning,
-        )
+        if self._pins:
+            logger.info(
+                "LvLLM: pinned %s of experts in %.1f s while loading, %.1f GB/s",
+                gib(self._pinned),
+                self._pinning,
+                self._pinned / 1e9 / self._pinning,
+            )
+        if self._streams:
+            self._open_ring(layers)
+        if self.cache_bytes and self.cache_bytes != "auto":
+            self.open_cache(self.cache_bytes)
+
+    def open_cache(self, size: int) -> None:
+        """Open the cache of experts with so many bytes. All layers have been added by now.
+
+        Raises ValueError if they hold no expert, and MemoryError if the device has no room.
+        """
+        layers = {number: self._added[number].experts for number in sorted(self._announced)}
+        self.cache = ExpertCache(self.accelerator, layers, size, self._reads_path)
+        for number, cached in self.cache.layers.items():
+            self._added[number].cache = cached
+        if self._ring is not None:
+            self._ring.leave_out(self.cache.holds)
+
+    def _open_ring(self, layers: list[OffloadedLayer]) -> None:
+        """Allocate the ring, and measure the threshold if that is asked for."""
         weights = {layer.number: layer.experts.tensors for layer in layers}
-        ring = StagingRing(self.accelerator, weights, self._ahead, self._staging_bytes, watchdog)
-        threshold = self._threshold
+        ring = StagingRing(
+            self.accelerator, weights, self._ahead, self._staging_bytes, self._watchdog
+        )
+        threshold, rates = self._threshold, None
         if isinstance(threshold, MeasuredThreshold):
             by_size = sorted(layers, key=OffloadedLayer.size)
             median = by_size[len(layers) // 2]
-            threshold = break_even.measure_threshold(
+            threshold, rates = break_even.measure_threshold(
                 threshold, ring, median, len(layers), self._tokens
             )
             raise_host_call_error()
@@ -159,11 +197,13 @@ class Offload:
             return
         self._ring = ring
         for layer in layers:
-            layer.ring, layer.threshold = ring, threshold
+            layer.ring, layer.threshold, layer.rates = ring, threshold, rates
 
     def _mark_step(self) -> None:
         if self._ring is not None:
             self._ring.tally()
+        if self.cache is not None and self.cache.step() and self._ring is not None:
+            self._ring.abort()
         if self._watchdog is not None:
             if self._steps is None:
                 self._steps = self._watchdog.follow(self.accelerator.compute())
@@ -176,10 +216,20 @@ _live: weakref.WeakSet[Offload] = weakref.WeakSet()
 """The complete Offloads of this process. There may be a main model and a draft model."""
 
 
+def caches() -> list[ExpertCache]:
+    """Return the caches of this process."""
+    return [one.cache for one in _live if one.cache is not None]
+
+
+def waiting_for_cache() -> list[Offload]:
+    """Return the models of this process whose caches have yet to be opened (`cache_bytes`)."""
+    return [one for one in _live if one.cache_bytes == "auto" and one.cache is None]
+
+
 def mark_step() -> None:
     """Tell the watchdogs that all work in the compute stream is due. Call this after each step.
 
-    What is known of the copies by now is counted.
+    What is known of the copies by now is counted, and experts in the cache are replaced.
 
     The replay of a graph is only seen here, since it makes no call that this package knows of.
     """

@@ -9,11 +9,13 @@ import torch
 
 from lvllm.engine.counters import Reason
 from lvllm.engine.expert_layer import ExpertLayer
-from lvllm.gpu import streamed
+from lvllm.gpu import shared, streamed
 from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.cache.cached_layer import CachedLayer
 from lvllm.gpu.counters import StreamedCounters
 from lvllm.gpu.hybrid import HybridCall, raise_host_call_error
 from lvllm.gpu.ring import StagingRing
+from lvllm.gpu.shares import Rates
 
 __all__ = ["ComputePath", "OffloadedLayer", "choose_path", "concentrated_routing"]
 
@@ -57,7 +59,11 @@ class OffloadedLayer:
     ring: StagingRing | None = None
     threshold: int = 0
     """Batches of at least this many tokens are streamed; 0: none is."""
+    rates: Rates | None = None
+    """Divide streamed batches between the CPU and the device; None: they are the device's."""
     counters: StreamedCounters | None = None
+    cache: CachedLayer | None = None
+    """Has some of the experts on the device."""
 
     def __init__(
         self,
@@ -85,13 +91,19 @@ class OffloadedLayer:
 
         Raises RuntimeError if an earlier host call in any stream met an error.
         """
+        cache, rest = self.cache, topk_ids
+        if cache is not None:
+            rest = cache.split(topk_ids)
+            if _concentrated:  # The memory of both is measured.
+                rest = topk_ids
         capturing = self.accelerator.capturing()
-        if choose_path(len(x), capturing, self.threshold) is ComputePath.STREAMED:
-            return self._run_streamed(x, topk_ids, topk_weights)
-        reason = Reason.SMALL if self.threshold else Reason.OFF
-        if capturing:
-            reason = Reason.GRAPH
-        out = self.call(x, topk_ids, topk_weights, reason=reason)
+        streams = choose_path(len(x), capturing, self.threshold) is ComputePath.STREAMED
+        if streams:
+            out = self._run_streamed(x, rest, topk_weights)
+        else:
+            out = self._run_hybrid(x, rest, topk_weights, capturing)
+        if cache is not None:
+            cache.add(x, topk_ids, topk_weights, out, count=not streams)
         if not capturing:
             raise_host_call_error()
         return out
@@ -102,20 +114,33 @@ class OffloadedLayer:
         self.counters = counters
         self.ring.count(self.number, counters)
 
+    def _run_hybrid(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        capturing: bool,
+    ) -> torch.Tensor:
+        """Compute a batch with lk."""
+        reason = Reason.SMALL if self.threshold else Reason.OFF
+        return self.call(x, topk_ids, topk_weights, reason=Reason.GRAPH if capturing else reason)
+
     def _run_streamed(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Compute a batch on the device, with the ring's copies of the layer's experts."""
+        """Compute a batch on the device from the ring's copies of experts, or some of it on lk."""
         ring = self.ring
         assert ring is not None, "a threshold is set together with a ring"
         if _concentrated:
             ids = torch.arange(topk_ids.shape[1], device=x.device, dtype=topk_ids.dtype)
             topk_ids = ids.where(ids < self.experts.num_experts, -1).expand_as(topk_ids)
         count = self.counters.add_batch if self.counters is not None else None
+        batch = x, topk_ids, topk_weights
         try:
-            return streamed.run(
-                self.experts, ring, self.number, x, topk_ids, topk_weights, count=count
-            )
+            if self.rates is None or _concentrated:
+                return streamed.run(self.experts, ring, self.number, *batch, count=count)
+            call, rates = self.call, self.rates
+            return shared.run(self.experts, ring, self.number, call, rates, *batch, count=count)
         except BaseException:
             ring.abort()
             raise

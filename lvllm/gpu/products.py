@@ -18,7 +18,7 @@ from lvllm.engine.weight_formats import FORMATS
 from lvllm.gpu.convert import convert
 from lvllm.gpu.pairs import Pairs
 
-__all__ = ["SCRATCH_BYTES", "multiply"]
+__all__ = ["SCRATCH_BYTES", "has_whole_words", "multiply"]
 
 SCRATCH_BYTES = 512 << 20
 """The limit of converted matrices at a time, and that of rows at a time. Writing this much takes
@@ -49,7 +49,7 @@ def multiply(
         scratch_bytes: the limit of converted matrices at a time, and that of rows. One expert is
             always converted, and one row computed.
     """
-    if x.is_cuda and _has_whole_words(layer):
+    if x.is_cuda and has_whole_words(layer):
         from lvllm.gpu.kernels import experts
 
         experts.multiply(layer, tensors, some, x, pairs, total, scratch_bytes=scratch_bytes)
@@ -80,7 +80,7 @@ def multiply(
             _add_rows(total, tokens, y)
 
 
-def _has_whole_words(layer: ExpertLayer) -> bool:
+def has_whole_words(layer: ExpertLayer) -> bool:
     """Tell whether all rows of the layer's matrices are whole words, as the kernels want them.
 
     Those of all published models are.

@@ -11,7 +11,7 @@ same bytes again. The host waits for neither.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,10 @@ from lvllm.gpu.watchdog import Watchdog
 from lvllm.units import amount
 
 __all__ = ["StagingRing"]
+
+AT_ONCE = 4
+"""The groups that are queued before the next one is computed. The host takes some 20 us for each. A
+layer of 256 experts in large groups would take it 5 ms, in which the device would wait."""
 
 
 @dataclass
@@ -84,6 +88,7 @@ class StagingRing:
         self._coming: deque[_Group] = deque()
         self._left: Iterator[tuple[int, range]] = iter(())
         self._next: tuple[int, range] | None = None
+        self._holds: Callable[[int], Sequence[bool] | None] = lambda layer: None
         self._counters: dict[int, StreamedCounters] = {}
         self._times = CopyTimes(accelerator)
 
@@ -96,6 +101,14 @@ class StagingRing:
         """From now on, count the copies of this layer and the times around them."""
         self._counters[self._places[layer]] = counters
 
+    def leave_out(self, holds: Callable[[int], Sequence[bool] | None]) -> None:
+        """From now on, copy no expert ahead that the device holds already.
+
+        `holds` tells of a layer's experts which ones these are; None: none is. When the device no
+        longer holds one of them, the caller has to `abort` before the next batch.
+        """
+        self._holds = holds
+
     def tally(self) -> None:
         """Count the groups that have been computed by now.
 
@@ -104,13 +117,14 @@ class StagingRing:
         self._times.tally()
 
     def stream(
-        self, layer: int, counts: Sequence[int]
+        self, layer: int, counts: Sequence[int], *, ahead: bool = True
     ) -> Iterator[tuple[range, dict[str, torch.Tensor]]]:
         """Yield groups of the layer's experts, and their tensors on the device, in rising order.
 
         `counts` has the number of tokens of each expert. Experts without tokens are not copied,
         unless they were copied ahead. The compute stream waits for each group's copy. When the
         caller asks for the next group, all work that reads this one is in the compute stream.
+        `ahead` says whether the next layers are copied behind this one.
 
         Raises ValueError for a layer that is not streamed, and RuntimeError while a graph is
         captured: the graph would read bytes that hold other experts during a replay.
@@ -126,9 +140,9 @@ class StagingRing:
             self._spans.give_back(None)
         for group in self._coming:
             group.ahead = group.ahead or group.place == place
-        self._left = self._after_coming(place, counts)
+        self._left = self._after_coming(place, counts, self._ahead if ahead else 0)
         self._next = next(self._left, None)
-        self._fill()
+        self._fill(AT_ONCE)
         while self._coming and self._coming[0].place == place:
             group = self._coming[0]
             released = None
@@ -142,7 +156,8 @@ class StagingRing:
                 self._time(group, asked)
             self._coming.popleft()
             self._spans.give_back(released, f"layer {layer}: experts on the GPU")
-            self._fill()
+            self._fill(AT_ONCE)
+        self._fill()  # The device has the layer's products to compute by now.
 
     def abort(self) -> None:
         """End the pass here, once all work of it is in the compute stream."""
@@ -185,22 +200,29 @@ class StagingRing:
         accelerator.wait(free, self._copies)
         return memory
 
-    def _after_coming(self, place: int, counts: Sequence[int]) -> Iterator[tuple[int, range]]:
+    def _after_coming(
+        self, place: int, counts: Sequence[int], ahead: int
+    ) -> Iterator[tuple[int, range]]:
         """Yield the groups to be copied behind those that are coming: the layer's, then others'."""
         first, begin = 0, 0
         if self._coming:
             first = (self._coming[-1].place - place) % len(self._layers)
             begin = self._coming[-1].experts.stop
-        for step in range(first, self._ahead + 1):
+        for step in range(first, ahead + 1):
             at = (place + step) % len(self._layers)
             layer = self._layers[at]
-            for some in layer.divide(range(begin, layer.experts), counts if step == 0 else None):
+            wanted: Sequence[int] | None = counts
+            if step > 0:
+                held = self._holds(layer.number)
+                wanted = None if held is None else [not held_now for held_now in held]
+            for some in layer.divide(range(begin, layer.experts), wanted):
                 yield at, some
             begin = 0
 
-    def _fill(self) -> None:
-        """Queue copies as long as there is room."""
-        while self._next is not None:
+    def _fill(self, most: int | None = None) -> None:
+        """Queue up to `most` copies, or all, as long as there is room."""
+        queued = 0
+        while self._next is not None and queued != most:
             place, some = self._next
             taken = self._spans.take(self._layers[place].size(len(some)))
             if taken is None:
@@ -212,6 +234,7 @@ class StagingRing:
                     self._steps.mark(before.what)
             self._coming.append(self._copy(place, some, begin))
             self._next = next(self._left, None)
+            queued += 1
 
     def _copy(self, place: int, some: range, begin: int) -> _Group:
         """Queue the copy of a group to the ring's byte `begin`."""

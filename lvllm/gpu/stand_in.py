@@ -4,6 +4,7 @@ import ctypes
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import Condition, Thread
 
@@ -86,6 +87,11 @@ class StandInAccelerator(Accelerator):
         self._threads.append(thread)
         thread.start()
         return stream
+
+    def within(self, stream: StandInStream) -> AbstractContextManager[object]:
+        # PyTorch works in the caller's thread, so the stream's earlier work has to be done by then.
+        self.synchronize(stream)
+        return nullcontext()
 
     def event(self) -> StandInEvent:
         return StandInEvent()

@@ -31,6 +31,7 @@ def run(
     *,
     scratch_bytes: int = SCRATCH_BYTES,
     sum_bytes: int = SUM_BYTES,
+    ahead: bool = True,
     count: Callable[[int, list[int]], object] | None = None,
 ) -> torch.Tensor:
     """Compute what `layer(x, topk_ids, topk_weights)` computes, on the ring's device.
@@ -46,6 +47,7 @@ def run(
         topk_weights: [M, k] float32.
         scratch_bytes: the limit of converted matrices at a time, and that of rows.
         sum_bytes: the limit of the sums.
+        ahead: whether the next layers are copied behind this one.
         count: is told the tokens of each part, and how many of them each expert has.
 
     Returns:
@@ -64,7 +66,7 @@ def run(
         if count is not None:
             count(rows.stop - rows.start, counts)
         total = torch.zeros_like(x[rows], dtype=torch.float32)
-        for some, tensors in ring.stream(number, counts):
+        for some, tensors in ring.stream(number, counts, ahead=ahead):
             multiply(layer, tensors, some, x[rows], pairs, total, scratch_bytes=scratch_bytes)
         out[rows] = total
     return out

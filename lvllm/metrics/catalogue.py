@@ -63,7 +63,8 @@ METRICS = (
         "lvllm_copied_bytes_total",
         "counter",
         (*_LAYERS, "what"),
-        "Bytes of weights and activations that were copied between the host and the GPU.",
+        "Bytes of weights and activations that were copied between the host and the GPU, and of"
+        " weights to the GPU's cache.",
     ),
     Metric(
         "lvllm_staged_groups_total",
@@ -71,6 +72,13 @@ METRICS = (
         (*_LAYERS, "result"),
         "Groups of experts that were streamed, by whether their copy was complete when they were"
         " needed.",
+    ),
+    Metric(
+        "lvllm_cache_reads_total",
+        "counter",
+        (*_RANK, "result"),
+        "Experts that batches read outside of streaming, by whether the GPU's cache had them. They"
+        " are counted every 32 steps, with the slots of that time.",
     ),
     Metric(
         "lvllm_routed_tokens_total",
@@ -113,6 +121,12 @@ METRICS = (
         "gauge",
         (*_RANK, "memory"),
         "Memory through which weights and activations are copied between the host and the GPU.",
+    ),
+    Metric(
+        "lvllm_cache_bytes",
+        "gauge",
+        _RANK,
+        "The GPU's memory for the experts that are read most.",
     ),
     Metric(
         "lvllm_streaming_threshold_tokens",

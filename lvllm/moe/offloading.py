@@ -1,12 +1,18 @@
 """Set up GPU offload for a model that is being built, from LvLLM's settings and vLLM's."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
 
 import torch
 from torch.distributed import ReduceOp
+from vllm import envs
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_ep_group
+from vllm.distributed import get_ep_group, get_world_group
 
+from lvllm import startup
 from lvllm.checkpoint.moe_layers import layer_number
 from lvllm.faults import process
 from lvllm.gpu import MeasuredThreshold, Offload, Watchdog, host_calls, open_accelerator
@@ -50,8 +56,29 @@ def _make(config: HybridConfig) -> Offload:
         ahead=config.gpu_prefetch_window,
         staging_bytes=config.gpu_staging_mib * MIB,
         call=config.gpu_call,
+        cache_bytes=_of_rank(config.gpu_expert_cache),
+        reads_path=_reads_path(vllm_config),
+        defer=config.defer_experts,
         watchdog=watchdog,
     )
+
+
+def _of_rank(sizes: Sequence[int | Literal["auto"]]) -> int | Literal["auto"]:
+    """The size for this rank's GPU. There is one for all ranks of the host, or one for each."""
+    return sizes[startup.host_rank()] if len(sizes) > 1 else sizes[0]
+
+
+def _reads_path(vllm_config: Any) -> Path:
+    """Where this rank saves how often its experts are read.
+
+    This is beside the model, or in vLLM's cache if the model is not in a folder of the user's.
+    """
+    world = get_world_group()
+    name = f"lvllm-expert-reads-{world.rank_in_group + 1}-of-{world.world_size}.safetensors"
+    folder = Path(vllm_config.model_config.model)
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return folder / name
+    return Path(envs.VLLM_CACHE_ROOT) / "lvllm" / quote(str(folder), safe="") / name
 
 
 def _slowest(seconds: Sequence[float]) -> Sequence[float]:

@@ -49,12 +49,15 @@ class Rates:
     """GB/s read from the memory of each NUMA node, on average over the time."""
     groups: Mapping[str, float]
     """Streamed groups of experts a second, by `hit`, `stall` and `miss`."""
+    cache: Mapping[str, float]
+    """Reads of experts a second, by `hit` and `miss` of the GPU's cache."""
     prefill_queue: Mapping[str, int]
     """Prompts on their way through the prefill engine, by stage."""
     nan_stops: int
     """Requests since the server's start."""
     bank_bytes: float
     staging_bytes: float
+    cache_bytes: float
 
 
 def between(before: Scrape, after: Scrape) -> Rates:
@@ -124,6 +127,9 @@ def between(before: Scrape, after: Scrape) -> Rates:
         groups={
             key[0]: each for key, each in rate("result", name="lvllm_staged_groups_total").items()
         },
+        cache={
+            key[0]: each for key, each in rate("result", name="lvllm_cache_reads_total").items()
+        },
         prefill_queue={
             stage: int(value)
             for (stage,), value in after.by("stage", name="lvllm_prefill_queue").items()
@@ -131,4 +137,5 @@ def between(before: Scrape, after: Scrape) -> Rates:
         nan_stops=int(after.sum("lvllm_nan_stops_total")),
         bank_bytes=after.sum("lvllm_bank_bytes"),
         staging_bytes=after.sum("lvllm_staging_bytes"),
+        cache_bytes=after.sum("lvllm_cache_bytes"),
     )

@@ -83,12 +83,17 @@ def _lines(rates: Rates) -> Iterable[RenderableType]:
     if rates.groups:
         groups = ", ".join(f"{value:.0f} {result}/s" for result, value in rates.groups.items())
         table.add_row("staged", groups)
+    if reads := sum(rates.cache.values()):
+        hits = rates.cache.get("hit", 0.0) / reads
+        table.add_row("cache", f"{hits:.0%} of {reads:.0f} reads/s from the GPU")
     if rates.prefill_queue:
         queue = ", ".join(f"{value} {stage}" for stage, value in rates.prefill_queue.items())
         table.add_row("prefill", queue)
     held = f"{amount(rates.bank_bytes)} of experts"
     if rates.staging_bytes:
         held += f", {amount(rates.staging_bytes)} for copies"
+    if rates.cache_bytes:
+        held += f", {amount(rates.cache_bytes)} in the GPU's cache"
     table.add_row("holds", held)
     stops = Text(str(rates.nan_stops), style="bold red" if rates.nan_stops else "")
     table.add_row("NaN stops", stops)

@@ -13,8 +13,10 @@ from lvllm.engine import EngineInfo, ExpertLayer, info
 from lvllm.engine import counters as of_engine
 from lvllm.engine.counters import SIZES, Reason
 from lvllm.faults.nonfinite import modules_of
-from lvllm.gpu import OffloadedLayer
+from lvllm.gpu import OffloadedLayer, caches
 from lvllm.gpu import counters as of_gpu
+from lvllm.gpu.cache import counters as of_cache
+from lvllm.gpu.cache.counters import CacheCounters
 from lvllm.gpu.counters import StreamedCounters
 from lvllm.metrics.memory import Series, engine_name, open_block
 from lvllm.settings.configuration import HybridConfig
@@ -80,6 +82,7 @@ def count_worker(worker: Any) -> Steps:
     _count_engine(labels, on_engine, config)
     streamed = [layer for layer in on_engine if layer.offloaded and layer.offloaded.ring]
     _count_streamed(labels, streamed, config)
+    _count_caches(labels)
     _tell_sizes(labels, layers)
     return Steps(open_block(labels, _resident_series(layers), 2))
 
@@ -280,6 +283,23 @@ def _count_streamed(
             layer.count(StreamedCounters(numbers[begin:end]))
 
 
+def _count_caches(labels: Mapping[str, str]) -> None:
+    """Let the caches of experts count the reads that find a slot."""
+    for cache in caches():
+        series = [
+            Series("lvllm_cache_reads_total", {"result": "hit"}, [of_cache.HITS]),
+            Series("lvllm_cache_reads_total", {"result": "miss"}, [of_cache.MISSES]),
+            Series(
+                "lvllm_copied_bytes_total",
+                {"class": "offloaded", "what": "cache"},
+                [of_cache.MOVED],
+            ),
+        ]
+        numbers = open_block(labels, series, of_cache.SIZE)
+        if numbers is not None:
+            cache.count(CacheCounters(numbers))
+
+
 def _routing(layers: Sequence[_Layer], begins: Sequence[int], first: int) -> list[Series]:
     """The tokens of each expert of each layer."""
     series = []
@@ -315,6 +335,7 @@ def _tell_sizes(labels: Mapping[str, str], layers: Sequence[_Layer]) -> None:
         pinned = first.call.buffers.nbytes
         told.append(("lvllm_staging_bytes", {"memory": "ring"}, ring))
         told.append(("lvllm_staging_bytes", {"memory": "pinned"}, pinned))
+        told += [("lvllm_cache_bytes", {}, cache.nbytes) for cache in caches()]
         told.append(("lvllm_streaming_threshold_tokens", {}, first.threshold))
     series = [Series(name, own, [place]) for place, (name, own, _) in enumerate(told)]
     numbers = open_block(labels, series, len(told))

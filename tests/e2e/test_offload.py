@@ -16,6 +16,9 @@ CHOSEN = (
     r"LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is [0-9][^:]*: bus [0-9.]+ GB/s, a layer's"
     r" [0-9.]+ MB in [0-9.]+ ms; [0-9]+ tokens take it [0-9.]+ ms on the CPU \([0-9]+ tokens/s"
 )
+# Of the demo model's 64 experts, 21 have slots: five or six of each layer.
+CACHED = {"gpu_expert_cache": "0.002"}
+DEFERRED = ON_CPU | {"defer_experts": 2}
 STREAMED = ON_CPU | {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
 
 
@@ -33,18 +36,26 @@ def test_all_ways_of_a_batch(qwen3_moe: Path) -> None:
 
     jobs = [with_settings(job, {}) for job in (tiny, other, tiny | COMPILED)]
     jobs += [with_settings(job, ON_CPU) for job in (tiny, other, tiny | COMPILED)]
-    jobs += [with_settings(tiny, STREAMED), with_settings(tiny, ON_CPU | AUTO)]
+    ways = (STREAMED, ON_CPU | AUTO, ON_CPU | CACHED, STREAMED | CACHED, DEFERRED)
+    jobs += [with_settings(tiny, one) for one in ways]
     environment = ONE_PROCESS | {"TORCHDYNAMO_DISABLE": "0"}
     answers = generate(jobs, environment=environment, logged=CHOSEN, together=True)
-    without, beside, streamed, auto = answers[:3], answers[3:6], answers[6], answers[7]
+    without, beside = answers[:3], answers[3:6]
+    streamed, auto, cached, both, deferred = answers[6:]
     assert beside == without  # every bit of every log-probability
-    # Streamed experts round elsewhere than lk. Were none of them streamed, nothing would differ.
-    assert streamed != without[0]
-    for got, want in zip(streamed + auto, without[0] * 2, strict=True):
+    # The GPU rounds elsewhere than lk. Had it computed no experts, nothing would differ.
+    assert without[0] not in (streamed, cached, both)
+    assert streamed not in (cached, both)
+    for got, want in zip(streamed + auto + cached + both, without[0] * 4, strict=True):
         assert got["tokens"] == want["tokens"]
         assert got["logprobs"] == pytest.approx(want["logprobs"], abs=0.15)
+    # Prompts fill batches of more than 8 tokens, whose experts are not deferred, and so the first
+    # token is the same. The batches of the last tokens have 3.
+    for got, want in zip(deferred, without[0], strict=True):
+        assert got["logprobs"][0] == want["logprobs"][0]
+        assert got["logprobs"][1:] != want["logprobs"][1:]
     # Two ranks that measure together, by variables.
     variables = {f"LVLLM_{key.upper()}": str(value) for key, value in (ON_CPU | AUTO).items()}
     divided = tiny | {"tensor_parallel_size": 2}
-    (both,) = generate([divided], environment=ONE_PROCESS | variables, logged=CHOSEN)
-    assert [one["tokens"] for one in both] == [one["tokens"] for one in without[0]]
+    (ranks,) = generate([divided], environment=ONE_PROCESS | variables, logged=CHOSEN)
+    assert [one["tokens"] for one in ranks] == [one["tokens"] for one in without[0]]

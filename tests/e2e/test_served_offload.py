@@ -25,6 +25,8 @@ from tests.e2e.server import CommandServer, Server
 from tests.examples import test_grafana
 
 TOKENS = 8
+EXPERT_BYTES = 2 * 3 * 128 * 128
+"""Of the demo model."""
 # 9 to 17 tokens each: with chunks of up to 32, batches on both sides of the threshold.
 TURNS = (1, 1, 1, 2, 2, 3, 4, 6)
 MARGIN = 0.5
@@ -100,10 +102,10 @@ def check_metrics(found: Scrape) -> None:
     assert layers == {("offloaded",): 3, ("resident",): 1}
     calls = found.by("path", "reason", name="lvllm_expert_calls_total")
     assert calls.keys() == {
-        *(("cpu", reason) for reason in ("small", "off", "graph")),
+        *(("cpu", reason) for reason in ("small", "off", "graph", "shared")),
         *(("streamed", "large"), ("resident", "resident")),
     }
-    assert calls["cpu", "off"] == calls["cpu", "graph"] == 0
+    assert calls["cpu", "off"] == calls["cpu", "graph"] == calls["cpu", "shared"] == 0
     # Each step is a batch of each layer, and all layers have its tokens.
     large, small, steps = (
         calls["streamed", "large"],
@@ -138,6 +140,7 @@ def check_metrics(found: Scrape) -> None:
     # The dashboard's numbers are there, but for those that other settings bring.
     assert {name for name in test_grafana.metric_names() if name not in found.samples} == {
         *("lvllm_prefill_queue", "lvllm_prefill_prompts_total", "lvllm_routed_tokens_total"),
+        *("lvllm_cache_bytes", "lvllm_cache_reads_total"),
     }
 
 
@@ -169,9 +172,11 @@ def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path)
 
 
 def test_replicas_and_the_watchdog(known: Known, tmp_path: Path) -> None:
-    """Two replicas answer; then a copy hangs in one of them, and all ends in one line."""
+    """Two replicas with caches answer; then a copy hangs in one, and all ends in one line."""
     hang = HangingCopies(tmp_path / "plugin")
-    environment = STREAMED | {"LVLLM_WATCHDOG_SECONDS": "5"} | hang.environment
+    # Each rank has 8 of the 16 experts of each layer. Of these 32, one cache holds all and one 5.
+    caches = {"LVLLM_GPU_EXPERT_CACHE": "1,0.0005"}
+    environment = STREAMED | caches | {"LVLLM_WATCHDOG_SECONDS": "5"} | hang.environment
     arguments = (*ARGUMENTS, "--data-parallel-size", "2")
     with Server(tmp_path / "log", *arguments, **environment) as server:
         assert server.ready().ask(known.prompts, TOKENS) == known.answers
@@ -183,6 +188,8 @@ def test_replicas_and_the_watchdog(known: Known, tmp_path: Path) -> None:
             tokens = scrape(server.url).by("engine", name="lvllm_expert_tokens_total")
             assert tokens.keys() == {("0",), ("1",)}
             assert min(tokens.values()) > 0
+            slots = scrape(server.url).by("engine", name="lvllm_cache_bytes")
+            assert slots == {("0",): 32 * EXPERT_BYTES, ("1",): 5 * EXPERT_BYTES}
         assert min(answered.values()) >= TOKENS, answered
         hang.begin()
         segments = server.segments()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lvllm.gpu.kernels import exchange, experts
+from lvllm.gpu.kernels import exchange, experts, split
 from lvllm.gpu.pairs import Pairs
 from tests.random_layers import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
 
@@ -50,7 +50,7 @@ def check_exchange(random: Random) -> None:
 
 
 def check(random: Random, format: str, how: dict[str, Any], activation: str, number: int) -> None:
-    """Compute two groups of experts of a random layer, and compare the sum with the reference."""
+    """Compute groups and slots of experts of a random layer, and compare with the reference."""
     # Rows are whole words of four bytes, as the kernels want them. Tiles and blocks may be cut.
     step = 8 if format in FOUR_BIT else 4
     hidden, intermediate = (step * random.integers(1, 140 // step, 2)).tolist()
@@ -69,14 +69,25 @@ def check(random: Random, format: str, how: dict[str, Any], activation: str, num
     for some in (range(0, 2), range(2, 5)):
         tensors = {name: of[some.start : some.stop] for name, of in engine_layer.tensors.items()}
         experts.multiply(engine_layer, tensors, some, x, pairs, total, scratch_bytes=scratch)
-    want = layer.reference(x, ids, weights)
+    said = f"{format} {how} {activation} {hidden} x {intermediate}, {tokens} tokens,"
+    compare(total, layer.reference(x, ids, weights), f"{said} {bias=}, {on_input=}")
+
+    # Experts 3, 0 and 4 have slots, in this order.
+    table = torch.tensor([1, -1, -1, 0, 2], dtype=torch.int32)
+    slots = {name: of[[3, 0, 4]] for name, of in engine_layer.tensors.items()}
+    total.zero_()
+    experts.multiply_cached(engine_layer, slots, table, x, pairs, total, scratch_bytes=scratch)
+    rest = split.run(ids, table)
+    if not torch.equal(rest, ids.where((ids == 1) | (ids == 2), -1).int()):
+        raise SystemExit(f"{ids} are split to {rest}")
+    compare(total, layer.reference(x, ids.where(rest < 0, -1), weights), f"in slots: {said}")
+
+
+def compare(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     # Sums of float32 in another order differ by few times 2^-24 of what is added up.
-    error = torch.linalg.norm(total - want) / (torch.linalg.norm(want) + 1e-6)
+    error = torch.linalg.norm(got - want) / (torch.linalg.norm(want) + 1e-6)
     if not error <= 3e-6:
-        raise SystemExit(
-            f"{format} {how} {activation} {hidden} x {intermediate}, {tokens} tokens,"
-            f" {bias=}, {on_input=}: the relative error is {error:.2g}"
-        )
+        raise SystemExit(f"{what}: the relative error is {error:.2g}")
 
 
 if __name__ == "__main__":

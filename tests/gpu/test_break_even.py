@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvllm.gpu import break_even, streamed
+from lvllm.gpu import break_even, shared, streamed
 from lvllm.gpu.break_even import (
     MeasuredThreshold,
     Point,
@@ -21,6 +21,7 @@ from lvllm.gpu.break_even import (
     threshold,
 )
 from lvllm.gpu.ring import StagingRing
+from lvllm.gpu.shares import Rates, divide
 from lvllm.gpu.stand_in import StandInAccelerator, StandInStream
 from tests.random_layers import Random, random_layer
 
@@ -140,13 +141,27 @@ class Machine(StandInAccelerator):
             pass
         self.now = max(self.now, start + len(x) * self._speeds.products)
 
+    def shared(
+        self, layer: Any, ring: StagingRing, number: int, call: Any, rates: Rates, *batch: Any
+    ) -> None:
+        """By the rates that were found. Where a share costs more than all, it never pays."""
+        x, ids, _ = batch
+        if self._speeds.waits:
+            self.now += 1
+            return
+        counts = ids[ids >= 0].bincount(minlength=layer.num_experts).tolist()
+        # The CPU's time is that of as many choices as the tokens have on average.
+        expected = len(x) * 3 * 5 / 8
+        self.now += divide(counts, rates)[1] * expected / max(1, sum(counts))
+
 
 def make(monkeypatch: pytest.MonkeyPatch, **speeds: float) -> Machine:
     """Make a machine. `bus` is in bytes per second, `cpu` and `products` in seconds per token."""
     layer = random_layer(Random(5), "int4", 5, 64, 64).make()
-    one = Machine(SimpleNamespace(**speeds), layer)
+    one = Machine(SimpleNamespace(**{"waits": True} | speeds), layer)
     monkeypatch.setattr(break_even, "time", SimpleNamespace(perf_counter=lambda: one.now))
     monkeypatch.setattr(streamed, "run", one.streamed)
+    monkeypatch.setattr(shared, "run", one.shared)
     return one
 
 
@@ -176,10 +191,11 @@ def test_a_layer_is_measured(
     one._speeds.bus = one.layer.size() / 2e-3
     ring = ring_of(one, ahead)
     heard(caplog, monkeypatch)
-    found = measure_threshold(
+    found, rates = measure_threshold(
         MeasuredThreshold(torch.float16), ring, one.layer, layers=4, most=2000
     )
     assert abs(found - 100) <= 100 // 8
+    assert rates is None
     (line,) = {record.getMessage() for record in caplog.records}  # Two handlers may get it.
     assert line.startswith(f"LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is {found}: bus ")
     assert " MB in 2.00 ms; " in line
@@ -210,12 +226,8 @@ def test_a_cpu_that_is_always_faster(
 ) -> None:
     one = make(monkeypatch, bus=1e6, cpu=1e-6, products=1e-7)
     heard(caplog, monkeypatch)
-    assert (
-        measure_threshold(
-            MeasuredThreshold(torch.bfloat16), ring_of(one, 1), one.layer, 4, most=100
-        )
-        == 0
-    )
+    auto = MeasuredThreshold(torch.bfloat16)
+    assert measure_threshold(auto, ring_of(one, 1), one.layer, 4, most=100) == (0, None)
     assert re.search(r"=auto is 0 \(off\): .*; 100 tokens take it 0.10 ms", caplog.text)
     one.close()
 
@@ -227,8 +239,9 @@ def test_what_runs_from_graphs_is_not_streamed(
     one = make(monkeypatch, bus=0, cpu=9e-5, products=1e-6)
     one._speeds.bus = one.layer.size() / 9e-3
     auto = MeasuredThreshold(torch.bfloat16, least=least)
-    found = measure_threshold(auto, ring_of(one, 1), one.layer, 4, most=4000)
+    found, rates = measure_threshold(auto, ring_of(one, 1), one.layer, 4, most=4000)
     assert found == pytest.approx(chosen, rel=1 / break_even.PRECISION)
+    assert rates is None
     one.close()
 
 
@@ -238,12 +251,31 @@ def test_measuring_is_bounded(copy: float, monkeypatch: pytest.MonkeyPatch) -> N
     one = make(monkeypatch, bus=0, cpu=1e-4, products=1e-5)
     one._speeds.bus = one.layer.size() / copy
     warm_up = 2 * copy + 3 * break_even.WARM_UP * (1e-4 + 1e-5)
-    found = measure_threshold(
+    found, rates = measure_threshold(
         MeasuredThreshold(torch.bfloat16), ring_of(one, 1), one.layer, 4, most=1 << 15
     )
-    assert one.now <= warm_up + break_even.SECONDS
+    assert one.now <= warm_up + 2 * break_even.SECONDS
     assert len(one.batches) > 6
     assert found == pytest.approx(copy / 1e-4, rel=0.01)  # All costs are linear here.
+    assert rates is None
+    one.close()
+
+
+def test_batches_are_shared_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy takes 2 ms, and a token 20 us on the CPU: 100 tokens take each of them as long."""
+    one = make(monkeypatch, bus=0, cpu=20e-6, products=1e-7, waits=False)
+    one._speeds.bus = one.layer.size() / 2e-3
+    heard(caplog, monkeypatch)
+    auto = MeasuredThreshold(torch.bfloat16)
+    found, rates = measure_threshold(auto, ring_of(one, 1), one.layer, 4, most=2000)
+    # An expert is worth its copy of 0.4 ms from 60 us a token on: 20 tokens with 3 of 8 experts.
+    assert 10 <= found <= 40
+    assert rates is not None
+    assert rates.copy == pytest.approx(4e-4, rel=0.01)
+    assert rates.token == pytest.approx(20e-6 * 8 / 3 / 5, rel=0.1)
+    assert re.search(rf"=auto is {found}: .* ms streamed; shared by the CPU, to wh", caplog.text)
     one.close()
 
 
@@ -257,6 +289,7 @@ def test_ranks_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(perf_counter=lambda: local.machine.now)
     monkeypatch.setattr(break_even, "time", clock)
     monkeypatch.setattr(streamed, "run", lambda *x: local.machine.streamed(*x))
+    monkeypatch.setattr(shared, "run", lambda *x: local.machine.shared(*x))
     table: dict[int, Sequence[float]] = {}
     barrier = threading.Barrier(len(ranks), timeout=60)
     chosen: dict[int, int] = {}
@@ -273,7 +306,7 @@ def test_ranks_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
         auto = MeasuredThreshold(torch.bfloat16, slowest)
         one = ranks[rank]
-        chosen[rank] = measure_threshold(auto, ring_of(one, 1), one.layer, 4, most=4000)
+        chosen[rank], _ = measure_threshold(auto, ring_of(one, 1), one.layer, 4, most=4000)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ranks))]
     for thread in threads:

@@ -21,6 +21,7 @@ from lvllm.gpu.offloaded_layer import ComputePath, OffloadedLayer, choose_path, 
 from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.gpu.watchdog import Watchdog
+from tests.gpu.deferral import deferring
 from tests.gpu.streams import RecordedAhead
 from tests.random_layers import Random, random_layer
 
@@ -163,9 +164,9 @@ def test_a_threshold_that_is_measured(
 ) -> None:
     measured = []
 
-    def measure(*arguments: Any) -> int:
+    def measure(*arguments: Any) -> tuple[int, None]:
         measured.append(arguments)
-        return found
+        return found, None
 
     def run(layer: ExpertLayer, _r: Any, _n: int, *x: torch.Tensor, **_: Any) -> torch.Tensor:
         ways.append(len(x[0]))
@@ -196,7 +197,7 @@ def test_measuring_comes_to_an_end_and_streaming_with_it(
     """The products are made up and take no time, so large batches may be streamed."""
     monkeypatch.setattr(break_even, "SECONDS", 0.2)
     run = streamed.run
-    monkeypatch.setattr(streamed, "run", lambda layer, ring, number, x, *_: x)
+    monkeypatch.setattr(streamed, "run", lambda layer, ring, number, x, *_, **__: x)
     made, kept = model(accelerator, (0, 1), threshold=MeasuredThreshold(torch.bfloat16), ahead=1)
     monkeypatch.setattr(streamed, "run", run)
     assert 0 <= kept[0].threshold <= MOST
@@ -306,6 +307,45 @@ def test_an_error_in_a_callback_names_its_layer(accelerator: Pinning) -> None:
         torch.ops.lvllm.routed_experts(x, ids, weights, made[0].handle)
     raise_host_call_error()
     assert kept
+
+
+def test_experts_are_deferred_from_layer_to_layer(accelerator: Pinning) -> None:
+    """Of offloaded layers, whatever lies between them, in passes that may be given up."""
+    made, kept = model(accelerator, (0, 3, 4), defer=2)
+    for tokens in (1, 8, 9, 3, MOST):
+        batches = [batch(tokens) for _ in made]
+        for given_up in range(len(made)):
+            for layer in made[:given_up]:
+                torch.ops.lvllm.routed_experts(*batch(5), layer.handle)
+        want = deferring(made, batches, 2 if tokens <= 8 else 0)
+        for layer, one, wanted in zip(made, batches, want, strict=True):
+            assert torch.equal(torch.ops.lvllm.routed_experts(*one, layer.handle), wanted)
+    # The error of a deferred expert is found when the next layer waits for it, or before.
+    x, ids, weights = batch(2)
+    ids[1, 2], weights[1, 2] = EXPERTS, 0
+
+    def fail() -> None:
+        torch.ops.lvllm.routed_experts(x, ids, weights, made[0].handle)
+        torch.ops.lvllm.routed_experts(*batch(2), made[1].handle)
+
+    with pytest.raises(RuntimeError, match=r"^layers.0: topk_ids\[1, 2\] is 5, must be"):
+        fail()
+    one = batch(2)
+    out = torch.ops.lvllm.routed_experts(*one, made[0].handle)
+    assert torch.equal(out, deferring(made, [one] * 3, 2)[0])
+    assert kept
+
+
+def test_nothing_is_deferred_while_the_threshold_is_measured(
+    accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(break_even, "SECONDS", 0.2)
+    made, kept = model(accelerator, (1, 2), threshold=MeasuredThreshold(torch.bfloat16), defer=1)
+    for offloaded in kept:
+        offloaded.threshold = 0
+    batches = [batch(4) for _ in made]
+    for layer, one, wanted in zip(made, batches, deferring(made, batches, 1), strict=True):
+        assert torch.equal(torch.ops.lvllm.routed_experts(*one, layer.handle), wanted)
 
 
 def test_memory_that_cannot_be_pinned(

@@ -1,12 +1,17 @@
-"""Computes a group of experts for their tokens in three kernels.
+"""Computes some experts of a layer for their tokens in three kernels.
 
 `_gate_up` multiplies the tokens' rows with w13 and applies the activation. `_down` multiplies the
 result with w2. Both read weights as the engine keeps them, and convert them in registers. `_add_up`
 adds each token's results, times the router's weights, in the order of the token's slots. So the
 sums are the same each time, which atomic additions would not give.
+
+The experts are a group of consecutive ones, or those that have slots in a cache. What is in a cache
+is known to the device alone: a graph reads the table of slots at each replay. So the host starts as
+many blocks as there may be, and those without work end at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +26,7 @@ from lvllm.gpu.kernels import activation, blocks, weights
 from lvllm.gpu.pairs import Pairs
 from lvllm.units import ceil_div
 
-__all__ = ["multiply"]
+__all__ = ["multiply", "multiply_cached"]
 
 ROWS = (16, 64, 128)
 """The rows of a block: the fewest that hold an expert's rows, since tensor cores compute all of
@@ -38,6 +43,7 @@ def _gate_up(  # type: ignore[no-untyped-def]
     slots,
     router_weights,
     starts,
+    table,
     some,  # the first expert
     count,
     first,
@@ -56,6 +62,7 @@ def _gate_up(  # type: ignore[no-untyped-def]
     limit,
     TOPK: tl.constexpr,
     ON_INPUT: tl.constexpr,
+    CACHED: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
@@ -73,7 +80,11 @@ def _gate_up(  # type: ignore[no-untyped-def]
     """Compute a tile of activated sums for a block of pairs. The grid is (blocks, tiles)."""
     number = tl.program_id(0)
     tile = tl.program_id(1)
-    expert, begin, end = blocks.find(starts + some, count, first, last, number, EXPERTS, ROWS)
+    expert, begin, end = blocks.find(
+        starts + some, table, count, first, last, number, CACHED, EXPERTS, ROWS
+    )
+    if begin >= end:
+        return
     pair = begin + tl.arange(0, ROWS)
     inside = pair < end
     token = tl.load(slots + pair, mask=inside, other=0) // TOPK
@@ -114,6 +125,7 @@ def _gate_up(  # type: ignore[no-untyped-def]
 def _down(  # type: ignore[no-untyped-def]
     h,  # [last - first, intermediate]
     starts,
+    table,
     some,  # the first expert
     count,
     first,
@@ -127,6 +139,7 @@ def _down(  # type: ignore[no-untyped-def]
     hidden,
     intermediate,
     groups,
+    CACHED: tl.constexpr,
     BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     VALUES: tl.constexpr,
@@ -142,7 +155,11 @@ def _down(  # type: ignore[no-untyped-def]
     """Compute a tile of results for a block of pairs. The grid is (blocks, tiles)."""
     number = tl.program_id(0)
     tile = tl.program_id(1)
-    expert, begin, end = blocks.find(starts + some, count, first, last, number, EXPERTS, ROWS)
+    expert, begin, end = blocks.find(
+        starts + some, table, count, first, last, number, CACHED, EXPERTS, ROWS
+    )
+    if begin >= end:
+        return
     pair = begin + tl.arange(0, ROWS)
     inside = (pair < end)[:, None]
     at = (pair - first)[:, None]
@@ -163,16 +180,32 @@ def _down(  # type: ignore[no-untyped-def]
     tl.store(out + at * hidden + row, y, mask=inside & within)
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit
+def _computed(place, experts, table, count, first, last, CACHED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tell whether a pair has a result among those of the pairs from `first` to `last`."""
+    inside = place >= first and place < last
+    if CACHED:
+        expert = tl.load(experts + place)
+        known = expert >= 0 and expert < count
+        slot = tl.load(table + expert, mask=known, other=-1)
+        inside = inside and slot >= 0
+    return inside
+
+
+@triton.jit(do_not_specialize=["count", "first", "last"])
 def _add_up(  # type: ignore[no-untyped-def]
     results,  # float32 [last - first, hidden]
     places,
+    experts,  # the expert of each pair
+    table,
+    count,
     router_weights,
     total,
     first,
     last,
     hidden,
     TOPK: tl.constexpr,
+    CACHED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -183,12 +216,12 @@ def _add_up(  # type: ignore[no-untyped-def]
     some = False
     for slot in tl.static_range(TOPK):
         place = tl.load(places + token * TOPK + slot)
-        some = some or (place >= first and place < last)
+        some = some or _computed(place, experts, table, count, first, last, CACHED)
     if some:
         sums = tl.load(total + token * hidden + column, mask=within, other=0)
         for slot in tl.static_range(TOPK):
             place = tl.load(places + token * TOPK + slot)
-            if place >= first and place < last:
+            if _computed(place, experts, table, count, first, last, CACHED):
                 y = tl.load(results + (place - first) * hidden + column, mask=within, other=0)
                 if WEIGHTED:
                     y *= tl.load(router_weights + place)
@@ -210,64 +243,104 @@ def multiply(
 
     The scratch memory has the results of w13, activated, and those of w2.
     """
-    row_bytes = layer.intermediate_size * x.element_size() + 4 * layer.hidden_size
-    most = max(1, scratch_bytes // row_bytes)
-    for first in range(pairs.starts[some.start], pairs.starts[some.stop], most):
-        last = min(first + most, pairs.starts[some.stop])
+    batch = _Batch(layer, tensors, some, None, x, pairs, total)
+    begin, end = pairs.starts[some.start], pairs.starts[some.stop]
+    for first, last in batch.windows(begin, end, scratch_bytes):
         bounds = [min(max(at, first), last) for at in pairs.starts[some.start : some.stop + 1]]
-        counts = [end - begin for begin, end in pairwise(bounds)]
-        _compute(layer, tensors, some, x, pairs, total, first, last, counts)
+        counts = [stop - start for start, stop in pairwise(bounds)]
+        rows = _rows((last - first) / sum(count > 0 for count in counts))
+        batch.compute(first, last, rows, sum(ceil_div(count, rows) for count in counts))
 
 
-def _compute(
+def multiply_cached(
     layer: ExpertLayer,
-    tensors: Mapping[str, torch.Tensor],
-    some: range,
+    slots: Mapping[str, torch.Tensor],
+    table: torch.Tensor,
     x: torch.Tensor,
     pairs: Pairs,
     total: torch.Tensor,
-    first: int,
-    last: int,
-    counts: list[int],
+    *,
+    scratch_bytes: int,
 ) -> None:
-    """Compute the pairs from `first` to `last`. `counts` has those of each of the experts."""
-    hidden, intermediate = layer.hidden_size, layer.intermediate_size
-    average = (last - first) / sum(count > 0 for count in counts)
-    rows = next((rows for rows in ROWS if rows >= average), ROWS[-1])
-    row_blocks = sum(ceil_div(count, rows) for count in counts)
-    h = torch.empty((last - first, intermediate), dtype=x.dtype, device=x.device)
-    y = torch.empty((last - first, hidden), dtype=torch.float32, device=x.device)
-    shape: dict[str, Any] = {
-        "EXPERTS": max(16, triton.next_power_of_2(layer.num_experts)),
-        "ROWS": rows,
-        "num_warps": 8 if rows > 64 else 4,
-    }
-    alpha, beta, limit = layer.swiglu
-    _gate_up[row_blocks, ceil_div(intermediate, TILE_ROWS)](
-        x, pairs.slots, pairs.weights, pairs.starts_on_device, some.start, len(some), first, last,
-        *_arguments(tensors, "w13"), h, hidden, intermediate,
-        _groups(tensors, "w13"), alpha, beta, limit,
-        TOPK=pairs.topk,
-        ON_INPUT=layer.apply_router_weight_on_input,
-        ACTIVATION=layer.activation,
-        PARTS=layer.parts,
-        **_constants(layer, tensors, "w13"),
-        **shape,
-    )  # fmt: skip
-    _down[row_blocks, ceil_div(hidden, TILE_ROWS)](
-        h, pairs.starts_on_device, some.start, len(some), first, last,
-        *_arguments(tensors, "w2"), y, hidden, intermediate,
-        _groups(tensors, "w2"),
-        **_constants(layer, tensors, "w2"),
-        **shape,
-    )  # fmt: skip
-    columns = min(SUMS, triton.next_power_of_2(hidden))
-    _add_up[len(x), ceil_div(hidden, columns)](
-        y, pairs.places, pairs.weights, total, first, last, hidden,
-        TOPK=pairs.topk,
-        WEIGHTED=not layer.apply_router_weight_on_input,
-        COLUMNS=columns,
-    )  # fmt: skip
+    """Do what `lvllm.gpu.cache.products.multiply` does, for layers whose rows are whole words.
+
+    It may be captured in a graph, whose replays read the table.
+    """
+    batch = _Batch(layer, slots, range(layer.num_experts), table, x, pairs, total)
+    for first, last in batch.windows(0, len(pairs.slots), scratch_bytes):
+        experts = min(layer.num_experts, last - first)
+        rows = _rows((last - first) / experts)
+        batch.compute(first, last, rows, (last - first) // rows + experts)
+
+
+def _rows(average: float) -> int:
+    """Return the rows of a block for experts that have so many rows on average."""
+    return next((rows for rows in ROWS if rows >= average), ROWS[-1])
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The arguments of `multiply`, or those of `multiply_cached`."""
+
+    layer: ExpertLayer
+    tensors: Mapping[str, torch.Tensor]
+    some: range
+    table: torch.Tensor | None
+    x: torch.Tensor
+    pairs: Pairs
+    total: torch.Tensor
+
+    def windows(self, begin: int, end: int, scratch_bytes: int) -> Iterator[tuple[int, int]]:
+        """Divide the pairs from `begin` to `end`, so that each part's results fit."""
+        layer = self.layer
+        row_bytes = layer.intermediate_size * self.x.element_size() + 4 * layer.hidden_size
+        most = max(1, scratch_bytes // row_bytes)
+        for first in range(begin, end, most):
+            yield first, min(first + most, end)
+
+    def compute(self, first: int, last: int, rows: int, row_blocks: int) -> None:
+        """Compute the pairs from `first` to `last` in up to `row_blocks` blocks of `rows`."""
+        layer, tensors, x, pairs = self.layer, self.tensors, self.x, self.pairs
+        hidden, intermediate = layer.hidden_size, layer.intermediate_size
+        cached = self.table is not None
+        table = pairs.starts_on_device if self.table is None else self.table  # It is not read.
+        h = torch.empty((last - first, intermediate), dtype=x.dtype, device=x.device)
+        y = torch.empty((last - first, hidden), dtype=torch.float32, device=x.device)
+        window = (table, self.some.start, len(self.some), first, last)
+        shape: dict[str, Any] = {
+            "CACHED": cached,
+            "EXPERTS": max(16, triton.next_power_of_2(layer.num_experts)),
+            "ROWS": rows,
+            "num_warps": 8 if rows > 64 else 4,
+        }
+        alpha, beta, limit = layer.swiglu
+        _gate_up[row_blocks, ceil_div(intermediate, TILE_ROWS)](
+            x, pairs.slots, pairs.weights, pairs.starts_on_device, *window,
+            *_arguments(tensors, "w13"), h, hidden, intermediate,
+            _groups(tensors, "w13"), alpha, beta, limit,
+            TOPK=pairs.topk,
+            ON_INPUT=layer.apply_router_weight_on_input,
+            ACTIVATION=layer.activation,
+            PARTS=layer.parts,
+            **_constants(layer, tensors, "w13"),
+            **shape,
+        )  # fmt: skip
+        _down[row_blocks, ceil_div(hidden, TILE_ROWS)](
+            h, pairs.starts_on_device, *window,
+            *_arguments(tensors, "w2"), y, hidden, intermediate,
+            _groups(tensors, "w2"),
+            **_constants(layer, tensors, "w2"),
+            **shape,
+        )  # fmt: skip
+        columns = min(SUMS, triton.next_power_of_2(hidden))
+        _add_up[len(x), ceil_div(hidden, columns)](
+            y, pairs.places, pairs.experts, table, layer.num_experts, pairs.weights, self.total,
+            first, last, hidden,
+            TOPK=pairs.topk,
+            CACHED=cached,
+            WEIGHTED=not layer.apply_router_weight_on_input,
+            COLUMNS=columns,
+        )  # fmt: skip
 
 
 def _arguments(tensors: Mapping[str, torch.Tensor], name: str) -> list[torch.Tensor]:

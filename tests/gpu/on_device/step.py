@@ -82,7 +82,7 @@ STEPS: dict[int, tuple[Command, ...]] = {
             "whole",
             440,
             f"{SERVE} --layers 48 --prefill 8192 --decode 1,4 --repeats 1 --timeout 200"
-            " --only 'LvLLM,all prefetched' --json {logs}/serving.json",
+            " --only 'no layers,half layers,half the,all prefetched' --json {logs}/serving.json",
             shown=12,
         ),
     ),
@@ -91,7 +91,7 @@ STEPS: dict[int, tuple[Command, ...]] = {
             "long prompts",
             440,
             f"{SERVE} --layers 48 --prefill 32768 --decode 1 --repeats 1 --timeout 200"
-            " --only 'no layers,cpu-offload-gb' --json {logs}/serving.json",
+            " --only 'all layers,all by' --json {logs}/serving.json",
             shown=12,
         ),
     ),

@@ -15,8 +15,9 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hybrid": ({}, EAGER),
     "streamed, by mailbox": (STREAMED | {"gpu_call": "mailbox"}, EAGER),
     "half resident": ({"gpu_resident_moe_layers": "0"}, EAGER),
-    "graphs of decoding": (
-        {"gpu_call": "auto"},
+    "some experts in the cache": (STREAMED | {"gpu_expert_cache": "0.002"}, EAGER),
+    "graphs of decoding, with a cache": (
+        {"gpu_call": "auto", "gpu_expert_cache": "0.002"},
         {"compilation_config": GRAPHS | {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     ),
     "graphs of decoding and pieces": (

@@ -1,0 +1,148 @@
+"""The cache of a model: which layers have it, and what happens between two steps."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lvllm.engine.expert_layer import ExpertLayer
+from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.cache import saved
+from lvllm.gpu.cache.cached_layer import CachedLayer
+from lvllm.gpu.cache.counters import CacheCounters
+from lvllm.gpu.cache.placement import Placement
+from lvllm.gpu.cache.reads import EVERY, Reads
+from lvllm.gpu.cache.replacing import STEP_BYTES, Replacing
+from lvllm.gpu.cache.slots import Slots, expert_bytes, signature
+from lvllm.units import amount
+
+__all__ = ["ExpertCache"]
+
+# vLLM shows the loggers of this name. This package works without vLLM.
+logger = logging.getLogger("vllm.plugins.lvllm")
+
+UNKNOWN = 1e-3
+"""The largest score of an expert before anything is counted: less than a read."""
+SAVE_EVERY = 64
+"""How many looks at the counts lie between two times that they are saved: some twenty seconds."""
+
+
+class ExpertCache:
+    """The slots of a model's offloaded layers. Only the thread that queues the steps uses it.
+
+    Layers whose experts differ in size or format from those of most layers have no slots.
+
+    Args:
+        accelerator: the device with the slots.
+        layers: the offloaded layers by their numbers. Their tensors are pinned.
+        size: the bytes for slots. There are at most as many slots as there are experts.
+        path: where the counts are saved; None: nowhere.
+
+    Raises:
+        ValueError: if `size` holds no expert.
+        MemoryError: if the device has too little memory.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        layers: Mapping[int, ExpertLayer],
+        size: int,
+        path: Path | None = None,
+    ) -> None:
+        kinds = {
+            number: (layer.num_experts, signature(layer.tensors))
+            for number, layer in layers.items()
+        }
+        ((experts, of), _), *others = Counter(kinds.values()).most_common()
+        chosen = {n: layer for n, layer in layers.items() if kinds[n] == (experts, of)}
+        each = expert_bytes(of)
+        count = min(size // each, len(chosen) * experts)
+        if count < 1:
+            raise ValueError(
+                f"LVLLM_GPU_EXPERT_CACHE of {amount(size)} holds no expert of {amount(each)}"
+            )
+        copies, computing = accelerator.stream(), accelerator.stream()
+        self._slots = Slots(accelerator, of, count, copies)
+        self._numbers, self._path = list(chosen), path
+        self._placement = Placement(len(chosen), experts, count)
+        self._reads = Reads(accelerator, (len(chosen), experts))
+        weights = [layer.tensors for layer in chosen.values()]
+        self._replacing = Replacing(accelerator, weights, experts, self._slots, copies)
+        self._most = max(1, STEP_BYTES // each) * EVERY
+        self._until_saved = SAVE_EVERY
+        self._counters: CacheCounters | None = None
+        tables, reads = self._replacing.on_device, self._reads.on_device
+        self.layers = {
+            number: CachedLayer(
+                accelerator, layer, self._slots, tables[place], reads[place], computing
+            )
+            for place, (number, layer) in enumerate(chosen.items())
+        }
+        """The layers that have the cache, by their numbers."""
+        self._begin(sum(kind for _, kind in others))
+
+    @property
+    def nbytes(self) -> int:
+        """The device's memory that the slots take."""
+        return self._slots.nbytes
+
+    def count(self, counters: CacheCounters) -> None:
+        """From now on, count the reads that find a slot."""
+        self._counters = counters
+
+    def holds(self, number: int) -> list[bool] | None:
+        """Tell which experts of a layer have slots for work that is queued now; None: no cache."""
+        if number not in self.layers:
+            return None
+        found: list[bool] = (self._replacing.on_host[self._numbers.index(number)] >= 0).tolist()
+        return found
+
+    def step(self) -> bool:
+        """Count and replace between two steps. This must not be called while a graph is captured.
+
+        Returns whether an expert has lost its slot.
+        """
+        reads = self._reads.step()
+        if reads is not None:
+            self._look(reads)
+        return self._replacing.step()
+
+    def _look(self, reads: torch.Tensor) -> None:
+        """Count what some steps have read, and choose what is to be replaced."""
+        if self._counters is not None:
+            hits = int(reads[self._replacing.on_host >= 0].sum())
+            self._counters.add(hits, int(reads.sum()) - hits, self._replacing.moved)
+        self._placement.count(reads, EVERY)
+        if self._replacing.idle:
+            self._replacing.add(self._placement.moves(self._most))
+        self._until_saved -= 1
+        if self._until_saved == 0 and self._path is not None:
+            self._until_saved = SAVE_EVERY
+            saved.write(self._path, self._numbers, self._placement.scores)
+
+    def _begin(self, left_out: int) -> None:
+        """Fill all slots, by what an earlier server has counted, and say so."""
+        begin = time.perf_counter()
+        shape = self._placement.table.shape
+        scores = saved.read(self._path, self._numbers, shape[1]) if self._path else None
+        known = scores is not None
+        if scores is None:
+            # The first experts of all layers, then the second ones: so both work on every layer.
+            scores = torch.linspace(UNKNOWN, 0, shape[1]).expand(shape)
+        self._placement.count(scores, 0)
+        self._replacing.add(self._placement.moves(self._slots.count))
+        self._replacing.settle()
+        logger.info(
+            "LvLLM: %s of the GPU hold %d of %d experts (%.0f%%), chosen %s, filled in %.1f s%s",
+            amount(self.nbytes),
+            self._slots.count,
+            shape.numel(),
+            100 * self._slots.count / shape.numel(),
+            "by what was read before" if known else "evenly, as nothing was counted",
+            time.perf_counter() - begin,
+            f"; {left_out} layers of other sizes have none" if left_out else "",
+        )

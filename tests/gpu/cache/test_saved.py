@@ -1,0 +1,37 @@
+"""Tests the file of an earlier server's counts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvllm.gpu.cache import saved
+from tests.random_layers import Random
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    path, scores = tmp_path / "new" / "reads", Random(3).uniform(0, 9, 2, 7)
+    assert saved.read(path, [3, 4], 7) is None
+    saved.write(path, [3, 4], scores)
+    found = saved.read(path, [3, 4], 7)
+    assert found is not None
+    assert torch.equal(found, scores)
+    for layers, experts in (([3, 5], 7), ([3], 8), ([3, 4], 6)):
+        assert saved.read(path, layers, experts) is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 100, b"{}"])
+def test_a_damaged_file_counts_as_none(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "reads"
+    path.write_bytes(damage)
+    assert saved.read(path, [1], 4) is None
+    saved.write(path, [1], torch.full((1, 4), float("nan")))
+    assert saved.read(path, [1], 4) is None
+
+
+def test_a_place_that_cannot_be_written_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    saved.write(tmp_path / "file" / "reads", [1], torch.zeros(1, 4))
+    assert "how often experts are read cannot be saved" in caplog.text
