@@ -57,12 +57,13 @@ def test_configurations_of_whole_runs(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (32, 4)
     found = gpu_serving.configurations(True, 48, 54.0, 2048, 1)
-    assert len(found) == 8
+    assert len(found) == 9
     assert set(gpu_serving.OFFLOADED) <= found.keys()
     half = found["LvLLM, half layers resident"]["settings"]
     assert half["gpu_resident_moe_layers"] == "0-23"
+    assert found["LvLLM, half the experts in the cache"]["settings"]["gpu_expert_cache"] == 27
     assert found["vLLM, half by cpu-offload-gb"]["cpu_offload_gb"] == 27
-    assert len(gpu_serving.configurations(False, 48, 54.0, 2048, 1)) == 4
+    assert len(gpu_serving.configurations(False, 48, 54.0, 2048, 1)) == 5
 
 
 def test_a_table_of_whole_runs() -> None:
