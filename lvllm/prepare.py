@@ -14,17 +14,21 @@ from typing import Any
 from lvllm import sharing
 from lvllm.checkpoint import Checkpoint
 from lvllm.faults import process, scratch
-from lvllm.machine import cpus, gpu_distance, memory_plan
+from lvllm.handover import banks
+from lvllm.log import logger
+from lvllm.machine import cpus, gpu_distance, installation, memory_plan
 from lvllm.machine.memory_need import folder_of
 from lvllm.metrics import collector, memory
 from lvllm.prefill import configuration as prefill_configuration
 from lvllm.settings import gpu_checks, model_checks
-from lvllm.settings.configuration import RESOLVED, HybridConfig
+from lvllm.settings.configuration import RESOLVED, Accelerator, HybridConfig
 from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, is_moe
 from lvllm.settings.resolving import SECTION, Setting, resolve
 from lvllm.settings.use_weight import LayerFormats, UseWeight, UseWeights
 
-__all__ = ["final_settings", "prepare", "replicas_here"]
+__all__ = ["final_settings", "prepare", "replicas_here", "shared_identity"]
+
+OMP_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 SHAREABLE = ("auto", "hf", "safetensors", "mistral")
 """The load formats whose experts engines can share, because they use the parameters' loaders."""
@@ -33,15 +37,23 @@ SHAREABLE = ("auto", "hf", "safetensors", "mistral")
 def prepare(vllm_config: Any) -> None:
     """Check the settings and the checkpoint, and leave what the workers need in `vllm_config`.
 
+    A model without experts gets nothing, so that vLLM runs it as without LvLLM. Only its settings
+    are checked.
+
     Raises SettingError or CheckpointError.
     """
     if vllm_config.model_config is None or RESOLVED in vllm_config.additional_config:
         return
     if _is_one_of_several_api_servers(vllm_config.parallel_config):
         return  # The parent process has checked everything, and the engines take memory by now.
+    if not is_moe(vllm_config.model_config):
+        _checked_settings(vllm_config)
+        return
     config = final_settings(vllm_config, cpus.this_machine(), gpu_distance.of_gpus())
     _check_checkpoint(vllm_config)
     process.prepare()
+    if (line := installation.shared_files(installation.owners_of_vllm())) is not None:
+        logger.warning("LvLLM: %s", line)
     if vllm_config.parallel_config.distributed_executor_backend != "ray":
         scratch.prepare()  # Ray would carry the name of the folder to other hosts.
     memory.prepare()
@@ -72,17 +84,15 @@ def final_settings(
     Raises SettingError for a setting that the model, the machine or this version of LvLLM
     cannot honour.
     """
-    settings = resolve(os.environ, vllm_config.additional_config.get(SECTION.rpartition(".")[2]))
-    accelerator = gpu_checks.accelerator(settings["accelerator"])
+    settings, accelerator = _checked_settings(vllm_config)
     model_checks.check_model(vllm_config, accelerator)
     model_checks.check_features(vllm_config, accelerator)
-    gpu_checks.check(settings, accelerator, vllm_config)
-    model_checks.check_weights(settings, accelerator, vllm_config)
     use_weight = _use_weight(settings["moe_use_weight"], vllm_config)
     prefill = prefill_configuration.check(settings, accelerator, vllm_config)
     shared = _shared_name(settings, vllm_config)
     bits = settings["lk_activation_bits"].value
     engine_cpus, omp_cpus = _divide_cpus(settings, vllm_config.parallel_config, machine, distance)
+    gpu_checks.check_cache(settings["gpu_expert_cache"], len(engine_cpus), vllm_config)
     return HybridConfig(
         thread_binding=settings["lk_thread_binding"].value,
         power_saving=settings["lk_power_saving"].value,
@@ -117,13 +127,34 @@ def final_settings(
         gpu_prefetch_window=settings["gpu_prefetch_window"].value,
         gpu_staging_mib=settings["gpu_staging_mib"].value,
         gpu_prefill_min_batch_size=settings["gpu_prefill_min_batch_size"].value,
+        gpu_expert_cache=settings["gpu_expert_cache"].value,
         gpu_call=settings["gpu_call"].value,
+        defer_experts=settings["defer_experts"].value,
         watchdog_seconds=settings["watchdog_seconds"].value,
         verify=settings["verify"].value,
         metrics_experts=settings["metrics_experts"].value,
         shared_experts=shared,
+        bank=os.environ.get(banks.LOADS_FOR),
         prefill_engine=prefill,
     )
+
+
+def _settings(vllm_config: Any) -> dict[str, Setting]:
+    return resolve(os.environ, vllm_config.additional_config.get(SECTION.rpartition(".")[2]))
+
+
+def _checked_settings(vllm_config: Any) -> tuple[Mapping[str, Setting], Accelerator]:
+    """The settings from environment and YAML, and where all but the experts runs.
+
+    Raises SettingError for a setting that this model or this platform cannot honour.
+    """
+    settings = _settings(vllm_config)
+    accelerator = gpu_checks.accelerator(settings["accelerator"])
+    gpu_checks.check(settings, accelerator, vllm_config)
+    model_checks.check_weights(settings, accelerator, vllm_config)
+    model_checks.dense_weight(settings["dense_weight"], accelerator, vllm_config.model_config)
+    prefill_configuration.check(settings, accelerator, vllm_config)
+    return settings, accelerator
 
 
 def _use_weight(setting: Setting, vllm_config: Any) -> LayerFormats:
@@ -199,11 +230,38 @@ def _shared_name(settings: Mapping[str, Setting], vllm_config: Any) -> str | Non
         raise share.refuse(
             f"it needs load-format {', '.join(SHAREABLE)}, not {load_format!r}; allowed is 0"
         )
+    identity = shared_identity(vllm_config)
+    name = sharing.name_of(identity)
+    if with_own_prefill_engine_only:
+        return f"{name}/{os.getpid()}"
+    if os.environ.get(banks.LOADS_FOR) is None:
+        _check_banks(share, identity, name)
+    return name
+
+
+def shared_identity(vllm_config: Any) -> dict[str, str]:
+    """What engines that share this model's experts must have in common. Raises SettingError."""
+    settings, model = _settings(vllm_config), vllm_config.model_config
     folder = folder_of(model.model, model.revision)
-    resident = settings["gpu_resident_moe_layers"].value
     use = settings["moe_use_weight"].value or UseWeight.KEEP
-    name = sharing.name_of(vllm_config, folder, str(use), resident)
-    return f"{name}/{os.getpid()}" if with_own_prefill_engine_only else name
+    resident = settings["gpu_resident_moe_layers"].value
+    return sharing.identity_of(vllm_config, folder, str(use), resident)
+
+
+def _check_banks(share: Setting, identity: Mapping[str, str], name: str) -> None:
+    """Raise SettingError if this user has banks, and none holds these experts.
+
+    Loading them here would take their memory once more, which is what a bank is to prevent.
+    """
+    found = [bank for bank in banks.banks(identified=True) if bank.name is not None]
+    if not found or any(bank.name == name for bank in found):
+        return
+    bank = min(found, key=lambda bank: len(banks.differences(identity, bank.identity)))
+    said = "; ".join(banks.differences(identity, bank.identity))
+    raise share.refuse(
+        f"the bank of process {bank.pid}, which holds {bank.model}, has other experts: {said}."
+        " `lvllm bank` loads these into another bank, and 0 loads them here"
+    )
 
 
 def _check_checkpoint(vllm_config: Any) -> None:
@@ -259,11 +317,27 @@ def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:
     # vLLM binds the OpenMP threads of rank n to the n-th list of CPUs. vLLM's own lists ("auto")
     # need a NUMA node for each rank and keep a core free. Ours give PyTorch the cores that lk
     # computes on, since the two never compute at the same time.
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
-        ",".join(map(str, own)) for own in config.omp_cpus
-    )
+    _bind_omp_threads("|".join(",".join(map(str, own)) for own in config.omp_cpus))
     # For the same reason OpenMP's threads must not spin for milliseconds after their part. With
     # this value they spin for about 10 us: decoding a model of 2 GiB on 2 cores went from 88 to 120
     # tokens per second. With threads that sleep at once (OMP_WAIT_POLICY=passive) it was 102, since
     # waking them inside attention takes time too.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+_bound: str | None = None
+"""What an earlier model of this process was bound to."""
+
+
+def _bind_omp_threads(cpus_of_ranks: str) -> None:
+    global _bound
+    given = os.environ.get(OMP_BIND, "auto")
+    if given not in ("auto", cpus_of_ranks, _bound):
+        logger.warning(
+            "LvLLM: %s=%r is replaced by %r, the CPUs of the engine: LK_THREADS, OMP_NUM_THREADS"
+            " and taskset choose others",
+            OMP_BIND,
+            given,
+            cpus_of_ranks,
+        )
+    os.environ[OMP_BIND] = _bound = cpus_of_ranks

@@ -6,6 +6,9 @@ the owner hands out the file descriptors of each layer's memory, once the layer 
 which the engine computes. The memory has no name either. It lives until the last process that maps
 it ends, for whatever reason, and so may outlive its owner. Containers with network namespaces of
 their own do not find each other.
+
+A bank (`lvllm.bank`) holds such a name without an engine of its own. The engine that loads for it
+deposits each layer there and ends, and the bank hands the layers out.
 """
 
 import hashlib
@@ -13,32 +16,37 @@ import json
 import math
 import os
 import socket
-import struct
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import lvllm
 from lvllm.engine import bank
 from lvllm.errors import LvllmError
+from lvllm.handover import banks, sockets
+from lvllm.handover.offers import Offers
 from lvllm.log import logger
 from lvllm.units import ceil_div
 
 __all__ = [
+    "Depositor",
     "Follower",
     "Owner",
+    "Publisher",
     "allocate_on_meta",
     "follower",
+    "identity_of",
     "ignore_weight",
     "is_taken",
     "join",
     "name_of",
-    "owner",
+    "publisher",
     "stop",
     "without_memory",
 ]
@@ -46,18 +54,15 @@ __all__ = [
 
 ALIGNMENT = 64
 """Small tensors begin at multiples of this many bytes: a cache line, and a vector of the engine."""
-MESSAGE_BYTES = 1 << 16
-"""The largest message that is read. The message about a layer takes about 1000 bytes."""
-MOST_DESCRIPTORS = 16
 
 Stored = dict[str, Any]
 """Arguments of `ExpertLayer`: tensors, and how their values are stored."""
 
 
-def name_of(
+def identity_of(
     vllm_config: Any, folder: Path | None, use_weight: str, resident: Sequence[int] = ()
-) -> str:
-    """The name under which engines share, if their ranks would load the same experts alike.
+) -> dict[str, str]:
+    """What engines must have in common for their ranks to load the same experts alike, by names.
 
     `folder` has the model's files; without it the model's name is taken for them. `resident` are
     the layers whose experts are on an accelerator.
@@ -70,60 +75,64 @@ def name_of(
     if folder is not None:
         status = [file.stat() for file in sorted(folder.glob("*.safetensors"))]
         files = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in status]
-    same = [
-        __version__,
-        files,
-        model.hf_config.to_dict(),
-        str(model.dtype),
-        model.quantization,
-        use_weight,
-        resident,
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-        parallel.data_parallel_size,
-        parallel.enable_expert_parallel,
-        parallel.expert_placement_strategy,
-        speculative and (speculative.method, speculative.model),
-    ]
-    digest = hashlib.sha256(json.dumps(same, default=str, sort_keys=True).encode()).hexdigest()
-    return f"lvllm/{os.getuid()}/{digest[:32]}"
+    config = model.hf_config.to_dict()
+    config.pop("_name_or_path", None)  # One folder has many paths.
+    same = {
+        "vLLM": __version__,
+        "LvLLM": lvllm.__version__,
+        "the set of the model's files": _digest(files),
+        "config.json (with hf-overrides)": _digest(config),
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "LVLLM_MOE_USE_WEIGHT": use_weight,
+        "LVLLM_GPU_RESIDENT_MOE_LAYERS": list(resident),
+        "tensor-parallel-size": parallel.tensor_parallel_size,
+        "pipeline-parallel-size": parallel.pipeline_parallel_size,
+        "data-parallel-size": parallel.data_parallel_size,
+        "enable-expert-parallel": parallel.enable_expert_parallel,
+        "expert-placement-strategy": parallel.expert_placement_strategy,
+        "speculative-config": speculative and (speculative.method, speculative.model),
+    }
+    return {what: str(value) for what, value in same.items()}
+
+
+def name_of(identity: Mapping[str, str]) -> str:
+    """The name under which engines with this identity share."""
+    return f"lvllm/{os.getuid()}/{_digest(identity)[:32]}"
+
+
+def _digest(value: Any) -> str:
+    """A hash, longer than what `lvllm.handover.banks.differences` shows."""
+    return hashlib.sha512(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def is_taken(name: str) -> bool:
-    """Whether the first rank of some engine holds this name."""
-    with _socket() as connection:
-        try:
-            connection.connect(_address(f"{name}/0"))
-        except OSError:
-            return False
-        return True
+    """Whether the first rank of some engine, or a bank, holds this name."""
+    return sockets.holder_of(f"{name}/0") is not None
 
 
-def join(name: str) -> "Owner | Follower":
+def join(name: str, bank_name: str | None = None) -> "Publisher | Follower":
     """In a worker: take the name, or follow the process that holds it.
 
-    Further calls with the same name return the same object, as long as the layers that were made
-    under that name exist. Raises LvllmError if another user's process holds the name.
+    With `bank_name`, this worker loads for the bank that listens there. Further calls with the same
+    name return the same object, as long as the layers that were made under that name exist. Raises
+    LvllmError if another user's process holds the name.
     """
     global _current
     if _current is not None and _current.name == name and _current.open:
         return _current
     if _current is not None:
         _current.close()
+    if bank_name is not None:
+        _current = Depositor(name, bank_name)
+        return _current
     while True:
-        listening = _socket()
-        try:
-            listening.bind(_address(name))
-        except OSError:
-            listening.close()
-        else:
+        if (listening := sockets.bind(name)) is not None:
             _current = Owner(name, listening)
             return _current
-        connection = _socket()
         try:
-            connection.connect(_address(name))
+            connection = sockets.connect(name)
         except OSError:  # The owner has just ended, or does not listen yet.
-            connection.close()
             time.sleep(0.05)
         else:
             _current = Follower(name, connection)
@@ -138,9 +147,9 @@ def stop() -> None:
     _current = None
 
 
-def owner() -> "Owner | None":
-    """The owner that `join` has made in this process, or None."""
-    return _current if isinstance(_current, Owner) and _current.open else None
+def publisher() -> "Publisher | None":
+    """The owner or depositor that `join` has made in this process, or None."""
+    return _current if isinstance(_current, Publisher) and _current.open else None
 
 
 def follower() -> "Follower | None":
@@ -148,24 +157,21 @@ def follower() -> "Follower | None":
     return _current if isinstance(_current, Follower) and _current.open else None
 
 
-class Owner:
-    """The engine that loads the experts.
+class Publisher(ABC):
+    """An engine that loads experts into shared memory."""
 
-    Threads answer the other engines until the first of the layers is freed.
-    """
-
-    def __init__(self, name: str, listening: socket.socket) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.open = True
-        self._listening = listening
-        self._layers: dict[str, tuple[bytes, list[int]]] = {}
-        self._changed = threading.Condition()
-        listening.listen()
-        threading.Thread(target=self._accept, name="lvllm-share", daemon=True).start()
-        logger.info(
-            "LvLLM: experts lie in shared memory; other engines take them from process %d",
-            os.getpid(),
-        )
+        self._layers = 0
+
+    @abstractmethod
+    def _offer(self, layer: str, message: Any, descriptors: list[int]) -> None:
+        """Let other engines have a layer, whose memory the descriptors are."""
+
+    def close(self) -> None:
+        """Offer nothing more. Processes that have mapped layers keep them."""
+        self.open = False
 
     def in_shared_memory(self, stored: Stored) -> Stored:
         """The same arguments with all tensors in shared memory.
@@ -203,50 +209,53 @@ class Owner:
             dtype = str(value.dtype).removeprefix("torch.")
             message[name] = {"in": number, "at": offset, "dtype": dtype, "shape": value.shape}
         sizes = [size for _, size in areas.values()]
-        text = json.dumps({"areas": sizes, "stored": message}).encode()
-        if len(self._layers) == 0 and sum(sizes) >= 64 << 20 and not _in_huge_pages():
+        if self._layers == 0 and sum(sizes) >= 64 << 20 and not _in_huge_pages():
             logger.warning_once(
                 "LvLLM: shared experts lie in pages of 4 KiB here, which costs decoding up to a"
                 " fifth: Linux makes them huge from 6.1 on, while it has memory in one piece"
             )
-        with self._changed:
-            self._layers[layer] = text, list(areas)
-            self._changed.notify_all()
+        self._layers += 1
+        self._offer(layer, {"areas": sizes, "stored": message}, list(areas))
         # When the layer is freed, the descriptors of its memory are closed.
         weakref.finalize(made, self.close).atexit = False
 
+
+class Owner(Publisher):
+    """The engine that holds the name, until the first of the layers is freed."""
+
+    def __init__(self, name: str, listening: socket.socket) -> None:
+        super().__init__(name)
+        self._offers = Offers(listening)
+        logger.info(
+            "LvLLM: experts lie in shared memory; other engines take them from process %d",
+            os.getpid(),
+        )
+
+    def _offer(self, layer: str, message: Any, descriptors: list[int]) -> None:
+        self._offers.add(layer, message, descriptors)
+
     def close(self) -> None:
         """Give the name up. Processes that have mapped layers keep them."""
-        with self._changed:
-            self.open = False
-            self._layers = {}
-            self._changed.notify_all()
-        with suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)  # This ends accept().
-        self._listening.close()
+        super().close()
+        self._offers.close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection = self._listening.accept()[0]
-            except OSError:
-                return
-            threading.Thread(
-                target=self._answer, args=(connection,), name="lvllm-share", daemon=True
-            ).start()
 
-    def _answer(self, connection: socket.socket) -> None:
-        """Send each layer that the other process asks for, as soon as it is published."""
-        with connection, suppress(OSError):
-            if _peer(connection)[1] != os.getuid():
-                return
-            while wanted := connection.recv(MESSAGE_BYTES).decode():
-                with self._changed:
-                    self._changed.wait_for(lambda: not self.open or wanted in self._layers)
-                    if not self.open:
-                        return
-                    text, descriptors = self._layers[wanted]
-                    socket.send_fds(connection, [text], descriptors)
+class Depositor(Publisher):
+    """The engine that loads for a bank, which holds the name.
+
+    Raises LvllmError if the bank has ended.
+    """
+
+    def __init__(self, name: str, bank_name: str) -> None:
+        super().__init__(name)
+        self._bank_name = bank_name
+
+    def _offer(self, layer: str, message: Any, descriptors: list[int]) -> None:
+        try:
+            deposit = {"deposit": layer, "name": self.name, "message": message}
+            banks.tell(self._bank_name, deposit, descriptors)
+        except OSError:
+            raise LvllmError("the bank for which this process loads has ended") from None
 
 
 class Follower:
@@ -256,7 +265,7 @@ class Follower:
         self.name = name
         self.open = True
         self._connection = connection
-        self.process, user = _peer(connection)
+        self.process, user = sockets.peer(connection)
         if user != os.getuid():
             self.close()
             raise LvllmError(
@@ -268,21 +277,21 @@ class Follower:
     def receive(self, layer: str) -> Stored:
         """The arguments of a layer, ready to compute on and read-only.
 
-        Waits until the owner has loaded the layer. Raises ValueError if the owner ends before.
+        Waits until the owner has loaded the layer. Raises ValueError if the owner ends before, or
+        if a bank could not load it.
         """
-        text = b""
-        descriptors: list[int] = []
-        with suppress(OSError):
-            self._connection.send(layer.encode())
-            text, descriptors, _, _ = socket.recv_fds(
-                self._connection, MESSAGE_BYTES, MOST_DESCRIPTORS
-            )
-        if not text:
+        try:
+            sockets.send(self._connection, layer)
+            message, descriptors = sockets.receive(self._connection)
+        except (OSError, EOFError):
             raise ValueError(
                 f"{layer}: process {self.process}, which was loading the experts for this one,"
                 " ended before it had these; its own output says why"
+            ) from None
+        if "error" in message:
+            raise ValueError(
+                f"{layer}: process {self.process} has no such experts: {message['error']}"
             )
-        message = json.loads(text)
         try:
             areas = [
                 bank.map_shared(descriptor, size)
@@ -308,7 +317,7 @@ class Follower:
         self._connection.close()
 
 
-_current: Owner | Follower | None = None
+_current: Publisher | Follower | None = None
 
 
 def ignore_weight(*arguments: Any, return_success: bool = False, **options: Any) -> bool | None:
@@ -360,19 +369,3 @@ def _in_huge_pages() -> bool:
     except OSError:
         return True
     return all(line.split()[1] != "0" for line in lines if line.startswith("ShmemPmdMapped:"))
-
-
-def _socket() -> socket.socket:
-    """A Unix socket that keeps messages apart, as a stream would not."""
-    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
-def _address(name: str) -> bytes:
-    return b"\0" + name.encode()
-
-
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    """The numbers of the process and of the user at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    process, user, _ = struct.unpack("3i", credentials)
-    return process, user

@@ -34,7 +34,7 @@ def start_engine(rank: int) -> engine.EngineInfo:
     config = HybridConfig.current()
     info = _start(config, rank)
     if config.shared_experts is not None:
-        sharing.join(f"{config.shared_experts}/{_rank_of_all()}")
+        sharing.join(f"{config.shared_experts}/{_rank_of_all()}", config.bank)
     else:
         sharing.stop()
     return info

@@ -18,7 +18,9 @@ import torch
 
 from lvllm import engine, sharing
 from lvllm.engine import bank
-from tests.random_layers import Random
+from lvllm.handover import sockets
+from lvllm.moe import engine_layer
+from tests.random_layers import Random, random_layer
 from tests.sharing_owner import LARGE, layers
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +83,7 @@ def test_layers_of_another_process(name: str) -> None:
     follower = sharing.join(name)
     assert isinstance(follower, sharing.Follower)
     assert sharing.follower() is follower is sharing.join(name)
-    assert sharing.owner() is None
+    assert sharing.publisher() is None
     assert follower.process == owner.child.pid
     before = bank.allocated_bytes()
     made, held, random = {}, 0, Random(seed)
@@ -145,23 +147,39 @@ def test_a_name_goes_with_the_layers_made_under_it(name: str) -> None:
     assert not sharing.is_taken(name)
     owner = sharing.join(f"{name}/0")
     assert sharing.is_taken(name)
-    assert sharing.owner() is owner is sharing.join(f"{name}/0")
+    assert sharing.publisher() is owner is sharing.join(f"{name}/0")
     assert sharing.follower() is None
     made = type("Made", (), {})()
     assert isinstance(owner, sharing.Owner)
     owner.publish("a", {"format": "bf16"}, made)
     del made
     gc.collect()
-    assert sharing.owner() is None
+    assert sharing.publisher() is None
     assert not sharing.is_taken(name)
     assert sharing.join(f"{name}/0") is not owner
+
+
+def test_each_engine_has_its_own_activation_bits() -> None:
+    """The owner's, 16 here, are not the follower's: the weights are the same for both."""
+    unlimited = dict.fromkeys(("swiglu_alpha", "swiglu_beta", "swiglu_limit"))
+    layer = SimpleNamespace(
+        layer_name="a",
+        moe_config=SimpleNamespace(activation=SimpleNamespace(value="silu"), **unlimited),
+        apply_router_weight_on_input=False,
+    )
+    made = random_layer(Random(randrange(1 << 30)), "int8", 3, 70, 50).make()
+    stored: dict[str, Any] = {"format": "int8", "activation_bits": 16, **made.tensors}
+    follower: Any = SimpleNamespace(receive=lambda name: dict(stored), close_with=lambda made: None)
+    for wanted, bits in ((8, 8), (16, 16), (None, 16)):
+        shared = engine_layer.make_of_shared(layer, follower, wanted)
+        assert shared.activation_bits == bits
 
 
 def test_only_engines_of_one_user_share(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = sharing.join(name)
     monkeypatch.setattr(sharing, "_current", None)
     with monkeypatch.context() as patch:
-        patch.setattr(sharing, "_peer", lambda connection: (123, os.getuid() + 1))
+        patch.setattr(sockets, "peer", lambda connection: (123, os.getuid() + 1))
         with pytest.raises(ValueError, match=r"process 123 of user \d+ holds the name"):
             sharing.join(name)
     owner.close()
@@ -178,7 +196,9 @@ def configuration(folder: Path, **changes: Any) -> Any:
     model = {
         "model": str(folder),
         "revision": None,
-        "hf_config": SimpleNamespace(to_dict=lambda: {"num_experts": 8}),
+        "hf_config": SimpleNamespace(
+            to_dict=lambda: {"num_experts": 8, "_name_or_path": str(folder)}
+        ),
         "dtype": torch.bfloat16,
         "quantization": None,
     }
@@ -192,18 +212,22 @@ def configuration(folder: Path, **changes: Any) -> Any:
 def test_what_engines_must_have_in_common(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"1")
-    same = sharing.name_of(configuration(tmp_path), tmp_path, "KEEP")
-    assert sharing.name_of(configuration(tmp_path), tmp_path, "KEEP") == same
+
+    def name_of(*of: Any) -> str:
+        return sharing.name_of(sharing.identity_of(*of))
+
+    same = name_of(configuration(tmp_path), tmp_path, "KEEP")
+    assert name_of(configuration(tmp_path), tmp_path, "KEEP") == same
     linked = tmp_path / "linked"
     linked.symlink_to(tmp_path)
-    assert sharing.name_of(configuration(linked), linked, "KEEP") == same
+    assert name_of(configuration(linked), linked, "KEEP") == same
     others = [
-        sharing.name_of(configuration(tmp_path, dtype=torch.float16), tmp_path, "KEEP"),
-        sharing.name_of(configuration(tmp_path, tensor_parallel_size=2), tmp_path, "KEEP"),
-        sharing.name_of(configuration(tmp_path, enable_expert_parallel=True), tmp_path, "KEEP"),
-        sharing.name_of(configuration(tmp_path), tmp_path, "INT4"),
-        sharing.name_of(configuration(tmp_path), None, "KEEP"),
+        name_of(configuration(tmp_path, dtype=torch.float16), tmp_path, "KEEP"),
+        name_of(configuration(tmp_path, tensor_parallel_size=2), tmp_path, "KEEP"),
+        name_of(configuration(tmp_path, enable_expert_parallel=True), tmp_path, "KEEP"),
+        name_of(configuration(tmp_path), tmp_path, "INT4"),
+        name_of(configuration(tmp_path), None, "KEEP"),
     ]
     file.write_bytes(b"22")
-    others.append(sharing.name_of(configuration(tmp_path), tmp_path, "KEEP"))
+    others.append(name_of(configuration(tmp_path), tmp_path, "KEEP"))
     assert len({same, *others}) == 7

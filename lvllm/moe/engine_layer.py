@@ -28,18 +28,25 @@ def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> Ex
             w2_bias.zero_()  # The outputs of all ranks are summed, so one rank alone adds the bias.
         stored |= {"w13_bias": w13_bias, "w2_bias": w2_bias}
     stored["activation_bits"] = preferred_activation_bits(stored["format"], activation_bits)
-    owner = sharing.owner()
-    if owner is None:
+    publisher = sharing.publisher()
+    if publisher is None:
         return _expert_layer(layer, stored)
-    stored = owner.in_shared_memory(stored)
+    stored = publisher.in_shared_memory(stored)
     expert_layer = _expert_layer(layer, stored)
-    owner.publish(layer.layer_name, stored, expert_layer)
+    publisher.publish(layer.layer_name, stored, expert_layer)
     return expert_layer
 
 
-def make_of_shared(layer: Any, follower: sharing.Follower) -> ExpertLayer:
-    """The engine's layer for the weights that another process has loaded for vLLM's `layer`."""
-    expert_layer = _expert_layer(layer, follower.receive(layer.layer_name), ordered=True)
+def make_of_shared(
+    layer: Any, follower: sharing.Follower, activation_bits: int | None
+) -> ExpertLayer:
+    """The engine's layer for the weights that another process has loaded for vLLM's `layer`.
+
+    `activation_bits` is this process's own setting: the weights are the same for all values of it.
+    """
+    stored = follower.receive(layer.layer_name)
+    stored["activation_bits"] = preferred_activation_bits(stored["format"], activation_bits)
+    expert_layer = _expert_layer(layer, stored, ordered=True)
     follower.close_with(expert_layer)
     return expert_layer
 

@@ -1,0 +1,90 @@
+"""Runs a bank until it is told to end, or its loading fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from lvllm.bank.holder import Holder
+from lvllm.bank.notify import notify
+from lvllm.errors import LvllmError
+from lvllm.handover.banks import LOADS_FOR, Bank
+from lvllm.serving import guardian
+
+__all__ = ["run"]
+
+STOPPED = "the bank was stopped"
+"""What servers are told that still wait for layers."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def run(
+    model: str, words: Sequence[str], environ: Mapping[str, str], changed: Callable[[Bank], None]
+) -> Bank:
+    """Load the experts of the server that `vllm serve WORDS` would be, and hold them.
+
+    Returns the last status when the process gets a signal that ends it (`SIGNALS`). `changed` is
+    called with each status. Raises LvllmError if loading fails.
+    """
+    stopped = threading.Event()
+    for one in SIGNALS:
+        signal.signal(one, lambda *_: stopped.set())
+
+    def tell(status: Bank) -> None:
+        notify(f"STATUS={status.state}: {status.layers} layers, {status.bytes >> 20} MiB")
+        changed(status)
+
+    holder = Holder(model, tell)
+    try:
+        with _loader(words, environ, holder.name) as process:
+            while process.poll() is None and not stopped.wait(0.1):
+                pass
+        if not stopped.is_set():
+            if process.returncode or holder.status.state != "ready":
+                code = f"the loader ended with code {process.returncode}; its output says why"
+                raise LvllmError(holder.failure or code)
+            notify("READY=1")
+            stopped.wait()
+        notify("STOPPING=1")
+        holder.fail(STOPPED)
+        return holder.status
+    except LvllmError as error:
+        holder.fail(str(error))
+        raise
+    finally:
+        holder.close()
+
+
+@contextmanager
+def _loader(
+    words: Sequence[str], environ: Mapping[str, str], bank: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The loader, which ends with the block or with this process, however that ends."""
+    environment = dict(environ) | {
+        "LVLLM_MOE_NUMA_ENABLED": "1",
+        "LVLLM_SHARE_EXPERTS": "1",
+        "LVLLM_PREFILL_ENGINE": "0",
+        LOADS_FOR: bank,
+    }
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # The progress of loading stays.
+    environment.pop("NOTIFY_SOCKET", None)
+    reading, writing = os.pipe()
+    # -P: a folder called vllm in the working directory is not the package.
+    command = [sys.executable, "-P", "-m", "lvllm.bank.loader", *words]
+    process = subprocess.Popen(
+        [sys.executable, guardian.__file__, str(reading), *command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # Standard output is for the states.
+        pass_fds=(reading,),
+        start_new_session=True,
+    )
+    os.close(reading)
+    try:
+        yield process
+    finally:
+        os.close(writing)  # The guardian ends the loader, and then itself.
+        process.wait()
