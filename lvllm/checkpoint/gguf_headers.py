@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lvllm.checkpoint.files import open_regular
 from lvllm.checkpoint.headers import LFS_POINTER, CheckpointError, pointer_refused
 
 __all__ = ["GgufHeader", "GgufTensor", "first_of_part", "is_gguf", "open_gguf", "read_gguf_header"]
@@ -82,7 +83,7 @@ def is_gguf(file: Path) -> bool:
     if file.suffix == ".gguf":
         return True
     try:
-        with file.open("rb") as opened:
+        with os.fdopen(open_regular(file), "rb") as opened:
             return opened.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
@@ -136,7 +137,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         CheckpointError: a file that cannot be read, or is no GGUF file that this function knows.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(len(LFS_POINTER))
             if start == LFS_POINTER:

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from lvllm.checkpoint.files import open_regular
 from lvllm.errors import LvllmError
 
 __all__ = [
@@ -143,7 +144,7 @@ class Checkpoint:
 def read_header(path: Path) -> list[TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             first = file.read(len(LFS_POINTER))
             if first == LFS_POINTER:
@@ -242,7 +243,8 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 def _read_index(path: Path) -> dict[str, Path] | None:
     """The file of each tensor, or None if there is no index."""
     try:
-        written = json.loads(path.read_bytes())
+        with os.fdopen(open_regular(path), "rb") as file:
+            written = json.loads(file.read())
     except FileNotFoundError:
         return None
     except OSError as error:

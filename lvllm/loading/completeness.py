@@ -43,16 +43,20 @@ def require_names(model: Module, loaded: set[str] | None) -> None:
         raise CheckpointError(f"{missing[0]} is not in the checkpoint{more}")
 
 
-def load_all_rows(load: Callable[[], None], model: Module) -> None:
+def load_all_rows(load: Callable[[], None], model: Module, made_up: str | None = None) -> None:
     """Have `load` fill `model`, all rows of its linear layers and embeddings included.
+
+    A module called `made_up` is left out, because the checkpoint need not have it.
 
     Raises CheckpointError, with the weight's name, if a row was not loaded. A row that begins with
     NaN in the checkpoint is refused as well.
     """
-    for _, firsts in _first_weights(model):
+    for _, firsts in _first_weights(model, made_up):
         firsts.fill_(torch.nan)
     load()
-    for name, firsts in _first_weights(model):  # loading may have replaced a parameter's memory
+    for name, firsts in _first_weights(
+        model, made_up
+    ):  # loading may have replaced a parameter's memory
         missing = firsts.isnan().nonzero().flatten().tolist()
         if missing:
             raise CheckpointError(
@@ -61,12 +65,14 @@ def load_all_rows(load: Callable[[], None], model: Module) -> None:
             )
 
 
-def _first_weights(model: Module) -> list[tuple[str, torch.Tensor]]:
+def _first_weights(model: Module, made_up: str | None) -> list[tuple[str, torch.Tensor]]:
     """The name of every unquantised matrix, and a view of the first weight of each of its rows."""
     found = []
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or weight.numel() == 0 or not weight.is_floating_point():
+            continue
+        if made_up is not None and name.rpartition(".")[2] == made_up:
             continue
         if isinstance(getattr(module, "quant_method", None), PLAIN):
             found.append((f"{name}.weight", weight.data.flatten(1)[:, 0]))

@@ -144,12 +144,18 @@ class FileTensor(torch.Tensor):
         """A plain tensor of the same values and strides. Raises CheckpointError."""
         return self.source.read(self._view)
 
-    def _as_source_of(self, dtype: torch.dtype) -> "FileTensor":
-        """This tensor, as it is copied into memory of `dtype`.
+    def _as_source_of(self, to: torch.Tensor) -> "FileTensor":
+        """This tensor, as it is copied into the memory of `to`.
 
         Raises CheckpointError if one is of integers and the other of floating-point numbers:
-        PyTorch would turn 0.3 into the integer 0 without a warning.
+        PyTorch would turn 0.3 into the integer 0 without a warning. It also raises one for fewer
+        numbers than `to` has, which PyTorch would repeat.
         """
+        dtype, view = to.dtype, self._view
+        if view.numel() < to.numel():
+            raise self.source.info.refuse(
+                f"is {list(view.size())}, the model takes {list(to.size())}"
+            )
         if dtype == torch.uint8 and self.dtype == torch.float8_e8m0fnu:
             # The engine keeps exponents as bytes. Converted as a number, 2**-7 would become 0.
             return FileTensor(self.source, self._view.view(torch.uint8))
@@ -197,7 +203,7 @@ class FileTensor(torch.Tensor):
         if func is torch.ops.aten.copy_.default:
             to, source = args[:2]
             if not isinstance(to, cls):
-                source = source._as_source_of(to.dtype)
+                source = source._as_source_of(to)
                 if source.source.copy(source._view, to):
                     return to
                 args = (to, source, *args[2:])

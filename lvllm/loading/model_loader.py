@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch.nn import Module
 from tqdm.auto import tqdm
-from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm
 
@@ -41,9 +41,10 @@ Result = TypeVar("Result")
 
 
 def has_experts() -> bool:
-    """Whether the model that is being loaded has experts; all others load as vLLM does."""
-    vllm_config = get_current_vllm_config_or_none()
-    return vllm_config is not None and bool(vllm_config.model_config.get_num_experts())
+    """Whether an engine is loading a model with experts; all others load as vLLM does."""
+    if HybridConfig.current_or_none() is None:
+        return False
+    return bool(get_current_vllm_config().model_config.get_num_experts())
 
 
 def end_in_one_line(load_model: Callable[[], Result]) -> Result:
@@ -130,7 +131,9 @@ def load_completely(load_weights: Callable[[], None], model: Module, *, is_draft
     if is_draft:
         load_weights()
     else:
-        completeness.load_all_rows(load_weights, model)
+        # With `--convert classify` vLLM gives any model a head, which its checkpoint may lack.
+        converted = get_current_vllm_config().model_config.convert_type == "classify"
+        completeness.load_all_rows(load_weights, model, "score" if converted else None)
     in_hand.clear()
 
 

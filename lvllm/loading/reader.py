@@ -16,6 +16,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from lvllm.checkpoint.files import open_regular
 from lvllm.checkpoint.headers import TensorInfo
 from lvllm.loading import in_hand
 from lvllm.loading.file_tensor import FileTensor
@@ -124,7 +125,7 @@ class _File:
     """An open file. It is closed when no tensor and no reader holds it any more."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

@@ -1,6 +1,7 @@
 """The headers of safetensors files: sound ones, and every damage that has an error of its own."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,19 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
     refused(tmp_path, "model.safetensors", "No such file")
+
+
+@pytest.mark.parametrize("name", [INDEX, "model-00002-of-00002.safetensors"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "a device"])
+def test_what_is_no_regular_file_is_refused_at_once(folder: Path, name: str, kind: str) -> None:
+    """To open a FIFO would wait for ever."""
+    (folder / name).unlink()
+    if kind == "a FIFO":
+        os.mkfifo(folder / name)
+    elif kind == "a folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    said = "Is a directory" if kind == "a folder" else "is no regular file"
+    with pytest.raises(CheckpointError, match=rf"{name}: {said}$"):
+        Checkpoint.open(folder)

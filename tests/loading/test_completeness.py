@@ -76,3 +76,18 @@ def test_a_weight_whose_memory_is_replaced_while_loading() -> None:
         model.proj.weight.data = torch.ones(4, 3)
 
     load_all_rows(load, model)
+
+
+def test_a_head_that_vllm_adds_need_not_be_in_the_checkpoint() -> None:
+    model = Model()
+    model.score = Linear(2)
+    before = model.score.weight.detach().clone()
+
+    def load() -> None:
+        model.proj.weight.data.zero_()
+
+    with pytest.raises(CheckpointError, match=r"^score\.weight is not in the checkpoint"):
+        load_all_rows(load, model)
+    model.score.weight.data.copy_(before)
+    load_all_rows(load, model, "score")
+    assert torch.equal(model.score.weight, before)

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 from lvllm import formats, patches
 from lvllm.checkpoint.headers import Checkpoint, CheckpointError
-from lvllm.errors import LayerError, TensorError, naming_layer
+from lvllm.errors import LayerError, LvllmError, TensorError, naming_layer
 from lvllm.loading import in_hand, model_loader
 from lvllm.loading.file_tensor import FileTensor
 from lvllm.loading.reader import Reader
+from lvllm.settings.configuration import HybridConfig
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,7 @@ def test_loading_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LayerError("layer 3:\ntoo little")
 
     monkeypatch.delenv("_LVLLM_FAILURE", raising=False)
-    with pytest.raises(SystemExit, match=r"^lvllm: layer 3: too little$"):
+    with pytest.raises(LvllmError, match=r"^layer 3: too little$"):
         model_loader.end_in_one_line(load)
     with pytest.raises(ZeroDivisionError):
         model_loader.end_in_one_line(lambda: 1 // 0)
@@ -156,7 +157,7 @@ def test_pickles_are_refused_unless_they_were_asked_for(monkeypatch: pytest.Monk
             model_config=SimpleNamespace(get_num_experts=lambda: experts),
         )
         monkeypatch.setattr(model_loader, "get_current_vllm_config", lambda: found)
-        monkeypatch.setattr(model_loader, "get_current_vllm_config_or_none", lambda: found)
+        monkeypatch.setattr(HybridConfig, "current_or_none", lambda: object())
 
     iterate = patches.loading.refuse_pickles.make(lambda files, *args: "read")
     for load_format in ("auto", "hf"):

@@ -1,6 +1,7 @@
 """Tensors read straight from files, compared with what the safetensors library reads."""
 
 import random
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -229,6 +230,24 @@ def test_numbers_of_another_kind_are_refused(
         fault = f"'it': is {names[0]}, the model takes {names[1]}"
         with pytest.raises(CheckpointError, match=fault):
             torch.empty(part.shape, dtype=wanted).copy_(part)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 4), (6, 1), (6, 1, 1)])
+def test_fewer_numbers_than_the_model_takes_are_refused(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """PyTorch would repeat them without a word."""
+    tensor = file_tensor(tmp_path, torch.rand(shape))
+    wanted = torch.empty((6, 6, 4) if len(shape) == 3 else (6, 4))
+    fault = re.escape(f"'it': is {list(shape)}, the model takes {list(wanted.shape)}")
+    with pytest.raises(CheckpointError, match=fault):
+        wanted.copy_(tensor)
+
+
+def test_one_number_may_have_any_number_of_dimensions(tmp_path: Path) -> None:
+    tensor = file_tensor(tmp_path, torch.tensor(2.5))
+    for shape in ((), (1,), (1, 1)):
+        assert torch.empty(shape).copy_(tensor).flatten().tolist() == [2.5]
 
 
 def test_exponents_are_bytes_or_numbers(tmp_path: Path) -> None:
