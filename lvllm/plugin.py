@@ -10,7 +10,7 @@ from packaging.version import InvalidVersion, Version
 
 import lvllm
 from lvllm.errors import LvllmError
-from lvllm.faults import orphans
+from lvllm.faults import orphans, process
 from lvllm.settings import variables
 from lvllm.supported import VLLM
 
@@ -18,15 +18,14 @@ from lvllm.supported import VLLM
 def register() -> None:
     """Give vLLM LvLLM's layers through its seams, and replace what has no seam.
 
-    A wrong setting, or a vLLM that is not as the replacements expect, ends the process with one
-    line and exit code 1. The error is SystemExit, since vLLM prints any other exception as a
-    traceback.
+    A wrong setting, or a vLLM that is not as the replacements expect, ends a command with one line
+    and exit code 1. In a program that uses vLLM as a library, it raises LvllmError with that line.
     """
     try:
         if variables.enabled(os.environ):
             _register()
     except LvllmError as error:
-        raise SystemExit(f"lvllm: {error}") from None
+        raise process.refusal(str(error)) from None
 
 
 def _register() -> None:
@@ -39,12 +38,13 @@ def _register() -> None:
     from vllm.platforms import current_platform
 
     from lvllm import patches
-    from lvllm.upstream import expert_layers, integer_linear, quantization_configs
+    from lvllm.upstream import expert_layers, integer_linear, quantization_configs, ray_variables
 
     # On a GPU vLLM's own linear layers, routers and pictures run.
     is_cpu = current_platform.is_cpu()
     expert_layers.register()
     quantization_configs.register()
+    ray_variables.copy_ours()
     if is_cpu:
         integer_linear.register()
     patches.install("cpu" if is_cpu else "cuda")

@@ -7,6 +7,7 @@ import pytest
 import vllm.platforms
 
 from lvllm import patches, plugin, prepare
+from lvllm.errors import LvllmError
 from lvllm.patches import Patch
 
 
@@ -83,14 +84,14 @@ def test_what_only_the_cpu_platform_lacks(cpu: bool, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("value", ["yes", "2", "01"])
 def test_a_wrong_switch_ends_the_process(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVLLM_MOE_NUMA_ENABLED", value)
-    with pytest.raises(SystemExit, match=f"lvllm: LVLLM_MOE_NUMA_ENABLED='{value}' is not allowed"):
+    with pytest.raises(LvllmError, match=f"LVLLM_MOE_NUMA_ENABLED='{value}' is not allowed"):
         plugin.register()
 
 
 @pytest.mark.usefixtures("enabled")
 def test_a_misspelt_variable_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LVLLM_GPU_RESIDENT_LAYERS", "0")
-    with pytest.raises(SystemExit, match="did you mean LVLLM_GPU_RESIDENT_MOE_LAYERS"):
+    with pytest.raises(LvllmError, match="did you mean LVLLM_GPU_RESIDENT_MOE_LAYERS"):
         plugin.register()
 
 
@@ -109,7 +110,7 @@ def test_another_vllm_is_refused_before_anything_is_replaced(
 ) -> None:
     monkeypatch.setattr("vllm.__version__", version)
     monkeypatch.setattr(patches, "install", pytest.fail)
-    with pytest.raises(SystemExit, match=f"^lvllm: vLLM {version} is installed, and LvLLM .* to "):
+    with pytest.raises(LvllmError, match=f"^vLLM {version} is installed, and LvLLM .* to "):
         plugin.register()
 
 

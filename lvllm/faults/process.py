@@ -7,10 +7,14 @@ process leaves quietly.
 """
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["end", "end_now", "follow", "in_one_line", "prepare"]
+from lvllm.errors import LvllmError
+
+__all__ = ["end", "end_now", "follow", "in_one_line", "prepare", "refusal"]
 
 _VARIABLE = "_LVLLM_FAILURE"
 """The environment variable with PROCESS:FILE DESCRIPTOR of the front process."""
@@ -24,12 +28,28 @@ def prepare() -> None:
     os.truncate(_path(), 0)  # an earlier model of this process may have failed
 
 
+def refusal(line: str) -> BaseException:
+    """What to raise where the front process cannot go on because of what `line` says.
+
+    A command of vLLM prints the line and ends with exit code 1. A program that uses vLLM as a
+    library gets an LvllmError, which is a ValueError.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    # The second is `python -m vllm.entrypoints...`.
+    if Path(program).name == "vllm" or "/vllm/entrypoints/" in program:
+        return SystemExit(f"lvllm: {line}")
+    return LvllmError(line)
+
+
 def end(line: str) -> NoReturn:
-    """End this process because of what `line` says; the front process will print it."""
+    """End this process because of what `line` says; the front process will print it.
+
+    In the front process itself this raises its `refusal`.
+    """
     line = " ".join(line.split())
-    if _report(line):
-        raise SystemExit(1)
-    raise SystemExit(f"lvllm: {line}")
+    if _front() in (None, os.getpid()):
+        raise refusal(line) from None
+    raise SystemExit(1 if _report(line) else f"lvllm: {line}")
 
 
 def end_now(line: str) -> NoReturn:
@@ -52,8 +72,8 @@ def follow() -> None:
 def in_one_line(wait: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that waits for processes as `wait` does, and ends in the line of one.
 
-    The front process prints the line, and any other leaves quietly. Where no process has left a
-    line, the exception of `wait` passes.
+    The front process raises its `refusal`, and any other leaves quietly. Where no process has left
+    a line, the exception of `wait` passes.
     """
 
     def wait_or_end(*arguments: Any, **options: Any) -> Any:
@@ -64,7 +84,7 @@ def in_one_line(wait: Callable[..., Any]) -> Callable[..., Any]:
             if line is None:
                 raise
             if _front() == os.getpid():
-                raise SystemExit(f"lvllm: {line}") from None
+                raise refusal(line) from None
             raise SystemExit(1) from None
 
     return wait_or_end

@@ -91,10 +91,14 @@ def needed(
     experts: dict[UseWeight, int] = dict.fromkeys(UseWeight, 0)
     for layer, size in stored.items():
         how = use.of(layer)
+        if how in (UseWeight.INT8, UseWeight.FP8) and size < 2 * held[layer]:
+            how = UseWeight.KEEP  # Experts of fewer than 16 bits stay as they are.
         experts[how] += size if how == UseWeight.KEEP else held[layer]
     total = (
         experts[UseWeight.KEEP]
         + experts[UseWeight.TO_DTYPE] * 2
+        + experts[UseWeight.INT8]
+        + experts[UseWeight.FP8]
         + int(experts[UseWeight.INT4] * integers.INT4_BITS / 8)
     )
     return Need(total, others, 0, int(held.total() * integers.INT4_BITS / 8))

@@ -12,7 +12,12 @@ import torch
 
 from lvllm.errors import LayerError, LvllmError, TensorError, naming_layer
 
-__all__ = ["EXPERTS", "Arrivals"]
+__all__ = ["EXPERTS", "NOT_AGAIN", "Arrivals"]
+
+NOT_AGAIN = (
+    "weights cannot be loaded again with LVLLM_MOE_NUMA_ENABLED=1, because lk keeps them in an"
+    " order of its own: start anew with the new checkpoint"
+)
 
 EXPERTS = ("w13_", "w2_")
 """The names of experts' parameters begin with one of these."""
@@ -46,6 +51,7 @@ class Arrivals:
         self._missing: set[Missing] = set()
         self._names: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def expect(self, parts: int) -> None:
         """Want all tensors of the parameters that the layer has now.
@@ -74,12 +80,15 @@ class Arrivals:
         """Load one tensor as vLLM does, and note that it arrived.
 
         A tensor that comes once more after its layer was converted, when the parameter's memory is
-        already freed, is ignored.
+        already freed, is ignored while the model is being loaded.
 
         Raises:
             TensorError: if the layer cannot take the tensor.
-            LayerError: if this was the last tensor and the layer cannot be completed.
+            LayerError: if this was the last tensor and the layer cannot be completed, or if the
+                model has been loaded before.
         """
+        if self._closed:
+            raise LayerError(f"{self._layer.layer_name}: {NOT_AGAIN}")
         local = self._local(expert_id)
         loaded = local != -1 and param.numel() > 0
         if loaded and hasattr(param, "place"):
@@ -131,6 +140,10 @@ class Arrivals:
         if last:
             with naming_layer(self._layer.layer_name):
                 self._complete()
+
+    def close(self) -> None:
+        """Refuse all tensors from now on: the model has been loaded."""
+        self._closed = True
 
     def require_all(self) -> None:
         """Raise LayerError, with a tensor's name in the checkpoint, if tensors never came."""

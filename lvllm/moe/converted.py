@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 
 from lvllm.engine import quantize
 from lvllm.engine.dequantize import computable, values
+from lvllm.engine.weight_formats import DTYPES
 from lvllm.formats.base import ExpertFormat, Shape, empty
 from lvllm.formats.integers import INT4_GROUP
 from lvllm.log import logger
@@ -37,8 +38,9 @@ class Conversion:
     """How a model's experts are to be converted."""
 
     target: UseWeight
-    """TO_DTYPE is the model's dtype. INT4 is 4-bit integers in groups of 32. KEEP is the
-    checkpoint's format if the engine computes it, and otherwise the model's dtype."""
+    """TO_DTYPE is the model's dtype. INT4 is 4-bit integers in groups of 32. INT8 and FP8 have a
+    scale for each row. KEEP is the checkpoint's format if the engine computes it, and otherwise the
+    model's dtype."""
     device: str
     """The device that does the arithmetic: "cpu" or "cuda"."""
     cpus: tuple[int, ...]
@@ -47,17 +49,23 @@ class Conversion:
     """Whether weights are made up instead of loaded (vLLM's load format `dummy`)."""
 
 
+BITS = {UseWeight.INT4: 4, UseWeight.INT8: 8, UseWeight.FP8: 8}
+"""Bits of a weight in the formats to which experts are quantised."""
+BY_ROWS = {UseWeight.INT8: quantize.int8, UseWeight.FP8: quantize.fp8_channels}
+"""The functions that quantise with a scale for each row; the engine calls the formats alike."""
+
+
 def choose(source: ExpertFormat, conversion: Conversion, prefix: str) -> ExpertFormat:
     """The format in which a layer's experts are computed: `source`, or a conversion of it.
 
-    `source` is the checkpoint's format, and `prefix` the layer's name.
+    `source` is the checkpoint's format, and `prefix` the layer's name. Experts that have no more
+    bits than the target are not quantised once more.
     """
-    needs_no_conversion = {
-        UseWeight.KEEP: source.computable,
-        UseWeight.TO_DTYPE: source.bits == 16,
-        UseWeight.INT4: source.bits == 4 and source.computable,
-    }
-    if needs_no_conversion[conversion.target]:
+    if conversion.target == UseWeight.TO_DTYPE:
+        fits = source.bits == 16
+    else:
+        fits = source.computable and source.bits <= BITS.get(conversion.target, source.bits)
+    if fits:
         return source
     return Converted(source, conversion, prefix)
 
@@ -73,7 +81,7 @@ class Converted(ExpertFormat):
         self.source = source
         self.conversion = conversion
         self.prefix = prefix
-        self.bits = 4 if conversion.target == UseWeight.INT4 else 16
+        self.bits = BITS.get(conversion.target, 16)
         self.arrives = source.arrives
         self.loaded: list[torch.nn.Parameter] = []
         self.results: dict[str, torch.Tensor] = {}
@@ -138,8 +146,9 @@ class Converted(ExpertFormat):
 
     def _allocate_results(self) -> None:
         """Allocate the engine's memory for the converted w13 and w2."""
-        int4 = self.conversion.target == UseWeight.INT4
-        dtype = torch.uint8 if int4 else self.dtype
+        target = self.conversion.target
+        int4 = target == UseWeight.INT4
+        dtype = DTYPES[target.lower()] if target in BITS else self.dtype
         for name, parts, rows, columns in self.shape.matrices:
             size = (self.shape.experts, rows, columns // 2 if int4 else columns)
             self.results[name] = self.shape.allocate(size, dtype, parts=parts)
@@ -156,6 +165,9 @@ class Converted(ExpertFormat):
             if self.conversion.target == UseWeight.INT4:
                 scale = self._fill_int4(tensors, name, result)
                 converted |= {"format": "int4", "group_size": INT4_GROUP, f"{name}_scale": scale}
+            elif self.conversion.target in BY_ROWS:
+                scale = self._fill_rows(tensors, name, result)
+                converted |= {"format": self.conversion.target.lower(), f"{name}_scale": scale}
             else:
                 converted["format"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
                 self._fill_values(tensors, name, result)
@@ -169,19 +181,40 @@ class Converted(ExpertFormat):
         groups = ceil_div(2 * pairs, INT4_GROUP)
         scales = torch.empty((experts, rows, groups), dtype=torch.bfloat16)
 
-        def quantize_one(expert: int) -> None:
-            weight = values(tensors, name, expert, self.conversion.device)
+        def quantize_one(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             # Zeros in the last group change neither its scale nor its other codes.
             padded = F.pad(weight, (0, groups * INT4_GROUP - 2 * pairs))
+            code, scale = quantize.int4(padded, INT4_GROUP)
+            return code[:, :pairs], scale
+
+        self._fill_codes(tensors, name, quantize_one, codes, scales)
+        return scales
+
+    def _fill_rows(self, tensors: dict[str, Any], name: str, codes: torch.Tensor) -> torch.Tensor:
+        """Quantise all experts into `codes` [E, rows, columns], and return their scales."""
+        scales = torch.empty(codes.shape[:2], dtype=torch.float32)
+        self._fill_codes(tensors, name, BY_ROWS[self.conversion.target], codes, scales)
+        return scales
+
+    def _fill_codes(
+        self,
+        tensors: dict[str, Any],
+        name: str,
+        quantize_one: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> None:
+        """Put what `quantize_one` returns for each expert into `codes` and `scales`."""
+
+        def fill_one(expert: int) -> None:
             try:
-                code, scale = quantize.int4(padded, INT4_GROUP)
+                code, scale = quantize_one(values(tensors, name, expert, self.conversion.device))
             except ValueError as error:  # NaN or infinity
                 raise ValueError(f"{self.prefix}: {name} of expert {expert}: {error}") from None
-            codes[expert].copy_(code[:, :pairs])
+            codes[expert].copy_(code)
             scales[expert].copy_(scale)
 
-        self._for_each_expert(quantize_one)
-        return scales
+        self._for_each_expert(fill_one)
 
     def _fill_values(self, tensors: dict[str, Any], name: str, out: torch.Tensor) -> None:
         """Dequantise all experts into `out` [E, rows, columns], which has the model's dtype."""

@@ -135,13 +135,14 @@ class HybridMoEMethod(FusedMoEMethodBase):
         shared experts and ends before they are complete, this raises LayerError too.
         """
         if self.follower is not None:
-            layer.engine = engine_layer.make_of_shared(layer, self.follower)
+            layer.engine = engine_layer.make_of_shared(layer, self.follower, self.activation_bits)
             layer.engine_handle = layer.engine.handle
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 if parameter.is_meta:
                     delattr(layer, name)
         if self.arrivals is not None and not self.dummy:
             self.arrivals.require_all()
+            self.arrivals.close()
         if not hasattr(layer, "engine"):  # Without a complete count, the handover is still due.
             self._hand_over(layer)
         if self.offload is not None:

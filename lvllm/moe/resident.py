@@ -21,11 +21,14 @@ _upstream_method = RoutedExperts._get_quant_method
 def is_resident(prefix: str) -> bool:
     """Whether vLLM computes the experts called `prefix` of the model that is being built.
 
-    Without an accelerator it computes none. With one, it computes the layers that
-    LVLLM_GPU_RESIDENT_MOE_LAYERS names, and all layers of a draft model. A draft's few layers run
-    for every token, and some have the same numbers as layers of the model itself.
+    Outside an engine it computes all, as without LvLLM. Without an accelerator it computes none.
+    With one, it computes the layers that LVLLM_GPU_RESIDENT_MOE_LAYERS names, and all layers of a
+    draft model. A draft's few layers run for every token, and some have the same numbers as layers
+    of the model itself.
     """
-    config = HybridConfig.current()
+    config = HybridConfig.current_or_none()
+    if config is None:
+        return True
     if config.accelerator == "none":
         return False
     return _is_draft() or layer_number(prefix) in config.gpu_resident_moe_layers
@@ -41,8 +44,11 @@ def resident_method(
 ) -> FusedMoEMethodBase:
     """vLLM's own method for the experts of `layer`, called `prefix`.
 
-    Raises LayerError where vLLM cannot compute these experts on its platform.
+    Raises LayerError where vLLM cannot compute these experts on its platform. Outside an engine,
+    vLLM's own errors pass.
     """
+    if HybridConfig.current_or_none() is None:
+        return _upstream_method(layer, prefix, quant_config, moe_config)
     try:
         if current_platform.is_cpu() and not moe_config.is_act_and_mul:
             # vLLM itself would refuse these experts, but a patch lifts that refusal for lk.

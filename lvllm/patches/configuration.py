@@ -1,10 +1,20 @@
-"""LvLLM's checks of every configuration, whichever way vLLM was started."""
+"""LvLLM's checks of every configuration, whichever way vLLM was started, and of its file."""
 
+import os
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
+
+import yaml
 
 from lvllm.patches.registry import patch
 
-__all__ = ["check_every_configuration"]
+__all__ = [
+    "check_every_configuration",
+    "check_heads_first",
+    "pass_refusals_on",
+    "read_the_file_exactly",
+]
 
 
 @patch(
@@ -20,12 +30,94 @@ __all__ = ["check_every_configuration"]
 def check_every_configuration(original: Any) -> Any:
     from lvllm import prepare
     from lvllm.errors import LvllmError
+    from lvllm.faults import process
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         original(cls, vllm_config)
         try:
             prepare.prepare(vllm_config)
         except LvllmError as error:
-            raise SystemExit(f"lvllm: {error}") from None
+            raise process.refusal(str(error)) from None
 
     return check_and_update_config
+
+
+@patch(
+    "vllm.config.model:ModelConfig.verify_with_parallel_config",
+    signature="(self, parallel_config)",
+    why="A tensor-parallel size that does not divide the attention heads ends in a traceback of the"
+    " configuration, and one that does not divide the KV heads in an assertion of each worker."
+    " Neither says which sizes are allowed. vLLM checks the heads before the complete"
+    " configuration, which LvLLM checks, exists.",
+    upstream="none, because vLLM refuses the same sizes",
+    until="vLLM checks KV heads as well, and says which sizes are allowed",
+)
+def check_heads_first(original: Any) -> Any:
+    from lvllm.errors import LvllmError
+    from lvllm.faults import process
+    from lvllm.settings.division import check_heads
+    from lvllm.settings.model_checks import is_moe
+
+    def verify_with_parallel_config(self: Any, parallel_config: Any) -> None:
+        try:
+            if is_moe(self):
+                check_heads(self, parallel_config)
+        except LvllmError as error:
+            raise process.refusal(str(error)) from None
+        original(self, parallel_config)
+
+    return verify_with_parallel_config
+
+
+@patch(
+    "vllm.utils.argparse_utils:FlexibleArgumentParser.load_config_file",
+    signature="(self, file_path)",
+    why="vLLM makes arguments of the keys of --config FILE. Of a dotted key it drops `false`, lets"
+    " `true` take the next argument as its value, and makes several arguments of a list, so that"
+    " a setting would mean something else than `lvllm env --config FILE` says. Of a key that is"
+    " written twice it takes the last, and a file that it cannot read ends in a traceback.",
+    upstream="https://github.com/vllm-project/vllm/issues/51401 (`false` of options that exist)",
+    until="vLLM gives the values of dotted keys to the configuration with their types",
+)
+def read_the_file_exactly(original: Any) -> Any:
+    from lvllm.errors import LvllmError
+    from lvllm.settings import config_file
+    from lvllm.settings.resolving import resolve
+
+    def load_config_file(self: Any, file_path: str) -> Any:
+        try:
+            file = config_file.read(Path(file_path))
+            resolve(os.environ, config_file.section(file))
+        except LvllmError as error:
+            raise SystemExit(f"lvllm: {error}") from None
+        with NamedTemporaryFile("w", suffix=".yaml") as exact:
+            yaml.safe_dump(config_file.as_arguments(file), exact, sort_keys=False)
+            exact.flush()
+            return original(self, exact.name)
+
+    return load_config_file
+
+
+@patch(
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    signature="(self, usage_context=None, headless=False)",
+    why="vLLM's configuration is a class of pydantic, which wraps a refusal of LvLLM in lines about"
+    " the values of all its fields. A program that uses vLLM as a library gets the one line.",
+    upstream="none, because vLLM's own refusals are wrapped alike",
+    until="plugins may register a function that gets the complete VllmConfig",
+)
+def pass_refusals_on(original: Any) -> Any:
+    from pydantic import ValidationError
+
+    from lvllm.errors import LvllmError
+
+    def create_engine_config(self: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return original(self, *arguments, **options)
+        except ValidationError as error:
+            refusal = error.errors()[0].get("ctx", {}).get("error")
+            if isinstance(refusal, LvllmError):
+                raise refusal from None
+            raise
+
+    return create_engine_config

@@ -43,12 +43,14 @@ def refuse_unknown_experts(original: Any) -> Any:
     platform="cpu",
 )
 def allow_experts_without_gate(original: Any) -> Any:
+    from lvllm.settings.configuration import HybridConfig
+
     def __post_init__(self: Any) -> None:
         # The refusal is the last thing that vLLM does here, so nothing is skipped.
         try:
             original(self)
         except NotImplementedError:
-            if self.is_act_and_mul:
+            if self.is_act_and_mul or HybridConfig.current_or_none() is None:
                 raise
 
     return __post_init__

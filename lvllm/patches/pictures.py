@@ -13,6 +13,7 @@ from importlib.util import find_spec, spec_from_loader
 from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
+from lvllm.faults import process
 from lvllm.patches import registry
 from lvllm.patches.registry import NOTHING, PICTURE_MODEL_IMPORTED, Unless, patch
 
@@ -90,7 +91,7 @@ class _PillowModules(MetaPathFinder, Loader):
         try:
             registry.install("cpu", PICTURE_MODEL_IMPORTED)
         except registry.PatchError as error:
-            raise SystemExit(f"lvllm: {error}") from None
+            raise process.refusal(str(error)) from None
 
 
 def _declare(target: str, signature: str, make: Callable[[Any], Any]) -> None:

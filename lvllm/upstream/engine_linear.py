@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -20,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from lvllm import startup
 from lvllm.engine import OWN_FORMAT, LinearLayer
 from lvllm.engine.weight_formats import preferred_activation_bits
-from lvllm.settings.configuration import RESOLVED, HybridConfig
+from lvllm.settings.configuration import HybridConfig
 from lvllm.settings.variables import DenseWeight
 
 __all__ = ["take"]
@@ -37,11 +36,10 @@ def take(layer: Any, *, remove_weight: bool) -> bool:
 
     `remove_weight` says that nothing else reads the layer's weight.
     """
-    vllm_config = get_current_vllm_config_or_none()
-    if vllm_config is None or RESOLVED not in vllm_config.additional_config:
+    config = HybridConfig.current_or_none()
+    if config is None or config.dense_weight is None:
         return False
-    config = HybridConfig.carried(vllm_config)
-    if config.dense_weight is None or not isinstance(layer, LinearBase | VocabParallelEmbedding):
+    if not isinstance(layer, LinearBase | VocabParallelEmbedding):
         return False
     weight = layer.weight
     if weight.dim() != 2 or weight.is_meta or weight.dtype not in OWN_FORMAT:

@@ -8,12 +8,15 @@ import torch
 from vllm.distributed import get_pp_group, get_world_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from lvllm.errors import LvllmError
 from lvllm.faults import process
 from lvllm.faults.nonfinite import Watch, layers_of, open_watch
 from lvllm.faults.request import set_faults
+from lvllm.gpu import mark_step
+from lvllm.moe.arrivals import NOT_AGAIN
 from lvllm.patches import PatchError, install
 from lvllm.patches.registry import MODEL_LOADED
-from lvllm.worker import verification
+from lvllm.worker import expert_cache, experts, verification
 from lvllm.worker.counting import Steps, count_worker
 
 
@@ -28,6 +31,13 @@ class HybridCPUWorker(CPUWorker):
     _watch: Watch | None = None
     _steps = Steps(None)
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """As vLLM's worker, whose errors about the machine's memory end in one line."""
+        try:
+            super().__init__(*arguments, **options)
+        except ValueError as error:
+            process.end(str(error))
+
     def load_model(self, **arguments: Any) -> None:
         super().load_model(**arguments)
         try:
@@ -35,6 +45,7 @@ class HybridCPUWorker(CPUWorker):
         except PatchError as error:
             process.end(str(error))
         self._make_room_for_earlier_stages()
+        experts.warn_if_none_are_ours(self.vllm_config, self.model_runner.get_model())
         verification.at_start(self.vllm_config, self.model_runner.get_model())
         config = self.parallel_config
         self._per_request = (
@@ -54,11 +65,19 @@ class HybridCPUWorker(CPUWorker):
             process.follow()  # A rank whose share of the checkpoint is damaged has ended by now.
             raise
 
+    def determine_available_memory(self) -> int:
+        """Measure memory, of which the stand-in for a GPU gives some to its cache of experts."""
+        return expert_cache.leave_room(self, int(super().determine_available_memory()))
+
     def compile_or_warm_up_model(self) -> Any:
         """Warm the model up, and count from then on."""
         times = super().compile_or_warm_up_model()
         self._steps = count_worker(self)
         return times
+
+    def reload_weights(self, *_: Any, **__: Any) -> None:
+        """Refuse what vLLM's workers can do."""
+        raise LvllmError(NOT_AGAIN)
 
     def verify_experts(self) -> list[str]:
         """See `lvllm verify`."""
@@ -80,6 +99,7 @@ class HybridCPUWorker(CPUWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._steps.add(scheduler_output)
+        mark_step()  # The stand-in for a GPU replaces experts in its cache.
         if self._watch is None:
             return super().execute_model(scheduler_output)
         self._faults = {}

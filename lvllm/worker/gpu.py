@@ -5,8 +5,10 @@ from typing import Any
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
+from lvllm.errors import LvllmError
 from lvllm.gpu import concentrated_routing, mark_step, raise_host_call_error
-from lvllm.worker import verification
+from lvllm.moe.arrivals import NOT_AGAIN
+from lvllm.worker import expert_cache, experts, verification
 from lvllm.worker.counting import Steps, count_worker
 
 __all__ = ["HybridGPUWorker"]
@@ -26,6 +28,7 @@ class HybridGPUWorker(Worker):
     def load_model(self, **arguments: Any) -> None:
         """Load the model, and verify its layers if LVLLM_VERIFY says so."""
         super().load_model(**arguments)
+        experts.warn_if_none_are_ours(self.vllm_config, self.model_runner.get_model())
         verification.at_start(self.vllm_config, self.model_runner.get_model())
 
     def compile_or_warm_up_model(self) -> Any:
@@ -34,6 +37,10 @@ class HybridGPUWorker(Worker):
         self._steps = count_worker(self)
         return times
 
+    def reload_weights(self, *_: Any, **__: Any) -> None:
+        """Refuse what vLLM's workers can do."""
+        raise LvllmError(NOT_AGAIN)
+
     def verify_experts(self) -> list[str]:
         """See `lvllm verify`."""
         return verification.verify_experts(self.model_runner.get_model())
@@ -41,7 +48,8 @@ class HybridGPUWorker(Worker):
     def determine_available_memory(self) -> int:
         """Measure memory with the routing that takes the most of it."""
         with concentrated_routing():
-            return int(super().determine_available_memory())
+            available = int(super().determine_available_memory())
+        return expert_cache.leave_room(self, available)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step, which is due from now on for the watchdog."""

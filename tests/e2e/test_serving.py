@@ -167,7 +167,12 @@ def test_metrics_under_load(demo: tuple[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message", "command"),
     [
-        ("LVLLM_GPU_RESIDENT_MOE_LAYERS", "9-3", "layer indices and ascending ranges", True),
+        (
+            "LVLLM_GPU_RESIDENT_MOE_LAYERS",
+            "9-3",
+            "layer indices from 0 to 9999 and ascending ranges",
+            True,
+        ),
         (
             "LVLLM_GPU_RESIDENT_MOE_LAYERS",
             "99",

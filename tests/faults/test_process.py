@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lvllm.errors import LvllmError
 from lvllm.faults import process
 
 CHILD = """
@@ -50,7 +51,7 @@ def test_the_front_process_ends_in_the_first_workers_line() -> None:
     for line in ("tensor 'a':\n  is damaged", "tensor 'b' is damaged"):
         done = worker(line)
         assert (done.returncode, done.stdout) == (1, "")
-    with pytest.raises(SystemExit, match=r"^lvllm: tensor 'a': is damaged$"):
+    with pytest.raises(LvllmError, match=r"^tensor 'a': is damaged$"):
         waiting(RuntimeError("Engine core initialization failed"))
     assert waiting(None) == "ready"
 
@@ -72,16 +73,32 @@ def test_a_worker_follows_one_that_has_said_why() -> None:
 
 @pytest.mark.usefixtures("front")
 def test_an_error_in_the_front_process_itself() -> None:
-    with pytest.raises(SystemExit, match=r"^lvllm: no$"):
+    with pytest.raises(LvllmError, match=r"^no$"):
         process.end("no")
 
 
-@pytest.mark.parametrize("value", [None, "1:99"])
-def test_a_worker_without_a_way_to_the_front_says_it_itself(
-    value: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("/venv/bin/vllm", SystemExit),
+        ("/venv/lib/vllm/entrypoints/openai/api_server.py", SystemExit),
+        ("train.py", LvllmError),
+        ("-c", LvllmError),
+        ("", LvllmError),  # an interactive Python
+    ],
+)
+def test_only_commands_exit(
+    program: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(process._VARIABLE, raising=False)
-    if value is not None:
-        monkeypatch.setenv(process._VARIABLE, value)
+    monkeypatch.setattr(sys, "argv", [program])
+    refusal = process.refusal("no")
+    assert type(refusal) is error
+    assert str(refusal).removeprefix("lvllm: ") == "no"
+
+
+def test_a_worker_without_a_way_to_the_front_says_it_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(process._VARIABLE, "1:99")
     done = worker("tensor 'a' is damaged")
     assert (done.returncode, done.stdout) == (1, "lvllm: tensor 'a' is damaged\n")

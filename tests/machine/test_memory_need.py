@@ -128,6 +128,8 @@ def test_each_layer_counts_in_the_format_of_its_rule(
         UseWeight.KEEP: 64 * 96 + 64 * 2,
         UseWeight.TO_DTYPE: 64 * 96 * 2,
         UseWeight.INT4: 64 * 96 * 9 // 16,
+        UseWeight.INT8: 64 * 96 + 64 * 2,  # as stored, since they have 8 bits already
+        UseWeight.FP8: 64 * 96 + 64 * 2,
     }
     kept = [UseWeight.KEEP] * len(experts)
     expected = [sizes[how] * count for how, count in zip([*formats, *kept], experts, strict=False)]

@@ -94,6 +94,18 @@ def test_complete_with_the_last_tensor_of_this_rank(parts: int) -> None:
     assert loading.completed == 1
 
 
+def test_nothing_comes_after_the_start() -> None:
+    loading = Loading()
+    brought = everything()
+    for one in brought:
+        loading.bring(*one)
+    loading.arrivals.close()
+    with pytest.raises(
+        LayerError, match=r"^model\.layers\.3\.mlp\.experts: weights cannot be loaded"
+    ):
+        loading.bring(*brought[0])
+
+
 def test_a_missing_tensor_is_named_as_in_the_checkpoint() -> None:
     names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     wanted = [one for one in everything() if one[1] >= FIRST]

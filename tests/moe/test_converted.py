@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lvllm.engine import quantize
+from lvllm.engine import ExpertLayer, quantize
 from lvllm.engine.dequantize import computable, values
 from lvllm.formats import integers
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter
@@ -200,6 +200,23 @@ def test_int4_quantises_the_values(format: str) -> None:
         assert torch.equal(made[f"{name}_scale"], scale)
 
 
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+@pytest.mark.parametrize("target", [UseWeight.INT8, UseWeight.FP8])
+def test_8_bits_with_a_scale_for_each_row(target: UseWeight, format: str) -> None:
+    tensors = arguments(format, 6)
+    made, _ = convert(Stored(tensors, 16), target)
+    assert made["format"] == target.lower()
+    assert computable(made)
+    # Half a step of 127 for the largest weight of a row, or of e4m3's 3 bits for each weight.
+    for name in ("w13", "w2"):
+        wanted, got = values_of_all(tensors, name), values_of_all(made, name)
+        assert made[f"{name}_scale"].shape == wanted.shape[:2]
+        largest = wanted.abs().amax(2, keepdim=True)
+        step = largest / 127 if target == UseWeight.INT8 else wanted.abs() / 8 + largest / 448 / 256
+        assert ((got - wanted).abs() <= 0.505 * step).all()
+    ExpertLayer(**made)
+
+
 def test_int4_of_half_the_columns_is_half_of_the_int4_codes() -> None:
     """Tensor parallelism cuts w2's columns in whole groups, so the cut changes no code."""
     weight = Random().normal(5, 128)
@@ -236,6 +253,10 @@ def test_an_expert_with_nan_is_named() -> None:
         (4, True, "INT4", None),
         (4, False, "INT4", "INT4"),
         (4, True, "TO_DTYPE", "TO_DTYPE"),
+        (16, True, "FP8", "FP8"),
+        (8, True, "FP8", None),
+        (8, False, "INT8", "INT8"),
+        (4, True, "INT8", None),
     ],
 )
 def test_which_experts_are_converted(
@@ -250,7 +271,7 @@ def test_which_experts_are_converted(
         assert chosen.conversion.target == UseWeight(target)
 
 
-@pytest.mark.parametrize("target", [UseWeight.INT4, UseWeight.TO_DTYPE])
+@pytest.mark.parametrize("target", [UseWeight.INT4, UseWeight.FP8, UseWeight.TO_DTYPE])
 def test_dummy_weights_are_made_layer_by_layer(target: UseWeight) -> None:
     """There is no parameter before `tensors`, since vLLM would fill those of all layers at once."""
     layer = torch.nn.Module()

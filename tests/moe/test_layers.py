@@ -16,9 +16,11 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
 from lvllm.engine import bank
@@ -131,6 +133,27 @@ def make_experts(prefix: str, **arguments: Any) -> Any:
     ).routed_experts
 
 
+@pytest.mark.usefixtures("vllm_config")  # LvLLM's classes are in the place of vLLM's
+def test_layers_outside_an_engine_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools build them with a configuration that has no model, or without any."""
+    monkeypatch.setattr(fp8, "select_fp8_moe_backend", lambda **_: (None, None))  # for GPUs only
+    with set_current_vllm_config(VllmConfig()):
+        first = make_experts("outside.0.mlp.experts")
+        with pytest.raises(NotImplementedError, match="is_act_and_mul=False"):
+            make_experts(
+                "outside.1.mlp.experts",
+                activation="relu2_no_mul",
+                ckpt_names=("up_proj", "down_proj", None),
+            )
+    arguments = (torch.bfloat16, first.moe_config, fp8.Fp8Config(True), first.expert_map_manager)
+    second = RoutedExperts("outside.2.mlp.experts", *arguments)
+    for layer, method in (first, UnquantizedFusedMoEMethod), (second, fp8.Fp8MoEMethod):
+        assert isinstance(layer.quant_method, method)
+        weight = torch.randn(INTERMEDIATE, HIDDEN).to(layer.w13_weight.dtype)
+        layer.weight_loader(layer.w13_weight, weight, "w13_weight", "w3", EXPERTS - 1)
+        assert torch.equal(layer.w13_weight[-1, INTERMEDIATE:].float(), weight.float())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_experts_of_a_model_that_is_built_on_a_gpu(bias: bool, vllm_config: VllmConfig) -> None:
     """The experts lie in host memory all the same. The meta device stands for the GPU here."""
@@ -205,21 +228,23 @@ def test_resident_layers_that_vllm_cannot_compute(why: str) -> None:
     print(said)
 
 
-def test_resident_layers_with_expert_parallelism() -> None:
+def test_resident_layers_with_expert_parallelism(vllm_config: VllmConfig) -> None:
     """vLLM's kernels for CPUs would read beyond the end of the weights that a rank holds."""
     parallel = SimpleNamespace(use_ep=True)
     moe: Any = SimpleNamespace(is_act_and_mul=True, moe_parallel_config=parallel)
-    with pytest.raises(ValueError, match=r"know no expert parallelism; leave 4 out of LVLLM_GPU"):
+    said = r"know no expert parallelism; leave 4 out of LVLLM_GPU"
+    with set_current_vllm_config(vllm_config), pytest.raises(ValueError, match=said):
         resident_method(None, "model.layers.4.mlp.experts", None, moe)
 
 
-def test_resident_layers_of_a_model_with_lora() -> None:
+def test_resident_layers_of_a_model_with_lora(vllm_config: VllmConfig) -> None:
     """Without this error vLLM would start, and find at the first request that it has no Triton."""
     parallel = SimpleNamespace(use_ep=False)
     moe: Any = SimpleNamespace(
         is_act_and_mul=True, moe_parallel_config=parallel, is_lora_enabled=True
     )
-    with pytest.raises(ValueError, match=r"models with LoRA need a GPU; leave 4 out of LVLLM_GPU"):
+    said = r"models with LoRA need a GPU; leave 4 out of LVLLM_GPU"
+    with set_current_vllm_config(vllm_config), pytest.raises(ValueError, match=said):
         resident_method(None, "model.layers.4.mlp.experts", None, moe)
 
 

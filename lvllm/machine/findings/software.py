@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from lvllm.errors import readable
 from lvllm.machine.report import Finding, MachineReport
 
 __all__ = ["RULES"]
@@ -41,7 +42,9 @@ def other_vllm(report: MachineReport) -> Iterator[Finding]:
 def wrong_settings(report: MachineReport) -> Iterator[Finding]:
     for name, reason in report.wrong_settings.items():
         yield Finding(
-            what=reason, why="LvLLM ends at the start because of it", command=f"unset {name}"
+            what=reason,
+            why="LvLLM ends at the start because of it",
+            command=f"unset {readable(name)}",
         )
 
 
