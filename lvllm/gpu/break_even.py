@@ -148,56 +148,64 @@ def measure_threshold(
     timer.warm_up(min(most, WARM_UP))
     measured.agree((0.0,))  # This makes the ranks begin together.
     (copy,) = measured.agree((timer.copy(),))
-    begin, spent, last = time.perf_counter(), 0.0, 0.0
     known: list[Point] = []
 
-    def measure(tokens: int) -> Point | None:
-        nonlocal spent, last
-        if spent + 2 * last > SECONDS:  # Twice the tokens take at most twice as long.
-            return None
+    def measure(tokens: int) -> Point:
         batch = timer.batch(tokens)
-        cpu, now = measured.agree((timer.cpu(*batch), time.perf_counter() - begin))
+        (cpu,) = measured.agree((timer.cpu(*batch),))
         # More tokens take at least as long, and so does the copy of the experts that they choose.
         # If the CPU is faster than that, the device need not be measured.
         chosen = 1 - (1 - layer.topk / layer.routed) ** tokens
         least = max([chosen * copy, *(one.streamed for one in known if one.tokens < tokens)])
         if cpu > least:
-            least, now = measured.agree((timer.streamed(*batch), time.perf_counter() - begin))
-        spent, last = now, now - spent
+            (least,) = measured.agree((timer.streamed(*batch),))
         known.append(Point(tokens, cpu, least))
         return known[-1]
 
-    points = search(measure, most)
+    points = search(_within_time(measured, measure), most)
     chosen = threshold(points, most)
     rates = _rates(layer, copy, points)
-    at_once = {point.tokens: point.cpu for point in points}
-    begin, spent, last = time.perf_counter(), 0.0, 0.0
+    cpu_seconds = {point.tokens: point.cpu for point in points}
 
-    def measure_shared(tokens: int) -> Point | None:
-        nonlocal spent, last
-        if spent + 2 * last > SECONDS:
-            return None
+    def measure_shared(tokens: int) -> Point:
         batch = timer.batch(tokens)
-        if tokens not in at_once:
-            (at_once[tokens],) = measured.agree((timer.cpu(*batch),))
-        both, now = measured.agree((timer.shared(rates, *batch), time.perf_counter() - begin))
-        spent, last = now, now - spent
-        return Point(tokens, SAVES * at_once[tokens], both)
+        if tokens not in cpu_seconds:
+            (cpu_seconds[tokens],) = measured.agree((timer.cpu(*batch),))
+        (both,) = measured.agree((timer.shared(rates, *batch),))
+        return Point(tokens, SAVES * cpu_seconds[tokens], both)
 
-    divided = threshold(search(measure_shared, most), most)
+    divided = threshold(search(_within_time(measured, measure_shared), most), most)
     timer.drop()
     shares = 0 < divided < (chosen or most + 1)
     if shares:
         chosen = divided
     if 0 < chosen < measured.least:
         chosen = measured.least if measured.least <= most else 0
-    said = describe(chosen, points, copy, layer.size(), layers)
+    shares = shares and chosen > 0
     logger.info(
         "LvLLM: LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto is %s%s",
-        said,
-        f"; shared by the CPU, {rates.describe()}" if shares and chosen else "",
+        describe(chosen, points, copy, layer.size(), layers),
+        f"; shared by the CPU, {rates.describe()}" if shares else "",
     )
-    return chosen, rates if shares and chosen else None
+    return chosen, rates if shares else None
+
+
+def _within_time(
+    measured: MeasuredThreshold, measure: Callable[[int], Point]
+) -> Callable[[int], Point | None]:
+    """Let `measure` return None once all its batches, with the next one, may exceed SECONDS."""
+    begin, spent, last = time.perf_counter(), 0.0, 0.0
+
+    def limited(tokens: int) -> Point | None:
+        nonlocal spent, last
+        if spent + 2 * last > SECONDS:  # Twice the tokens take at most twice as long.
+            return None
+        point = measure(tokens)
+        (now,) = measured.agree((time.perf_counter() - begin,))
+        spent, last = now, now - spent
+        return point
+
+    return limited
 
 
 def _rates(layer: OffloadedLayer, copy: float, points: Sequence[Point]) -> Rates:
