@@ -133,13 +133,24 @@ class Accelerator(ABC):
     def device_memory(self, size: int, stream: Stream) -> torch.Tensor:
         """Allocate uint8 [size] on the device, for use in the caller's stream and in `stream`.
 
-        The memory's old contents may still be in use. Before `stream` writes it for the first
-        time, `stream` has to wait for an event that is recorded in the caller's stream after this
-        call. When the tensor is dropped, its memory is not reused before all work that is in
-        `stream` by then is done.
+        The memory's old contents may still be in use: `memory_for` makes `stream` wait for that.
+        When the tensor is dropped, its memory is not reused before all work that is in `stream` by
+        then is done.
 
         Raises MemoryError that says how much was asked for and how much is free.
         """
+
+    def memory_for(self, size: int, stream: Stream) -> torch.Tensor:
+        """Allocate uint8 [size] on the device that `stream` may write from now on.
+
+        Raises MemoryError as `device_memory` does.
+        """
+        memory = self.device_memory(size, stream)
+        # Work that used this memory before may still be in the compute stream.
+        free = self.event()
+        self.record(free, self.compute())
+        self.wait(free, stream)
+        return memory
 
     @abstractmethod
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import torch
 
-from lvllm.units import ceil_div
+from lvllm.gpu import packing
 
 __all__ = ["GROUP_BYTES", "LayerGroups", "LayerWeights"]
 
@@ -15,9 +15,6 @@ LayerWeights: TypeAlias = Mapping[str, torch.Tensor]
 GROUP_BYTES = 16 << 20
 """The most bytes of a group of several experts. A bus of 55 GB/s takes 0.3 ms for them, and other
 copies to the device wait no longer than that. The host queues a group's copies in some 20 us."""
-ALIGNMENT = 256
-"""The alignment of each tensor of a group, in bytes. Kernels load 16 bytes at a time, and CUDA
-aligns its own allocations to this."""
 
 
 class LayerGroups:
@@ -40,14 +37,14 @@ class LayerGroups:
                 raise ValueError(
                     f"layer {number}: {name} has {len(tensor)} experts, wanted {self.experts}"
                 )
-        # These are asked for with each copy, and to index a tensor takes PyTorch microseconds.
-        self._strides = [tensor.nbytes // self.experts for tensor in weights.values()]
+        # This is asked for with each copy, and to index a tensor takes PyTorch microseconds.
+        self._signature = packing.signature(weights)
         self.most = min(max(1, GROUP_BYTES // self.size(1)), self.experts)
         """The most experts of a group."""
 
     def size(self, experts: int) -> int:
         """Return the bytes of a group of so many experts."""
-        return sum(_aligned(experts * stride) for stride in self._strides)
+        return packing.packed_bytes(self._signature, experts)
 
     def divide(self, some: range, counts: Sequence[int] | None = None) -> Iterator[range]:
         """Yield groups of those of `some` experts that have tokens, by `counts`; None: all."""
@@ -66,14 +63,4 @@ class LayerGroups:
 
     def views(self, some: range, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the tensors of a group of these experts in uint8 [size(len(some))]."""
-        found, begin = {}, 0
-        for name, source in self.sources(some).items():
-            found[name] = (
-                memory[begin : begin + source.nbytes].view(source.dtype).view(source.shape)
-            )
-            begin += _aligned(source.nbytes)
-        return found
-
-
-def _aligned(size: int) -> int:
-    return ceil_div(size, ALIGNMENT) * ALIGNMENT
+        return packing.views(self._signature, len(some), memory)

@@ -185,20 +185,15 @@ class StagingRing:
         return min(needed, max(limit, two))
 
     def _allocate(self) -> torch.Tensor:
-        accelerator, size = self._accelerator, self._spans.size
+        size = self._spans.size
         try:
-            memory = accelerator.device_memory(size, self._copies)
+            return self._accelerator.memory_for(size, self._copies)
         except MemoryError as error:
             raise MemoryError(
                 f"copies of experts take {amount(size)} on the GPU: {error}; a smaller"
                 " LVLLM_GPU_STAGING_MIB, or fewer layers in LVLLM_GPU_RESIDENT_MOE_LAYERS, needs"
                 " less"
             ) from None
-        # Work that used this memory before may still be in the compute stream.
-        free = accelerator.event()
-        accelerator.record(free, accelerator.compute())
-        accelerator.wait(free, self._copies)
-        return memory
 
     def _after_coming(
         self, place: int, counts: Sequence[int], ahead: int

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lvllm.gpu import groups
-from lvllm.gpu.groups import ALIGNMENT, LayerGroups
+from lvllm.gpu.groups import LayerGroups
+from lvllm.gpu.packing import ALIGNMENT
 
 
 def layer(experts: int, **sizes: int) -> dict[str, torch.Tensor]:

@@ -16,7 +16,8 @@ from lvllm.gpu.cache.counters import CacheCounters
 from lvllm.gpu.cache.placement import Placement
 from lvllm.gpu.cache.reads import EVERY, Reads
 from lvllm.gpu.cache.replacing import STEP_BYTES, Replacing
-from lvllm.gpu.cache.slots import Slots, expert_bytes, signature
+from lvllm.gpu.cache.slots import Slots
+from lvllm.gpu.packing import expert_bytes, signature
 from lvllm.units import amount
 
 __all__ = ["ExpertCache"]

@@ -10,10 +10,10 @@ import torch
 
 from lvllm.gpu import offload
 from lvllm.gpu.cache import expert_cache, placement, reads
-from lvllm.gpu.cache.slots import expert_bytes, signature
 from lvllm.gpu.hybrid import raise_host_call_error
 from lvllm.gpu.offload import Offload, mark_step, waiting_for_cache
 from lvllm.gpu.offloaded_layer import OffloadedLayer, concentrated_routing
+from lvllm.gpu.packing import expert_bytes, signature
 from lvllm.gpu.stand_in import StandInAccelerator
 from tests.gpu.streams import uneven
 from tests.random_layers import Layer, Random, random_layer

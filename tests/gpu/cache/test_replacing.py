@@ -9,7 +9,8 @@ import torch
 
 from lvllm.gpu.cache.placement import Placement
 from lvllm.gpu.cache.replacing import Replacing
-from lvllm.gpu.cache.slots import Slots, signature
+from lvllm.gpu.cache.slots import Slots
+from lvllm.gpu.packing import signature
 from tests.gpu.streams import RecordedAhead, uneven
 
 LAYERS, EXPERTS, SLOTS = 3, 7, 6
