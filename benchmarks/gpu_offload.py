@@ -151,14 +151,10 @@ def decode(
     `between` after each layer. Without CUDA, the layers are called without a graph. The engine
     alone is called as often in a row, by a thread that does not sleep in between.
     """
-    topk = inputs[1].shape[1]
-    buffers = PinnedBuffers(
-        accelerator, len(inputs[0]), [(layers[0].hidden_size, topk)] * len(layers)
-    )
-    calls = [HybridCall(buffers, layer, topk) for layer in layers]
+    calls = calls_of(accelerator, layers, inputs)
     if deferred:
         calls[0].first = calls[-1].last = True
-        buffers.defer(deferred)
+        calls[0].buffers.defer(deferred)
 
     def step() -> None:
         for call in calls:
@@ -186,9 +182,7 @@ def decode_cached(
     x, ids, router = inputs
     size = sum(tensor.nbytes for layer in layers for tensor in layer.tensors.values())
     cache = ExpertCache(accelerator, dict(enumerate(layers)), round(share * size))
-    sizes = [(layers[0].hidden_size, ids.shape[1])] * len(layers)
-    buffers = PinnedBuffers(accelerator, len(x), sizes)
-    calls = [HybridCall(buffers, layer, ids.shape[1]) for layer in layers]
+    calls = calls_of(accelerator, layers, inputs)
 
     def step() -> None:
         for number, call in enumerate(calls):
@@ -197,6 +191,16 @@ def decode_cached(
             cached.add(x, ids, router, out, count=True)
 
     return seconds(accelerator, in_a_graph(accelerator, step), times=50) / len(layers)
+
+
+def calls_of(
+    accelerator: Accelerator, layers: list[ExpertLayer], inputs: tuple[torch.Tensor, ...]
+) -> list[HybridCall]:
+    """Return a call of each layer, for batches of this size."""
+    topk = inputs[1].shape[1]
+    sizes = [(layers[0].hidden_size, topk)] * len(layers)
+    buffers = PinnedBuffers(accelerator, len(inputs[0]), sizes)
+    return [HybridCall(buffers, layer, topk) for layer in layers]
 
 
 def in_a_graph(accelerator: Accelerator, step: Callable[[], None]) -> Callable[[], object]:

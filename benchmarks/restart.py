@@ -171,6 +171,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=8.5)
     parser.add_argument("--folder", type=Path, help="where to make it; default the system's")
     arguments = parser.parse_args()
+    if arguments.folder is not None and not arguments.folder.is_dir():
+        parser.error(f"--folder {arguments.folder} is no folder")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         make(folder, int(arguments.gib * GIB), 4 * GIB)
