@@ -72,19 +72,21 @@ def choose(
         batches: how many tokens of a prompt may be computed at once beside a GPU.
     """
 
+    used = machine.model_copy(update={"gpus": model.cards(machine.gpus)} if machine.gpus else {})
+
     def candidate(name: str, how: Placement, load: Load = load) -> Candidate:
-        needs = memory(model, machine, how, load)
-        return Candidate(name, how, load, needs, predict(model, machine, how, load))
+        needs = memory(model, used, how, load)
+        return Candidate(name, how, load, needs, predict(model, used, how, load))
 
     found = [candidate("everything on the CPU", Placement(False, int4=int4, int8_linear=int8))]
-    if machine.gpu and machine.gpus:
+    if used.gpu and used.gpus:
         ways: dict[str, list[Candidate]] = defaultdict(list)
         for size in batches:
             one = replace(load, batch=size)
             for tokens in (None, 1, *(n for n in THRESHOLDS if n <= size)):
                 how = Placement(True, streamed_from=tokens, int4=int4)
                 if tokens != 1:
-                    how = _filled(model, machine, how, one)
+                    how = _filled(model, used, how, one)
                 whole = how.resident == len(model.moe_layers)
                 name = ON_GPU if whole else NAMES.get(tokens, "long prompts streamed")
                 ways[name].append(candidate(name, how, one))

@@ -6,7 +6,7 @@ tensors have the names that ggml's tools give them. Only attention is described 
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvllm.checkpoint.gguf_headers import Field, GgufHeader, GgufTensor, open_gguf
@@ -74,6 +74,8 @@ def of_header(header: GgufHeader, name: str) -> ModelShape:
         tied=head is None,
         context=fields.number("context_length", 4096),
         bits=bits,
+        heads=_heads(fields),
+        rows=_rows(routed),
         stored=stored,
     )
 
@@ -147,6 +149,20 @@ def _layer(tensors: Mapping[str, GgufTensor], fields: _Fields, number: int) -> L
         attended=attended,
         attended_in_prompts=in_prompts,
     )
+
+
+def _rows(routed: Sequence[GgufTensor]) -> int | None:
+    """The columns of the down projections, as many as the gate projections have rows."""
+    found = {tensor.shape[0] for tensor in routed if re.search(r"ffn_down.*weight", tensor.name)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _heads(fields: _Fields) -> tuple[int, int] | None:
+    heads = fields.get("attention.head_count")
+    key_heads = fields.get("attention.head_count_kv") or heads
+    if isinstance(heads, int) and isinstance(key_heads, int):
+        return heads, key_heads
+    return None
 
 
 def _attention(

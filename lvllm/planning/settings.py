@@ -53,7 +53,7 @@ def settings_of(model: ModelShape, machine: Machine, best: Candidate) -> list[Ch
     ]
     if how.on_gpu:
         if machine.gpus > 1:
-            found.append(Chosen("tensor-parallel-size", machine.gpus, "the number of GPUs"))
+            found.append(_cards(model, machine.gpus))
         return found + _on_gpu(model, best)
     contexts = _contexts(model, machine, best)
     cache = MIB * math.ceil(contexts * model.cache_bytes(load.context) / MIB)
@@ -75,6 +75,14 @@ def settings_of(model: ModelShape, machine: Machine, best: Candidate) -> list[Ch
             )
         )
     return found + _int4(model, best)
+
+
+def _cards(model: ModelShape, gpus: int) -> Chosen:
+    used = model.cards(gpus)
+    why = "the number of GPUs"
+    if used < gpus:
+        why = f"{gpus} GPUs do not divide the model's attention heads or its experts' rows evenly"
+    return Chosen("tensor-parallel-size", used, why)
 
 
 def _contexts(model: ModelShape, machine: Machine, best: Candidate) -> int:

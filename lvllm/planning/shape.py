@@ -22,6 +22,7 @@ from lvllm.machine.memory_need import needed
 from lvllm.planning import bits
 from lvllm.planning.errors import PlanError
 from lvllm.planning.gguf_bits import Stored
+from lvllm.settings.division import divides_heads, rows_of_expert
 
 __all__ = ["CHOSEN", "LayerShape", "ModelShape", "of_config", "of_folder", "read_config"]
 
@@ -88,6 +89,10 @@ class ModelShape:
     context: int
     """The longest context that the model was made for, in tokens."""
     bits: bits.Bits
+    heads: tuple[int, int] | None = None
+    """Attention heads and KV heads; None: they are not known, or differ by layer."""
+    rows: int | None = None
+    """The rows of an expert's gate projection; None as above."""
     stored: Stored | None = None
     """How GGUF files store the experts, for which `bits` are the engine's nearest; None: the model
     is no GGUF file."""
@@ -124,6 +129,14 @@ class ModelShape:
     @property
     def moe_layers(self) -> tuple[LayerShape, ...]:
         return tuple(layer for layer in self.layers if layer.experts)
+
+    def cards(self, most: int) -> int:
+        """How many of up to `most` cards tensor parallelism can divide the model among."""
+        return max(size for size in range(1, max(most, 1) + 1) if self._divides(size))
+
+    def _divides(self, size: int) -> bool:
+        heads = self.heads is None or divides_heads(*self.heads, size)
+        return heads and (self.rows is None or self.rows % size == 0)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the KV cache for one context of so many tokens, in 16 bits."""
@@ -198,6 +211,8 @@ def of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         tied="lm_head.weight" not in ends,
         context=int(getattr(text, "max_position_embeddings", None) or 4096),
         bits=bits.of_section(section),
+        heads=_heads(text),
+        rows=rows_of_expert(text),
     )
 
 
@@ -249,6 +264,12 @@ def _layer(parameters: Mapping[str, torch.Size], config: Any, number: int) -> La
         attended=attended,
         attended_in_prompts=in_prompts,
     )
+
+
+def _heads(config: Any) -> tuple[int, int] | None:
+    heads = config.num_attention_heads
+    found = heads, getattr(config, "num_key_value_heads", None) or heads
+    return found if all(isinstance(count, int) for count in found) else None
 
 
 def _attention(parameters: Mapping[str, torch.Size], config: Any) -> tuple[int, int, int]:

@@ -8,13 +8,13 @@ from typing import Any
 
 from lvllm.settings.variables import SettingError
 
-__all__ = ["check_heads", "check_rows"]
+__all__ = ["check_heads", "check_rows", "divides_heads", "rows_of_expert"]
 
 
 def check_heads(model: Any, parallel: Any) -> None:
     """Raise SettingError if tensor parallelism divides the attention heads unevenly."""
     size = parallel.tensor_parallel_size
-    if _divides_heads(model, size):
+    if divides_heads(*_heads(model), size):
         return
     heads, kv_heads = _heads(model)
     raise SettingError(
@@ -34,10 +34,11 @@ def check_rows(model: Any, parallel: Any) -> None:
         setting = f"data-parallel-size={data} with {setting}"
     if sizes := _allowed(model, parallel):
         allowed = f", or tensor-parallel-size {sizes}"
+    rows = rows_of_expert(model.hf_text_config)
     raise SettingError(
         f"{setting} is not allowed for {model.model}: {tensor * data} processes do not divide the"
-        f" {_rows(model)} rows of each expert; allowed is enable-expert-parallel=True, which"
-        f" divides whole experts{allowed}"
+        f" {rows} rows of each expert; allowed is enable-expert-parallel=True, which divides whole"
+        f" experts{allowed}"
     )
 
 
@@ -47,7 +48,7 @@ def _allowed(model: Any, parallel: Any) -> str:
     return ", ".join(
         str(size)
         for size in sizes
-        if _divides_heads(model, size) and _divides_rows(model, parallel, size)
+        if divides_heads(*_heads(model), size) and _divides_rows(model, parallel, size)
     )
 
 
@@ -56,15 +57,17 @@ def _heads(model: Any) -> tuple[int, int]:
     return model.model_arch_config.total_num_attention_heads, model.get_total_num_kv_heads()
 
 
-def _divides_heads(model: Any, size: int) -> bool:
-    heads, kv_heads = _heads(model)
+def divides_heads(heads: int, kv_heads: int, size: int) -> bool:
+    """Whether so many processes can have equal parts of attention."""
     # Where there are more processes than KV heads, each head is copied to equally many processes.
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
 
-def _rows(model: Any) -> int | None:
-    """The rows of an expert's gate projection; None if they are unknown or differ by layer."""
-    config = model.hf_text_config
+def rows_of_expert(config: Any) -> int | None:
+    """The rows of an expert's gate projection; None if they are unknown or differ by layer.
+
+    `config` is that of the language model.
+    """
     # Models without dense layers, such as Mixtral and gpt-oss, have the second field alone.
     rows = getattr(config, "moe_intermediate_size", None) or getattr(
         config, "intermediate_size", None
@@ -73,7 +76,7 @@ def _rows(model: Any) -> int | None:
 
 
 def _divides_rows(model: Any, parallel: Any, size: int) -> bool:
-    rows = _rows(model)
+    rows = rows_of_expert(model.hf_text_config)
     if parallel.enable_expert_parallel or rows is None:
         return True
     # Data-parallel replicas divide each expert among them as well.

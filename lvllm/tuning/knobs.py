@@ -55,7 +55,8 @@ def _rounding(plan: Defaults, best: Candidate, allowed: Allowed) -> list[Knob]:
 
 def _threads(given: Given, plan: Defaults) -> list[Knob]:
     machine = this_machine()
-    ranks = count(given.options.get("tensor-parallel-size")) or max(1, plan.machine.gpus)
+    given_ranks = count(given.options.get("tensor-parallel-size"))
+    ranks = given_ranks or plan.model.cards(plan.machine.gpus)
     usual = default_threads(machine, ranks)
     cores = sum(len(node) for node in machine) // ranks
     # Memory may be read as fast by fewer threads; the default leaves four cores to vLLM.

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lvllm.planning.choice import choose
 from lvllm.planning.machine import GPUS
 from lvllm.planning.placement import Load, Placement, memory
+from lvllm.planning.settings import settings_of
 from lvllm.planning.speed import predict
 from tests.planning.made_up import machine, model
 
@@ -82,6 +83,31 @@ def test_long_prompts_are_streamed_where_the_cpu_is_slow() -> None:
     answers = choose(MODEL, slow, Load(prompt=16, answer=1000)).best
     assert answers is not None
     assert answers.how.streamed_from is None or answers.how.streamed_from > 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "gpus", "used"),
+    [
+        ((32, 4), 768, 3, 2),
+        ((32, 4), 768, 7, 4),
+        ((32, 4), 768, 8, 8),
+        ((24, 3), 96, 3, 3),
+        ((24, 3), 100, 3, 1),
+        ((64, 8), 1408, 6, 4),
+        (None, None, 5, 5),
+    ],
+)
+def test_only_as_many_cards_are_used_as_divide_the_model(
+    heads: tuple[int, int] | None, rows: int | None, gpus: int, used: int
+) -> None:
+    """A plan for 3 cards would not start where only 2 divide the attention heads."""
+    of = replace(model(), heads=heads, rows=rows)
+    found, wanted = (choose(of, machine(gpus=n, gpu_gib=8), Load()) for n in (gpus, used))
+    assert found.candidates == wanted.candidates
+    best = next(one for one in found.candidates if one.how.on_gpu)
+    told = {one.key: one for one in settings_of(of, found.machine, best)}["tensor-parallel-size"]
+    assert told.value == used
+    assert ("do not divide" in told.why) == (used < gpus)
 
 
 def test_what_does_not_fit_says_why() -> None:

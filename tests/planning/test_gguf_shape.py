@@ -70,10 +70,11 @@ def test_a_gguf_file_has_the_shape_of_its_config(
     assert found.layers == tuple(
         replace(layer, others=layer.others + biases.get(layer.number, 0)) for layer in wanted.layers
     )
-    for name in ("name", "hidden", "embedding", "head", "tied", "context"):
+    for name in ("name", "hidden", "embedding", "head", "tied", "context", "rows"):
         assert getattr(found, name) == getattr(wanted, name), name
     assert found.active == wanted.active + sum(biases.values())
     assert found.cache_bytes(100) == wanted.cache_bytes(100)
+    assert [found.cards(most) for most in range(1, 9)] == [wanted.cards(n) for n in range(1, 9)]
     # The bytes are those of the safetensors files, in which all is 16 bits.
     assert found.bits.experts == wanted.bits.experts == 16
     assert found.others * found.bits.others == wanted.others * wanted.bits.others

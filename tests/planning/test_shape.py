@@ -28,6 +28,12 @@ def test_active_weights() -> None:
         assert (model.active + model.embedding) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
+def test_what_cards_divide() -> None:
+    # 32 heads, 4 KV heads and 768 rows; 128 heads and 2048 rows.
+    assert [shape_of("Qwen3-30B-A3B").cards(most) for most in (1, 3, 7, 8)] == [1, 2, 4, 8]
+    assert [shape_of("DeepSeek-R1").cards(most) for most in (3, 6, 16)] == [2, 4, 16]
+
+
 def test_latent_attention() -> None:
     model = shape_of("DeepSeek-R1")
     # 512 latent values and 64 of the rotary key, in 61 layers and 2 bytes each.
