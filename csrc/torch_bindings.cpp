@@ -49,11 +49,13 @@ T* data_of(const OptionalTensor& tensor) {
   return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
-lk::Format format_of(const std::string& name, bool zero_points, bool act8) {
+lk::Format format_of(const std::string& name, bool act8, bool groups = false,
+                     bool zero_points = false) {
   using lk::Format;
   if (name == "bf16") return Format::kBf16;
   if (name == "fp16") return Format::kFp16;
   if (name == "fp8") return Format::kFp8;
+  if (name == "int8" && groups) return act8 ? Format::kInt8GroupsAct8 : Format::kInt8Groups;
   if (name == "int8") return act8 ? Format::kInt8Act8 : Format::kInt8;
   if (name == "mxfp4" || name == "nvfp4") return act8 ? Format::kFp4Act8 : Format::kFp4;
   if (name != "int4") fail("format is \"" + name + "\"");
@@ -126,6 +128,14 @@ class NamedTensors {
   std::map<std::string, Tensor> tensors_;
 };
 
+// The format of matrices like the one of this name, which says what scales they have.
+lk::Format format_of(const std::string& format, bool act8, const NamedTensors& tensors,
+                     const std::string& name) {
+  const OptionalTensor scale = tensors.find(name + "_scale");
+  return format_of(format, act8, scale && scale->dim() == 3,
+                   tensors.find(name + "_zero").has_value());
+}
+
 // The matrix named "w13", "w2" or, of a linear layer, "w".
 lk::Matrix matrix_of(const std::string& format, int64_t group_size, const NamedTensors& tensors,
                      const std::string& name, int64_t parts, int64_t k) {
@@ -169,7 +179,7 @@ int64_t layer_create(const std::string& format, const std::string& activation,
                      const std::vector<Tensor>& named) {
   const NamedTensors tensors(names, named);
   lk::LayerSpec layer;
-  layer.format = format_of(format, tensors.find("w13_zero").has_value(), activation_bits == 8);
+  layer.format = format_of(format, activation_bits == 8, tensors, "w13");
   layer.activation = {.kind = activation_of(activation),
                       .alpha = static_cast<float>(swiglu_alpha),
                       .limit = static_cast<float>(swiglu_limit),
@@ -255,9 +265,8 @@ int64_t linear_create(const std::string& format, int64_t activation_bits, int64_
                       int64_t k, const std::vector<std::string>& names,
                       const std::vector<Tensor>& named) {
   const NamedTensors tensors(names, named);
-  return lk::create_linear(
-      {.format = format_of(format, tensors.find("w_zero").has_value(), activation_bits == 8),
-       .matrix = matrix_of(format, group_size, tensors, "w", 1, k)});
+  return lk::create_linear({.format = format_of(format, activation_bits == 8, tensors, "w"),
+                            .matrix = matrix_of(format, group_size, tensors, "w", 1, k)});
 }
 
 void linear_destroy(int64_t handle) { lk::destroy_linear(handle); }
@@ -474,7 +483,7 @@ std::string info() {
 std::tuple<std::string, std::string> arithmetic(const std::string& format,
                                                 int64_t activation_bits) {
   const lk::FormatKernels& kernels =
-      lk::engine_info().kernels->of(format_of(format, false, activation_bits == 8));
+      lk::engine_info().kernels->of(format_of(format, activation_bits == 8));
   return {kernels.isa, kernels.arithmetic};
 }
 
@@ -483,8 +492,8 @@ std::vector<std::string> arithmetics(const std::string& format, int64_t activati
   std::vector<std::string> pairs;
   for (const std::string& isa : lk::available_kernels()) {
     pairs.push_back(isa);
-    pairs.push_back(
-        lk::kernels_named(isa).of(format_of(format, false, activation_bits == 8)).arithmetic);
+    const lk::Format of = format_of(format, activation_bits == 8);
+    pairs.push_back(lk::kernels_named(isa).of(of).arithmetic);
   }
   return pairs;
 }

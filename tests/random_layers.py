@@ -58,7 +58,10 @@ def dequantise(
         return weight.float()
     assert scale is not None
     if format == "int8":
-        return weight.float() * scale[..., None]
+        if scale.dim() == 2:
+            return weight.float() * scale[..., None]
+        assert group_size is not None
+        return weight.float() * along_k(scale, group_size, weight.shape[2])
     if format == "fp8":
         rows, k = weight.shape[1:]
         if scale.dim() == 3:
@@ -190,7 +193,7 @@ def random_projection(
     *,
     parts: int = 1,
     fp8_scale: str = "block",
-    group_size: int = 32,
+    group_size: int | None = None,
     zero: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, torch.Tensor]:
@@ -200,10 +203,12 @@ def random_projection(
         return {name: (random.normal(experts, rows, k) * size).to(DTYPES[format])}
     scale = f"{name}_scale"
     if format == "int8":
-        return {
-            name: random.integers(-128, 128, experts, rows, k).to(torch.int8),
-            scale: random.uniform(0.5, 1.5, experts, rows) * size / 74,
-        }
+        codes = {name: random.integers(-128, 128, experts, rows, k).to(torch.int8)}
+        if group_size in (None, -1):
+            return codes | {scale: random.uniform(0.5, 1.5, experts, rows) * size / 74}
+        assert group_size is not None
+        shape = (experts, rows, -(-k // group_size))
+        return codes | {scale: (random.uniform(0.5, 1.5, *shape) * size / 74).to(scale_dtype)}
     if format == "fp8":
         shape = {
             "block": (experts, -(-rows // 128), -(-k // 128)),
@@ -226,6 +231,7 @@ def random_projection(
             scale: random.uniform(2, 60, *shape).to(torch.float8_e4m3fn),
             f"{name}_global_scale": random.uniform(0.5, 1.5, *of_parts) * size / 90,
         }
+    group_size = 32 if group_size is None else group_size
     shape = (experts, rows, 1 if group_size == -1 else -(-k // group_size))
     tensors = packed | {scale: (random.uniform(0.5, 1.5, *shape) * size / 5).to(scale_dtype)}
     if zero:
@@ -243,13 +249,16 @@ def random_layer(
     activation: str = "silu",
     bias: bool = False,
     bias_dtype: torch.dtype = torch.bfloat16,
-    group_size: int = 32,
+    group_size: int | None = None,
     fp8_scale: str = "block",
     zero: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
     **arguments: Any,
 ) -> Layer:
-    """Make a layer of random weights. Further arguments go to `ExpertLayer`."""
+    """Make a layer of random weights. Further arguments go to `ExpertLayer`.
+
+    Without a group size, int4 has groups of 32, and each row of int8 one scale.
+    """
     parts = 1 if activation == "relu2" else 2
     rows = parts * intermediate
     how: dict[str, Any] = {
@@ -265,5 +274,7 @@ def random_layer(
         tensors["w13_bias"] = random.normal(experts, rows).to(bias_dtype)
         tensors["w2_bias"] = random.normal(experts, hidden).to(bias_dtype)
     if format == "int4":
+        arguments["group_size"] = 32 if group_size is None else group_size
+    if format == "int8":
         arguments["group_size"] = group_size
     return Layer({"format": format, "activation": activation} | tensors | arguments)

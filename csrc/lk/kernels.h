@@ -14,8 +14,10 @@ enum class Format {
   kBf16,
   kFp16,
   kFp8,   // e4m3fn
-  kInt8,  // two's complement
+  kInt8,  // two's complement; each row has one scale
   kInt8Act8,
+  kInt8Groups,  // the same with group scales
+  kInt8GroupsAct8,
   kInt4,  // value + 8; a byte holds two weights, the one with even K in its low nibble
   kInt4Act8,
   kInt4Zero,  // value + the group's zero point
@@ -27,7 +29,7 @@ constexpr int kFormats = static_cast<int>(Format::kFp4Act8) + 1;
 
 // How many weights along K the four bytes of a unit hold.
 constexpr int unit_weights(Format format) {
-  return format <= Format::kFp16 ? 2 : format <= Format::kInt8Act8 ? 4 : 8;
+  return format <= Format::kFp16 ? 2 : format <= Format::kInt8GroupsAct8 ? 4 : 8;
 }
 
 // The type of group scales. kFloatBlocks: float32, one scale for each block of 128 x 128 weights.

@@ -68,7 +68,7 @@ std::vector<Scales> scales_of(Format format) {
     return {{ScaleType::kE8m0, 32}, {ScaleType::kE4m3, 16}};
   if (!has_zero_points(format)) all.push_back({});
   if (format == Format::kFp8) all.push_back({ScaleType::kFloatBlocks, 128});
-  if (is_int4(format)) {
+  if (has_groups(format)) {
     for (int64_t group : {int64_t{32}, int64_t{64}, int64_t{128}, kWholeRow}) {
       for (ScaleType type : {ScaleType::kBf16, ScaleType::kFp16, ScaleType::kFloat}) {
         all.push_back({type, group});

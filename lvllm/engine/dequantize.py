@@ -3,10 +3,10 @@
 The functions take the arguments of `ExpertLayer` that hold weights. They also understand three
 kinds of weights that the engine does not compute:
 
-- int8 with w13_scale [E, rows, groups] and w13_zero [E, rows, groups], and w2 alike;
+- int8 with w13_zero [E, rows, groups], and w2 alike;
 - int4 and int8 with w13_order int32 [E, 2, columns] (for gate and up) and w2_order [E, 1, columns],
   which give the group of each column if the columns of a group do not follow one another;
-- int4 in groups of any size.
+- int4 and int8 in groups of any size.
 
 All operations are elementwise, so the result has the same bits on every device.
 """
@@ -26,12 +26,11 @@ def computable(tensors: dict[str, Any]) -> bool:
     """Whether the engine computes these tensors as they are."""
     if "w13_order" in tensors:
         return False
-    match tensors["format"]:
-        case "int8":
-            return tensors["w13_scale"].dim() == 2 and "w13_zero" not in tensors
-        case "int4":
-            return tensors.get("group_size") in (None, -1, *weight_formats.GROUP_SIZES)
-    return True
+    if tensors["format"] not in ("int4", "int8"):
+        return True
+    if tensors["format"] == "int8" and "w13_zero" in tensors:
+        return False
+    return tensors.get("group_size") in (None, -1, *weight_formats.GROUP_SIZES)
 
 
 def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu") -> torch.Tensor:

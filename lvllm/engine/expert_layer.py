@@ -33,7 +33,8 @@ class ExpertLayer:
         w2: [E, H, I], or uint8 [E, H, I/2].
         w13_scale, w2_scale: for a projection [E, rows, columns] (columns counts weights)
             fp8: float32 [E, ceil(rows/128), ceil(columns/128)], [E, rows] or [E];
-            int8: float32 [E, rows];
+            int8: bfloat16, float16 or float32 [E, rows, ceil(columns/g)]; without groups float32
+            [E, rows];
             int4: bfloat16, float16 or float32 [E, rows, ceil(columns/g)]; without groups [E, rows];
             mxfp4: uint8, the exponents of e8m0, [E, rows, ceil(columns/32)];
             nvfp4: float8_e4m3fn [E, rows, ceil(columns/16)].
@@ -41,7 +42,7 @@ class ExpertLayer:
         w13_global_scale, w2_global_scale: nvfp4 only, float32 factors of the scales: [E, 2] for
             gate and up ([E, 1] without a gate), and [E].
         w13_bias, w2_bias: bfloat16, float16 or float32, [E, 2I] and [E, H]; optional.
-        group_size: int4 only: 32, 64 or 128; None or -1: each row has one scale.
+        group_size: int4 and int8 only: 32, 64 or 128; None or -1: each row has one scale.
         activation: "silu", "gelu" (exact) and "gelu_tanh" compute f(gate) * up.
             "swigluoai" computes (up + beta) * gate * sigmoid(alpha * gate), where gate is first
             limited to at most `swiglu_limit`, and up to between minus and plus `swiglu_limit`

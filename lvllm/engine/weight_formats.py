@@ -43,7 +43,7 @@ FORMATS = {
     "bf16": WeightFormat(torch.bfloat16),
     "fp16": WeightFormat(torch.float16),
     "fp8": WeightFormat(torch.float8_e4m3fn, scale=(torch.float32,)),
-    "int8": WeightFormat(torch.int8, scale=(torch.float32,), activation_bits=(16, 8)),  # +146%
+    "int8": WeightFormat(torch.int8, scale=FLOATS, activation_bits=(16, 8)),  # +146%
     "int4": WeightFormat(torch.uint8, 2, FLOATS, activation_bits=(8, 16)),  # +0.6% to +2.0%
     "mxfp4": WeightFormat(  # +1.2%
         torch.uint8, 2, (torch.uint8,), group_size=32, activation_bits=(8, 16)
@@ -56,7 +56,7 @@ ACTIVATION_BITS = "LK_ACTIVATION_BITS"
 """The variable that chooses between activations of 8 and of 16 bits, or leaves it to the format."""
 
 GROUP_SIZES = (32, 64, 128)
-"""The group sizes of int4. Alternatively, each row of int4 weights has one scale."""
+"""The group sizes of int4 and int8. Alternatively, each row has one scale."""
 
 DTYPES = {name: stored.weight for name, stored in FORMATS.items()}
 """The dtype of the weights in each format that the engine computes."""
@@ -99,7 +99,7 @@ def preferred_activation_bits(format: str, wanted: int | None) -> int:
 
 def group_size(format: str, given: int | None, largest: int) -> int:
     """The group size for the engine: `largest` if each row is one group, 0 without groups."""
-    if format != "int4":
+    if format not in ("int4", "int8"):
         fixed = FORMATS[format].group_size
         if given not in (None, fixed):
             raise ValueError(
@@ -108,7 +108,7 @@ def group_size(format: str, given: int | None, largest: int) -> int:
             )
         return fixed or 0
     if given in (None, -1):
-        return largest
+        return largest if format == "int4" else 0
     check_choice("group_size", given, (*GROUP_SIZES, -1))
     assert given is not None
     return given
@@ -123,7 +123,7 @@ def check_scale(
 ) -> torch.Tensor | None:
     """Check a scale, and return it in the engine's shape.
 
-    The shape is the one given, except for int4 with one scale for each row: [E, rows, 1].
+    The shape is the one given, except where each row of int4 has one scale: [E, rows, 1].
     """
     dtypes = FORMATS[format].scale
     check_presence(name, scale, format, wanted=bool(dtypes))
@@ -134,8 +134,8 @@ def check_scale(
     if format == "fp8":
         blocks = (experts, ceil_div(rows, BLOCK), ceil_div(columns, BLOCK))
         shapes = (blocks, (experts, rows), (experts,))
-    elif format == "int8":
-        shapes = ((experts, rows),)
+    elif format == "int8" and not group:
+        dtypes, shapes = (torch.float32,), ((experts, rows),)
     else:
         shapes = ((experts, rows, ceil_div(columns, group)),)
         if format == "int4" and shapes[0][2] == 1:

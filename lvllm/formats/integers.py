@@ -34,11 +34,11 @@ OfBoth = dict[str, torch.Tensor]
 
 def computable(bits: int, group_size: int | None, *, symmetric: bool) -> bool:
     """Whether lk computes groups of `group_size` columns (None: a row) as they are stored."""
-    if bits == 8:
-        return group_size is None and symmetric
-    if group_size is None:
-        return True
-    return any(group_size % group == 0 for group in weight_formats.GROUP_SIZES)
+    if bits == 8 and not symmetric:
+        return False
+    return group_size is None or any(
+        group_size % group == 0 for group in weight_formats.GROUP_SIZES
+    )
 
 
 def stored(
@@ -117,23 +117,25 @@ def tensors(
                 {name: data[..., here[name]].contiguous() for name, data in of.items()}
                 for of in (scales, zeros)
             )
-    if bits == 4:
-        found["group_size"] = group_size
-        in_order = "w13_order" not in found
-        if group_size is not None and in_order and computable(4, group_size, symmetric=True):
-            # lk gets the largest of its group sizes that divides the checkpoint's. A scale of the
-            # checkpoint then stands several times.
-            group = max(group for group in weight_formats.GROUP_SIZES if group_size % group == 0)
-            found["group_size"] = group
-            times = group_size // group
-            scales, zeros = (
-                {name: data.repeat_interleave(times, dim=2) for name, data in of.items()}
-                for of in (scales, zeros)
-            )
-    elif group_size is None and not zeros:
-        scales = {name: scale.squeeze(-1) for name, scale in scales.items()}
+    found["group_size"] = group_size
+    in_order = "w13_order" not in found
+    if group_size is None:
+        if bits == 8 and not zeros:
+            scales = {name: scale.squeeze(-1) for name, scale in scales.items()}
+    elif in_order and computable(bits, group_size, symmetric=not zeros):
+        # lk gets the largest of its group sizes that divides the checkpoint's. A scale of the
+        # checkpoint then stands several times.
+        group = max(group for group in weight_formats.GROUP_SIZES if group_size % group == 0)
+        found["group_size"] = group
+        times = group_size // group
+        scales, zeros = (
+            {name: data.repeat_interleave(times, dim=2) for name, data in of.items()}
+            for of in (scales, zeros)
+        )
+    # lk wants a scale for each row of int8 in float32, and takes group scales in 16 bits as well.
+    as_given = bits == 8 and group_size is None
     found |= {
-        f"{name}_scale": narrow(scale) if bits == 4 else scale for name, scale in scales.items()
+        f"{name}_scale": scale if as_given else narrow(scale) for name, scale in scales.items()
     }
     return found | {f"{name}_zero": zero for name, zero in zeros.items()}
 

@@ -48,8 +48,8 @@ def convert(
             )
     if "_global_scale" in part:
         rows["_global_scale"] = part["_global_scale"]
-    if layer.format == "int4":
-        rows["group_size"] = layer.group_size
+    if layer.format in ("int4", "int8"):
+        rows["group_size"] = layer.group_size or None
     device = str(part[""].device)
     matrices = [values(rows, "", expert, device).to(dtype) for expert in range(len(part[""]))]
     return torch.stack(matrices)

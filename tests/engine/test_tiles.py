@@ -82,7 +82,9 @@ def tiled(layer: Layer, name: str) -> torch.Tensor:
         unit = WEIGHT_UNIT
     else:
         unit = tensor.element_size()
-        grouped = layer.arguments["format"] in FOUR_BIT and not name.endswith("bias")
+        format = layer.arguments["format"]
+        in_groups = format in FOUR_BIT or (format == "int8" and tensor.dim() == 3)
+        grouped = in_groups and not name.endswith("bias")
         per_row = tensor.dim() == 2 and "global" not in name
         converted = name.endswith("bias") and tensor.dtype != torch.float32
         if "global" in name or converted or not (grouped or per_row):

@@ -22,6 +22,7 @@ WAYS: dict[str, list[dict[str, Any]]] = {
             (-1, True, torch.float32),
         )
     ],
+    "int8": [{}, {"group_size": 64, "scale_dtype": torch.float16}],
 }
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (format, how) for format in FORMATS for how in WAYS.get(format, [{}])

@@ -389,7 +389,7 @@ SCHEMES = {
     "compressed_int4_channels": compressed_integers(4, None, True),
     "compressed_int4_groups_of_16": compressed_integers(4, 16, False),
     "compressed_int4_act_order": compressed_integers(4, 64, False, shuffled=True),
-    "compressed_int8_groups": compressed_integers(8, 64, False),
+    "compressed_int8_groups": compressed_integers(8, 64, True),
     "compressed_mxfp4": compressed(
         "mxfp4-pack-quantized",
         mxfp4,

@@ -33,6 +33,7 @@ constexpr Kernels kernels_table(const char* isa) {
   return {isa,
           {format_kernels<Bf16, R>(isa), format_kernels<Fp16, R>(isa), format_kernels<Fp8, R>(isa),
            format_kernels<Int8, R>(isa), format_kernels<Int8Act8, R>(isa),
+           format_kernels<Int8Groups, R>(isa), format_kernels<Int8GroupsAct8, R>(isa),
            format_kernels<Int4, R>(isa), format_kernels<Int4Act8, R>(isa),
            format_kernels<Int4Zero, R>(isa), format_kernels<Int4ZeroAct8, R>(isa),
            format_kernels<Fp4, R>(isa), format_kernels<Fp4Act8, R>(isa)},

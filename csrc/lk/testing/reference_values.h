@@ -18,15 +18,27 @@
 
 namespace lk::test_values {
 
-constexpr Format kAllFormats[] = {Format::kBf16,     Format::kFp16,     Format::kFp8,
-                                  Format::kInt8,     Format::kInt8Act8, Format::kInt4,
-                                  Format::kInt4Act8, Format::kInt4Zero, Format::kInt4ZeroAct8,
-                                  Format::kFp4,      Format::kFp4Act8};
+constexpr Format kAllFormats[] = {
+    Format::kBf16,           Format::kFp16,         Format::kFp8,
+    Format::kInt8,           Format::kInt8Act8,     Format::kInt8Groups,
+    Format::kInt8GroupsAct8, Format::kInt4,         Format::kInt4Act8,
+    Format::kInt4Zero,       Format::kInt4ZeroAct8, Format::kFp4,
+    Format::kFp4Act8};
 
 inline std::string name_of(Format format) {
-  constexpr const char* kNames[] = {"bf16",           "fp16", "fp8",       "int8",
-                                    "int8_act8",      "int4", "int4_act8", "int4_zero",
-                                    "int4_zero_act8", "fp4",  "fp4_act8"};
+  constexpr const char* kNames[] = {"bf16",
+                                    "fp16",
+                                    "fp8",
+                                    "int8",
+                                    "int8_act8",
+                                    "int8_groups",
+                                    "int8_groups_act8",
+                                    "int4",
+                                    "int4_act8",
+                                    "int4_zero",
+                                    "int4_zero_act8",
+                                    "fp4",
+                                    "fp4_act8"};
   return kNames[static_cast<int>(format)];
 }
 inline bool has_zero_points(Format format) {
@@ -35,9 +47,14 @@ inline bool has_zero_points(Format format) {
 inline bool is_int4(Format format) {
   return format >= Format::kInt4 && format <= Format::kInt4ZeroAct8;
 }
+// Whether the format has groups of 32, 64 or 128 weights, or whole rows.
+inline bool has_groups(Format format) {
+  return format == Format::kInt8Groups || format == Format::kInt8GroupsAct8 || is_int4(format);
+}
 inline bool is_act8(Format format) {
-  return format == Format::kInt8Act8 || format == Format::kInt4Act8 ||
-         format == Format::kInt4ZeroAct8 || format == Format::kFp4Act8;
+  return format == Format::kInt8Act8 || format == Format::kInt8GroupsAct8 ||
+         format == Format::kInt4Act8 || format == Format::kInt4ZeroAct8 ||
+         format == Format::kFp4Act8;
 }
 inline int64_t row_bytes(Format format, int64_t k) { return k * kUnitBytes / unit_weights(format); }
 inline int64_t bytes_of(ScaleType type) {
@@ -77,6 +94,8 @@ inline double code_value(Format format, uint32_t code) {
       return e4m3(code);
     case Format::kInt8:
     case Format::kInt8Act8:
+    case Format::kInt8Groups:
+    case Format::kInt8GroupsAct8:
       return static_cast<int8_t>(code);
     case Format::kFp4:
     case Format::kFp4Act8:

@@ -5,8 +5,7 @@
 
 namespace lk::LK_ISA {
 
-struct Int8 {
-  static constexpr bool kNoGroupScales = true;
+struct Int8Groups {
   static constexpr int kUnitWeights = 4;
 #if defined(__AMX_TILE__)
   using Math = Bf16Pairs;
@@ -38,15 +37,21 @@ struct Int8 {
   }
 #endif
 };
+// Each row has one scale.
+struct Int8 : Int8Groups {
+  static constexpr bool kNoGroupScales = true;
+};
 
 #if defined(LK_VPDPBUSD)
 
-struct Int8Act8 {
-  static constexpr bool kNoGroupScales = true;
+struct Int8GroupsAct8 {
   using Math = Bytes<128>;  // unpack adds 128 by flipping the sign bit
   static constexpr int kUnitWeights = 4;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   static void unpack(U32x16 bits, I32x16* w) { w[0] = as_integers(bits ^ 0x80808080); }
+};
+struct Int8Act8 : Int8GroupsAct8 {
+  static constexpr bool kNoGroupScales = true;
 };
 
 #else
@@ -54,6 +59,7 @@ struct Int8Act8 {
 // Without vpdpbusd, sums of products of bytes would have to fit into 16 bits, which those of 8-bit
 // weights do not.
 using Int8Act8 = Int8;
+using Int8GroupsAct8 = Int8Groups;
 
 #endif
 
