@@ -6,7 +6,6 @@ A user writes them as a list, in YAML or JSON:
     - '.*': INT4
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +17,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from lvllm import patterns
 
 __all__ = ["Rule", "Rules", "first_fault"]
 
@@ -38,13 +39,9 @@ class Rule(BaseModel, Generic[Value]):
         if not isinstance(written, Mapping) or len(written) != 1:
             raise ValueError(f"{written!r} is not one pattern with its value")
         ((pattern, value),) = written.items()
-        try:
-            re.compile(pattern)
-        except TypeError:
-            raise ValueError(f"{pattern!r} is no text: write patterns in quotes") from None
-        # The last two: a count such as a{9999999999}, and thousands of groups in each other.
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+        if not isinstance(pattern, str):
+            raise ValueError(f"{pattern!r} is no text: write patterns in quotes")
+        patterns.check(pattern)
         return {"pattern": pattern, "value": value}
 
     @model_serializer
@@ -71,22 +68,33 @@ class Rules(RootModel[tuple[Rule[Value], ...]], Generic[Value]):
         return ", ".join(f"'{rule.pattern}': {rule.value}" for rule in self.root)
 
     def of(self, name: str) -> Value | None:
-        """The value of the first rule that matches `name`; None if no rule matches."""
+        """The value of the first rule that matches `name`; None if no rule matches.
+
+        Raises PatternError for an expression that `without_effect` refuses.
+        """
         rule = self.rule_of(name)
         return None if rule is None else rule.value
 
     def rule_of(self, name: str) -> Rule[Value] | None:
         """The first rule that matches `name`; None if no rule matches."""
-        return next((rule for rule in self.root if re.search(rule.pattern, name)), None)
+        return next((rule for rule in self.root if patterns.occurs(rule.pattern, name)), None)
 
     def without_effect(self, names: Iterable[str]) -> str | None:
-        """One line about the first rule that is the first for none of `names`; None: each is."""
-        names = list(names)
+        """One line about the first rule that is the first for none of `names`; None: each is.
+
+        The line may also be about an expression that takes too long.
+        """
+        try:
+            return self._without_effect(list(names))
+        except patterns.PatternError as error:
+            return str(error)
+
+    def _without_effect(self, names: list[str]) -> str | None:
         used = {id(self.rule_of(name)) for name in names}
         for rule in self.root:
             if id(rule) in used:
                 continue
-            if any(re.search(rule.pattern, name) for name in names):
+            if any(patterns.occurs(rule.pattern, name) for name in names):
                 return f"'{rule.pattern}' comes too late: rules before it match all that it matches"
             return f"'{rule.pattern}' matches nothing"
         return None

@@ -73,7 +73,7 @@ def test_rules_without_effect_are_named(written: list[dict[str, str]], names: li
     ("written", "message"),
     [
         ([{"a": "RED"}, {"b": "GREEN"}], "rule 2: 'GREEN': Input should be 'RED' or 'BLUE'"),
-        ([{"(": "RED"}], "rule 1: '(' is no regular expression: missing ), unterminated"),
+        ([{"(": "RED"}], "rule 1: '(' is no regular expression: missing )"),
         ([{"a": "RED", "b": "BLUE"}], "rule 1: {'a': 'RED', 'b': 'BLUE'} is not one pattern with"),
         ([{"a": "RED"}, "b"], "rule 2: 'b' is not one pattern with its value"),
         ([{1: "RED"}], "rule 1: 1 is no text: write patterns in quotes"),
@@ -88,3 +88,11 @@ def test_faults(written: Any, message: str) -> None:
     said = first_fault(caught.value)
     assert said.startswith(message)
     assert "\n" not in said
+
+
+def test_a_pattern_that_would_not_end_is_named() -> None:
+    rules = Colours.model_validate([{"mlp": "RED"}, {r"(\w|\.|[a-z])*[A-Z]$": "BLUE"}])
+    said = rules.without_effect(["model.layers.0.mlp.experts", "model.layers.10.self_attn.q_proj"])
+    assert said is not None
+    assert said.startswith("'(")
+    assert "takes too long to be looked for in 'model.layers.10.self_attn.q_proj'" in said
