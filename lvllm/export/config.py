@@ -9,7 +9,7 @@ from lvllm.export.selection import is_expert, with_merged
 
 __all__ = ["patterns", "quantization_config"]
 
-LAYER = re.compile(r"(?:(?P<model>.*)\.)?layers\.(?P<number>\d+)\.(?P<rest>.+)")
+LAYER = re.compile(r"(?:(?P<model>.*)\.)?layers\.(?P<number>\d{1,9})\.(?P<rest>.+)")
 EXPERT = re.compile(r"experts\\\.\d+\\\.")
 DRAFT = re.compile(r"(.*\.)?mtp\.")
 OF_DRAFTS = r"(.*\.)?mtp\.(.*\.)?"

@@ -28,6 +28,7 @@ from lvllm.formats import (
 )
 from lvllm.formats.base import ExpertFormat
 from lvllm.formats.descriptor import Descriptor, Section, Stored, union
+from lvllm.formats.section import check
 
 __all__ = [
     "FORMATS",
@@ -93,9 +94,12 @@ def describe(section: Section | None) -> Descriptor | None:
 
     A checkpoint without a section is not quantised. None stands for a format that LvLLM does not
     read.
+
+    Raises CheckpointError for a section with a value of a wrong type.
     """
     if section is None:
         return unquantized.DESCRIPTOR
+    check(section)
     method = str(section.get("quant_method", "")).lower()
     return next((found for found in _DESCRIPTORS if method in found.quant_methods), None)
 

@@ -13,7 +13,7 @@ __all__ = ["DESCRIPTOR", "find"]
 
 
 def _stored(section: Section, module: str) -> Stored:
-    bits = section.get("bits", 8)
+    bits = section.get("bits") or 8
     if bits >= 16:
         return PLAIN
     symmetric = bool(section.get("sym", True))

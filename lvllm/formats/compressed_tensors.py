@@ -41,7 +41,7 @@ def _groups(section: Section, module: str) -> list[Section]:
 
 
 def _stored_in(weights: Section) -> Stored:
-    bits = weights.get("num_bits", 8)
+    bits = weights.get("num_bits") or 8
     if weights.get("type") == "float":
         return Stored(bits)
     return integers.stored(

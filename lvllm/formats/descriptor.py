@@ -5,13 +5,14 @@ serves a planner that has nothing else, and this module imports no vLLM.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lvllm.checkpoint.headers import TensorInfo
+from lvllm import patterns
+from lvllm.checkpoint.headers import CheckpointError, TensorInfo
+from lvllm.formats.section import pattern_of
 
 __all__ = ["PLAIN", "Descriptor", "Section", "Stored", "names_module", "union"]
 
@@ -121,9 +122,11 @@ def names_module(entry: str, module: str) -> bool:
     """Whether an entry of a list of modules means this one, in any format's notation.
 
     An entry is a module's name, a beginning of it, a shell pattern, or after `re:`, `-:` or `+:` a
-    regular expression for its beginning.
+    regular expression for its beginning. Raises CheckpointError for one that cannot be used.
     """
-    pattern = entry.removeprefix("re:").removeprefix("-:").removeprefix("+:")
-    if pattern != entry:
-        return re.match(pattern, module) is not None
+    if (pattern := pattern_of(entry)) is not None:
+        try:
+            return patterns.begins(pattern, module)
+        except patterns.PatternError as error:
+            raise CheckpointError(f"config.json: quantization_config: {error}") from None
     return entry == module or module.startswith(f"{entry}.") or fnmatchcase(module, entry)

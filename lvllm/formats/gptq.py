@@ -13,7 +13,7 @@ __all__ = ["DESCRIPTOR", "find", "gptq"]
 
 def _stored(section: Section, module: str) -> Stored:
     return integers.stored(
-        section.get("bits", 8),
+        section.get("bits") or 8,
         section.get("group_size"),
         symmetric=bool(section.get("sym", True)),
         act_order=bool(section.get("desc_act")),

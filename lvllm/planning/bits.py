@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lvllm import formats
+from lvllm.errors import quoted
 from lvllm.formats import gpt_oss
 from lvllm.planning.errors import PlanError
 
@@ -38,7 +39,7 @@ def of_section(section: Mapping[str, Any] | None) -> Bits:
     descriptor = formats.describe(section)
     if descriptor is None:
         raise PlanError(
-            f"quant_method {section.get('quant_method')!r} is none of those that LvLLM reads:"
+            f"quant_method {quoted(section.get('quant_method'))} is none of those that LvLLM reads:"
             f" {', '.join(formats.QUANTIZATIONS)}"
         )
     experts = descriptor.of_module(section, EXPERT).bits

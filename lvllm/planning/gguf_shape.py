@@ -12,16 +12,16 @@ from pathlib import Path
 from lvllm.checkpoint.gguf_headers import Field, GgufHeader, GgufTensor, open_gguf
 from lvllm.planning.errors import PlanError
 from lvllm.planning.gguf_bits import bits_of
-from lvllm.planning.shape import UNLIMITED, LayerShape, ModelShape
+from lvllm.planning.shape import UNLIMITED, LayerShape, ModelShape, check_experts
 
 __all__ = ["of_file", "of_header"]
 
 WINDOWS = {"gpt-oss": 2}
 """Architectures whose files do not say which layers have a sliding window: all but every n-th. A
 number in `attention.sliding_window_pattern` means the same."""
-_LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^blk\.(\d{1,9})\.(.+)$")
 # Old files have one tensor for each expert: ffn_gate.3.weight.
-_ROUTED = re.compile(r"^ffn_(?:gate|up|down|gate_up)(?:_exps\.(?:weight|bias)|\.(\d+)\.)")
+_ROUTED = re.compile(r"^ffn_(?:gate|up|down|gate_up)(?:_exps\.(?:weight|bias)|\.(\d{1,9})\.)")
 
 
 def of_file(file: Path, name: str) -> ModelShape:
@@ -58,6 +58,7 @@ def of_header(header: GgufHeader, name: str) -> ModelShape:
         raise PlanError(f"{name}: has no tensor 'token_embd.weight'")
     head = header.tensors.get("output.weight")
     layers = tuple(_layer(sizes[i], fields, i) for i in range(count))
+    check_experts(layers, name)
     ends = embedding.weights + (head.weights if head else 0)
     bits, stored = bits_of(
         routed,

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,32 @@ from typing import Any
 import torch
 
 from lvllm.checkpoint.headers import Checkpoint
-from lvllm.checkpoint.moe_layers import layer_number
+from lvllm.checkpoint.moe_layers import MOST_LAYERS, layer_number
+from lvllm.errors import quoted
 from lvllm.machine.memory_need import needed
 from lvllm.planning import bits
 from lvllm.planning.errors import PlanError
 from lvllm.planning.gguf_bits import Stored
 from lvllm.settings.division import divides_heads, rows_of_expert
 
-__all__ = ["CHOSEN", "LayerShape", "ModelShape", "of_config", "of_folder", "read_config"]
+__all__ = [
+    "CHOSEN",
+    "LayerShape",
+    "ModelShape",
+    "check_experts",
+    "of_config",
+    "of_folder",
+    "read_config",
+]
 
 SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Models that are another family's, under a name that transformers does not know."""
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token")
 """What configurations call the number of experts that a token chooses."""
 UNLIMITED = 1 << 60
-_ROUTED = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?")
+MOST = 1 << 40
+"""The largest number that a configuration may have: sizes of weights are products of a few."""
+_ROUTED = re.compile(r"(?:^|\.)experts\.(?:(\d{1,9})\.)?")
 
 
 @dataclass(frozen=True)
@@ -197,19 +208,21 @@ def of_config(config: Mapping[str, Any], name: str) -> ModelShape:
             ends[parameter] = size.numel()
         else:
             sizes[number][parameter.split(f"layers.{number}.", 1)[1]] = size
-    layers = tuple(_layer(sizes[i], text, i) for i in sorted(sizes))
+    fields = _Fields(text, name)
+    layers = tuple(_layer(sizes[i], fields, i) for i in sorted(sizes))
     if not any(layer.experts for layer in layers):
         raise PlanError(f"{name}: the model has no routed experts; stock vLLM serves it")
+    check_experts(layers, name)
     embedding = next((n for key, n in ends.items() if "embed_tokens" in key), max(ends.values()))
     section = config.get("quantization_config") or getattr(text, "quantization_config", None)
     return ModelShape(
         name=name,
         layers=layers,
-        hidden=int(text.hidden_size),
+        hidden=fields.number("hidden_size"),
         embedding=embedding,
         head=ends.get("lm_head.weight", embedding),
         tied="lm_head.weight" not in ends,
-        context=int(getattr(text, "max_position_embeddings", None) or 4096),
+        context=fields.number("max_position_embeddings", 4096),
         bits=bits.of_section(section),
         heads=_heads(text),
         rows=rows_of_expert(text),
@@ -220,14 +233,18 @@ def _parameters(
     kind: Any, config: Mapping[str, Any], name: str
 ) -> tuple[Any, dict[str, torch.Size]]:
     """The configuration of the language model, and the shapes of all parameters."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-    if kind not in CONFIG_MAPPING:
-        raise PlanError(f"{name}: transformers does not know the model_type {kind!r}")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise PlanError(f"{name}: transformers does not know the model_type {quoted(kind)}")
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "model_type")}
     # A config.json with values of a wrong type fails somewhere in transformers, with any error.
     try:
         text = CONFIG_MAPPING[kind](**plain).get_text_config()
+        if not isinstance(text, PretrainedConfig):
+            raise TypeError(f"the language model's part is {quoted(text)}")
+        if (layers := getattr(text, "num_hidden_layers", 0)) > MOST_LAYERS:
+            raise ValueError(f"{quoted(layers)} layers, of which no model has {MOST_LAYERS}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
     except Exception as error:
@@ -239,7 +256,37 @@ def _parameters(
     return text, {key: tensor.shape for key, tensor in model.named_parameters()}
 
 
-def _layer(parameters: Mapping[str, torch.Size], config: Any, number: int) -> LayerShape:
+def check_experts(layers: Sequence[LayerShape], name: str) -> None:
+    """Raise PlanError for experts that have fewer weights than one each."""
+    empty = next((layer for layer in layers if layer.experts and not layer.expert), None)
+    if empty is not None:
+        raise PlanError(f"{name}: the {empty.experts} experts of layer {empty.number} are empty")
+
+
+class _Fields:
+    """The numbers in the configuration of a language model."""
+
+    def __init__(self, config: Any, name: str) -> None:
+        self._config = config
+        self._name = name
+
+    def number(self, key: str, default: int | None = None, most: int = MOST) -> int:
+        """A number from 1 to `most`; `default` for one that is missing or 0. Raises PlanError."""
+        value = self.get(key)
+        if default is not None and (value is None or value == 0):
+            return default
+        if type(value) is not int or not 1 <= value <= most:
+            raise PlanError(
+                f"{self._name}: {key} in config.json is {quoted(value)}, a whole number from 1 to"
+                f" {most} is wanted"
+            )
+        return value
+
+    def get(self, key: str) -> Any:
+        return getattr(self._config, key, None)
+
+
+def _layer(parameters: Mapping[str, torch.Size], config: _Fields, number: int) -> LayerShape:
     experts = routed = others = 0
     for name, shape in parameters.items():
         if found := _ROUTED.search(name):
@@ -248,19 +295,19 @@ def _layer(parameters: Mapping[str, torch.Size], config: Any, number: int) -> La
             routed += math.prod(shape)
         else:
             others += math.prod(shape)
-    chosen = next((n for key in CHOSEN if (n := getattr(config, key, None))), 0)
+    called = next((key for key in CHOSEN if config.get(key)), CHOSEN[0])
+    chosen = config.number(called, most=experts) if experts else 0
     cached, attended, in_prompts = _attention(parameters, config)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    sliding = kinds is not None and kinds[number] == "sliding_attention"
-    window = getattr(config, "sliding_window", None) if sliding else None
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    sliding = isinstance(kinds, list) and kinds[number : number + 1] == ["sliding_attention"]
     return LayerShape(
         number=number,
         experts=experts,
-        chosen=int(chosen) if experts else 0,
+        chosen=chosen,
         expert=routed // experts if experts else 0,
         others=others,
         cached=cached,
-        window=int(window or UNLIMITED),
+        window=config.number("sliding_window", UNLIMITED) if sliding else UNLIMITED,
         attended=attended,
         attended_in_prompts=in_prompts,
     )
@@ -272,7 +319,7 @@ def _heads(config: Any) -> tuple[int, int] | None:
     return found if all(isinstance(count, int) for count in found) else None
 
 
-def _attention(parameters: Mapping[str, torch.Size], config: Any) -> tuple[int, int, int]:
+def _attention(parameters: Mapping[str, torch.Size], config: _Fields) -> tuple[int, int, int]:
     """Values of a token in the KV cache, and multiplications with each token looked at.
 
     The latter are two numbers, of decoding and of prompts. MLA keeps one latent vector for all
@@ -280,14 +327,14 @@ def _attention(parameters: Mapping[str, torch.Size], config: Any) -> tuple[int, 
     turn it into keys and values first.
     """
     rows = {name.split(".")[-2]: shape[0] for name, shape in parameters.items() if "weight" in name}
-    heads = int(config.num_attention_heads)
+    heads = config.number("num_attention_heads")
     if "kv_a_proj_with_mqa" in rows:
-        rope, latent = int(config.qk_rope_head_dim), int(config.kv_lora_rank)
-        in_prompts = int(config.qk_nope_head_dim) + rope + int(config.v_head_dim)
+        rope, latent = config.number("qk_rope_head_dim"), config.number("kv_lora_rank")
+        in_prompts = config.number("qk_nope_head_dim") + rope + config.number("v_head_dim")
         return rows["kv_a_proj_with_mqa"], heads * (2 * latent + rope), heads * in_prompts
     if "k_proj" not in rows or any(".linear_attn." in f".{name}" for name in parameters):
         return 0, 0, 0  # Linear attention has a state that does not grow.
     cached = rows["k_proj"] + rows.get("v_proj", rows["k_proj"])
-    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    key_heads = config.number("num_key_value_heads", heads)
     attended = heads * (cached // key_heads)
     return cached, attended, attended

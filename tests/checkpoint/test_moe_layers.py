@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lvllm.checkpoint.headers import CheckpointError
 from lvllm.checkpoint.moe_layers import layer_number, moe_layers
 
 
@@ -28,6 +29,25 @@ def test_families(fields: dict[str, Any], expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776: "),
+        ({"mlp_layer_types": ["dense"] * 5}, 'mlp_layer_types is ["dense", '),
+        ({"hybrid_override_pattern": 0.5}, "hybrid_override_pattern is 0.5: "),
+        ({"mlp_only_layers": "3"}, "mlp_only_layers is '3': "),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0: "),
+        ({"moe_layers_enum": "1,x"}, "moe_layers_enum is '1,x': "),
+        ({"moe_layer_freq": [1]}, "moe_layer_freq is [1]: one entry for each of 6 layers"),
+    ],
+)
+def test_fields_that_mean_nothing_are_named(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        moe_layers(SimpleNamespace(**({"num_hidden_layers": 6} | fields)))
+    assert str(caught.value).startswith(f"config.json: {said}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("name", "number"),
     [
         ("model.layers.3.mlp.experts", 3),
@@ -40,6 +60,7 @@ def test_families(fields: dict[str, Any], expected: list[int]) -> None:
         ("model.embed_tokens.weight", None),
         ("model.my_layers.4.mlp", None),
         ("model.layers.norm", None),
+        (f"model.layers.{'9' * 5000}.mlp", None),
     ],
 )
 def test_numbers_of_layers(name: str, number: int | None) -> None:

@@ -11,6 +11,16 @@ from lvllm.checkpoint.headers import Checkpoint
 from lvllm.planning import shape
 from lvllm.planning.errors import PlanError
 
+SMALL = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 TINY = Path(__file__).parents[2] / "examples/models/tiny-moe"
 
 
@@ -68,9 +78,15 @@ def test_a_folder_counts_the_bits_of_its_files() -> None:
     ("config", "said"),
     [
         ({"model_type": "no_such_model"}, "x: transformers does not know the model_type"),
-        ({}, "x: transformers does not know the model_type None"),
+        ({}, "x: transformers does not know the model_type null"),
         ({"model_type": "llama", "num_hidden_layers": 1}, "x: the model has no routed experts"),
         ({"model_type": "qwen3_moe", "hidden_size": "big"}, "x: transformers does not build"),
+        ({"model_type": {"a": 1}}, "x: transformers does not know the model_type"),
+        ({"model_type": "mixtral", "num_hidden_layers": 1 << 40}, "x: transformers does not build"),
+        ({"model_type": "mixtral", "text_config": 7}, "x: transformers does not build"),
+        (SMALL | {"num_experts_per_tok": 9}, "x: num_experts_per_tok in config.json is 9, a whole"),
+        (SMALL | {"moe_intermediate_size": 0}, "x: the 4 experts of layer 0 are empty"),
+        (SMALL | {"max_position_embeddings": 10**400}, "x: max_position_embeddings in config.json"),
         (
             {
                 "model_type": "mixtral",
@@ -109,6 +125,9 @@ def test_numbered_experts_count_as_stacked_ones() -> None:
     }
     numbered = {f"mlp.experts.{i}.gate_up_proj.weight": torch.Size([20, 6]) for i in range(8)}
     numbered["mlp.gate.weight"] = torch.Size([8, 6])
-    found = [shape._layer(parameters, Config(), 0) for parameters in (stacked, numbered)]
+    found = [
+        shape._layer(parameters, shape._Fields(Config(), "x"), 0)
+        for parameters in (stacked, numbered)
+    ]
     assert found[0] == found[1]
     assert (found[0].experts, found[0].expert, found[0].others) == (8, 120, 48)
