@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -13,6 +14,11 @@
 
 namespace lk {
 namespace {
+
+// The most that reserve() takes. Batches need not be so small, but no model needs as much, and
+// their products stay far from 2^63.
+constexpr int64_t kMostTokens = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostTopk = 4096;
 
 struct Engine {
   std::mutex mutex;
@@ -263,11 +269,18 @@ void reserve(int64_t handle, int64_t tokens, int64_t topk) {
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
   const LayerSpec& layer = layer_of(e, handle);
+  if (tokens < 0 || tokens > kMostTokens || topk < 0 || topk > kMostTopk) {
+    throw std::invalid_argument("cannot reserve memory for " + std::to_string(tokens) + " x " +
+                                std::to_string(topk) + " experts: at most " +
+                                std::to_string(kMostTokens) + " tokens x " +
+                                std::to_string(kMostTopk) + " experts");
+  }
   ThreadPool& pool = started_pool(e);
   reserve_workspace(layer, tokens, topk, *e.kernels, pool, e.workspace);
 }
 
 void* allocate_bank(const RowLayout& layout) {
+  const int64_t bytes = layout.bytes();
   Engine& e = engine();
   const std::lock_guard lock(e.mutex);
   ThreadPool& pool = started_pool(e);
@@ -279,13 +292,13 @@ void* allocate_bank(const RowLayout& layout) {
     return allocate_shared_bank(layout, several_nodes, e.options.interleave, pool);
   }
   if (several_nodes && e.options.interleave) {
-    void* memory = allocate(layout.bytes());
-    interleave(memory, layout.bytes(), memory_nodes());
+    void* memory = allocate(bytes);
+    interleave(memory, bytes, memory_nodes());
     return memory;
   }
-  if (!several_nodes || plan.nodes.size() == 1) return allocate(layout.bytes());
+  if (!several_nodes || plan.nodes.size() == 1) return allocate(bytes);
   const int64_t page = placement_page(layout, plan.node_workers);
-  void* memory = allocate(layout.bytes(), page);
+  void* memory = allocate(bytes, page);
   const std::vector<Extent> extents = plan_placement(layout, plan.node_workers, page);
   for_each_index(pool, static_cast<int64_t>(extents.size()), [&](int64_t index, int) {
     touch_on_node(memory, extents[index], plan.nodes[extents[index].node]);

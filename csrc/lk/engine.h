@@ -78,6 +78,7 @@ void run_layer(int64_t handle, const Batch& batch, int64_t hidden);
 void run_linear(int64_t handle, const LinearBatch& batch, int64_t k, int64_t rows);
 
 // From now on, run_layer allocates nothing for batches of up to so many tokens with 32-bit ids.
+// Throws std::invalid_argument for numbers that no batch has.
 void reserve(int64_t handle, int64_t tokens, int64_t topk);
 
 // Allocates memory for a bank of experts, with each row on the node that computes it. Free it with

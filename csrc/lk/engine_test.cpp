@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "lk/testing/random_layers.h"
@@ -38,6 +40,19 @@ TEST(Configure, RefusesMoreNodesThanTheEngineDividesWorkAmong) {
   configure(fewer);
   EXPECT_EQ(engine_info().plan.nodes.size(), 64u);
   configure({});
+}
+
+TEST(Reserve, RefusesSizesThatNoBatchHas) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  test_values::Random random(3);
+  test_values::TestLayer layer({}, 2, 64, 32, random);
+  const int64_t handle = create_layer(layer.spec);
+  for (const auto& [tokens, topk] : std::vector<std::pair<int64_t, int64_t>>{
+           {-1, 2}, {2, -1}, {kMost, 2}, {2, kMost}, {-kMost, -kMost}}) {
+    EXPECT_THROW(reserve(handle, tokens, topk), std::invalid_argument) << tokens << " " << topk;
+  }
+  reserve(handle, 1 << 20, 2);
+  destroy_layer(handle);
 }
 
 TEST(Counters, AddUpWhatTheCallsOfALayerDid) {

@@ -46,6 +46,9 @@ struct Area {
   bool ours = true;     // false for another process's memory
 };
 
+// What a process can address. Sums of a few such numbers stay far from 2^63.
+constexpr int64_t kMostBytes = int64_t{1} << 47;
+
 struct Registry {
   std::mutex mutex;
   std::map<void*, Area> areas;
@@ -130,6 +133,23 @@ char* map_file(int descriptor, int64_t size, int protection) {
 }
 
 }  // namespace
+
+int64_t RowLayout::bytes() const {
+  int64_t product = 1;
+  for (const int64_t number : {experts, parts, rows, row_bytes}) {
+    if (number < 1) {
+      throw std::invalid_argument("a bank of " + std::to_string(experts) + " experts x " +
+                                  std::to_string(parts) + " parts x " + std::to_string(rows) +
+                                  " rows x " + std::to_string(row_bytes) +
+                                  " bytes: positive numbers are wanted");
+    }
+    if (number > kMostBytes / product) {
+      throw OutOfMemory("cannot allocate more than " + gib(kMostBytes) + " for expert weights");
+    }
+    product *= number;
+  }
+  return product;
+}
 
 std::vector<Extent> plan_placement(const RowLayout& layout, const std::vector<int>& node_workers,
                                    int64_t page_bytes) {

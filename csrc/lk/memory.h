@@ -23,7 +23,9 @@ struct RowLayout {
   int64_t rows = 1;  // in one part
   int64_t row_bytes = 1;
 
-  int64_t bytes() const { return experts * parts * rows * row_bytes; }
+  // Throws std::invalid_argument for a number that is not positive, and OutOfMemory for more bytes
+  // than a process can address.
+  int64_t bytes() const;
 };
 
 // Bytes [begin, end) of a bank belong to `node`, an index into the pool's nodes.

@@ -9,6 +9,7 @@
 #include <csignal>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <sstream>
 #include <string>
@@ -324,6 +325,16 @@ TEST(Allocate, RefusesWhatTheMachineCannotHold) {
     FAIL() << "a petabyte was allocated";
   } catch (const OutOfMemory& error) {
     EXPECT_NE(std::string(error.what()).find("1048576.00 GiB"), std::string::npos) << error.what();
+  }
+}
+
+TEST(RowLayout, RefusesNumbersWithoutASumOfBytes) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  EXPECT_EQ((RowLayout{3, 2, 5, 7}.bytes()), 3 * 2 * 5 * 7);
+  EXPECT_THROW((RowLayout{kMost, 1, 1, 1}.bytes()), OutOfMemory);
+  EXPECT_THROW((RowLayout{1 << 30, 2, 1 << 30, 1 << 30}.bytes()), OutOfMemory);
+  for (const int64_t wrong : {int64_t{0}, int64_t{-1}, -kMost}) {
+    EXPECT_THROW((RowLayout{2, wrong, 5, wrong}.bytes()), std::invalid_argument);
   }
 }
 

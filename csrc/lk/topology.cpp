@@ -26,10 +26,13 @@ std::optional<std::string> read_line(const fs::path& path) {
   return line;
 }
 
+// Linux counts no more than 8192 CPUs. Without a bound, a range could take all memory.
+constexpr int kMostCpu = 65535;
+
 int parse_number(const std::string& text, const std::string& whole) {
   int value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
+  if (error != std::errc() || end != text.data() + text.size() || value < 0 || value > kMostCpu) {
     throw std::invalid_argument("not a CPU list: \"" + whole + "\", wanted for example \"0-3,8\"");
   }
   return value;

@@ -71,7 +71,7 @@ using Cores = std::vector<std::vector<int>>;
 TEST(CpuList, ReadsRangesAndSingles) {
   EXPECT_EQ(parse_cpu_list("0-3,8,10-11"), (std::vector<int>{0, 1, 2, 3, 8, 10, 11}));
   EXPECT_EQ(parse_cpu_list(""), std::vector<int>());
-  for (const char* wrong : {"a", "1-", "-1", "3-1", "1,,2", "1 2"}) {
+  for (const char* wrong : {"a", "1-", "-1", "3-1", "1,,2", "1 2", "0-65536", "2147483647"}) {
     EXPECT_THROW(parse_cpu_list(wrong), std::invalid_argument) << wrong;
   }
 }

@@ -44,6 +44,8 @@ class LinearLayer:
         weight_formats.check_choice("format", format, (OWN_FORMAT[weight.dtype], "int8"))
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted [rows, columns]")
+        if weight.device.type != "cpu":
+            raise ValueError(f"weight is on {weight.device}, wanted the CPU")
         self.format = format
         self.activation_bits = weight_formats.activation_bits(format, activation_bits)
         self.rows, self.columns = weight.shape
@@ -82,5 +84,7 @@ class LinearLayer:
         Raises:
             ValueError: for a wrong shape or dtype.
         """
+        if x.dim() == 0:
+            raise ValueError("x is a single number, wanted rows of the layer's input size")
         y: torch.Tensor = raw_ops.linear(x.reshape(-1, x.shape[-1]), self.handle, self.rows)
         return y.view(*x.shape[:-1], self.rows)

@@ -74,6 +74,7 @@ def test_the_weight_given_is_left_alone() -> None:
         (torch.ones(4).half(), "fp16", r"weight has shape \(4,\), wanted \[rows, columns\]"),
         (torch.ones(0, 4).half(), "fp16", r"weight has shape \(0, 4\), wanted"),
         (torch.full((4, 4), torch.nan).half(), "int8", "NaN"),
+        (torch.ones(4, 4).half().to("meta"), "fp16", "weight is on meta, wanted the CPU"),
     ],
 )
 def test_wrong_weights_are_refused(weight: torch.Tensor, format: str, message: str) -> None:
@@ -87,6 +88,8 @@ def test_a_wrong_x_is_refused() -> None:
         layer(torch.ones(2, 5).bfloat16())
     with pytest.raises(ValueError, match="x must be bfloat16 or float16"):
         layer(torch.ones(2, 6))
+    with pytest.raises(ValueError, match="x is a single number"):
+        layer(torch.tensor(1.0).bfloat16())
 
 
 def test_the_engine_forgets_a_layer_with_its_object() -> None:
