@@ -5,8 +5,10 @@
 #                       upstream requires torch==2.13.0+cpu, which the default index does not have
 #   MAX_JOBS            how many compilers run at once
 #   TEST_PROCESSES      how many Python test files run at once, 2 by default; each takes up to 6 GiB
+#   SECONDS             how long `make fuzz` runs in total, 60 by default
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
+SECONDS ?= 60
 VENV := .venv
 RUN := $(VENV)/bin/python
 BOOTSTRAP := $(PYTHON) -m build_tools.bootstrap --venv $(VENV)
@@ -21,8 +23,8 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-cpp test-asan test-tsan test-emulated test-python lint \
-	format docs models-table quality wheel verify-upstream clean clean-upstream
+.PHONY: help install demo check test test-cpp test-asan test-tsan test-emulated test-python fuzz \
+	lint format docs models-table quality wheel verify-upstream clean clean-upstream
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -56,6 +58,10 @@ test-tsan: ## the C++ tests under ThreadSanitizer
 test-emulated: ## the C++ tests of every instruction set's kernels, on emulated instructions
 	@$(BOOTSTRAP) --tools test
 	@$(RUN) -m build_tools.engine test emulated
+
+fuzz: ## made-up inputs for the readers and the engine, for SECONDS; after test-asan
+	@$(BOOTSTRAP) --tools test --tools fuzz
+	@$(RUN) -m tests.fuzz $(SECONDS)
 
 test-python: ## the Python tests
 	@$(BOOTSTRAP) --tools test

@@ -1,6 +1,6 @@
 """Set up the checkout's virtual environment and show each step. Parts that are up to date stay.
 
-`python3 -m build_tools.bootstrap --venv .venv [--tools test|lint]` needs only Python and g++.
+`python3 -m build_tools.bootstrap --venv .venv [--tools test|lint|fuzz]` needs only Python and g++.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def main() -> None:
     """Parse the command line and set up."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--tools", action="append", default=[], choices=["test", "lint"])
+    parser.add_argument("--tools", action="append", default=[], choices=["test", "lint", "fuzz"])
     arguments = parser.parse_args()
     try:
         import ensurepip  # noqa: F401
