@@ -224,7 +224,7 @@ def of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         tied="lm_head.weight" not in ends,
         context=fields.number("max_position_embeddings", 4096),
         bits=bits.of_section(section),
-        heads=_heads(text),
+        heads=_heads(fields),
         rows=rows_of_expert(text),
     )
 
@@ -313,9 +313,9 @@ def _layer(parameters: Mapping[str, torch.Size], config: _Fields, number: int) -
     )
 
 
-def _heads(config: Any) -> tuple[int, int] | None:
-    heads = config.num_attention_heads
-    found = heads, getattr(config, "num_key_value_heads", None) or heads
+def _heads(config: _Fields) -> tuple[int, int] | None:
+    heads = config.get("num_attention_heads")
+    found = heads, config.get("num_key_value_heads") or heads
     return found if all(isinstance(count, int) for count in found) else None
 
 
