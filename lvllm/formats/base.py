@@ -1,6 +1,6 @@
 """What every checkpoint format has in common."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ __all__ = [
     "check_scales",
     "empty",
     "narrow",
+    "place_whole",
+    "stored_shape",
+    "wrong_shape",
 ]
 
 
@@ -137,6 +140,44 @@ def check_scales(layer: Any, suffix: str) -> tuple[torch.Tensor, torch.Tensor]:
             )
         found.append(data)
     return found[0], found[1]
+
+
+def stored_shape(parameter: Any, shard: str, parts: int, ranks: int) -> tuple[int, ...]:
+    """The shape that a checkpoint's tensor of one projection of one expert must have.
+
+    vLLM's loader gives each of the `ranks` of tensor parallelism its share of the rows of gate and
+    up ("w1" and "w3", of which w13 has `parts`) and of the columns of down ("w2"). Biases of down
+    and what it has for each row are not divided.
+
+    Args:
+        parameter: what the tensor is loaded into, [E, ...] for the experts of this process. Its
+            attributes say what it is for (`ExpertFormat.create_weights`).
+        shard: "w1", "w2" or "w3".
+    """
+    how = getattr(parameter, "quant_method", None)
+    if how == "tensor":
+        return ()
+    size = list(parameter.shape[1:])
+    of_down = shard == "w2"
+    if of_down and (how == "channel" or len(size) == 1):
+        return tuple(size)
+    divided = int(of_down != getattr(parameter, "is_transposed", False))
+    size[divided] *= ranks
+    if not of_down:
+        size[divided] //= parts
+    return tuple(size)
+
+
+def wrong_shape(found: Sequence[int], wanted: Sequence[int]) -> str:
+    """The fault of a tensor, or of a projection's part of it, that has another shape."""
+    return f"does not fit the model: has {list(found)} where the model takes {list(wanted)}"
+
+
+def place_whole(data: torch.Tensor, loaded: torch.Tensor, shard: str) -> None:
+    """The attribute `place` of a parameter that takes all of a tensor in every process."""
+    if loaded.shape != data.shape:
+        raise ValueError(wrong_shape(loaded.shape, data.shape))
+    data.copy_(loaded)
 
 
 def narrow(scale: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,14 @@ import torch
 from torch.nn import Module
 
 from lvllm.formats import integers
-from lvllm.formats.base import ExpertFormat, Shape, add_parameter, add_weights, check_scales
+from lvllm.formats.base import (
+    ExpertFormat,
+    Shape,
+    add_parameter,
+    add_weights,
+    check_scales,
+    place_whole,
+)
 from lvllm.formats.descriptor import Descriptor, Section, Stored, names_module
 from lvllm.formats.fp4 import Mxfp4, Nvfp4
 from lvllm.formats.fp8 import BLOCK, Fp8, Scales
@@ -145,11 +152,12 @@ class PackedInts(ExpertFormat):
                     f" {per_word * parts} and {unit}"
                 )
             groups = integers.groups_of(layer, name, columns, self.group_size, self.act_order)
-            more = {"quant_method": how} | integers.whole(name, self.act_order)
+            more = {"quant_method": how} | integers.whole(name, self.group_size, self.act_order)
             scale = torch.full((shape.experts, rows, groups), torch.nan, dtype=torch.float32)
             add_parameter(layer, f"{name}_weight_scale", scale, attributes, **more)
             original = torch.empty((shape.experts, 2), dtype=torch.int64)
-            add_parameter(layer, f"{name}_weight_shape", original, attributes, optional=True)
+            unused = {"optional": True, "place": place_whole}
+            add_parameter(layer, f"{name}_weight_shape", original, attributes, **unused)
             if not self.symmetric:
                 zero = torch.zeros((shape.experts, rows // per_word, groups), dtype=torch.int32)
                 add_parameter(layer, f"{name}_weight_zero_point", zero, attributes, **more)

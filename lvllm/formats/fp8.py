@@ -99,7 +99,8 @@ class Fp8(ExpertFormat):
             add_parameter(layer, f"{name}_{self.scale_name}", scale, attributes, **how)
             if self.static_inputs:
                 unused = torch.empty(shape.experts)
-                add_parameter(layer, f"{name}_input_scale", unused, attributes, optional=True)
+                what = {"quant_method": "tensor", "optional": True}
+                add_parameter(layer, f"{name}_input_scale", unused, attributes, **what)
 
     def tensors(self, layer: Any) -> dict[str, Any]:
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data

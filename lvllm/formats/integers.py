@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lvllm.engine import weight_formats
-from lvllm.formats.base import Shape, add_parameter, narrow
+from lvllm.formats.base import Shape, add_parameter, narrow, place_whole, wrong_shape
 from lvllm.formats.descriptor import Stored
 
 __all__ = [
@@ -57,12 +57,12 @@ def groups_of(layer: Any, name: str, columns: int, group_size: int | None, act_o
     return columns // group_size if group_size else 1
 
 
-def whole(name: str, act_order: bool) -> dict[str, Any]:
+def whole(name: str, group_size: int | None, act_order: bool) -> dict[str, Any]:
     """The attribute of a parameter that makes its loader copy the scales or zero points of all
     groups, where this process needs all of them.
     """
-    if act_order and name == "w2":
-        return {"place": lambda data, loaded, shard: data.copy_(loaded)}
+    if name == "w2" and (act_order or group_size is None):
+        return {"place": place_whole}
     return {}
 
 
@@ -70,10 +70,13 @@ def add_group_index(
     layer: Any, shape: Shape, suffix: str, attributes: dict[str, Any], *, optional: bool = False
 ) -> None:
     """Register w13_SUFFIX and w2_SUFFIX, int32 [E, parts, columns]: the group of each column."""
-    rank = layer.moe_config.tp_rank
+    rank, ranks = layer.moe_config.tp_rank, layer.moe_config.moe_parallel_config.tp_size
 
     def place(data: torch.Tensor, loaded: torch.Tensor, shard: str) -> None:
         columns = data.shape[1]
+        wanted = [columns * ranks if shard == "w2" else columns]
+        if list(loaded.shape) != wanted:
+            raise ValueError(wrong_shape(loaded.shape, wanted))
         first = rank * columns if shard == "w2" else 0
         data[1 if shard == "w3" else 0].copy_(loaded.narrow(0, first, columns))
 

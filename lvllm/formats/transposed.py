@@ -80,7 +80,7 @@ class TransposedInts(ExpertFormat):
             words = codes.view(torch.int32).view(experts, *packed)
             add_parameter(layer, f"{name}_qweight", words, attributes, **more)
             groups = integers.groups_of(layer, name, columns, self.group_size, self.act_order)
-            whole = more | integers.whole(name, self.act_order)
+            whole = more | integers.whole(name, self.group_size, self.act_order)
             scale = torch.full((experts, groups, rows), torch.nan, dtype=torch.float32)
             add_parameter(layer, f"{name}_scales", scale, attributes, **whole)
             zero = torch.zeros((experts, groups, rows // per_word), dtype=torch.int32)

@@ -5,12 +5,13 @@ report tensors that never come. An `Arrivals` stands between the loader and the 
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from lvllm.errors import LayerError, LvllmError, TensorError, naming_layer
+from lvllm.formats.base import stored_shape, wrong_shape
 
 __all__ = ["EXPERTS", "NOT_AGAIN", "Arrivals"]
 
@@ -50,6 +51,7 @@ class Arrivals:
         self._complete = complete
         self._missing: set[Missing] = set()
         self._names: dict[int, str] = {}
+        self._parts = 2
         self._lock = threading.Lock()
         self._closed = False
 
@@ -58,6 +60,7 @@ class Arrivals:
 
         `parts` is the number of projections in w13: 2 for gate and up, 1 without a gate.
         """
+        self._parts = parts
         for name, parameter in self._layer.named_parameters(recurse=False):
             if not name.startswith(EXPERTS):  # some models keep the router's parameters here
                 continue
@@ -73,27 +76,34 @@ class Arrivals:
         param: torch.nn.Parameter,
         loaded_weight: torch.Tensor,
         weight_name: str,
-        shard_id: str | None,
-        expert_id: int | None,
+        shard_id: str,
+        expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
         """Load one tensor as vLLM does, and note that it arrived.
+
+        Its shape must be the parameter's, over all ranks of tensor parallelism: vLLM would take
+        the first rows of a tensor that is too long, and leave the rest.
 
         A tensor that comes once more after its layer was converted, when the parameter's memory is
         already freed, is ignored while the model is being loaded.
 
         Raises:
-            TensorError: if the layer cannot take the tensor.
+            TensorError: if the layer cannot take the tensor, because of its shape or otherwise.
             LayerError: if this was the last tensor and the layer cannot be completed, or if the
                 model has been loaded before.
         """
         if self._closed:
             raise LayerError(f"{self._layer.layer_name}: {NOT_AGAIN}")
+        experts = self._layer.global_num_experts
+        if expert_id >= experts:
+            raise TensorError(f"does not fit the model: it has more than {experts} experts")
         local = self._local(expert_id)
         loaded = local != -1 and param.numel() > 0
         if loaded and hasattr(param, "place"):
             self._place(param, local, loaded_weight, shard_id)
         elif loaded:
+            self._check_shape(param, loaded_weight.shape, shard_id)
             loaded = bool(
                 self._load(
                     param=param,
@@ -106,19 +116,26 @@ class Arrivals:
             )
         if loaded:
             name = self._names[id(param)]
-            # Some models load all experts in one tensor, some of these all projections as well.
-            experts: Iterable[int] = range(self._layer.local_num_experts)
-            if local is not None and loaded_weight.dim() < 3:
-                experts = (local,)
-            shards = [shard_id] if shard_id else SHARDS
-            self._note({(name, expert, shard) for expert in experts for shard in shards})
+            # Some models load all experts in one tensor.
+            whole = loaded_weight.dim() == 3
+            came = range(self._layer.local_num_experts) if whole else (local,)
+            self._note({(name, expert, shard_id) for expert in came})
         return loaded if return_success else None
 
     # vLLM reads this attribute to learn whether a parameter's loader takes experts.
     load.supports_moe_loading = True  # type: ignore[attr-defined]
 
+    def _check_shape(self, param: Any, shape: torch.Size, shard: str) -> None:
+        ranks = self._layer.moe_config.moe_parallel_config.tp_size
+        wanted = stored_shape(param, shard, self._parts, ranks)
+        if len(shape) == 3:
+            wanted = (self._layer.local_num_experts, *wanted)
+        # A number that all of a projection shares is stored as [] or as [1].
+        if tuple(shape) != wanted and not (wanted == () and shape.numel() == 1):
+            raise TensorError(wrong_shape(shape, wanted))
+
     @staticmethod
-    def _place(param: Any, local: int | None, tensor: torch.Tensor, shard: str | None) -> None:
+    def _place(param: Any, local: int, tensor: torch.Tensor, shard: str) -> None:
         try:
             param.place(param.data[local], tensor, shard)
         except LvllmError:
@@ -126,10 +143,8 @@ class Arrivals:
         except ValueError as error:
             raise TensorError(str(error)) from error
 
-    def _local(self, expert: int | None) -> int | None:
+    def _local(self, expert: int) -> int:
         """The expert's number in this process, or -1 if another process has it."""
-        if expert is None:
-            return None
         number: int = self._layer._map_global_expert_id_to_local_expert_id(expert)
         return number
 

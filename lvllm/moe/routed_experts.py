@@ -6,7 +6,6 @@ that a model brings along needs a replacement of its own.
 
 from typing import Any
 
-import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -15,7 +14,7 @@ from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 from vllm.model_executor.models.transformers.moe import TransformersRoutedExperts
 
 from lvllm import formats
-from lvllm.errors import TensorError, naming_layer
+from lvllm.errors import naming_layer
 from lvllm.moe.method import HybridMoEMethod
 from lvllm.moe.resident import is_resident, resident_method
 
@@ -40,23 +39,6 @@ class HybridExperts:
             return resident_method(self, prefix, quant_config, moe_config)
         with naming_layer(prefix):
             return HybridMoEMethod(moe_config, formats.find(quant_config, self, prefix), prefix)
-
-    def _narrow_expert_data_for_padding(
-        self, expert_data: torch.Tensor, loaded_weight: torch.Tensor, *more: Any, **options: Any
-    ) -> torch.Tensor:
-        """Refuse a tensor that is smaller than its parameter, unless the layer is resident.
-
-        vLLM takes it, because some of its kernels pad the weights. lk pads nothing.
-        """
-        if self.resident:
-            narrow = super()._narrow_expert_data_for_padding  # type: ignore[misc]
-            narrowed: torch.Tensor = narrow(expert_data, loaded_weight, *more, **options)
-            return narrowed
-        if loaded_weight.dim() == expert_data.dim() and loaded_weight.shape != expert_data.shape:
-            raise TensorError(
-                f"does not fit the model: this process takes {list(expert_data.shape)} of it"
-            )
-        return expert_data
 
 
 class HybridRoutedExperts(HybridExperts, RoutedExperts):

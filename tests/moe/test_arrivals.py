@@ -2,6 +2,7 @@
 
 import random
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lvllm.moe.arrivals import Arrivals
 EXPERTS = 6
 FIRST = 3
 """The test's process holds the experts from this number on."""
+ROWS, COLUMNS = 2, 4
 PARAMETERS = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
 
 
@@ -27,15 +29,16 @@ class Layer(Module):
         "down_proj",
     )
     global_num_experts, local_num_experts = EXPERTS, EXPERTS - FIRST
+    moe_config = SimpleNamespace(moe_parallel_config=SimpleNamespace(tp_size=1))
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int) -> None:
         super().__init__()
         for name in PARAMETERS:
-            self.add(name)
+            self.add(name, parts * ROWS if name.startswith("w13") else ROWS, COLUMNS)
         self.add("w13_input_scale", optional=True)
 
-    def add(self, name: str, **attributes: Any) -> None:
-        parameter = Parameter(torch.zeros(self.local_num_experts, 4), requires_grad=False)
+    def add(self, name: str, *size: int, **attributes: Any) -> None:
+        parameter = Parameter(torch.zeros(self.local_num_experts, *size), requires_grad=False)
         for key, value in attributes.items():
             setattr(parameter, key, value)
         self.register_parameter(name, parameter)
@@ -48,7 +51,7 @@ class Loading:
     """A layer with its arrivals, and a stand-in for vLLM's weight loader."""
 
     def __init__(self, parts: int = 2) -> None:
-        self.layer = Layer()
+        self.layer = Layer(parts)
         self.completed = 0
         self.arrivals = Arrivals(self.layer, self.load, self.complete)
         self.arrivals.expect(parts)
@@ -57,15 +60,16 @@ class Loading:
         local = self.layer._map_global_expert_id_to_local_expert_id(named["expert_id"])
         if local < 0:
             return False
-        param.data[local] += loaded_weight
+        param.data[local][: len(loaded_weight)] += loaded_weight
         return True
 
     def complete(self) -> None:
         self.completed += 1
 
-    def bring(self, name: str, expert: int, shard: str) -> bool | None:
+    def bring(self, name: str, expert: int, shard: str, *size: int) -> bool | None:
+        brought = torch.ones(size or (ROWS, COLUMNS))
         return self.arrivals.load(
-            getattr(self.layer, name), torch.ones(4), f"experts.{name}", shard, expert, True
+            getattr(self.layer, name), brought, f"experts.{name}", shard, expert, True
         )
 
 
@@ -130,29 +134,17 @@ def test_a_tensor_of_all_experts() -> None:
     arrivals.expect(2)
     for name in PARAMETERS:
         for shard in ("w2",) if name.startswith("w2") else ("w1", "w3"):
-            arrivals.load(getattr(loading.layer, name), torch.ones(3, 4, 4), name, shard, FIRST)
+            arrivals.load(getattr(loading.layer, name), torch.ones(3, 2, 4), name, shard, FIRST)
     arrivals.require_all()
-    assert loading.completed == 1
-
-
-def test_a_parameter_that_comes_as_a_whole() -> None:
-    """gpt-oss's model hands over whole parameters, and names neither expert nor projection."""
-    loading = Loading()
-    loading.load = lambda **named: True  # type: ignore[assignment,method-assign]
-    arrivals = Arrivals(loading.layer, loading.load, loading.complete)
-    arrivals.expect(2)
-    for name in PARAMETERS:
-        assert not loading.completed
-        arrivals.load(getattr(loading.layer, name), torch.ones(3, 4, 4), name, None, None)
     assert loading.completed == 1
 
 
 def test_a_parameter_that_places_its_tensors() -> None:
     loading = Loading()
-    loading.layer.add("w2_g_idx", place=lambda data, loaded, shard: data.copy_(loaded * 7))
+    loading.layer.add("w2_g_idx", 4, place=lambda data, loaded, shard: data.copy_(loaded * 7))
     loading.arrivals.expect(2)
-    assert loading.bring("w2_g_idx", FIRST + 1, "w2")
-    assert not loading.bring("w2_g_idx", 0, "w2")
+    assert loading.bring("w2_g_idx", FIRST + 1, "w2", 4)
+    assert not loading.bring("w2_g_idx", 0, "w2", 4)
     assert loading.layer.get_parameter("w2_g_idx").tolist() == [[0] * 4, [7] * 4, [0] * 4]
 
 
@@ -161,10 +153,29 @@ def test_a_tensor_that_does_not_fit_its_parameter() -> None:
         raise ValueError("has 4 columns, wanted 8")
 
     loading = Loading()
-    loading.layer.add("w2_g_idx", place=place)
+    loading.layer.add("w2_g_idx", 4, place=place)
     loading.arrivals.expect(2)
     with pytest.raises(TensorError, match=r"^has 4 columns, wanted 8$"):
         loading.bring("w2_g_idx", FIRST, "w2")
+
+
+@pytest.mark.parametrize("size", [(3, 4), (2, 5), (1, 4), (8,), (4, 2, 4), (1,)])
+def test_a_tensor_of_another_shape_does_not_count(size: tuple[int, ...]) -> None:
+    loading = Loading()
+    for one in everything():
+        if one == ("w13_weight", FIRST, "w1"):
+            with pytest.raises(TensorError, match=r"^does not fit the model: has \["):
+                loading.bring(*one, *size)
+        else:
+            loading.bring(*one)
+    assert not loading.completed
+    with pytest.raises(LayerError, match=r"experts\.3\.gate_proj\.weight is not in the ch"):
+        loading.arrivals.require_all()
+
+
+def test_more_experts_than_the_model_has() -> None:
+    with pytest.raises(TensorError, match=r"^does not fit the model: it has more than 6 experts$"):
+        Loading().bring("w2_weight", EXPERTS, "w2")
 
 
 def test_a_tensor_that_comes_after_the_memory_was_freed_is_ignored() -> None:
