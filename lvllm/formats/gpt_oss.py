@@ -3,17 +3,26 @@
 vLLM's model loads each tensor as a whole, and does not report which tensors it has seen.
 """
 
+import re
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch.nn import Module
 
-from lvllm.formats.base import ExpertFormat, Shape
+from lvllm.checkpoint.headers import TensorInfo
+from lvllm.engine.weight_formats import FORMATS
+from lvllm.formats.base import ExpertFormat, Shape, wrong_shape
 from lvllm.formats.descriptor import Descriptor, Stored
 from lvllm.formats.fp4 import Mxfp4
 from lvllm.formats.unquantized import Unquantized
 
-__all__ = ["DESCRIPTOR", "GptOssMxfp4", "GptOssPlain", "find"]
+__all__ = ["DESCRIPTOR", "GptOssMxfp4", "GptOssPlain", "check_shapes", "find"]
+
+EXPERTS = re.compile(
+    r"\.mlp\.experts\.(?P<one>\d+\.)?(?P<name>gate_up_proj|down_proj)(?P<what>_\w+)?$"
+)
+"""The names of all experts' tensors; some checkpoints have a tensor for each expert."""
 
 DESCRIPTOR = Descriptor(
     "gpt-oss mxfp4",
@@ -40,6 +49,34 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
         f"{prefix}: gpt-oss quantised as {quant_config.get_name()!r} is not supported; supported"
         " are its own mxfp4, bfloat16 and float16"
     )
+
+
+def check_shapes(config: Any, tensors: Iterable[TensorInfo]) -> None:
+    """Raise CheckpointError if experts of gpt-oss have another shape than `config` says.
+
+    The model takes the part of each tensor that it has memory for, and leaves the rest. Where a
+    packed tensor is too small, it fills a part of the memory. `config` is that of config.json.
+    """
+    hidden, up = config.hidden_size, 2 * config.intermediate_size
+    group = FORMATS["mxfp4"].group_size
+    assert group is not None
+    for info in tensors:
+        found = EXPERTS.search(info.name)
+        if found is None:
+            continue
+        gate_up = found["name"] == "gate_up_proj"
+        outputs, inputs = (up, hidden) if gate_up else (hidden, up // 2)
+        one = {
+            None: (inputs, outputs),
+            "_bias": (outputs,),
+            "_blocks": (outputs, inputs // group, group // 2),
+            "_scales": (outputs, inputs // group),
+        }.get(found["what"])
+        if one is None:
+            continue
+        wanted = one if found["one"] else (config.num_local_experts, *one)
+        if info.shape != wanted:
+            raise info.refuse(wrong_shape(info.shape, wanted))
 
 
 class GptOssPlain(Unquantized):

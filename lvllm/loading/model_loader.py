@@ -20,6 +20,7 @@ from lvllm import startup
 from lvllm.checkpoint.headers import Checkpoint, pickle_refused
 from lvllm.errors import LvllmError, TensorError
 from lvllm.faults import process
+from lvllm.formats import gpt_oss
 from lvllm.loading import completeness, in_hand
 from lvllm.loading.reader import Reader, in_loading_order
 from lvllm.log import logger
@@ -93,6 +94,9 @@ def weights_iterator(
         for info in in_loading_order(checkpoint.tensors.values())
         if not should_skip_weight(info.name, local_expert_ids)
     ]
+    config = get_current_vllm_config().model_config.hf_config
+    if config.model_type == "gpt_oss":
+        gpt_oss.check_shapes(config, wanted)
     reader = Reader(HybridConfig.current().engine_cpus[startup.host_rank()])
     start = time.perf_counter()
     with tqdm(

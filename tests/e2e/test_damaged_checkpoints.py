@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lvllm.export import export
 from tests.e2e.server import fail_to_serve
+from tests.models.gpt_oss import pack
 from tests.models.make import make
 from tests.models.quantize import SCHEMES, quantize
 
@@ -20,7 +22,8 @@ ROWS = "model.layers.2.mlp.experts.5.up_proj"
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("qwen3_moe", tmp_path_factory.mktemp("plain") / "model", mlp_only_layers=[])
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    return make("qwen3_moe", folder, mlp_only_layers=[], moe_intermediate_size=96)
 
 
 def truncated(file: Path) -> None:
@@ -81,7 +84,52 @@ def test_a_truncated_file_is_found_before_anything_starts(plain: Path, tmp_path:
 def test_a_wrong_shape_is_found_by_the_engine(plain: Path, tmp_path: Path) -> None:
     model, file = copy(plain, tmp_path / "model", changed(cut))
     line = refused(model)
-    assert f"{file}: tensor '{EXPERT}.weight': bfloat16 [127, 80]: does not fit the model" in line
+    assert f"{file}: tensor '{EXPERT}.weight': bfloat16 [127, 96]: does not fit the model" in line
+
+
+def scalar(data: torch.Tensor) -> torch.Tensor:
+    return data.flatten()[0]
+
+
+def longer(data: torch.Tensor) -> torch.Tensor:
+    return torch.cat([data, data[:, :1]], 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "damage"),
+    [
+        ("exported", scalar),
+        ("exported", longer),
+        ("gpt_oss", longer),
+        ("gpt_oss_mxfp4", scalar),
+    ],
+)
+def test_wrong_shapes_in_other_formats(
+    model: str,
+    damage: Callable[[torch.Tensor], torch.Tensor],
+    plain: Path,
+    tmp_path: Path,
+) -> None:
+    sound = tmp_path / "sound"
+    if model == "exported":
+        export(plain, sound, format="mxfp4", quiet=True)
+        name = "model.layers.1.mlp.experts.4.gate_proj.weight_packed"
+    elif model == "gpt_oss":
+        make("gpt_oss", sound)
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+    else:
+        sound, _ = pack(make("gpt_oss", tmp_path / "plain"), sound)
+        name = "model.layers.0.mlp.experts.down_proj_blocks"
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = damage(tensors[name]).clone()
+
+    damaged, file = copy(sound, tmp_path / "model", changed(change))
+    line = refused(damaged)
+    has = list(load_file(file)[name].shape)
+    wanted = list(load_file(sound / file.name)[name].shape)
+    assert f"{file}: tensor '{name}': " in line
+    assert f"does not fit the model: has {has} where the model takes {wanted}" in line
 
 
 def test_infinite_scales_are_found_by_a_worker(plain: Path, tmp_path: Path) -> None:
