@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lvllm import sharing
-from lvllm.checkpoint import Checkpoint
+from lvllm.checkpoint import Checkpoint, model_files
 from lvllm.faults import process, scratch
 from lvllm.handover import banks
 from lvllm.log import logger
@@ -26,7 +26,7 @@ from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, is_moe
 from lvllm.settings.resolving import SECTION, Setting, resolve
 from lvllm.settings.use_weight import LayerFormats, UseWeight, UseWeights
 
-__all__ = ["final_settings", "prepare", "replicas_here", "shared_identity"]
+__all__ = ["check_files", "final_settings", "prepare", "replicas_here", "shared_identity"]
 
 OMP_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -69,6 +69,26 @@ def prepare(vllm_config: Any) -> None:
         _keep_streamed_batches_out_of_graphs(
             vllm_config.compilation_config, config.gpu_prefill_min_batch_size
         )
+
+
+def check_files(arguments: Any) -> None:
+    """Check the small files in the local folders that vLLM's `EngineArgs` name.
+
+    Raises CheckpointError.
+    """
+    overrides = arguments.hf_overrides
+    overridden = overrides.keys() if isinstance(overrides, dict) else ()
+    files = {arguments.hf_config_path or arguments.model: [model_files.CONFIG]}
+    if arguments.generation_config != "vllm":
+        given = arguments.generation_config
+        where = arguments.model if given == "auto" else given
+        files.setdefault(where, []).extend(model_files.GENERATION)
+    if not arguments.skip_tokenizer_init:
+        where = arguments.tokenizer or arguments.model
+        files.setdefault(where, []).extend(model_files.TOKENIZER)
+    for folder, names in files.items():
+        if Path(folder).is_dir():
+            model_files.check(Path(folder), names, overridden)
 
 
 def final_settings(

@@ -102,18 +102,32 @@ def read_the_file_exactly(original: Any) -> Any:
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
     signature="(self, usage_context=None, headless=False)",
     why="vLLM's configuration is a class of pydantic, which wraps a refusal of LvLLM in lines about"
-    " the values of all its fields. A program that uses vLLM as a library gets the one line.",
+    " the values of all its fields. A program that uses vLLM as a library gets the one line. And a"
+    " damaged config.json ends in a traceback before there is a configuration to be checked, or a"
+    " damaged file of the tokenizer or of the generation's defaults is passed over.",
     upstream="none, because vLLM's own refusals are wrapped alike",
     until="plugins may register a function that gets the complete VllmConfig",
 )
 def pass_refusals_on(original: Any) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from pydantic import ValidationError
 
+    from lvllm import prepare
     from lvllm.errors import LvllmError
+    from lvllm.faults import process
 
     def create_engine_config(self: Any, *arguments: Any, **options: Any) -> Any:
         try:
+            prepare.check_files(self)
+        except LvllmError as error:
+            raise process.refusal(str(error)) from None
+        try:
             return original(self, *arguments, **options)
+        except StrictDataclassError as error:  # what transformers raises about config.json
+            said = " ".join(str(error).split())
+            raise process.refusal(
+                f"{self.hf_config_path or self.model}: config.json: {said}"
+            ) from None
         except ValidationError as error:
             refusal = error.errors()[0].get("ctx", {}).get("error")
             if isinstance(refusal, LvllmError):

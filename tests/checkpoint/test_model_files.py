@@ -1,0 +1,108 @@
+"""What is refused in config.json and the small files beside it."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvllm.checkpoint import model_files
+from lvllm.checkpoint.headers import CheckpointError
+
+NAMES = (model_files.CONFIG, *model_files.GENERATION, *model_files.TOKENIZER)
+SOUND: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": [96, 32],
+    "num_key_value_heads": None,
+}
+SIZE = "is not allowed: a whole number from"
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pipe": (os.mkfifo, "is no regular file"),
+    "folder": (Path.mkdir, "Is a directory"),
+    "circle": (lambda file: file.symlink_to(file.name), "Too many levels of symbolic links"),
+    "dangling": (lambda file: file.symlink_to("gone"), "is a link to a file that is not there"),
+    "bytes": (lambda file: file.write_bytes(b"\xff\xfe{}"), "is no text in UTF-8: invalid start"),
+}
+NO_OBJECTS = {"": "is no JSON: Expecting value", '{"a": 1': "is no JSON: ", "[1]": "but [1]"}
+
+
+def write(folder: Path) -> None:
+    for name in NAMES:
+        (folder / name).write_text(json.dumps(SOUND if name == model_files.CONFIG else {}))
+
+
+def refused(folder: Path, file: str, fault: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        model_files.check(folder, NAMES)
+    said = str(caught.value)
+    assert said.startswith(f"{folder / file}: ")
+    assert fault in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_damaged(name: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    model_files.check(tmp_path, NAMES)
+    file = tmp_path / name
+    for damage, fault in DAMAGES.values():
+        file.unlink()
+        damage(file)
+        refused(tmp_path, name, fault)
+        if file.is_dir() and not file.is_symlink():
+            file.rmdir()
+        else:
+            file.unlink()
+        file.write_text("{}")
+    for text, fault in NO_OBJECTS.items():
+        file.write_text(text)
+        if name.endswith(".json"):
+            refused(tmp_path, name, fault)
+        else:
+            model_files.check(tmp_path, NAMES)
+    file.unlink()
+    model_files.check(tmp_path, NAMES)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "tokenizer.json").chmod(0)
+    refused(tmp_path, "tokenizer.json", "Permission denied")
+
+
+@pytest.mark.parametrize("value", [-1, "8", 2.5, True, 10**13, float("nan"), {}, [4, -1], [[4]]])
+@pytest.mark.parametrize("key", SOUND)
+def test_sizes_that_are_none(key: str, value: Any, tmp_path: Path) -> None:
+    for config, shown in (
+        (SOUND | {key: value}, key),
+        ({"hidden_size": None, "text_config": SOUND | {key: value}}, f"text_config.{key}"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError) as caught:
+            model_files.check(tmp_path, NAMES)
+        written = json.dumps(value) if not isinstance(value, str) else repr(value)
+        line = f"{tmp_path / 'config.json'}: {shown}={written} {SIZE}"
+        assert str(caught.value).startswith(line)
+        model_files.check(tmp_path, NAMES, overridden={key})
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers"])
+def test_sizes_that_every_model_has(key: str, tmp_path: Path) -> None:
+    for value in (None, 0, [], [None]):
+        (tmp_path / "config.json").write_text(json.dumps(SOUND | {key: value}))
+        refused(tmp_path, "config.json", f"{key}={json.dumps(value)} {SIZE} 1 to 1048576")
+
+
+def test_long_values_are_cut(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_experts": "9" * 10_000}))
+    with pytest.raises(CheckpointError) as caught:
+        model_files.check(tmp_path, NAMES)
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 400
+    (tmp_path / "config.json").write_text('{"num_experts": ' + "9" * 100_000 + "}")
+    refused(tmp_path, "config.json", "is no JSON: Exceeds the limit")
