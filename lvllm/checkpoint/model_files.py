@@ -7,7 +7,7 @@ and is what its name says, and whether the sizes in config.json are numbers.
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,27 @@ TOKENIZER = (
     "chat_template.jinja",
 )
 
-LARGEST = 1 << 20
-"""More than any model has of anything in SIZES."""
-# The least number of each, and whether it may be null. Models without experts or attention may say
-# 0 or null, and those with a text_config have null beside it.
+# The least and the most number of each, and whether it may be null. Models without experts may say
+# 0 or null, and those with a text_config have null beside it. No model comes near the most.
 SIZES = {
-    "hidden_size": (1, False),
-    "num_hidden_layers": (1, False),
-    "num_attention_heads": (0, True),
-    "num_key_value_heads": (0, True),
-    "moe_intermediate_size": (0, True),
-    "num_experts": (0, True),
-    "num_local_experts": (0, True),
-    "n_routed_experts": (0, True),
-    "moe_num_experts": (0, True),
-    "num_experts_per_tok": (0, True),
-    "moe_k": (0, True),
-    "moe_topk": (0, True),
+    "hidden_size": (1, 1 << 18, False),
+    "num_hidden_layers": (1, 1 << 12, False),
+    "num_attention_heads": (1, 1 << 12, True),
+    "num_key_value_heads": (1, 1 << 12, True),
+    "head_dim": (1, 1 << 16, True),
+    "moe_intermediate_size": (0, 1 << 20, True),
+    "num_experts": (0, 1 << 16, True),
+    "num_local_experts": (0, 1 << 16, True),
+    "n_routed_experts": (0, 1 << 16, True),
+    "moe_num_experts": (0, 1 << 16, True),
+    "num_experts_per_tok": (0, 1 << 16, True),
+    "moe_k": (0, 1 << 16, True),
+    "moe_topk": (0, 1 << 16, True),
+}
+KINDS: dict[str, tuple[type, str]] = {
+    "architectures": (list, "a list of names"),
+    "model_type": (str, "a name"),
+    "quantization_config": (dict, "an object"),
 }
 
 
@@ -66,7 +70,7 @@ def check(folder: Path, names: Collection[str], overridden: Collection[str] = ()
         if not isinstance(values, dict):
             raise CheckpointError(f"{file}: is no JSON object, but {quoted(values)}")
         if name == CONFIG:
-            _check_sizes(file, values, overridden)
+            _check_config(file, values, overridden)
 
 
 def _text(file: Path) -> str | None:
@@ -84,28 +88,29 @@ def _text(file: Path) -> str | None:
         raise CheckpointError(f"{file}: is no text in UTF-8: {error.reason}") from None
 
 
-def _check_sizes(file: Path, config: dict[str, Any], overridden: Collection[str]) -> None:
+def _check_config(file: Path, config: dict[str, Any], overridden: Collection[str]) -> None:
+    def refuse(key: str, value: Any, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{file}: {key}={quoted(value)} is not allowed: {wanted} is wanted")
+
+    for key, (kind, wanted) in KINDS.items():
+        value = config.get(key)
+        if value is not None and key not in overridden and not isinstance(value, kind):
+            raise refuse(key, value, wanted)
     text = config.get("text_config")
     for where, values in (("", config), ("text_config.", text)):
         if not isinstance(values, dict):
             continue
-        for key, (least, may_be_null) in SIZES.items():
+        for key, (least, most, may_be_null) in SIZES.items():
             value = values.get(key, least)
             if key in overridden or (value is None and values is config and text is not None):
                 continue
-            if not all(_is_size(one, least, may_be_null) for one in _each(value)):
-                raise CheckpointError(
-                    f"{file}: {where}{key}={quoted(value)} is not allowed: a whole number from"
-                    f" {least} to {LARGEST} is wanted"
-                )
+            # Some models have a number for each layer.
+            each = value if isinstance(value, list) and value else [value]
+            if not all(_is_size(one, least, most, may_be_null) for one in each):
+                raise refuse(where + key, value, f"a whole number from {least} to {most}")
 
 
-def _each(value: Any) -> Iterator[Any]:
-    """The value, or those in a list: some models have a number for each layer."""
-    yield from value if isinstance(value, list) and value else (value,)
-
-
-def _is_size(value: Any, least: int, may_be_null: bool) -> bool:
+def _is_size(value: Any, least: int, most: int, may_be_null: bool) -> bool:
     if value is None:
         return may_be_null
-    return type(value) is int and least <= value <= LARGEST
+    return type(value) is int and least <= value <= most

@@ -149,7 +149,8 @@ class FileTensor(torch.Tensor):
 
         Raises CheckpointError if one is of integers and the other of floating-point numbers:
         PyTorch would turn 0.3 into the integer 0 without a warning. It also raises one for fewer
-        numbers than `to` has, which PyTorch would repeat.
+        numbers than `to` has, which PyTorch would repeat, for words of packed integers that are
+        shorter than the 32 bits that they have, and for one 8-bit float in the place of another.
         """
         dtype, view = to.dtype, self._view
         if view.numel() < to.numel():
@@ -159,7 +160,12 @@ class FileTensor(torch.Tensor):
         if dtype == torch.uint8 and self.dtype == torch.float8_e8m0fnu:
             # The engine keeps exponents as bytes. Converted as a number, 2**-7 would become 0.
             return FileTensor(self.source, self._view.view(torch.uint8))
-        if dtype.is_floating_point != self.dtype.is_floating_point:
+        alike = dtype.is_floating_point == self.dtype.is_floating_point
+        if dtype == torch.int32:
+            alike = alike and self.dtype.itemsize >= dtype.itemsize
+        elif dtype.is_floating_point and dtype.itemsize == self.dtype.itemsize == 1:
+            alike = dtype == self.dtype
+        if not alike:
             stored, wanted = (str(of).removeprefix("torch.") for of in (self.dtype, dtype))
             raise self.source.info.refuse(f"is {stored}, the model takes {wanted}")
         return self
