@@ -23,6 +23,7 @@ from lvllm.planning.machine import CPUS
 from lvllm.planning.measured import of_report
 from lvllm.planning.placement import Load
 from lvllm.planning.text import lines
+from lvllm.settings.use_weight import UseWeight
 
 MOST_BYTES = 1 << 20
 """Of a report. That of a small machine has 5 KB."""
@@ -33,7 +34,15 @@ AllowInt4 = Annotated[
 ]
 AllowInt8 = Annotated[
     bool,
-    typer.Option("--allow-int8", help="Without a GPU, all other weights may be rounded to 8 bits."),
+    typer.Option(
+        "--allow-int8",
+        help="Experts may be rounded to 8-bit integers while loading, and without a GPU all other"
+        " weights too.",
+    ),
+]
+AllowFp8 = Annotated[
+    bool,
+    typer.Option("--allow-fp8", help="Experts may be rounded to 8-bit floats while loading."),
 ]
 
 
@@ -48,6 +57,7 @@ def plan(
     ] = None,
     allow_int4: AllowInt4 = False,
     allow_int8: AllowInt8 = False,
+    allow_fp8: AllowFp8 = False,
     ram: Annotated[
         int | None, typer.Option(parser=size, metavar="SIZE", help="The host's memory: 512G.")
     ] = None,
@@ -88,7 +98,8 @@ def plan(
         found = _model(model)
         machine = machine_of(given, lambda: of_report(_report(machine_file)))
         load = _load(found, Load(prompt=prompt, answer=answer, users=users), context)
-        result = choose(found, machine, load, int4=allow_int4, int8=allow_int8)
+        experts = (UseWeight.KEEP, *allowed_experts(allow_int4, allow_int8, allow_fp8))
+        result = choose(found, machine, load, experts=experts, int8_linear=allow_int8)
     except LvllmError as error:
         raise SystemExit(f"lvllm: {error}") from None
     if as_json:
@@ -97,6 +108,12 @@ def plan(
         print("\n".join(lines(result)))
     sys.stdout.flush()
     raise typer.Exit(0 if result.best else 1)
+
+
+def allowed_experts(int4: bool, int8: bool, fp8: bool) -> tuple[UseWeight, ...]:
+    """The formats to which the options allow experts to be rounded, the smallest first."""
+    asked = {UseWeight.INT4: int4, UseWeight.INT8: int8, UseWeight.FP8: fp8}
+    return tuple(use for use, allowed in asked.items() if allowed)
 
 
 def _model(model: str) -> shape.ModelShape:

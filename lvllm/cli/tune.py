@@ -22,7 +22,7 @@ from lvllm.bench.load import Endpoint, LoadGenerator
 from lvllm.bench.measure import Grid
 from lvllm.bench.servers import launch_for, measured
 from lvllm.cli.measuring import this_machine
-from lvllm.cli.plan import AllowInt4, AllowInt8
+from lvllm.cli.plan import AllowFp8, AllowInt4, AllowInt8, allowed_experts
 from lvllm.cli.serve import CONTEXT, Arguments
 from lvllm.errors import LvllmError
 from lvllm.evaluation.likelihood import Comparison
@@ -50,6 +50,7 @@ def tune(
     ] = Path("tuned.yaml"),
     allow_int4: AllowInt4 = False,
     allow_int8: AllowInt8 = False,
+    allow_fp8: AllowFp8 = False,
     allow_activation_bits: Annotated[
         bool,
         typer.Option("--allow-activation-bits", help="Activations may have other bits than now."),
@@ -61,7 +62,8 @@ def tune(
     allowed, and their cost in quality is printed. The winner and the plan take turns in the end; if
     it is not faster each time, the plan is written. docs/tune.md says what is tried.
     """
-    allowed = Allowed(allow_int4, allow_int8, allow_activation_bits)
+    experts = allowed_experts(allow_int4, allow_int8, allow_fp8)
+    allowed = Allowed(experts, allow_int8, allow_activation_bits)
     console = Console(stderr=True, highlight=False)
     try:
         if output.exists():

@@ -1,12 +1,14 @@
 """Compares the ways to run a model on a machine, and takes the fastest that fits."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lvllm.planning.machine import Machine
 from lvllm.planning.placement import Load, Memory, Placement, memory
 from lvllm.planning.shape import ModelShape
 from lvllm.planning.speed import Speed, predict
+from lvllm.settings.use_weight import UseWeight
 
 __all__ = ["Candidate", "Plan", "choose"]
 
@@ -60,15 +62,15 @@ def choose(
     machine: Machine,
     load: Load,
     *,
-    int4: bool = False,
-    int8: bool = False,
+    experts: Sequence[UseWeight] = (UseWeight.KEEP,),
+    int8_linear: bool = False,
     batches: tuple[int, ...] = BATCHES,
 ) -> Plan:
     """All candidates for a load, compared by the time that its prompts and answers take.
 
     Args:
-        int4: whether experts may be rounded to 4 bits while loading.
-        int8: whether linear layers may be rounded to 8 bits, without a GPU.
+        experts: the values of LVLLM_MOE_USE_WEIGHT to compare.
+        int8_linear: whether linear layers may be rounded to 8 bits, without a GPU.
         batches: how many tokens of a prompt may be computed at once beside a GPU.
     """
 
@@ -78,19 +80,20 @@ def choose(
         needs = memory(model, used, how, load)
         return Candidate(name, how, load, needs, predict(model, used, how, load))
 
-    found = [candidate("everything on the CPU", Placement(False, int4=int4, int8_linear=int8))]
-    if used.gpu and used.gpus:
-        ways: dict[str, list[Candidate]] = defaultdict(list)
-        for size in batches:
+    ways: dict[str, list[Candidate]] = defaultdict(list)
+    for use in experts:
+        how = Placement(False, use_weight=use, int8_linear=int8_linear)
+        ways["everything on the CPU"].append(candidate("everything on the CPU", how))
+        for size in batches if used.gpu and used.gpus else ():
             one = replace(load, batch=size)
             for tokens in (None, 1, *(n for n in THRESHOLDS if n <= size)):
-                how = Placement(True, streamed_from=tokens, int4=int4)
+                how = Placement(True, streamed_from=tokens, use_weight=use)
                 if tokens != 1:
                     how = _filled(model, used, how, one)
                 whole = how.resident == len(model.moe_layers)
                 name = ON_GPU if whole else NAMES.get(tokens, "long prompts streamed")
                 ways[name].append(candidate(name, how, one))
-        found += [min(some, key=lambda one: one.order) for some in ways.values()]
+    found = [min(some, key=lambda one: one.order) for some in ways.values()]
     return Plan(model, machine, tuple(sorted(found, key=lambda one: one.order)))
 
 

@@ -52,7 +52,7 @@ def experts(
     """The routed experts of one layer, by the engine."""
     reading = layer.read(tokens) * how.expert_bits(model) / 8 / _read(machine)
     rate = machine.products(how.expert_format(model))
-    rate *= _width(model.hidden, layer.expert / (3 * model.hidden))
+    rate *= _width(model.hidden, layer.inner(model.hidden))
     if tokens * layer.chosen < 16 * layer.experts:
         rate *= FEW_TOKENS
     multiplying = layer.products(tokens) / rate

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lvllm.formats.integers import INT4_BITS
+from lvllm.planning import rounding
 from lvllm.planning.machine import Machine
 from lvllm.planning.shape import LayerShape, ModelShape
+from lvllm.settings.use_weight import UseWeight
 from lvllm.units import GIB, gib
 
 __all__ = ["Load", "Memory", "Placement", "memory", "resident_layers"]
@@ -48,20 +49,16 @@ class Placement:
     """How many layers keep their experts on the cards."""
     streamed_from: int | None = None
     """Batches of at least so many tokens have experts copied to the cards; None: no batch has."""
-    int4: bool = False
-    """LVLLM_MOE_USE_WEIGHT=INT4."""
+    use_weight: UseWeight = UseWeight.KEEP
+    """LVLLM_MOE_USE_WEIGHT: KEEP, or a format to which experts are rounded while loading."""
     int8_linear: bool = False
     """LVLLM_DENSE_WEIGHT=INT8, without a GPU."""
 
-    def converts(self, model: ModelShape) -> bool:
-        """Whether the experts are rounded to 4 bits while loading."""
-        return self.int4 and model.bits.experts > INT4_BITS
-
     def expert_bits(self, model: ModelShape) -> float:
-        return INT4_BITS if self.converts(model) else model.bits.experts
+        return rounding.bits(model, self.use_weight)
 
     def expert_format(self, model: ModelShape) -> str:
-        return "int4" if self.converts(model) else model.bits.format
+        return rounding.format(model, self.use_weight)
 
     def other_bits(self, model: ModelShape) -> float:
         """On a CPU, weights outside the experts are computed in 16 bits, or in 8 if asked for."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from lvllm.formats.integers import INT4_BITS
+from lvllm.planning import rounding
 from lvllm.planning.choice import Candidate
 from lvllm.planning.machine import Machine
 from lvllm.planning.placement import resident_layers
@@ -74,7 +74,7 @@ def settings_of(model: ModelShape, machine: Machine, best: Candidate) -> list[Ch
                 "allowed, and a token reads half as many bytes of all weights but the experts",
             )
         )
-    return found + _int4(model, best)
+    return found + _rounded(model, best)
 
 
 def _cards(model: ModelShape, gpus: int) -> Chosen:
@@ -112,15 +112,16 @@ def _on_gpu(model: ModelShape, best: Candidate) -> list[Chosen]:
             ),
             Chosen(f"{SECTION}gpu_prefetch_window", 1, "a layer is copied while one is computed"),
         ]
-    return found + _int4(model, best)
+    return found + _rounded(model, best)
 
 
-def _int4(model: ModelShape, best: Candidate) -> list[Chosen]:
-    if not best.how.converts(model):
+def _rounded(model: ModelShape, best: Candidate) -> list[Chosen]:
+    use = best.how.use_weight
+    if not rounding.is_rounded(model, use):
         return []
-    saved = model.bits.experts / INT4_BITS
+    saved = model.bits.experts / best.how.expert_bits(model)
     why = f"allowed, and a token reads {saved:.1f} times fewer bytes of experts"
-    return [Chosen(f"{SECTION}moe_use_weight", "INT4", why)]
+    return [Chosen(f"{SECTION}moe_use_weight", use.value, why)]
 
 
 def unserved(model: ModelShape) -> str | None:

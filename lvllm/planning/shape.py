@@ -67,6 +67,10 @@ class LayerShape:
     attended_in_prompts: int = 0
     """The same in prompts."""
 
+    def inner(self, hidden: int) -> float:
+        """The width of an expert: gate, up and down have as many weights as this x `hidden`."""
+        return self.expert / (3 * hidden)
+
     def looks(self, back: float) -> float:
         """How many of `back` earlier tokens attention looks at."""
         return min(back, self.window)

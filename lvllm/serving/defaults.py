@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lvllm.planning import choice
+from lvllm.planning import choice, rounding
 from lvllm.planning.choice import Candidate
 from lvllm.planning.machine import Machine
 from lvllm.planning.placement import Load
@@ -91,14 +91,17 @@ def _longest(model: ModelShape, machine: Machine, given: Given) -> Candidate:
     asked = count(given.options.get("max-model-len"))
     batch = count(given.options.get("max-num-batched-tokens"))
     batches = choice.BATCHES if batch is None else (batch,)
-    int4 = _use_weight(given) == UseWeight.INT4
+    use = _use_weight(given)
+    experts = (use if use in rounding.ROUNDED else UseWeight.KEEP,)
     int8 = given.settings["dense_weight"].value == DenseWeight.INT8
     context = asked or model.context
     while True:
         prompt = max(1, min(PROMPT, context - ANSWER))
         answer = max(1, min(ANSWER, context - prompt))
         load = Load(prompt, answer, context=context, batch=batch or Load.batch)
-        plan = choice.choose(model, machine, load, int4=int4, int8=int8, batches=batches)
+        plan = choice.choose(
+            model, machine, load, experts=experts, int8_linear=int8, batches=batches
+        )
         found = next(one for one in plan.candidates if one.how.on_gpu == (machine.gpus > 0))
         if not found.memory.lacks or asked or context // 2 < LEAST_CONTEXT:
             return found

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from lvllm.engine.weight_formats import FORMATS, activation_bits
-from lvllm.formats.integers import INT4_BITS
 from lvllm.machine.cpus import default_threads, this_machine
+from lvllm.planning import rounding
 from lvllm.planning.choice import Candidate
 from lvllm.planning.placement import resident_layers
 from lvllm.planning.shape import ModelShape
 from lvllm.serving.defaults import Defaults
 from lvllm.serving.given import Given, count
+from lvllm.settings.use_weight import UseWeight
 from lvllm.settings.variables import ThreadBinding
 from lvllm.tuning.search import Knob
 from lvllm.units import ranges
@@ -21,8 +22,9 @@ __all__ = ["Allowed", "knobs"]
 class Allowed:
     """Which settings may change results."""
 
-    int4: bool = False
-    int8: bool = False
+    experts: tuple[UseWeight, ...] = ()
+    """Formats to which experts may be rounded."""
+    int8_linear: bool = False
     activation_bits: bool = False
 
 
@@ -40,14 +42,19 @@ def knobs(given: Given, plan: Defaults, best: Candidate, allowed: Allowed) -> li
 
 def _rounding(plan: Defaults, best: Candidate, allowed: Allowed) -> list[Knob]:
     found = []
-    bits = plan.model.bits
-    if allowed.int4 and bits.experts > INT4_BITS:
-        found.append(Knob("LVLLM_MOE_USE_WEIGHT", ("INT4",), changes_results=True))
-    if allowed.int8 and not best.how.on_gpu:
+    uses = tuple(use for use in allowed.experts if rounding.is_rounded(plan.model, use))
+    if uses:
+        found.append(Knob("LVLLM_MOE_USE_WEIGHT", tuple(uses), changes_results=True))
+    if allowed.int8_linear and not best.how.on_gpu:
         found.append(Knob("LVLLM_DENSE_WEIGHT", ("INT8",), changes_results=True))
-    format = "int4" if allowed.int4 else best.how.expert_format(plan.model)
     if allowed.activation_bits:
-        others = set(FORMATS[format].activation_bits) - {activation_bits(format, None)}
+        formats = [use.lower() for use in uses] or [best.how.expert_format(plan.model)]
+        others = {
+            number
+            for format in formats
+            for number in FORMATS[format].activation_bits
+            if number != activation_bits(format, None)
+        }
         values = tuple(str(number) for number in sorted(others))
         found.append(Knob("LK_ACTIVATION_BITS", values, changes_results=True))
     return found

@@ -11,6 +11,7 @@ from lvllm.planning.machine import GPUS
 from lvllm.planning.placement import Load, Placement, memory
 from lvllm.planning.settings import settings_of
 from lvllm.planning.speed import predict
+from lvllm.settings.use_weight import UseWeight
 from tests.planning.made_up import machine, model
 
 MODEL = model()
@@ -117,8 +118,22 @@ def test_what_does_not_fit_says_why() -> None:
     assert "the host would hold" in str(plan.candidates[0].memory.lacks)
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_weights_are_rounded_only_if_allowed(allowed: bool) -> None:
-    plan = choose(MODEL, machine(), Load(), int4=allowed, int8=allowed)
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("allowed", [(), ("INT4",), ("INT8",), ("FP8",), ("FP8", "INT4", "INT8")])
+def test_weights_are_rounded_only_if_allowed(allowed: tuple[str, ...], gpus: int) -> None:
+    """Of several formats the fastest is taken; here memory is the limit, so fewer bits are."""
+    experts = [UseWeight.KEEP, *map(UseWeight, allowed)]
+    here = machine(gpus=gpus, gpu_gib=8)
+    plan = choose(MODEL, here, Load(), experts=experts, int8_linear=bool(allowed))
     assert plan.best is not None
-    assert plan.best.how.int4 == plan.best.how.int8_linear == allowed
+    assert plan.best.how.use_weight == ("INT4" if "INT4" in allowed else experts[-1])
+    assert plan.best.how.int8_linear == (bool(allowed) and not gpus)
+
+
+def test_what_fits_in_8_bits_only() -> None:
+    """The experts take 8.3 GiB in 16 bits, and half of it in 8."""
+    assert choose(MODEL, machine(gib=10), Load()).best is None
+    for use in (UseWeight.INT8, UseWeight.FP8):
+        best = choose(MODEL, machine(gib=10), Load(), experts=[UseWeight.KEEP, use]).best
+        assert best is not None
+        assert best.how.use_weight == use

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvllm.planning.placement import Load, Placement, memory
+from lvllm.settings.use_weight import UseWeight
 from lvllm.units import GIB
 from tests.planning.made_up import machine, model
 
@@ -34,11 +35,31 @@ def test_with_gpus_the_experts_are_divided() -> None:
     assert memory(MODEL, machine(gpus=2), Placement(True), Load()).card["staging"] == 0
 
 
-@pytest.mark.parametrize(("int4", "bits", "experts"), [(True, 16, 4.5), (True, 4.25, 4.25)])
-def test_rounding_only_shrinks(int4: bool, bits: float, experts: float) -> None:
-    small = model(bits=bits, format="mxfp4" if bits < 8 else "bf16")
-    needs = memory(small, machine(), Placement(False, int4=int4), Load())
-    assert needs.host["experts"] == pytest.approx(7 * 64 * 10_000_000 * experts / 8)
+# An expert of 2048 x 768 has 1536 rows in w13 and 2048 in w2, each with a scale of 32 bits.
+BY_ROWS = 8 + 32 * (1536 + 2048) / (3 * 2048 * 768)
+
+
+@pytest.mark.parametrize(
+    ("use", "format", "bits", "experts", "becomes"),
+    [
+        ("INT4", "bf16", 16, 4.5, "int4"),
+        ("INT4", "fp8", 8.125, 4.5, "int4"),
+        ("INT4", "mxfp4", 4.25, 4.25, "mxfp4"),
+        ("INT8", "bf16", 16, BY_ROWS, "int8"),
+        ("FP8", "fp16", 16, BY_ROWS, "fp8"),
+        ("FP8", "int8", 8.125, 8.125, "int8"),
+        ("INT8", "int4", 4.125, 4.125, "int4"),
+        ("KEEP", "bf16", 16, 16, "bf16"),
+    ],
+)
+def test_rounding_only_shrinks(
+    use: str, format: str, bits: float, experts: float, becomes: str
+) -> None:
+    small = model(expert=3 * 2048 * 768, bits=bits, format=format)
+    how = Placement(False, use_weight=UseWeight(use))
+    needs = memory(small, machine(), how, Load())
+    assert needs.host["experts"] == pytest.approx(small.routed * experts / 8)
+    assert how.expert_format(small) == becomes
 
 
 @given(st.floats(1, 200), st.integers(0, 4), st.integers(0, 7), st.sampled_from([None, 1, 512]))

@@ -10,6 +10,7 @@ from lvllm.planning.placement import Load
 from lvllm.planning.settings import as_command, as_yaml, settings_of
 from lvllm.settings.config_file import section
 from lvllm.settings.resolving import resolve
+from lvllm.settings.use_weight import UseWeight
 from tests.planning.made_up import machine, model
 
 MODEL = model()
@@ -21,9 +22,11 @@ MACHINES = [
 NAME = "folder with spaces: and #more"
 
 
+@pytest.mark.parametrize("use", [UseWeight.INT4, UseWeight.INT8, UseWeight.FP8])
 @pytest.mark.parametrize("here", MACHINES)
-def test_lvllm_takes_the_file_and_the_command_alike(here) -> None:  # type: ignore[no-untyped-def]
-    plan = choose(MODEL, here, Load(prompt=8192, context=16384, users=3), int4=True, int8=True)
+def test_lvllm_takes_the_file_and_the_command_alike(here, use) -> None:  # type: ignore[no-untyped-def]
+    load = Load(prompt=8192, context=16384, users=3)
+    plan = choose(MODEL, here, load, experts=[use], int8_linear=True)
     for candidate in plan.candidates:
         chosen = settings_of(MODEL, here, candidate)
         file = yaml.safe_load(as_yaml(NAME, chosen))
@@ -34,6 +37,8 @@ def test_lvllm_takes_the_file_and_the_command_alike(here) -> None:  # type: igno
         environ = dict(word.split("=", 1) for word in words[:start])
         from_file, from_command = resolve({}, section(file)), resolve(environ, None)
         for key, setting in from_file.items():
+            if key == "moe_use_weight":
+                assert setting.value.everywhere == use
             if key != "moe_numa_enabled":
                 assert setting.value == from_command[key].value, key
         options = dict(zip(words[start + 3 :: 2], words[start + 4 :: 2], strict=True))

@@ -9,6 +9,7 @@ from lvllm.planning import shape
 from lvllm.planning.machine import CPUS, Machine
 from lvllm.planning.placement import Load, Placement
 from lvllm.planning.speed import limit, predict
+from lvllm.settings.use_weight import UseWeight
 from lvllm.units import GIB
 from tests.planning.made_up import machine, model
 
@@ -26,6 +27,7 @@ QWEN3_WITH_5_LAYERS: dict[str, Any] = {
     "vocab_size": 151936,
     "tie_word_embeddings": False,
 }
+INT4_EXPERTS = Placement(False, use_weight=UseWeight.INT4, int8_linear=True)
 
 
 @pytest.mark.parametrize(("users", "measured"), [(1, 35.6), (4, 86.8)])
@@ -40,7 +42,7 @@ def test_decoding_that_was_measured(users: int, measured: float) -> None:
         giga_products_per_core=CPUS["avx2"],
     )
     load = Load(prompt=2048, answer=16, users=users)
-    speed = predict(model, here, Placement(False, int4=True, int8_linear=True), load)
+    speed = predict(model, here, INT4_EXPERTS, load)
     assert speed.decode_rate == pytest.approx(measured, rel=0.25)
     assert speed.prefill_rate == pytest.approx(269, rel=0.25)
 
@@ -51,7 +53,7 @@ def test_a_server_that_was_measured(users: int, measured: float) -> None:
     here = _two_cores(25.9, int4=51.5, int8=31.6, bf16=42.3)
     model = shape.of_config(QWEN3_WITH_5_LAYERS, "x")
     load = Load(prompt=512, answer=48, users=users)
-    speed = predict(model, here, Placement(False, int4=True, int8_linear=True), load)
+    speed = predict(model, here, INT4_EXPERTS, load)
     assert speed.decode_rate == pytest.approx(measured, rel=0.25)
     assert speed.prefill_rate == pytest.approx(272, rel=0.25)
 

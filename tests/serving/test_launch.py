@@ -15,6 +15,8 @@ from lvllm.serving.launch import Launch, prepare
 from tests.planning.gguf_files import small
 from tests.planning.made_up import machine
 
+# Experts of 128 x 128 have 2 x 128 and 128 rows, each with a scale of 32 bits.
+BY_ROWS = 8 + 32 * 3 * 128 / (3 * 128 * 128)
 TINY = str(Path(__file__).parents[2] / "examples/models/tiny-moe")
 
 
@@ -73,6 +75,8 @@ def test_the_size_of_the_cache_may_be_in_vllms_variable() -> None:
     ("use", "bits", "format"),
     [
         ("INT4", 4.5, "int4"),
+        ("INT8", BY_ROWS, "int8"),
+        ("FP8", BY_ROWS, "fp8"),
         ("TO_DTYPE", 16, "bf16"),
         ("KEEP", 16, "bf16"),
         ('[{"layers.0": "KEEP"}, {".*": "INT4"}]', 16, "bf16"),
@@ -82,7 +86,7 @@ def test_the_plan_has_the_experts_as_they_are_in_memory(use: str, bits: float, f
     plan = prepare([TINY], {"LVLLM_MOE_USE_WEIGHT": use}, here).plan
     assert plan is not None
     assert plan.best is not None
-    assert plan.best.how.expert_bits(plan.model) == bits
+    assert plan.best.how.expert_bits(plan.model) == pytest.approx(bits)
     assert plan.best.how.expert_format(plan.model) == format
     assert not any(one.key.endswith("moe_use_weight") for one in plan.settings)
 

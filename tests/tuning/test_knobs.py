@@ -11,11 +11,13 @@ from lvllm.planning.machine import Machine
 from lvllm.planning.shape import ModelShape
 from lvllm.serving.defaults import choose
 from lvllm.serving.given import read
+from lvllm.settings.use_weight import UseWeight
 from lvllm.settings.variables import BY_KEY, parse
 from lvllm.tuning.knobs import Allowed, knobs
 from tests.planning.made_up import machine, model
 
-ALL = Allowed(int4=True, int8=True, activation_bits=True)
+EXPERTS = (UseWeight.INT4, UseWeight.INT8, UseWeight.FP8)
+ALL = Allowed(EXPERTS, int8_linear=True, activation_bits=True)
 
 
 def tried(
@@ -33,8 +35,15 @@ def tried(
 def test_results_change_only_if_they_may() -> None:
     found = tried(machine(), allowed=Allowed())
     assert set(found) <= {"LK_THREADS", "LK_THREAD_BINDING"}
-    assert tried(machine(), allowed=Allowed(int4=True))["LVLLM_MOE_USE_WEIGHT"] == ("INT4",)
-    assert tried(machine(), allowed=Allowed(int8=True))["LVLLM_DENSE_WEIGHT"] == ("INT8",)
+    for experts in (EXPERTS, EXPERTS[1:2]):
+        assert tried(machine(), allowed=Allowed(experts))["LVLLM_MOE_USE_WEIGHT"] == experts
+    assert tried(machine(), allowed=Allowed(int8_linear=True))["LVLLM_DENSE_WEIGHT"] == ("INT8",)
+
+
+def test_experts_of_8_bits_are_rounded_to_4_only() -> None:
+    found = tried(machine(), model(bits=8.125, format="fp8"))
+    assert found["LVLLM_MOE_USE_WEIGHT"] == ("INT4",)
+    assert found["LK_ACTIVATION_BITS"] == ("16",)  # int4 has 8 by default.
 
 
 def test_formats_that_have_no_choice() -> None:
