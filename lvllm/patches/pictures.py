@@ -34,6 +34,10 @@ VIDEOS = {
 }
 
 WITH_TORCHVISION = Unless("torchvision is installed", lambda: find_spec("torchvision") is not None)
+WITHOUT_MIXIN = Unless(
+    "torchvision is installed, or transformers, before 5.19, has no such class",
+    lambda: WITH_TORCHVISION.holds() or not hasattr(_utilities(), "VideoProcessorMixin"),
+)
 TORCHVISION_OPTIONAL = "vLLM's models import the classes of transformers for Pillow"
 
 
@@ -94,7 +98,12 @@ class _PillowModules(MetaPathFinder, Loader):
             raise process.refusal(str(error)) from None
 
 
-def _declare(target: str, signature: str, make: Callable[[Any], Any]) -> None:
+def _declare(
+    target: str,
+    signature: str,
+    make: Callable[[Any], Any],
+    unless: Unless = WITH_TORCHVISION,
+) -> None:
     """Declare the replacement of one of transformers' names for videos."""
     patch(
         target,
@@ -103,10 +112,10 @@ def _declare(target: str, signature: str, make: Callable[[Any], Any]) -> None:
         " torchvision transformers has placeholders there, which vLLM's models cannot use.",
         upstream="none, because nothing was proposed yet; draft: docs/upstream/pillow-pictures.md",
         until=TORCHVISION_OPTIONAL,
-        checked=("5.19.0",),
+        checked=("5.17.0", "5.19.0"),
         platform="cpu",
         when=PICTURE_MODEL_IMPORTED,
-        unless=WITH_TORCHVISION,
+        unless=unless,
     )(make)
 
 
@@ -117,7 +126,8 @@ def _declare_all() -> None:
     def refusing(family: str) -> Callable[[Any], Any]:
         return lambda _: _refusing_processor(family)
 
-    _declare("transformers:VideoProcessorMixin", NOTHING, from_utilities("VideoProcessorMixin"))
+    mixin = "VideoProcessorMixin"
+    _declare(f"transformers:{mixin}", NOTHING, from_utilities(mixin), WITHOUT_MIXIN)
     _declare("transformers:BaseVideoProcessor", "DummyObject", from_utilities("BaseVideoProcessor"))
     for family, name in VIDEOS.items():
         for package in (f"transformers.models.{family}", "transformers"):
