@@ -4,6 +4,7 @@
 #   PIP_EXTRA_INDEX_URL must name PyTorch's CPU index for `cpu`, unless pip's configuration does:
 #                       upstream requires torch==2.13.0+cpu, which the default index does not have
 #   MAX_JOBS            how many compilers run at once
+#   VERSION             the vLLM that `make check-vllm` tries
 #   TEST_PROCESSES      how many Python test files run at once, 2 by default; each takes up to 6 GiB
 #   SECONDS             how long `make fuzz` runs in total, 60 by default
 PYTHON ?= python3
@@ -24,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo check test test-cpp test-asan test-tsan test-emulated test-python fuzz \
-	lint format docs models-table quality wheel verify-upstream clean clean-upstream
+	lint format docs models-table quality wheel verify-upstream check-vllm clean clean-upstream
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -105,6 +106,9 @@ wheel: install ## build the wheel into dist/
 
 verify-upstream: ## prove that vllm/ is the pinned upstream, byte for byte
 	@$(PYTHON) -m build_tools.verify_upstream
+
+check-vllm: install ## try LvLLM with another vLLM, such as VERSION=0.33.0, in build/check-vllm
+	@$(RUN) -m build_tools.check_vllm "$(VERSION)"
 
 clean: ## remove everything built; keep .venv, the fetched wheels and the laid-in tree
 	find build -mindepth 1 -maxdepth 1 ! -name upstream -exec rm -rf {} + 2>/dev/null || true

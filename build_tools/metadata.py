@@ -58,7 +58,7 @@ def declare(target: str) -> Declared:
     """Everything that the distribution of `target` declares."""
     if target == "empty":
         return Declared(read_requirements("lvllm.txt"), {}, ENTRY_POINTS)
-    metadata, entry_points = _read_wheel(fetch(pin_of(target)))
+    metadata, entry_points = read_wheel(fetch(pin_of(target)))
     declared = translate(metadata, entry_points, pin_torch=torch_is_pinned())
     declared.requires += read_requirements("lvllm.txt")
     for group, entries in ENTRY_POINTS.items():
@@ -66,7 +66,8 @@ def declare(target: str) -> Declared:
     return declared
 
 
-def _read_wheel(wheel: Path) -> tuple[Message, str]:
+def read_wheel(wheel: Path) -> tuple[Message, str]:
+    """The METADATA and the entry_points.txt of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
 
         def read(name: str) -> str:

