@@ -8,6 +8,7 @@ import all other parts of LvLLM.
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lvllm.machine import cpus, gpu_distance, installation, memory_plan
 from lvllm.machine.memory_need import folder_of
 from lvllm.metrics import collector, memory
 from lvllm.prefill import configuration as prefill_configuration
-from lvllm.settings import gpu_checks, model_checks
+from lvllm.settings import gpu_checks, model_checks, online
 from lvllm.settings.configuration import RESOLVED, Accelerator, HybridConfig
 from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, is_moe
 from lvllm.settings.resolving import SECTION, Setting, resolve
@@ -160,7 +161,18 @@ def final_settings(
 
 
 def _settings(vllm_config: Any) -> dict[str, Setting]:
-    return resolve(os.environ, vllm_config.additional_config.get(SECTION.rpartition(".")[2]))
+    """The settings from environment and YAML; what vLLM's own options ask for is one, too.
+
+    Raises SettingError.
+    """
+    settings = resolve(os.environ, vllm_config.additional_config.get(SECTION.rpartition(".")[2]))
+    use = settings["moe_use_weight"]
+    if use.value is None and is_moe(vllm_config.model_config):
+        wanted = online.experts(vllm_config)
+        if wanted is not None:
+            value = UseWeights.parse(wanted)
+            settings["moe_use_weight"] = replace(use, value=value, written=str(wanted))
+    return settings
 
 
 def _checked_settings(vllm_config: Any) -> tuple[Mapping[str, Setting], Accelerator]:

@@ -14,8 +14,9 @@ DESCRIPTOR = Descriptor("unquantised bfloat16 and float16", stored=lambda sectio
 
 
 def find(quant_config: Any, layer: Any, prefix: str) -> "Unquantized | None":
-    """Experts of a checkpoint that is not quantised."""
-    return Unquantized() if quant_config is None else None
+    """Experts of a checkpoint that is not quantised, even if vLLM's options ask for that."""
+    stored = quant_config is None or quant_config.get_name() == "online"
+    return Unquantized() if stored else None
 
 
 class Unquantized(ExpertFormat):

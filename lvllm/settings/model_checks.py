@@ -11,6 +11,7 @@ import torch
 
 from lvllm import formats
 from lvllm.checkpoint.moe_layers import moe_layers
+from lvllm.settings import online
 from lvllm.settings.configuration import Accelerator
 from lvllm.settings.division import check_rows
 from lvllm.settings.resolving import Setting
@@ -45,14 +46,8 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in ("bfloat16", "float16"):
         raise SettingError(f"dtype={dtype!r} is not allowed with {ENABLED}: bfloat16 or float16")
-    quantized = vllm_config.quant_config
-    if quantized is not None and quantized.get_name() == "online":
-        raise SettingError(
-            f"quantization={model.quantization!r} is not allowed with {ENABLED} for a checkpoint"
-            " that is not quantised: leave it out, and LVLLM_MOE_USE_WEIGHT=FP8, INT8 or INT4"
-            " quantises experts while loading"
-        )
-    if model.quantization not in (None, *formats.QUANTIZATIONS):
+    online.check_linear_layers(vllm_config, accelerator)
+    if model.quantization not in (None, *formats.QUANTIZATIONS) and not online.is_all(vllm_config):
         raise SettingError(
             f"quantization={model.quantization!r} of {model.model} is not supported by"
             f" {ENABLED} yet: allowed are unquantised bfloat16 and float16"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.generate import Answers, Model, generate_all
+from tests.e2e.generate import ONE_PROCESS, Answers, Job, Model, generate, generate_all
 from tests.e2e.test_exactness import Prompts, check_against_reference, prompts
 from tests.models.make import make
 from tests.models.quantize import (
@@ -139,3 +139,25 @@ def test_formats_by_rules(scheme: str, kept: str, generated: dict[str, Case]) ->
 @pytest.mark.parametrize("case", SHARDED)
 def test_shares_of_two_processes(case: str, sharded: dict[str, Case]) -> None:
     check_against_reference(*sharded[case])
+
+
+def test_vllms_options_are_the_setting(qwen3_moe: Path, seed: int) -> None:
+    """vLLM's --quantization leads to the bits of LVLLM_MOE_USE_WEIGHT; linear layers are vLLM's."""
+    job: Job = {"model": str(qwen3_moe), "prompts": prompts(seed), "max_tokens": 4}
+    linear = {"quantization": "online", "quantization_config": {"linear": "fp8_per_channel"}}
+
+    def setting(format: str) -> Job:
+        return {"additional_config": {"lvllm": {"moe_use_weight": format}}}
+
+    options: list[Job] = [
+        {"quantization": "int8_per_channel_weight_only"},
+        setting("INT8"),
+        {"quantization": "fp8_per_channel"},
+        linear | setting("FP8"),
+    ]
+    jobs = [job | option | {"formats": True} for option in options]
+    int8, as_int8, fp8, as_fp8 = generate(jobs, environment=ONE_PROCESS, together=True)
+    assert int8 == as_int8
+    assert fp8 == as_fp8
+    found = [set(answers[0]["formats"].values()) for answers in (int8, fp8)]
+    assert found == [{"int8"}, {"fp8"}]

@@ -24,7 +24,7 @@ from lvllm.settings import variables
 from lvllm.settings.configuration import RESOLVED, HybridConfig, PrefillEngine
 from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, dense_weight
 from lvllm.settings.resolving import resolve
-from lvllm.settings.use_weight import LayerFormats
+from lvllm.settings.use_weight import LayerFormats, UseWeight
 from tests.models.make import COMMON
 
 vllm = pytest.importorskip("vllm")
@@ -324,10 +324,54 @@ def test_a_model_without_experts_is_left_to_vllm(configure: Any, tmp_path: Path)
         configure({"LVLLM_DENSE_WEIGHT": "INT8"}, model=str(tmp_path))
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "fp8_per_block", "int8_per_channel_weight_only"])
-def test_vllms_quantisation_while_loading(configure: Any, scheme: str) -> None:
-    with pytest.raises(LvllmError, match=rf"^quantization='{scheme}' .* LVLLM_MOE_USE_WEIGHT=FP8"):
-        configure(quantization=scheme)
+@pytest.mark.parametrize(
+    ("arguments", "use"),
+    [
+        ({"quantization": "fp8_per_channel"}, "FP8"),
+        ({"quantization": "int8_per_channel_weight_only"}, "INT8"),
+        ({"quantization": "online", "quantization_config": {"moe": "int4_per_group_32"}}, "INT4"),
+        ({"quantization": "online", "quantization_config": {"moe": "fp8_per_block"}}, "FP8"),
+        ({"quantization": "online", "quantization_config": {"linear": "fp8_per_channel"}}, "KEEP"),
+    ],
+)
+def test_vllms_quantisation_while_loading(configure: Any, arguments: Any, use: str) -> None:
+    built = configure(**arguments)
+    assert HybridConfig.carried(built).use_weight == LayerFormats(others=UseWeight(use))
+    # A setting of ours decides about experts alone.
+    built = configure({"LVLLM_MOE_USE_WEIGHT": "TO_DTYPE"}, **arguments)
+    assert HybridConfig.carried(built).use_weight == LayerFormats(others=UseWeight.TO_DTYPE)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "config", "message"),
+    [
+        ("fp8", None, "'fp8': vLLM has no kernel for linear .* fp8_per_channel and int8"),
+        ("fp8_per_block", None, "'fp8_per_block': vLLM has no kernel for linear layers in"),
+        ("mxfp4", None, "'mxfp4': LvLLM quantises no experts in this way; allowed are .*INT4"),
+        ("nvfp4_per_token", None, "'nvfp4_per_token': LvLLM quantises no experts"),
+        ("fp8_per_channel", {"ignore": ["*layers.0*"]}, "targets or ignore .*USE_WEIGHT"),
+        ("online", {"targets": {"*": "fp8_per_channel"}}, "targets or ignore .*USE_WEIGHT"),
+    ],
+)
+def test_quantisation_while_loading_that_lk_has_not(
+    configure: Any, scheme: str, config: Any, message: str
+) -> None:
+    with pytest.raises(LvllmError, match=rf"^quantization.*{message}") as caught:
+        configure(quantization=scheme, quantization_config=config)
+    assert "\n" not in str(caught.value)
+
+
+def test_quantisation_of_what_a_checkpoint_left_alone(
+    configure: Any, qwen3_moe: Path, tmp_path: Path
+) -> None:
+    config = json.loads((qwen3_moe / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config["quantization_config"]["activation_scheme"] = "dynamic"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = {"model": str(tmp_path), "load_format": "dummy"}
+    more = {"quantization_config": {"moe": "int8_per_channel_static"}}
+    assert HybridConfig.carried(configure(**arguments)).use_weight.others == "KEEP"
+    assert HybridConfig.carried(configure(**arguments, **more)).use_weight.others == "INT8"
 
 
 def test_zero_computation_experts_need_a_gpu(configure: Any, tmp_path: Path) -> None:
