@@ -3,7 +3,8 @@
 vLLM compares the names of what was loaded with a model's parameters, but leaves out the modules
 that have a quantisation method, which all linear layers and embeddings do. Their memory starts with
 whatever it held, so that a model without some of these weights starts and answers with noise. Here
-the first weight of each of their rows starts as NaN, and none may be NaN after loading.
+the first weight of each of their rows starts as NaN, and none may be NaN after loading. The same
+holds for the biases that decide which experts a token takes.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from lvllm.checkpoint.headers import CheckpointError
 __all__ = ["load_all_rows", "require_names"]
 
 PLAIN = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+ROUTER_BIAS = "e_score_correction_bias"
 
 
 def require_names(model: Module, loaded: set[str] | None) -> None:
@@ -44,7 +46,7 @@ def require_names(model: Module, loaded: set[str] | None) -> None:
 
 
 def load_all_rows(load: Callable[[], None], model: Module, made_up: str | None = None) -> None:
-    """Have `load` fill `model`, all rows of its linear layers and embeddings included.
+    """Have `load` fill `model`, all rows of its linear layers, embeddings and routers included.
 
     A module called `made_up` is left out, because the checkpoint need not have it.
 
@@ -66,8 +68,15 @@ def load_all_rows(load: Callable[[], None], model: Module, made_up: str | None =
 
 
 def _first_weights(model: Module, made_up: str | None) -> list[tuple[str, torch.Tensor]]:
-    """The name of every unquantised matrix, and a view of the first weight of each of its rows."""
-    found = []
+    """The name of every unquantised matrix, and a view of the first weight of each of its rows.
+
+    A router's bias has one weight in each of its rows.
+    """
+    found = [
+        (name, bias.data.flatten())
+        for name, bias in model.named_parameters()
+        if name.endswith(ROUTER_BIAS)
+    ]
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None or weight.numel() == 0 or not weight.is_floating_point():

@@ -4,6 +4,7 @@ This happens before weights are read. Each check raises SettingError in one line
 setting, its value and what is allowed.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,9 @@ __all__ = [
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+V3_TYPES = ("deepseek_v3", "deepseek_v32", "kimi_k2")
+V3_ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""What published DeepSeek-V3, V3.2 and Kimi-K2 have in config.json."""
 ENABLED = "LVLLM_MOE_NUMA_ENABLED=1"
 
 
@@ -53,6 +57,7 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
             f" {ENABLED} yet: allowed are unquantised bfloat16 and float16"
             f" checkpoints, and {', '.join(formats.QUANTIZATIONS)}"
         )
+    _check_routing(model)
     zero_experts = getattr(model.hf_text_config, "zero_expert_num", None)
     if zero_experts and accelerator != "cuda":
         raise SettingError(
@@ -75,6 +80,23 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
             " are placed once; set it to false"
         )
     check_rows(model, parallel)
+
+
+def _check_routing(model: Any) -> None:
+    """Refuse a DeepSeek-V3 whose config.json does not say how it routes.
+
+    transformers does not write it, and vLLM would route as in DeepSeek-V2.
+    """
+    config = model.hf_text_config
+    if config.model_type not in V3_TYPES:
+        return
+    missing = {key: value for key, value in V3_ROUTING.items() if not getattr(config, key, None)}
+    if missing:
+        raise SettingError(
+            f"{model.model}: config.json of a {config.model_type} lacks {' and '.join(missing)},"
+            " which transformers does not write, and without which vLLM routes otherwise: add"
+            f" {json.dumps(missing)[1:-1]} to it, or the same to hf-overrides"
+        )
 
 
 def check_features(vllm_config: Any, accelerator: Accelerator) -> None:

@@ -91,3 +91,22 @@ def test_a_head_that_vllm_adds_need_not_be_in_the_checkpoint() -> None:
     model.score.weight.data.copy_(before)
     load_all_rows(load, model, "score")
     assert torch.equal(model.score.weight, before)
+
+
+def test_a_routers_bias_that_was_not_loaded() -> None:
+    model = Model()
+    model.gate = Linear(2)
+    model.gate.e_score_correction_bias = torch.nn.Parameter(torch.zeros(2))
+
+    def load(names: tuple[str, ...]) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith(names):
+                parameter.data.zero_()
+
+    with pytest.raises(CheckpointError) as caught:
+        load_all_rows(lambda: load(("weight",)), model)
+    assert str(caught.value) == (
+        "gate.e_score_correction_bias is not in the checkpoint, or NaN: 2 of its 2 rows, the first"
+        " is 0"
+    )
+    load_all_rows(lambda: load(("weight", "bias")), model)

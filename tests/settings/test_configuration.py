@@ -22,10 +22,10 @@ from lvllm.machine import cpus, memory_plan
 from lvllm.prefill import configuration as prefill
 from lvllm.settings import variables
 from lvllm.settings.configuration import RESOLVED, HybridConfig, PrefillEngine
-from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, dense_weight
+from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, V3_ROUTING, dense_weight
 from lvllm.settings.resolving import resolve
 from lvllm.settings.use_weight import LayerFormats, UseWeight
-from tests.models.make import COMMON
+from tests.models.make import ARCHITECTURES, COMMON
 
 vllm = pytest.importorskip("vllm")
 
@@ -374,6 +374,32 @@ def test_quantisation_of_what_a_checkpoint_left_alone(
     assert HybridConfig.carried(configure(**arguments, **more)).use_weight.others == "INT8"
 
 
+@pytest.mark.parametrize(
+    ("written", "missing"),
+    [
+        ({}, '"topk_method": "noaux_tc", "scoring_func": "sigmoid"'),
+        ({"topk_method": "noaux_tc"}, '"scoring_func": "sigmoid"'),
+        (V3_ROUTING, None),
+    ],
+)
+def test_a_deepseek_v3_as_transformers_writes_it(
+    configure: Any, tmp_path: Path, written: dict[str, str], missing: str | None
+) -> None:
+    config = transformers.DeepseekV3Config(
+        **(COMMON | ARCHITECTURES["deepseek_v3"][1]), architectures=["DeepseekV3ForCausalLM"]
+    ).to_dict()
+    kept = {key: value for key, value in config.items() if key not in V3_ROUTING}
+    (tmp_path / "config.json").write_text(json.dumps(kept | written))
+    arguments = {"model": str(tmp_path), "dtype": "bfloat16", "load_format": "dummy"}
+    if missing is None:
+        configure(**arguments)
+        return
+    with pytest.raises(LvllmError, match=f"lacks .* add {missing} to it, or") as caught:
+        configure(**arguments)
+    assert "\n" not in str(caught.value)
+    configure(hf_overrides=V3_ROUTING, **arguments)
+
+
 def test_zero_computation_experts_need_a_gpu(configure: Any, tmp_path: Path) -> None:
     config = transformers.LongcatFlashConfig(
         **(COMMON | {"num_hidden_layers": 2, "num_layers": 1}),
@@ -383,8 +409,9 @@ def test_zero_computation_experts_need_a_gpu(configure: Any, tmp_path: Path) -> 
         architectures=["LongcatFlashForCausalLM"],
     )
     config.save_pretrained(tmp_path)
-    with pytest.raises(LvllmError, match=r"has 4 zero-computation experts, which vLLM .* on GPUs"):
-        configure(model=str(tmp_path), dtype="bfloat16")
+    for accelerator in ("none", "host"):
+        with pytest.raises(LvllmError, match=r"has 4 zero-computation experts, which vLLM .* GPUs"):
+            configure({"LVLLM_ACCELERATOR": accelerator}, model=str(tmp_path), dtype="bfloat16")
 
 
 def test_workers_get_the_settings_of_gpu_offload(
