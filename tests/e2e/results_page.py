@@ -27,6 +27,8 @@ class Family:
     """The float32 implementation that vLLM's output is compared with."""
 
 
+THROUGH_TRANSFORMERS = "vLLM runs it through its Transformers backend"
+
 FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", ("qwen3-moe", "qwen3-coder")
@@ -68,6 +70,22 @@ FAMILIES = {
     "gemma4": Family("gemma-4-26B-A4B", ("gemma-4-moe",)),
     "olmoe": Family("OLMoE-1B-7B", ("olmoe",)),
     "dbrx": Family("DBRX"),
+    "afmoe": Family("Trinity-Mini, Trinity-Nano (AFMoE)"),
+    "cohere2_moe": Family("Cohere2-MoE"),
+    "dots1": Family("dots.llm1", remarks=THROUGH_TRANSFORMERS),
+    "ernie4_5_moe": Family(
+        "ERNIE-4.5-21B-A3B, 300B-A47B",
+        remarks="stock vLLM leaves out the router's correction bias on CPUs",
+    ),
+    "exaone_moe": Family("K-EXAONE-236B-A23B"),
+    "flex_olmo": Family("FlexOlmo-7x7B", remarks=THROUGH_TRANSFORMERS),
+    "granitemoe": Family("Granite-3.0-1B-A400M, 3B-A800M"),
+    "granitemoeshared": Family("Granite MoE with shared experts"),
+    "granitemoehybrid": Family("Granite-4.0-H-Tiny, H-Small"),
+    "hunyuan_v1_moe": Family("Hunyuan-A13B", remarks=THROUGH_TRANSFORMERS),
+    "llama4": Family("the language part of Llama-4-Scout and Maverick"),
+    "mellum": Family("Mellum (MoE)", remarks=THROUGH_TRANSFORMERS),
+    "solar_open": Family("Solar-Open-100B", remarks=THROUGH_TRANSFORMERS),
 }
 
 FORMATS = {

@@ -62,6 +62,16 @@ DEEPSEEK: dict[str, Any] = {
     "topk_group": 2,
 }
 
+GRANITE: dict[str, Any] = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 104,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.8,
+    "logits_scaling": 0.5,
+}
+
 # Fields that published checkpoints have in config.json. transformers does not write them, since its
 # code implies their values.
 UNWRITTEN = ("topk_method", "scoring_func")
@@ -69,6 +79,7 @@ UNWRITTEN = ("topk_method", "scoring_func")
 # Fields of single families that transformers leaves out or writes with other values than published
 # checkpoints have.
 WRITTEN: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "kimi_k2": {"model_type": "kimi_k2"},
     "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
@@ -268,6 +279,127 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 2.5,
         },
     ),
+    "afmoe": (
+        "AfmoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 1,
+            "moe_intermediate_size": 72,
+            "num_dense_layers": 1,
+            "head_dim": 32,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "route_scale": 1.5,
+            "mup_enabled": True,
+        },
+    ),
+    "cohere2_moe": (
+        "Cohere2MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 1,
+            "head_dim": 32,
+            "intermediate_size": 104,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 128,  # vLLM's window has a token more than that of transformers
+            "tie_word_embeddings": True,
+            "logit_scale": 2.0,
+        },
+    ),
+    "dots1": (
+        "Dots1Config",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 72,
+            "first_k_dense_replace": 1,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_num_shared_experts": 1,
+            "moe_intermediate_size": 72,
+            "moe_layer_start_index": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "exaone_moe": (
+        "ExaoneMoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "num_shared_experts": 1,
+            "moe_intermediate_size": 72,
+            "first_k_dense_replace": 1,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 16,
+        },
+    ),
+    "flex_olmo": (
+        "FlexOlmoConfig",
+        {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 104},
+    ),
+    "granitemoe": ("GraniteMoeConfig", GRANITE),
+    "granitemoeshared": ("GraniteMoeSharedConfig", GRANITE | {"shared_intermediate_size": 96}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **GRANITE,
+            "shared_intermediate_size": 96,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 32,
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1Config",
+        {"num_experts": 8, "moe_topk": 3, "intermediate_size": 104, "head_dim": 32},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 96,
+            "intermediate_size_mlp": 192,
+            "interleave_moe_layer_step": 1,
+            "head_dim": 32,
+            "attention_chunk_size": 128,
+        },
+    ),
+    "mellum": (
+        "MellumConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 72,
+            "head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 16,
+        },
+    ),
+    "solar_open": (
+        "SolarOpenConfig",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 72,
+            "head_dim": 32,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
 }
 
 
@@ -283,11 +415,17 @@ def make(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path
     return folder
 
 
+BIASES = ("e_score_correction_bias", "expert_bias")
+"""What decides which experts a token takes, and not their weights."""
+
+
 def fill(model: Any) -> None:
     """Draw every weight of `model` in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 4:  # convolutions of a picture's patches
+            if name.endswith(BIASES):
+                parameter.uniform_(0, 0.2)
+            elif parameter.dim() >= 4:  # convolutions of a picture's patches
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
             elif parameter.dim() >= 2 and "embed" not in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -296,7 +434,7 @@ def fill(model: Any) -> None:
             elif name.endswith("router.scale"):  # of Gemma 4; 1 makes all experts alike
                 parameter.fill_(parameter.numel() ** 0.5)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(BIASES):
                 buffer.uniform_(0, 0.2)
     if model.config.tie_word_embeddings:
         # Tied embeddings must be smaller, or each token would be followed by itself. Without the
