@@ -46,6 +46,8 @@ class LinearLayer:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted [rows, columns]")
         if weight.device.type != "cpu":
             raise ValueError(f"weight is on {weight.device}, wanted the CPU")
+        if weight.layout != torch.strided:
+            raise ValueError(f"weight is {weight.layout}, wanted a dense tensor")
         self.format = format
         self.activation_bits = weight_formats.activation_bits(format, activation_bits)
         self.rows, self.columns = weight.shape

@@ -179,6 +179,8 @@ def check_tensor(
         raise ValueError(f"{name} is {tensor.dtype}, wanted {' or '.join(map(str, dtypes))}")
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is on {tensor.device}, wanted the CPU")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} is {tensor.layout}, wanted a dense tensor")
     if tuple(tensor.shape) not in shapes:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, wanted {' or '.join(map(str, shapes))}"

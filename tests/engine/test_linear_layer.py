@@ -75,6 +75,7 @@ def test_the_weight_given_is_left_alone() -> None:
         (torch.ones(0, 4).half(), "fp16", r"weight has shape \(0, 4\), wanted"),
         (torch.full((4, 4), torch.nan).half(), "int8", "NaN"),
         (torch.ones(4, 4).half().to("meta"), "fp16", "weight is on meta, wanted the CPU"),
+        (torch.ones(4, 4).half().to_sparse(), "fp16", "weight is torch.sparse_coo, wanted a dense"),
     ],
 )
 def test_wrong_weights_are_refused(weight: torch.Tensor, format: str, message: str) -> None:

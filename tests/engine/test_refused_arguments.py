@@ -51,6 +51,7 @@ def u8(*shape: int) -> torch.Tensor:
         ("bf16", {"w13": torch.zeros(2, 64, 0).bfloat16()}, r"w13 has shape \(2, 64, 0\)"),
         ("bf16", {"w13": torch.zeros(2, 64, 64).bfloat16().mT}, "w13 has strides"),
         ("bf16", {"w13": torch.zeros(2, 64, 64).bfloat16().to("meta")}, "w13 is on meta"),
+        ("bf16", {"w13": torch.ones(2, 64, 64).bfloat16().to_sparse()}, "w13 is torch.sparse_coo"),
         ("bf16", {"w2_scale": torch.zeros(2)}, "w2_scale was given, but format bf16 has none"),
         ("fp8", {"w13_scale": None}, "w13_scale is missing, format fp8 wants it"),
         (
