@@ -285,7 +285,10 @@ def _check_banks(share: Setting, identity: Mapping[str, str], name: str) -> None
 
     Loading them here would take their memory once more, which is what a bank is to prevent.
     """
-    found = [bank for bank in banks.banks(identified=True) if bank.name is not None]
+    found = banks.banks(identified=True)
+    if all(bank.name != name for bank in found) and banks.wake():
+        found = banks.banks(identified=True)
+    found = [bank for bank in found if bank.name is not None]
     if not found or any(bank.name == name for bank in found):
         return
     bank = min(found, key=lambda bank: len(banks.differences(identity, bank.identity)))

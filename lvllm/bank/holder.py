@@ -6,7 +6,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -28,9 +28,15 @@ class Holder:
     Args:
         model: the model, as the user named it.
         changed: is called with the status after each change, in any thread.
+        inherited: sockets at which this bank answers, too. They are systemd's and outlive it.
     """
 
-    def __init__(self, model: str, changed: Callable[[Bank], None]) -> None:
+    def __init__(
+        self,
+        model: str,
+        changed: Callable[[Bank], None],
+        inherited: Sequence[socket.socket] = (),
+    ) -> None:
         _allow_many_descriptors()
         self.name = f"{PREFIX}{secrets.token_hex(8)}"
         self._status = Bank(model=model, state="starting", pid=os.getpid(), started=time.time())
@@ -44,7 +50,8 @@ class Holder:
         assert listening is not None  # Nobody else has a name with 64 random bits.
         self._resources.callback(listening.close)
         self._resources.callback(_shut_down, listening)
-        serve(listening, self._answer)
+        for one in (listening, *inherited):
+            serve(one, self._answer)
 
     @property
     def status(self) -> Bank:

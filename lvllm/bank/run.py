@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 
+from lvllm.bank.activation import inherited
 from lvllm.bank.holder import Holder
 from lvllm.bank.notify import notify
 from lvllm.errors import LvllmError
@@ -22,12 +23,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(
-    model: str, words: Sequence[str], environ: Mapping[str, str], changed: Callable[[Bank], None]
+    model: str,
+    words: Sequence[str],
+    environ: MutableMapping[str, str],
+    changed: Callable[[Bank], None],
 ) -> Bank:
     """Load the experts of the server that `vllm serve WORDS` would be, and hold them.
 
     Returns the last status when the process gets a signal that ends it (`SIGNALS`). `changed` is
-    called with each status. Raises LvllmError if loading fails.
+    called with each status. Raises LvllmError if loading fails, or for a wrong socket of systemd.
     """
     stopped = threading.Event()
     for one in SIGNALS:
@@ -37,7 +41,7 @@ def run(
         notify(f"STATUS={status.state}: {status.layers} layers, {status.bytes >> 20} MiB")
         changed(status)
 
-    holder = Holder(model, tell)
+    holder = Holder(model, tell, inherited(environ))
     try:
         with _loader(words, environ, holder.name) as process:
             while process.poll() is None and not stopped.wait(0.1):

@@ -14,14 +14,17 @@ from pydantic import BaseModel, ConfigDict
 from lvllm.errors import LvllmError
 from lvllm.handover import sockets
 
-__all__ = ["LOADS_FOR", "PREFIX", "Bank", "banks", "differences", "tell"]
+__all__ = ["LOADS_FOR", "PREFIX", "SOCKET", "Bank", "banks", "differences", "tell", "wake"]
 
 PREFIX = f"lvllm/{os.getuid()}/bank/"
+SOCKET = f"lvllm/{os.getuid()}/bank-socket"
+"""How the names begin at which systemd listens and starts a bank (`lvllm.bank.activation`). `banks`
+does not ask there, since that would start one."""
 LOADS_FOR = "_LVLLM_BANK"
 """The environment variable with the name of the bank for which this process loads experts."""
-ANSWER_SECONDS = 60
-"""How long a bank that was just started may take to say what it will hold. On 2 cores it is 12 s,
-in which it imports vLLM and reads the model's configuration."""
+ANSWER_SECONDS = 300
+"""How long a bank that was just started may take to say what it will hold. It imports vLLM and
+reads the configuration first: 12 s on 2 idle cores, and minutes on a busy machine."""
 LONGEST = 80
 """Longer values than this are not shown."""
 
@@ -56,23 +59,39 @@ class Bank(BaseModel):
 def banks(*, identified: bool = False) -> list[Bank]:
     """All banks of this user, oldest first.
 
-    With `identified`, this waits up to a minute until each of them knows what it will hold. Raises
-    LvllmError for a bank that does not answer in that time.
+    With `identified`, this waits up to five minutes until each of them knows what it will hold.
+    Raises LvllmError for a bank that does not answer in that time.
     """
     found = []
-    for name in _names():
-        try:
-            said = tell(name, {"ask": "identity" if identified else "status"})
-        except TimeoutError:
-            raise LvllmError(
-                f"the bank of process {sockets.holder_of(name)} has not answered for"
-                f" {ANSWER_SECONDS} s"
-            ) from None
-        except OSError:  # It has just ended.
-            continue
-        # A bank in another container has another number there.
-        found.append(Bank.model_validate(said | {"pid": sockets.holder_of(name) or said["pid"]}))
+    for name in _names(PREFIX):
+        said = _ask(name, "identity" if identified else "status")
+        if said is not None:
+            # A bank in another container has another number there.
+            pid = sockets.holder_of(name) or said["pid"]
+            found.append(Bank.model_validate(said | {"pid": pid}))
     return sorted(found, key=lambda bank: bank.started)
+
+
+def wake() -> bool:
+    """Let systemd start the banks for which it listens; return whether there is one.
+
+    This waits up to five minutes until each of them knows what it will hold, and is one of `banks`.
+    Raises LvllmError for a bank that does not answer in that time.
+    """
+    woken = [_ask(name, "identity") for name in _names(SOCKET)]
+    return any(status is not None for status in woken)
+
+
+def _ask(name: str, what: str) -> dict[str, object] | None:
+    """The status of the bank that listens under `name`; None if it has just ended."""
+    try:
+        return tell(name, {"ask": what})
+    except TimeoutError:
+        raise LvllmError(
+            f"the bank of process {sockets.holder_of(name)} has not answered for {ANSWER_SECONDS} s"
+        ) from None
+    except OSError:
+        return None
 
 
 def tell(
@@ -106,11 +125,11 @@ def differences(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _names() -> list[str]:
-    """The names under which banks listen."""
+def _names(prefix: str) -> list[str]:
+    """The names that begin so under which somebody of this host listens."""
     try:
         lines = Path("/proc/net/unix").read_text().splitlines()
     except OSError:
         return []
-    names = {line.split()[7][1:] for line in lines if f" @{PREFIX}" in line}
+    names = {line.split()[7][1:] for line in lines if f" @{prefix}" in line}
     return sorted(names)
