@@ -18,6 +18,7 @@ from lvllm.faults import process, scratch
 from lvllm.handover import banks
 from lvllm.log import logger
 from lvllm.machine import cpus, gpu_distance, installation, memory_plan
+from lvllm.machine.facts import limits
 from lvllm.machine.memory_need import folder_of
 from lvllm.metrics import collector, memory
 from lvllm.prefill import configuration as prefill_configuration
@@ -50,7 +51,9 @@ def prepare(vllm_config: Any) -> None:
     if not is_moe(vllm_config.model_config):
         _checked_settings(vllm_config)
         return
-    config = final_settings(vllm_config, cpus.this_machine(), gpu_distance.of_gpus())
+    config = final_settings(
+        vllm_config, cpus.this_machine(), gpu_distance.of_gpus(), limits.cpu_quota()
+    )
     _check_checkpoint(vllm_config)
     process.prepare()
     if (line := installation.shared_files(installation.owners_of_vllm())) is not None:
@@ -96,11 +99,12 @@ def final_settings(
     vllm_config: Any,
     machine: cpus.Machine,
     distance: Callable[[int, cpus.Machine], int] | None = None,
+    quota: float | None = None,
 ) -> HybridConfig:
     """Resolve and check the settings for this model on this `machine`.
 
     distance(rank, part) says how far a local rank's GPU is from a part of the machine; None: there
-    are no GPUs.
+    are no GPUs. `quota` is the number of CPUs whose time the cgroup gets; None: all.
 
     Raises SettingError for a setting that the model, the machine or this version of LvLLM
     cannot honour.
@@ -112,7 +116,9 @@ def final_settings(
     prefill = prefill_configuration.check(settings, accelerator, vllm_config)
     shared = _shared_name(settings, vllm_config)
     bits = settings["lk_activation_bits"].value
-    engine_cpus, omp_cpus = _divide_cpus(settings, vllm_config.parallel_config, machine, distance)
+    engine_cpus, omp_cpus = _divide_cpus(
+        settings, vllm_config.parallel_config, machine, distance, quota
+    )
     gpu_checks.check_cache(settings["gpu_expert_cache"], len(engine_cpus), vllm_config)
     return HybridConfig(
         thread_binding=settings["lk_thread_binding"].value,
@@ -215,6 +221,7 @@ def _divide_cpus(
     parallel: Any,
     machine: cpus.Machine,
     distance: Callable[[int, cpus.Machine], int] | None,
+    quota: float | None,
 ) -> tuple[CpusOfRanks, CpusOfRanks]:
     """The logical CPUs of each rank of this host, for the engine and for PyTorch."""
     ranks = parallel.local_world_size * replicas_here(parallel)
@@ -232,7 +239,7 @@ def _divide_cpus(
             )
         return setting.value or default
 
-    lk_threads = count("lk_threads", min(limit, cpus.default_threads(machine, ranks)))
+    lk_threads = count("lk_threads", min(limit, cpus.default_threads(machine, ranks, quota)))
     omp_threads = count("omp_num_threads", lk_threads)
     return (
         tuple(tuple(cpus.choose(share, lk_threads)) for share in shares),

@@ -13,6 +13,7 @@ from rich.table import Table
 from lvllm import engine
 from lvllm.errors import quoted
 from lvllm.machine import cpus
+from lvllm.machine.facts import limits
 from lvllm.settings import config_file
 from lvllm.settings.kinds import whole
 from lvllm.settings.resolving import Setting, resolve
@@ -102,7 +103,7 @@ def _machine_defaults(
             raise SettingError(
                 f"{name}={quoted(written)} is not allowed: {RANKS.allowed}"
             ) from None
-    default = cpus.default_threads(cpus.this_machine(), ranks)
+    default = cpus.default_threads(cpus.this_machine(), ranks, limits.cpu_quota())
     lk_threads = settings["lk_threads"].value or default
     return {
         "lk_threads": lk_threads,

@@ -19,9 +19,18 @@ def this_machine() -> Machine:
     return [node.cores for node in engine.topology().nodes]
 
 
-def default_threads(machine: Machine, ranks: int) -> int:
-    """The number of engine threads of each rank if LK_THREADS is not set; at least 1."""
+def default_threads(machine: Machine, ranks: int, quota: float | None = None) -> int:
+    """The number of engine threads of each rank if LK_THREADS is not set; at least 1.
+
+    Args:
+        machine: the CPUs that the ranks may use.
+        ranks: the ranks that share them.
+        quota: the CPUs whose time the cgroup gets; None: no limit. The kernel stops all threads of
+            a cgroup whose time is used up, so more cores than that are of no use.
+    """
     cores = sum(len(node) for node in machine)
+    if quota is not None:
+        cores = min(cores, int(quota))
     usable = cores if cores <= SPARE_CORES else cores - SPARE_CORES
     return max(1, usable // ranks)
 

@@ -86,7 +86,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "LK_THREADS",
         None,
-        "physical cores - 4 (all, on 4 cores or fewer), divided by the ranks on this host",
+        "physical cores - 4 (all, on 4 cores or fewer; a CPU quota of the cgroup counts as so many"
+        " cores), divided by the ranks on this host",
         CPUS,
         "The number of engine threads in each rank.",
     ),

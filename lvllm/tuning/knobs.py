@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lvllm.engine.weight_formats import FORMATS, activation_bits
 from lvllm.machine.cpus import default_threads, this_machine
+from lvllm.machine.facts import limits
 from lvllm.planning import rounding
 from lvllm.planning.choice import Candidate
 from lvllm.planning.placement import resident_layers
@@ -64,7 +65,7 @@ def _threads(given: Given, plan: Defaults) -> list[Knob]:
     machine = this_machine()
     given_ranks = count(given.options.get("tensor-parallel-size"))
     ranks = given_ranks or plan.model.cards(plan.machine.gpus)
-    usual = default_threads(machine, ranks)
+    usual = default_threads(machine, ranks, limits.cpu_quota())
     cores = sum(len(node) for node in machine) // ranks
     # Memory may be read as fast by fewer threads; the default leaves four cores to vLLM.
     numbers = {cores, cores - 1, 3 * cores // 4, cores // 2} - {usual}

@@ -31,6 +31,24 @@ def test_default_threads(nodes: int, cores: int, ranks: int, expected: int) -> N
     assert cpus.default_threads(machine(nodes, cores, smt=2), ranks) == expected
 
 
+@pytest.mark.parametrize(
+    ("cores", "ranks", "quota", "expected"),
+    [
+        (32, 1, None, 28),
+        (32, 1, 64.0, 28),  # more than there is
+        (32, 1, 8.0, 4),  # as on a machine of 8 cores
+        (32, 1, 3.9, 3),
+        (32, 2, 4.0, 2),
+        (32, 1, 0.5, 1),  # at least one
+        (2, 1, 1.5, 1),
+    ],
+)
+def test_default_threads_by_quota(
+    cores: int, ranks: int, quota: float | None, expected: int
+) -> None:
+    assert cpus.default_threads(machine(1, cores, smt=2), ranks, quota) == expected
+
+
 def test_ranks_get_whole_nodes() -> None:
     assert cpus.divide(machine(4, 2), 2) == [machine(4, 2)[:2], machine(4, 2)[2:]]
 

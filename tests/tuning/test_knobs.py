@@ -7,6 +7,7 @@ import pytest
 
 from lvllm.engine.weight_formats import FORMATS
 from lvllm.machine.cpus import default_threads, this_machine
+from lvllm.machine.facts import limits
 from lvllm.planning.machine import Machine
 from lvllm.planning.shape import ModelShape
 from lvllm.serving.defaults import choose
@@ -58,7 +59,7 @@ def test_formats_that_have_no_choice() -> None:
 
 
 def test_threads_of_this_machine() -> None:
-    usual = default_threads(this_machine(), 1)
+    usual = default_threads(this_machine(), 1, limits.cpu_quota())
     for value in tried(machine()).get("LK_THREADS", ()):
         assert int(value) not in (0, usual)
 

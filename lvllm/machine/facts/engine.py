@@ -34,9 +34,10 @@ def _threads(environ: Mapping[str, str]) -> int | None:
 def _started(threads: int | None) -> Engine:
     from lvllm import engine
     from lvllm.machine import cpus
+    from lvllm.machine.facts import limits
 
     machine = cpus.this_machine()
-    threads = threads or cpus.default_threads(machine, ranks=1)
+    threads = threads or cpus.default_threads(machine, 1, limits.cpu_quota())
     engine.configure(threads=threads, cpus=cpus.choose(machine, threads))
     info = engine.info()
     products = []

@@ -9,7 +9,7 @@ from lvllm.machine.facts.cpu import status_field
 from lvllm.machine.facts.files import id_list, number, text, word
 from lvllm.machine.report import Limit, Limits
 
-__all__ = ["read"]
+__all__ = ["cpu_quota", "read"]
 
 NO_LIMIT = 1 << 60
 """Version 1 writes a limit of almost 2^63 where there is none."""
@@ -33,6 +33,11 @@ def read(run: Run, root: Path = Path("/")) -> Limits:
         container=_container(run, root),
         virtual_machine=run(["systemd-detect-virt", "--vm"]) or None,
     )
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """The CPUs whose time this process's cgroup gets; None without a limit."""
+    return min(_quotas(list(_groups(root))), default=None)
 
 
 def _version_text(versions: list[str]) -> Literal["1", "2", "1 and 2"] | None:

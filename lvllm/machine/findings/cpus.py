@@ -15,9 +15,12 @@ Repeated measurements of equal nodes differ by less than a tenth."""
 def cpu_quota(report: MachineReport) -> Iterator[Finding]:
     quota, cpus = report.limits.cpu_quota_cpus, len(report.cpu.usable)
     if isinstance(quota, float | int) and 0 < quota < cpus:
+        threads = report.engine.threads
         yield Finding(
             what=f"the cgroup gets the time of {quota:g} CPUs, and {cpus} are visible",
-            why="the kernel stops all threads whenever the quota of a period is used up",
+            why="the kernel stops all threads whenever the quota of a period is used up"
+            if threads is None or threads > quota
+            else f"the engine has {threads} threads, and the other CPUs are not used",
             command=f"docker update --cpus {cpus} CONTAINER"
             f" (systemd: CPUQuota={100 * cpus}%), or LK_THREADS={max(1, int(quota))}",
         )

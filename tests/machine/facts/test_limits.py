@@ -31,7 +31,7 @@ def test_the_least_of_nested_limits_counts(tmp_path: Path) -> None:
     }
     found = limits.read(nothing, made_up.write(tmp_path, files))
     assert found.cgroup_version == "2"
-    assert found.cpu_quota_cpus == 1.5
+    assert found.cpu_quota_cpus == limits.cpu_quota(tmp_path) == 1.5
     assert found.memory_limit_bytes == 4096
     assert found.memory_used_bytes == 512
 
@@ -48,8 +48,16 @@ def test_version_1(tmp_path: Path, folder: str) -> None:
     }
     found = limits.read(nothing, made_up.write(tmp_path, files))
     assert found.cgroup_version == "1"
-    assert found.cpu_quota_cpus == 4
+    assert found.cpu_quota_cpus == limits.cpu_quota(tmp_path) == 4
     assert (found.memory_limit_bytes, found.memory_used_bytes) == (1 << 20, 4096)
+
+
+def test_the_least_of_nested_quotas_of_version_1_counts(tmp_path: Path) -> None:
+    files = {"proc/self/cgroup": "3:cpu:/a/b\n0::/\n"}
+    for path, quota in (("", -1), ("/a", 250_000), ("/a/b", 300_000)):
+        files[f"{GROUP}/cpu{path}/cpu.cfs_quota_us"] = f"{quota}\n"
+        files[f"{GROUP}/cpu{path}/cpu.cfs_period_us"] = "100000\n"
+    assert limits.cpu_quota(made_up.write(tmp_path, files)) == 2.5
 
 
 def test_version_1_without_limits(tmp_path: Path) -> None:
@@ -63,6 +71,7 @@ def test_version_1_without_limits(tmp_path: Path) -> None:
     found = limits.read(nothing, made_up.write(tmp_path, files))
     assert found.cgroup_version == "1 and 2"
     assert (found.cpu_quota_cpus, found.memory_limit_bytes) == ("unlimited", "unlimited")
+    assert limits.cpu_quota(tmp_path) is None
 
 
 def test_a_path_cannot_leave_the_folder(tmp_path: Path) -> None:
@@ -95,3 +104,4 @@ def test_containers_and_machines(tmp_path: Path) -> None:
 
 def test_nothing_is_there(tmp_path: Path) -> None:
     assert limits.read(nothing, tmp_path) == Limits()
+    assert limits.cpu_quota(tmp_path) is None

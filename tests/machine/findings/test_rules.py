@@ -102,6 +102,14 @@ def change(path: str, value: object) -> Change:
     return apply
 
 
+@pytest.mark.parametrize(("threads", "why"), [(8, "the kernel stops all"), (2, "2 threads, and")])
+def test_what_a_quota_does(threads: int, why: str) -> None:
+    report = good()
+    report.limits.cpu_quota_cpus, report.engine.threads = 2.5, threads
+    (finding,) = findings.of(report)
+    assert why in finding.why
+
+
 def test_a_good_machine_has_no_findings() -> None:
     assert findings.of(good()) == []
 
