@@ -17,7 +17,7 @@ from lvllm.checkpoint import Checkpoint, model_files
 from lvllm.faults import process, scratch
 from lvllm.handover import banks
 from lvllm.log import logger
-from lvllm.machine import cpus, gpu_distance, installation, memory_plan
+from lvllm.machine import cpus, gpu_distance, installation, memory_plan, room
 from lvllm.machine.facts import limits
 from lvllm.machine.memory_need import folder_of
 from lvllm.metrics import collector, memory
@@ -31,6 +31,9 @@ from lvllm.settings.use_weight import LayerFormats, UseWeight, UseWeights
 __all__ = ["check_files", "final_settings", "prepare", "replicas_here", "shared_identity"]
 
 OMP_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+
+CHUNKS = 10
+"""How many chunks vLLM's queue to the workers has."""
 
 SHAREABLE = ("auto", "hf", "safetensors", "mistral")
 """The load formats whose experts engines can share, because they use the parameters' loaders."""
@@ -55,6 +58,8 @@ def prepare(vllm_config: Any) -> None:
         vllm_config, cpus.this_machine(), gpu_distance.of_gpus(), limits.cpu_quota()
     )
     _check_checkpoint(vllm_config)
+    room.check_open_files()
+    _check_shared_memory(vllm_config.parallel_config)
     process.prepare()
     if (line := installation.shared_files(installation.owners_of_vllm())) is not None:
         logger.warning("LvLLM: %s", line)
@@ -319,6 +324,18 @@ def _check_checkpoint(vllm_config: Any) -> None:
         Checkpoint.open(folder, "consolidated*.safetensors", index)
     elif load_format in ("auto", "hf", "safetensors"):
         Checkpoint.open(folder)
+
+
+def _check_shared_memory(parallel: Any) -> None:
+    """Raise LvllmError if the queue to the workers, which vLLM makes, has no room in /dev/shm."""
+    from vllm import envs
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    # Releases without this function use memory that /dev/shm may not have.
+    if parallel.distributed_executor_backend == "mp" and hasattr(
+        shm_broadcast, "check_shm_free_space"
+    ):
+        room.check_shared_memory(CHUNKS * (envs.VLLM_MQ_MAX_CHUNK_BYTES_MB << 20))
 
 
 def _is_one_of_several_api_servers(parallel: Any) -> bool:

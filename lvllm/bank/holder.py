@@ -1,7 +1,6 @@
 """The process that holds experts: it names them, takes them from the loader and hands them out."""
 
 import os
-import resource
 import secrets
 import socket
 import threading
@@ -14,6 +13,7 @@ from lvllm.errors import LvllmError
 from lvllm.handover import sockets
 from lvllm.handover.banks import PREFIX, Bank
 from lvllm.handover.offers import Offers, serve
+from lvllm.machine import room
 
 __all__ = ["Holder"]
 
@@ -37,7 +37,7 @@ class Holder:
         changed: Callable[[Bank], None],
         inherited: Sequence[socket.socket] = (),
     ) -> None:
-        _allow_many_descriptors()
+        room.allow_many_files()
         self.name = f"{PREFIX}{secrets.token_hex(8)}"
         self._status = Bank(model=model, state="starting", pid=os.getpid(), started=time.time())
         self._report = changed
@@ -139,12 +139,3 @@ class Holder:
 def _shut_down(listening: socket.socket) -> None:
     with suppress(OSError):
         listening.shutdown(socket.SHUT_RDWR)  # This ends accept().
-
-
-def _allow_many_descriptors() -> None:
-    """Allow as many open files as the hard limit does: a layer has 2 or 3 for each rank.
-
-    The usual soft limit is 1024; 8 ranks of a model with 94 layers have more.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+from lvllm.errors import LvllmError
+
 __all__ = ["file_store", "prepare", "remove"]
 
 PREFIX = "lvllm-server-"
@@ -22,6 +24,9 @@ SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's variable for the folder of its sockets."""
 LONGEST = 107 - len("/") - 36
 """The longest path of such a folder: Linux allows 107 bytes for a socket, and vLLM adds a UUID."""
+
+ROOM = 64 << 10
+"""Bytes that the folder must have room for; the ranks of a model write a few KiB."""
 
 _VARIABLE = "_LVLLM_SCRATCH"
 """The environment variable with PROCESS:FOLDER of the front process."""
@@ -32,16 +37,28 @@ def prepare() -> None:
 
     A folder that the user has chosen for sockets (VLLM_RPC_BASE_PATH) stays in use, and so does the
     folder for temporary files if the path of one inside it would be too long.
+
+    Raises LvllmError if the folder for temporary files has no room.
     """
     process, _, _ = os.environ.get(_VARIABLE, "").partition(":")
     if process == str(os.getpid()):
         return
-    parent = Path(tempfile.gettempdir())
+    try:
+        parent = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:  # Its text names the folders that were tried.
+        raise LvllmError(f"{error.strerror}; TMPDIR names another one") from None
     _remove_abandoned(parent)
     chosen = os.environ.get(SOCKETS)
     if chosen is not None and Path(chosen).name[: len(PREFIX)] != PREFIX:
         return
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        _check_room(folder)
+    except OSError as error:
+        raise LvllmError(
+            f"the folder for temporary files, {parent}, has no room for {ROOM >> 10} KiB:"
+            f" {error.strerror}; make room there, or let TMPDIR name another folder"
+        ) from None
     if len(os.fsencode(folder)) > LONGEST:
         folder.rmdir()
         return
@@ -71,6 +88,20 @@ def remove() -> None:
             # Under this name, no other process of the server makes a socket there meanwhile.
             os.rename(folder, f"{folder}-removed")
         shutil.rmtree(f"{folder}-removed", ignore_errors=True)
+
+
+def _check_room(folder: Path) -> None:
+    """Write what the processes need to find each other; without room, remove the folder.
+
+    Raises OSError.
+    """
+    file = folder / "room"
+    try:
+        file.write_bytes(bytes(ROOM))
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    file.unlink()
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -18,8 +18,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -50,6 +50,25 @@ MODULES = (
     "vllm.v1.worker.cpu_model_runner",
     "vllm.v1.worker.cpu_worker",
 )
+
+
+Before = Callable[[], object]
+
+_before: Before | None = None
+
+
+@contextmanager
+def beginning_with(before: Before) -> Iterator[None]:
+    """Processes that are forked in this block first call `before`, which can be pickled.
+
+    What it does, such as setting a limit, holds for their workers, too.
+    """
+    global _before
+    _before = before
+    try:
+        yield
+    finally:
+        _before = None
 
 
 class Forked:
@@ -100,7 +119,7 @@ def fork(
     The process is the first one of a new session. `stderr` is `stdout` by default, and `stdin` is
     empty.
     """
-    call = pickle.dumps((environment, pickle.dumps((function, arguments))))
+    call = pickle.dumps((environment, _before, pickle.dumps((function, arguments))))
     status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, open(os.devnull) as empty:
         standard = (stdin or empty, stdout, stderr or stdout)
@@ -242,8 +261,10 @@ def _fork_workers() -> None:
 def main() -> None:
     """The process that imports vLLM, and the processes that it forks."""
     _import_vllm()
-    environment, call = pickle.loads(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    environment, before, call = pickle.loads(_serve(socket.socket(fileno=int(sys.argv[1]))))
     _set_environment(environment)
+    if before is not None:
+        before()
     _fork_workers()
     atexit.register(gc.unfreeze)  # or a library reports what is frozen as leaked
     function, arguments = pickle.loads(call)

@@ -1,12 +1,17 @@
 """The folder of a server's sockets and rendezvous files."""
 
+import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+
+from lvllm.errors import LvllmError
+from lvllm.faults import scratch
 
 SERVER = """
 import sys
@@ -85,3 +90,28 @@ def test_a_path_that_is_too_long_for_sockets_is_not_taken(parent: Path) -> None:
     assert (server.folder, server.store) == ("None", "None")
     server.end()
     assert not list(deep.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("VLLM_RPC_BASE_PATH", "_LVLLM_SCRATCH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(parent / "gone"))
+    with pytest.raises(LvllmError, match=f"{parent}/gone, has no room for 64 KiB"):
+        scratch.prepare()
+
+
+def test_a_full_folder_is_left_empty(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("VLLM_RPC_BASE_PATH", "_LVLLM_SCRATCH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(parent))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel then refuses to write more into a file, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(LvllmError, match=r"has no room for 64 KiB: File too large"):
+            scratch.prepare()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(parent.iterdir())

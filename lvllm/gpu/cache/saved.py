@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ def write(path: Path, layers: Sequence[int], scores: torch.Tensor) -> None:
     of_layers = {
         f"layer.{number}": of.contiguous() for number, of in zip(layers, scores, strict=True)
     }
+    other = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        other = path.with_name(f"{path.name}.{os.getpid()}")
         other.write_bytes(save(of_layers))
         other.replace(path)
     except OSError as error:
+        # What was written of it would stay for ever, on a disk that is perhaps full.
+        with suppress(OSError):
+            other.unlink(missing_ok=True)
         logger.warning("LvLLM: how often experts are read cannot be saved: %s", error)
 
 

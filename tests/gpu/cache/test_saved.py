@@ -1,5 +1,6 @@
 """Tests the file of an earlier server's counts."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,22 @@ def test_a_place_that_cannot_be_written_is_logged(
     (tmp_path / "file").touch()
     saved.write(tmp_path / "file" / "reads", [1], torch.zeros(1, 4))
     assert "how often experts are read cannot be saved" in caplog.text
+
+
+def test_a_full_disk_keeps_the_file_before_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "reads"
+    saved.write(path, [1], torch.ones(1, 4))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel then writes the first 64 bytes and refuses the others, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        saved.write(path, [1], torch.zeros(1, 4000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be saved" in caplog.text
+    assert list(tmp_path.iterdir()) == [path]
+    found = saved.read(path, [1], 4)
+    assert found is not None
+    assert torch.equal(found, torch.ones(1, 4))
