@@ -293,14 +293,15 @@ def shared_identity(vllm_config: Any) -> dict[str, str]:
 
 
 def _check_banks(share: Setting, identity: Mapping[str, str], name: str) -> None:
-    """Raise SettingError if this user has banks, and none holds these experts.
+    """Raise SettingError if this user has banks of this model, and none holds these experts.
 
-    Loading them here would take their memory once more, which is what a bank is to prevent.
+    Loading them here would take their memory once more, which is what a bank is to prevent. Banks
+    of other models are left alone.
     """
     found = banks.banks(identified=True)
     if all(bank.name != name for bank in found) and banks.wake():
         found = banks.banks(identified=True)
-    found = [bank for bank in found if bank.name is not None]
+    found = [bank for bank in found if sharing.same_model(identity, bank.identity)]
     if not found or any(bank.name == name for bank in found):
         return
     bank = min(found, key=lambda bank: len(banks.differences(identity, bank.identity)))

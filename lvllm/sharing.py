@@ -47,6 +47,7 @@ __all__ = [
     "join",
     "name_of",
     "publisher",
+    "same_model",
     "stop",
     "without_memory",
 ]
@@ -54,6 +55,10 @@ __all__ = [
 
 ALIGNMENT = 64
 """Small tensors begin at multiples of this many bytes: a cache line, and a vector of the engine."""
+
+FILES = "the set of the model's files"
+CONFIG = "config.json (with hf-overrides)"
+"""What `identity_of` calls these two."""
 
 Stored = dict[str, Any]
 """Arguments of `ExpertLayer`: tensors, and how their values are stored."""
@@ -80,8 +85,8 @@ def identity_of(
     same = {
         "vLLM": __version__,
         "LvLLM": lvllm.__version__,
-        "the set of the model's files": _digest(files),
-        "config.json (with hf-overrides)": _digest(config),
+        FILES: _digest(files),
+        CONFIG: _digest(config),
         "dtype": model.dtype,
         "quantization": model.quantization,
         "LVLLM_MOE_USE_WEIGHT": use_weight,
@@ -94,6 +99,13 @@ def identity_of(
         "speculative-config": speculative and (speculative.method, speculative.model),
     }
     return {what: str(value) for what, value in same.items()}
+
+
+def same_model(identity: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether both have the same files or the same config.json, so that they may differ only in
+    settings, or in the copy of the model.
+    """
+    return any(identity[what] == other.get(what) for what in (FILES, CONFIG))
 
 
 def name_of(identity: Mapping[str, str]) -> str:

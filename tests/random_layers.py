@@ -207,8 +207,8 @@ def random_projection(
         if group_size in (None, -1):
             return codes | {scale: random.uniform(0.5, 1.5, experts, rows) * size / 74}
         assert group_size is not None
-        shape = (experts, rows, -(-k // group_size))
-        return codes | {scale: (random.uniform(0.5, 1.5, *shape) * size / 74).to(scale_dtype)}
+        drawn = random.uniform(0.5, 1.5, experts, rows, -(-k // group_size))
+        return codes | {scale: (drawn * size / 74).to(scale_dtype)}
     if format == "fp8":
         shape = {
             "block": (experts, -(-rows // 128), -(-k // 128)),

@@ -620,6 +620,11 @@ def test_a_bank_holds_these_experts_or_the_start_ends(
         configure({"LVLLM_MOE_USE_WEIGHT": "INT4"})
     held.close()
     assert built().shared_experts is not None  # Without any bank, a server loads by itself.
+    other = Holder("another/model", lambda status: None)
+    another = dict.fromkeys(identity, "another")
+    banks.tell(other.name, {"loads": "another", "ranks": 1, "identity": another})
+    assert built().shared_experts is not None  # So it does where a bank holds another model.
+    other.close()
 
 
 def test_a_prefill_engine(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
