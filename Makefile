@@ -7,6 +7,7 @@
 #   VERSION             the vLLM that `make check-vllm` tries
 #   TEST_PROCESSES      how many Python test files run at once, 2 by default; each takes up to 6 GiB
 #   SECONDS             how long `make fuzz` runs in total, 60 by default
+#   FUZZ_SEED           a number with which `make fuzz` tries the same inputs in the same order
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 SECONDS ?= 60

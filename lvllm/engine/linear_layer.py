@@ -88,5 +88,11 @@ class LinearLayer:
         """
         if x.dim() == 0:
             raise ValueError("x is a single number, wanted rows of the layer's input size")
+        if x.layout != torch.strided:
+            raise ValueError(f"x is {x.layout}, wanted a dense tensor")
+        if x.shape[-1] != self.columns:
+            raise ValueError(
+                f"x has rows of {x.shape[-1]} elements, the layer's input size is {self.columns}"
+            )
         y: torch.Tensor = raw_ops.linear(x.reshape(-1, x.shape[-1]), self.handle, self.rows)
         return y.view(*x.shape[:-1], self.rows)

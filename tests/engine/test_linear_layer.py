@@ -85,6 +85,8 @@ def test_wrong_weights_are_refused(weight: torch.Tensor, format: str, message: s
 
 def test_a_wrong_x_is_refused() -> None:
     layer = LinearLayer(torch.ones(4, 6).bfloat16(), format="bf16")
+    with pytest.raises(ValueError, match=r"x is torch\.sparse_coo, wanted a dense tensor"):
+        layer(torch.ones(2, 6).bfloat16().to_sparse())
     with pytest.raises(ValueError, match="x has rows of 5 elements, the layer's input size is 6"):
         layer(torch.ones(2, 5).bfloat16())
     with pytest.raises(ValueError, match="x must be bfloat16 or float16"):

@@ -4,6 +4,9 @@
     python -m tests.fuzz 3600 gguf_files       # one target
     python -m tests.fuzz gguf_files FILE       # one input again, with its traceback
 
+With the same number in the environment variable FUZZ_SEED, two runs try the same inputs in the same
+order; the target `lk` draws its own.
+
 A target is a module of tests/fuzz/targets. Its function one_input(data) must end as
 tests/fuzz/rules.py says. The fuzzing engine is atheris (libFuzzer), which sees what branches of
 `lvllm` an input takes. It starts from tests/fuzz/corpus and from what earlier runs have left in
@@ -28,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "fuzz"
 LK = "lk"
 LK_TEST = ROOT / "build" / "tests-asan" / "csrc" / "lk" / "lk_test"
+SEED = os.environ.get("FUZZ_SEED", "0")
+"""0: another one each time."""
 MOST_SECONDS = 10
 """Of one input, while other processes take the CPU. The slowest inputs that are allowed take one
 second by themselves."""
@@ -121,6 +126,7 @@ def _run_forked(target: str, seconds: int, failures: Path) -> NoReturn:
     found = BUILD / "corpus" / target
     found.mkdir(parents=True, exist_ok=True)
     options = {
+        "seed": SEED,
         "max_total_time": seconds,
         "timeout": MOST_SECONDS,
         "max_len": MOST_BYTES,
