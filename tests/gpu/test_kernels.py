@@ -24,7 +24,7 @@ def test_they_compute_the_expert_block() -> None:
         text=True,
     )
     assert done.returncode == 0, f"{done.args}: {done.stderr}"
-    assert done.stdout == "11 variants\n"
+    assert done.stdout == "12 variants\n"
 
 
 @pytest.mark.slow
