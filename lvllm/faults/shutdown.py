@@ -4,7 +4,9 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from http import HTTPStatus
+from multiprocessing import connection
 from typing import Any
 
 from vllm.exceptions import GenerationError, GracefulHTTPError
@@ -14,10 +16,15 @@ from lvllm.faults import scratch
 __all__ = [
     "ServerStopped",
     "end_open_requests",
+    "end_with_the_coordinator",
     "note_a_death",
     "noted_death",
     "stop_at_once",
+    "wait_for_a_death",
 ]
+
+ENDING_SECONDS = 5
+"""How long a process may take from the end of its pipes to its own."""
 
 _death: str | None = None
 
@@ -55,10 +62,60 @@ def note_a_death(engine: Any) -> None:
     resources = getattr(getattr(engine, "engine_core", None), "resources", None)
     manager = getattr(resources, "engine_manager", None)
     name = getattr(manager, "failed_proc_name", None)
-    if manager is None or name is None:
+    if manager is None or name is None or _death is not None:
         return
-    status = manager.finished_procs().get(name)
-    _death = f"the process {name} {_ended_by(status)}, so the server ends"
+    _death = _line(name, manager.finished_procs().get(name))
+
+
+def end_with_the_coordinator(client: Any) -> None:
+    """End the engines of vLLM's `MPClient` when its coordinator has died, and note that.
+
+    The death of its engines is what the client looks for. A coordinator that is asked to end comes
+    after them.
+    """
+    resources = client.resources
+    if resources.coordinator is None or resources.engine_manager is None:
+        return
+    coordinator = resources.coordinator.proc
+
+    def wait() -> None:
+        global _death
+        connection.wait([coordinator.sentinel])
+        if resources.engine_dead:
+            return
+        _death = _line(coordinator.name, _status(coordinator))
+        for process in resources.engine_manager.processes:
+            process.kill()
+
+    threading.Thread(target=wait, name="lvllm-coordinator", daemon=True).start()
+
+
+def wait_for_a_death(processes: Sequence[Any]) -> None:
+    """Wait until all API servers, engines and coordinators of a server have ended.
+
+    When one dies, the others are killed, and SystemExit says which one it was. With SIGTERM they
+    would wait for each other for some seconds.
+    """
+    waiting: dict[Any, Any] = {process.sentinel: process for process in processes}
+    while waiting:
+        for sentinel in connection.wait(list(waiting)):
+            ended = waiting.pop(sentinel)
+            if (status := _status(ended)) == 0:
+                continue
+            for process in waiting.values():
+                process.kill()
+            raise SystemExit(f"lvllm: {_line(ended.name, status)}")
+
+
+def _status(process: Any) -> int | None:
+    """How a process has ended whose sentinel, a pipe that closes a little earlier, says so."""
+    process.join(ENDING_SECONDS)
+    status: int | None = process.exitcode
+    return status
+
+
+def _line(name: str, status: int | None) -> str:
+    return f"the process {name} {_ended_by(status)}, so the server ends"
 
 
 def noted_death() -> str | None:

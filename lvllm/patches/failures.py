@@ -13,7 +13,9 @@ __all__ = [
     "end_in_the_engines_line",
     "end_in_the_workers_line",
     "end_open_requests",
+    "end_with_the_coordinator",
     "say_who_died",
+    "say_who_died_of_several",
 ]
 
 
@@ -153,3 +155,46 @@ def say_who_died(original: Any) -> Any:
             raise SystemExit(f"lvllm: {death}")
 
     return run_server_worker
+
+
+@patch(
+    "vllm.entrypoints.cli.serve:wait_for_completion_or_failure",
+    signature="(api_server_manager, engine_manager=None, coordinator=None)",
+    why="With several API servers, which is the default with data parallelism, the process that"
+    " started them prints a traceback when one of its processes has died. It names the process in"
+    " one line instead, and ends the others at once.",
+    upstream="none, because nothing was proposed yet",
+    until="vLLM ends such a server in one line",
+)
+def say_who_died_of_several(original: Any) -> Any:
+    from lvllm.faults import shutdown as stopping
+
+    def wait_for_completion_or_failure(
+        api_server_manager: Any, engine_manager: Any = None, coordinator: Any = None
+    ) -> None:
+        engines = getattr(engine_manager, "processes", None)
+        if engines is None:  # Ray's actors are no processes of this host.
+            original(api_server_manager, engine_manager, coordinator)
+            return
+        coordinators = [] if coordinator is None else [coordinator.proc]
+        stopping.wait_for_a_death([*api_server_manager.processes, *engines, *coordinators])
+
+    return wait_for_completion_or_failure
+
+
+@patch(
+    "vllm.v1.engine.core_client:MPClient.start_engine_core_monitor",
+    signature="(self)",
+    why="With one API server, nobody notices when the process that coordinates data-parallel"
+    " replicas was killed, and replicas wait for it for ever.",
+    upstream="none, because nothing was proposed yet",
+    until="vLLM watches its coordinator as it does its engines",
+)
+def end_with_the_coordinator(original: Any) -> Any:
+    from lvllm.faults import shutdown as stopping
+
+    def start_engine_core_monitor(self: Any) -> None:
+        original(self)
+        stopping.end_with_the_coordinator(self)
+
+    return start_engine_core_monitor

@@ -72,6 +72,21 @@ def test_a_killed_engine_is_named(temporary: Path, tmp_path: Path) -> None:
     assert not left(temporary)
 
 
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_killed_coordinator_is_named(servers: int, temporary: Path, tmp_path: Path) -> None:
+    """Of two replicas, with one process that answers requests and with one for each replica."""
+    replicas = ("--data-parallel-size", "2", "--api-server-count", str(servers))
+    variables = {"TMPDIR": str(temporary), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with CommandServer(tmp_path / "log", *ARGUMENTS, *replicas, **variables).ready() as server:
+        os.kill(named(server, "DPCoordinator"), signal.SIGKILL)
+        server.ended()
+        assert server.process.wait() == 1
+        said = server.log.read_text()
+        line = "lvllm: the process VLLM_DP_Coordinator was ended by SIGKILL, so the server ends"
+        assert said.count(line) == 1, said
+    assert not left(temporary)
+
+
 def test_sigterm_ends_a_start(temporary: Path, tmp_path: Path) -> None:
     """At any moment: the engine may not exist yet, or load the model."""
     with start(tmp_path / "log", temporary) as server:
