@@ -21,11 +21,9 @@ def register() -> None:
     A wrong setting, or a vLLM that is not as the replacements expect, ends a command with one line
     and exit code 1. In a program that uses vLLM as a library, it raises LvllmError with that line.
     """
-    try:
+    with process.refusing():
         if variables.enabled(os.environ):
             _register()
-    except LvllmError as error:
-        raise process.refusal(str(error)) from None
 
 
 def _register() -> None:

@@ -8,13 +8,14 @@ process leaves quietly.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lvllm.errors import LvllmError
 
-__all__ = ["end", "end_now", "follow", "in_one_line", "prepare", "refusal"]
+__all__ = ["end", "end_now", "follow", "in_one_line", "prepare", "refusal", "refusing"]
 
 _VARIABLE = "_LVLLM_FAILURE"
 """The environment variable with PROCESS:FILE DESCRIPTOR of the front process."""
@@ -39,6 +40,15 @@ def refusal(line: str) -> BaseException:
     if Path(program).name == "vllm" or "/vllm/entrypoints/" in program:
         return SystemExit(f"lvllm: {line}")
     return LvllmError(line)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Raise the `refusal` of an LvllmError that the block raises."""
+    try:
+        yield
+    except LvllmError as error:
+        raise refusal(str(error)) from None
 
 
 def end(line: str) -> NoReturn:

@@ -29,15 +29,12 @@ __all__ = [
 )
 def check_every_configuration(original: Any) -> Any:
     from lvllm import prepare
-    from lvllm.errors import LvllmError
     from lvllm.faults import process
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         original(cls, vllm_config)
-        try:
+        with process.refusing():
             prepare.prepare(vllm_config)
-        except LvllmError as error:
-            raise process.refusal(str(error)) from None
 
     return check_and_update_config
 
@@ -53,17 +50,14 @@ def check_every_configuration(original: Any) -> Any:
     until="vLLM checks KV heads as well, and says which sizes are allowed",
 )
 def check_heads_first(original: Any) -> Any:
-    from lvllm.errors import LvllmError
     from lvllm.faults import process
     from lvllm.settings.division import check_heads
     from lvllm.settings.model_checks import is_moe
 
     def verify_with_parallel_config(self: Any, parallel_config: Any) -> None:
-        try:
+        with process.refusing():
             if is_moe(self):
                 check_heads(self, parallel_config)
-        except LvllmError as error:
-            raise process.refusal(str(error)) from None
         original(self, parallel_config)
 
     return verify_with_parallel_config
@@ -117,10 +111,8 @@ def pass_refusals_on(original: Any) -> Any:
     from lvllm.faults import process
 
     def create_engine_config(self: Any, *arguments: Any, **options: Any) -> Any:
-        try:
+        with process.refusing():
             prepare.check_files(self)
-        except LvllmError as error:
-            raise process.refusal(str(error)) from None
         try:
             return original(self, *arguments, **options)
         except StrictDataclassError as error:  # what transformers raises about config.json

@@ -92,10 +92,8 @@ class _PillowModules(MetaPathFinder, Loader):
         )
         public = {key: value for key, value in vars(pillow).items() if not key.startswith("__")}
         vars(module).update(public | {name: public[f"{name}Pil"]})
-        try:
+        with process.refusing():
             registry.install("cpu", PICTURE_MODEL_IMPORTED)
-        except registry.PatchError as error:
-            raise process.refusal(str(error)) from None
 
 
 def _declare(
