@@ -71,11 +71,14 @@ struct MatmulArgs {
   int64_t group = 0;                   // 0: no group scales
   const uint8_t* zero = nullptr;       // laid out like scale; only for formats with zero points
   const void* const* acts = nullptr;   // a packed row for each token
+  const char* gathered = nullptr;      // their copies, if FormatKernels::gathers(tokens)
   int act_block_log2 = kActBlockLog2;  // as in pack()
   int64_t tokens = 0;
-  float* out = nullptr;     // [tokens][kTileRows]
+  float* out = nullptr;     // [tokens][kTileRows], with room for kOutPadding tokens more
   char* scratch = nullptr;  // kScratchBytes, aligned to a cache line
 };
+
+constexpr int64_t kOutPadding = 31;
 
 // The scratch memory of a matmul holds one block of unpacked weights, and its scales and zero
 // points as floats.
@@ -101,6 +104,14 @@ struct FormatKernels {
   // unless the row ends there. Arithmetics on integers quantise activations in blocks of that size.
   void (*pack)(const float* values, int64_t n, int64_t at, int64_t k, int block_log2, void* row);
   void (*matmul)(const MatmulArgs& args);
+  // From so many tokens on, matmul reads their activations from MatmulArgs::gathered. 0: never.
+  int64_t gather_from = 0;
+  // Copies the packed rows of tokens into the order in which matmul reads them, and how many bytes
+  // that takes.
+  void (*gather)(const void* const* rows, int64_t tokens, int64_t k, void* out) = nullptr;
+  int64_t (*gathered_bytes)(int64_t k, int64_t tokens) = nullptr;
+
+  bool gathers(int64_t tokens) const { return gather_from != 0 && tokens >= gather_from; }
 };
 
 // What remains to be done with a row of sums: value[i] * row_scale[i] * scale + bias[i].

@@ -164,7 +164,14 @@ class Product {
   std::vector<float> run(int64_t token, int64_t tokens) const {
     std::vector<const void*> acts;
     for (int64_t t = 0; t < tokens; ++t) acts.push_back(acts_[token + t].data());
-    std::vector<float> out(tokens * kTileRows, NAN);
+    std::vector<char> gathered;
+    if (format().gathers(tokens)) {
+      // As above; and the kernels do not write beyond its end.
+      gathered.assign(format().gathered_bytes(k_, tokens) + 64, -1);
+      format().gather(acts.data(), tokens, k_, gathered.data());
+      EXPECT_EQ(std::count(gathered.end() - 64, gathered.end(), -1), 64);
+    }
+    std::vector<float> out((tokens + kOutPadding) * kTileRows, NAN);
     const std::unique_ptr<char, Free> scratch(
         static_cast<char*>(std::aligned_alloc(64, kScratchBytes)));
     std::memset(scratch.get(), -1, kScratchBytes);
@@ -186,6 +193,7 @@ class Product {
     }
     args.act_block_log2 = block_log2_;
     args.acts = acts.data();
+    args.gathered = gathered.data();
     args.tokens = tokens;
     args.out = out.data();
     args.scratch = scratch.get();
@@ -196,6 +204,7 @@ class Product {
     emulated::sttilecfg(config);
     EXPECT_EQ(std::count(config, config + sizeof(config), 0), 64);
 #endif
+    out.resize(tokens * kTileRows);
     return out;
   }
 
@@ -511,7 +520,12 @@ TEST_P(Rows, ScaleCodes) {
       std::vector<char> row(kernel.act_row_bytes(8));
       kernel.pack(x.data(), 8, 0, 8, block_log2, row.data());
       const void* acts = row.data();
-      std::vector<float> out(kTileRows);
+      std::vector<char> gathered;
+      if (kernel.gathers(1)) {
+        gathered.resize(kernel.gathered_bytes(8, 1));
+        kernel.gather(&acts, 1, 8, gathered.data());
+      }
+      std::vector<float> out((1 + kOutPadding) * kTileRows);
       alignas(64) char scratch[kScratchBytes];
       MatmulArgs args;
       args.tile = reinterpret_cast<const char*>(weights.data());
@@ -522,6 +536,7 @@ TEST_P(Rows, ScaleCodes) {
       args.scale = scale.data();
       args.group = group;
       args.acts = &acts;
+      args.gathered = gathered.data();
       args.act_block_log2 = block_log2;
       args.tokens = 1;
       args.out = out.data();

@@ -22,7 +22,8 @@ class Pass {
         pool_(pool),
         ws_(workspace),
         block_log2_(widest_block_log2(matrix_.group, format_.outlier_block_log2)),
-        act_row_(format_.act_row_bytes(matrix_.k)) {}
+        act_row_(format_.act_row_bytes(matrix_.k)),
+        token_block_(token_block(format_, matrix_.k)) {}
 
   void run() {
     ws_.acts.resize(batch_.tokens * act_row_);
@@ -51,8 +52,12 @@ class Pass {
     divide_among_teams(pool_.plan(), matrix_.rows, 1, matrix_.tile_bytes(), &multiply_, rows_);
   }
 
+  int64_t block() const { return std::min(token_block_, batch_.tokens); }
+  int64_t sums_bytes() const { return (block() + kOutPadding) * kTileRows * int64_t{4}; }
   int64_t worker_bytes() const {
-    return kScratchBytes + std::min(kTokenBlock, batch_.tokens) * kTileRows * int64_t{4};
+    const int64_t gathered =
+        format_.gathers(block()) ? format_.gathered_bytes(matrix_.k, block()) : 0;
+    return kScratchBytes + sums_bytes() + gathered;
   }
 
   Piece piece(Phase::Claim claim) const { return piece_of(pool_.plan(), rows_, claim); }
@@ -71,20 +76,29 @@ class Pass {
   void multiply(int worker, const Piece& piece, const char* next) {
     char* scratch = ws_.workers.data() + worker * worker_bytes();
     auto* sums = reinterpret_cast<float*>(scratch + kScratchBytes);
+    char* const gathered = scratch + kScratchBytes + sums_bytes();
+    int64_t gathered_first = -1;
     const void* acts[kTokenBlock];
     const int64_t end = piece.row + piece.rows;
     for (int64_t row = piece.row; row < end; row += kTileRows) {
       MatmulArgs args = matrix_.product(0, 0, row);
       args.next = row + kTileRows < end ? matrix_.tile(0, 0, row + kTileRows) : next;
       args.acts = acts;
+      args.gathered = gathered;
       args.act_block_log2 = block_log2_;
       args.out = sums;
       args.scratch = scratch;
       const Epilogue epilogue = matrix_.epilogue(0, 0, row);
-      for (int64_t first = 0; first < batch_.tokens; first += kTokenBlock) {
-        args.tokens = std::min(kTokenBlock, batch_.tokens - first);
-        for (int64_t t = 0; t < args.tokens; ++t) {
-          acts[t] = ws_.acts.data() + (first + t) * act_row_;
+      for (int64_t first = 0; first < batch_.tokens; first += token_block_) {
+        args.tokens = std::min(token_block_, batch_.tokens - first);
+        if (first != gathered_first) {
+          for (int64_t t = 0; t < args.tokens; ++t) {
+            acts[t] = ws_.acts.data() + (first + t) * act_row_;
+          }
+          if (format_.gathers(args.tokens)) {
+            format_.gather(acts, args.tokens, matrix_.k, gathered);
+          }
+          gathered_first = first;
         }
         format_.matmul(args);
         for (int64_t t = 0; t < args.tokens; ++t) {
@@ -112,6 +126,7 @@ class Pass {
   Workspace& ws_;
   const int block_log2_;   // of the blocks in which x is quantised; it may have outliers
   const int64_t act_row_;  // bytes
+  const int64_t token_block_;
   NodeRows rows_[kMaxNodes];
   Phase pack_{"pack"}, multiply_{"multiply"};
 };

@@ -41,7 +41,8 @@ class Pass {
         slots_(batch.tokens * batch.topk),
         stream_(slots_ * layer.hidden * static_cast<int64_t>(sizeof(float)) > kCachedBytes),
         act_row_(format_.act_row_bytes(layer.hidden)),
-        inter_row_(format_.act_row_bytes(layer.intermediate)) {}
+        inter_row_(format_.act_row_bytes(layer.intermediate)),
+        token_block_(token_block(format_, std::max(layer.hidden, layer.intermediate))) {}
 
   // Grows the workspace. No size becomes larger with fewer tokens.
   void reserve() {
@@ -140,13 +141,19 @@ class Pass {
 
   // A worker's scratch memory holds the kernels' own, and the sums of both parts for a block of
   // tokens.
-  int64_t block() const { return std::min(kTokenBlock, batch_.tokens * batch_.topk); }
+  int64_t block() const { return std::min(token_block_, batch_.tokens * batch_.topk); }
   // How many rows have room for their sums, with so many tokens.
   int64_t run_rows(int64_t tokens) const {
     return std::max<int64_t>(block() / tokens, 1) * kTileRows;
   }
-  int64_t sums_bytes() const { return block() * kTileRows * static_cast<int64_t>(sizeof(float)); }
-  int64_t worker_bytes() const { return 2 * sums_bytes() + kScratchBytes; }
+  int64_t sums_bytes() const {
+    return (block() + kOutPadding) * kTileRows * static_cast<int64_t>(sizeof(float));
+  }
+  int64_t gathered_bytes() const {
+    if (!format_.gathers(block())) return 0;
+    return format_.gathered_bytes(std::max(layer_.hidden, layer_.intermediate), block());
+  }
+  int64_t worker_bytes() const { return 2 * sums_bytes() + kScratchBytes + gathered_bytes(); }
 
   Piece piece(const NodeRows* rows, Phase::Claim claim) const {
     return piece_of(pool_.plan(), rows, claim);
@@ -162,14 +169,15 @@ class Pass {
   // Computes the sums of a piece's tiles in one part of a matrix, [tile][tokens][kTileRows]. `next`
   // is read after them.
   void multiply(const Matrix& matrix, int64_t expert, int64_t part, const Piece& tiles,
-                const char* next, int act_block_log2, const void* const* acts, int64_t tokens,
-                char* scratch, float* sums) {
+                const char* next, int act_block_log2, const void* const* acts, const char* gathered,
+                int64_t tokens, char* scratch, float* sums) {
     for (int64_t at = 0; at < tiles.rows; at += kTileRows) {
       const int64_t row = tiles.row + at;
       const bool last = at + kTileRows >= tiles.rows;
       MatmulArgs args = matrix.product(expert, part, row);
       args.next = last ? next : matrix.tile(expert, part, row + kTileRows);
       args.acts = acts;
+      args.gathered = gathered;
       args.act_block_log2 = act_block_log2;
       args.tokens = tokens;
       args.out = sums + at * tokens;
@@ -185,7 +193,9 @@ class Pass {
     const int64_t expert = ws_.active[piece.active];
     char* scratch = ws_.workers.data() + worker * worker_bytes();
     auto* gate = reinterpret_cast<float*>(scratch + kScratchBytes);
-    float* up = w13.parts == 2 ? gate + block() * kTileRows : gate;
+    float* up = w13.parts == 2 ? gate + sums_bytes() / sizeof(float) : gate;
+    char* const gathered = scratch + kScratchBytes + 2 * sums_bytes();
+    int64_t gathered_first = -1;
     const int64_t slots = ws_.expert_begin[expert + 1] - ws_.expert_begin[expert];
     const int64_t run = run_rows(slots);
     const void* acts[kTokenBlock];
@@ -194,17 +204,22 @@ class Pass {
       const Piece part{piece.active, row, std::min(run, end - row)};
       const char* const next =
           row + run < end ? w13.tile(expert, 0, row + run) : tiles(w13, next_piece).data();
-      for (int64_t first = 0; first < slots; first += kTokenBlock) {
-        const int64_t tokens = std::min(kTokenBlock, slots - first);
-        for (int64_t t = 0; t < tokens; ++t) {
-          const int64_t slot = ws_.slots[ws_.expert_begin[expert] + first + t];
-          acts[t] = ws_.acts.data() + slot / batch_.topk * act_row_;
+      for (int64_t first = 0; first < slots; first += token_block_) {
+        const int64_t tokens = std::min(token_block_, slots - first);
+        if (first != gathered_first) {
+          for (int64_t t = 0; t < tokens; ++t) {
+            const int64_t slot = ws_.slots[ws_.expert_begin[expert] + first + t];
+            acts[t] = ws_.acts.data() + slot / batch_.topk * act_row_;
+          }
+          if (format_.gathers(tokens)) format_.gather(acts, tokens, layer_.hidden, gathered);
+          gathered_first = first;
         }
         if (w13.parts == 2) {
-          multiply(w13, expert, 0, part, w13.tile(expert, 1, row), x_block_log2_, acts, tokens,
-                   scratch, gate);
+          multiply(w13, expert, 0, part, w13.tile(expert, 1, row), x_block_log2_, acts, gathered,
+                   tokens, scratch, gate);
         }
-        multiply(w13, expert, w13.parts - 1, part, next, x_block_log2_, acts, tokens, scratch, up);
+        multiply(w13, expert, w13.parts - 1, part, next, x_block_log2_, acts, gathered, tokens,
+                 scratch, up);
         for (int64_t at = 0; at < part.rows; at += kTileRows) {
           activate(expert, row + at, std::min(kTileRows, part.rows - at), first, tokens,
                    gate + at * tokens, up + at * tokens);
@@ -241,6 +256,8 @@ class Pass {
     const int64_t expert = ws_.active[piece.active];
     char* scratch = ws_.workers.data() + worker * worker_bytes();
     auto* sums = reinterpret_cast<float*>(scratch + kScratchBytes);
+    char* const gathered = scratch + kScratchBytes + 2 * sums_bytes();
+    int64_t gathered_first = -1;
     const void* acts[kTokenBlock];
     const int64_t end = ws_.expert_begin[expert + 1];
     const int64_t run = run_rows(end - ws_.expert_begin[expert]);
@@ -250,10 +267,17 @@ class Pass {
       const char* const next =
           row + run < row_end ? w2.tile(expert, 0, row + run) : tiles(w2, next_piece).data();
       // Each block of tokens is multiplied with the same tiles, which are in L2 after the first.
-      for (int64_t first = ws_.expert_begin[expert]; first < end; first += kTokenBlock) {
-        const int64_t tokens = std::min(kTokenBlock, end - first);
-        for (int64_t t = 0; t < tokens; ++t) acts[t] = ws_.inter.data() + (first + t) * inter_row_;
-        multiply(w2, expert, 0, part, next, inter_block_log2_, acts, tokens, scratch, sums);
+      for (int64_t first = ws_.expert_begin[expert]; first < end; first += token_block_) {
+        const int64_t tokens = std::min(token_block_, end - first);
+        if (first != gathered_first) {
+          for (int64_t t = 0; t < tokens; ++t) {
+            acts[t] = ws_.inter.data() + (first + t) * inter_row_;
+          }
+          if (format_.gathers(tokens)) format_.gather(acts, tokens, layer_.intermediate, gathered);
+          gathered_first = first;
+        }
+        multiply(w2, expert, 0, part, next, inter_block_log2_, acts, gathered, tokens, scratch,
+                 sums);
         for (int64_t at = 0; at < part.rows; at += kTileRows) {
           const Epilogue epilogue = w2.epilogue(expert, 0, row + at);
           const int64_t rows = std::min(kTileRows, part.rows - at);
@@ -334,6 +358,7 @@ class Pass {
   const bool stream_;        // whether `partial` is written past the caches
   const int64_t act_row_;    // bytes
   const int64_t inter_row_;  // bytes
+  const int64_t token_block_;
   int64_t active_ = 0;
   int64_t combine_columns_ = 0;
   int64_t combine_blocks_ = 0;

@@ -21,6 +21,8 @@ constexpr int64_t kPiecesPerWorker = 8;
 // The most tokens that are multiplied with a tile at a time. Their sums, 48 KiB for each
 // projection, stay in L2.
 constexpr int64_t kTokenBlock = 192;
+// Where rows of activations are copied, the copies of a block of tokens take so much of L2 at most.
+constexpr int64_t kGatheredBytes = 1280 << 10;
 // Bytes of weights that a thread prefetches while it waits for the others: a quarter of L2.
 constexpr int64_t kIdleBytes = 256 << 10;
 // Scratch memory of one pass. Larger batches take several passes over the weights.
@@ -32,6 +34,12 @@ inline int widest_block_log2(int64_t group, int most) {
   int log2 = most;
   while (log2 > kLeastActBlockLog2 && group % (int64_t{1} << log2) != 0) --log2;
   return log2;
+}
+
+// How many tokens of k activations are multiplied with a tile at a time.
+inline int64_t token_block(const FormatKernels& format, int64_t k) {
+  if (format.gather == nullptr) return kTokenBlock;
+  return std::clamp<int64_t>(kGatheredBytes / format.act_row_bytes(k) / 32 * 32, 32, kTokenBlock);
 }
 
 // A piece of work: some rows of one matrix. It is empty if rows is 0.

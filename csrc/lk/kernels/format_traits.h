@@ -32,6 +32,8 @@ constexpr bool kOneSum = !kGroupScales<F> && !kQuantisedActs<F>;
 template <class F>
 constexpr bool kAmx = requires { F::Math::kTiles; };
 template <class F>
+constexpr bool kStoredAsMultiplied = requires { F::kStoredAsMultiplied; };
+template <class F>
 constexpr bool kAmxOnly = kAmx<F> && !kQuantisedActs<F>;
 
 }  // namespace lk::LK_ISA

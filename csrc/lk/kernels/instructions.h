@@ -202,13 +202,13 @@ inline __attribute__((always_inline)) void store_tile(char* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(p), "r"(stride) : "memory");
 #endif
 }
-// Tile C += tile A * tile B, of signed bytes in A and unsigned ones in B, or of bf16.
+// Tile C += tile A * tile B, of signed bytes or of bf16.
 template <int kC, int kA, int kB>
 inline __attribute__((always_inline)) void add_byte_tiles() {
 #if defined(LK_EMULATE)
-  emulated::tdpbsud(kC, kA, kB);
+  emulated::tdpbssd(kC, kA, kB);
 #else
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 #endif
 }
 template <int kC, int kA, int kB>

@@ -24,8 +24,8 @@ struct Block {
   int count = 0;  // of segments
   int64_t k = 0;
   int act_block_log2 = kActBlockLog2;
-  // What a call prefetches meanwhile: `lines` cache lines for each run of kRun steps, or, in
-  // amx_tokens.h, before each load of weights.
+  // What a call of block_times_tokens prefetches meanwhile: `lines` cache lines for each run of
+  // kRun steps.
   const char* next = nullptr;
   int64_t lines = 0;
 };
@@ -143,6 +143,7 @@ __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int
         F::unpack(units, w);
 #pragma GCC unroll 32
         for (int step = 0; step < kSteps<F>; ++step) {
+          if constexpr (kAmx<F>) w[step] = F::Math::for_tiles(w[step]);
           std::memcpy(out + step * kTileRows * kUnitBytes + v * 64, &w[step], 64);
         }
       }

@@ -81,6 +81,29 @@ inline __attribute__((always_inline)) void store_totals(const Totals<R, T, kInRe
   }
 }
 
+// total + scale * (sum - zero * sum of the segment's activations), for one token and 16 rows.
+template <class F>
+inline __attribute__((always_inline)) F32x16 add_scaled(F32x16 total, typename F::Math::Sum sum,
+                                                        float act_scale, F32x16 minus_act_sum,
+                                                        F32x16 scale, F32x16 zero) {
+  if constexpr (!kGroupScales<F>) {
+    return F::Math::add(sum, act_scale, total);
+  } else {
+    F32x16 value = F::Math::value(sum, act_scale);
+    if constexpr (kZeroPoints<F>) value = fma(zero, minus_act_sum, value);
+    return fma(value, scale, total);
+  }
+}
+
+// What add_scaled multiplies the zero points with.
+template <class F>
+inline __attribute__((always_inline)) F32x16 minus_act_sum(const char* acts, int64_t begin,
+                                                           int64_t end, int64_t k, int block_log2) {
+  if constexpr (!kZeroPoints<F>) return zeros();
+  return broadcast(
+      -act_sum<F>(acts, begin * F::kUnitWeights, end * F::kUnitWeights, k, block_log2));
+}
+
 // Ends a segment: totals += scale * (sum - zero * sum of the segment's activations), for the rows
 // from `row` on.
 template <class F, bool kInRegisters, int R, int T>
@@ -96,27 +119,19 @@ inline __attribute__((always_inline)) void add_segment(const Segment& s, int64_t
 #pragma GCC unroll 32
   for (int t = 0; t < T; ++t) {
     const float act_scale = Math::scale(acts[t] + block_info);
-    F32x16 minus_act_sum = zeros();
-    if constexpr (kZeroPoints<F>) {
-      minus_act_sum = broadcast(
-          -act_sum<F>(acts[t], s.begin * F::kUnitWeights, s.end * F::kUnitWeights, k, block_log2));
-    }
+    const F32x16 minus = minus_act_sum<F>(acts[t], s.begin, s.end, k, block_log2);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       float* at = out + t * kTileRows + r * kLanes;
-      F32x16 total;
+      F32x16 total, scale_of_row{}, zero_of_row{};
       if constexpr (kInRegisters) {
         total = totals.kept[r][t];
       } else {
         total = load(at);
       }
-      if constexpr (!kGroupScales<F>) {
-        total = Math::add(sum[r][t], act_scale, total);
-      } else {
-        F32x16 value = Math::value(sum[r][t], act_scale);
-        if constexpr (kZeroPoints<F>) value = fma(load(zero + r * kLanes), minus_act_sum, value);
-        total = fma(value, load(scale + r * kLanes), total);
-      }
+      if constexpr (kGroupScales<F>) scale_of_row = load(scale + r * kLanes);
+      if constexpr (kZeroPoints<F>) zero_of_row = load(zero + r * kLanes);
+      total = add_scaled<F>(total, sum[r][t], act_scale, minus, scale_of_row, zero_of_row);
       if constexpr (kInRegisters) {
         totals.kept[r][t] = total;
       } else {

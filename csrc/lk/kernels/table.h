@@ -24,6 +24,13 @@ constexpr FormatKernels format_kernels(const char* isa) {
     kernels.most_block_log2 = F::Math::kMostBlockLog2;
     kernels.outlier_block_log2 = F::Math::kOutlierBlockLog2;
   }
+#if defined(__AMX_TILE__)
+  if constexpr (kAmx<F>) {
+    kernels.gather_from = kAmxOnly<F> ? 1 : R.few_tokens + 1;
+    kernels.gather = amx_gather<F>;
+    kernels.gathered_bytes = amx_gathered_bytes<F>;
+  }
+#endif
   return kernels;
 }
 

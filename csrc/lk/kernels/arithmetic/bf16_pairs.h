@@ -29,9 +29,8 @@ struct Bf16Pairs : FloatSums<2> {
   static void multiply_tiles() {
     add_bf16_tiles<kC, kA, kB>();
   }
-  static Sum from_tile(const char* p, const char*) {
-    return load(reinterpret_cast<const float*>(p));
-  }
+  static Weights for_tiles(Weights w) { return w; }
+  static Sum from_tile(const char* p) { return load(reinterpret_cast<const float*>(p)); }
 #endif
   // Packs a block of activations. Returns their sum, as they were rounded.
   template <class F>

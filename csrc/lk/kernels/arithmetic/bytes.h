@@ -69,10 +69,12 @@ struct Bytes : QuantisedActs<1> {
   static void multiply_tiles() {
     add_byte_tiles<kC, kA, kB>();
   }
-  // Sums in tiles begin at zero.
-  static Sum from_tile(const char* p, const char* info) {
-    return {begin(info).v[0] + *reinterpret_cast<const IntVector*>(p)};
+  // Tiles hold signed weights, so that their sums need no correction.
+  static Weights for_tiles(Weights w) {
+    typedef uint8_t ByteVector __attribute__((vector_size(kVectorBytes)));
+    return {(IntVector)((ByteVector)w.v[0] - static_cast<uint8_t>(kOffset))};
   }
+  static Sum from_tile(const char* p) { return {*reinterpret_cast<const IntVector*>(p)}; }
 #endif
 
   // Packs a block of activations. Returns their sum, as they were rounded.

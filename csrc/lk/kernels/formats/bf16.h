@@ -10,6 +10,7 @@ struct Bf16 {
   static constexpr int kUnitWeights = 2;
 #if defined(__AVX512BF16__)
   using Math = Bf16Pairs;
+  static constexpr bool kStoredAsMultiplied = true;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   static void unpack(U32x16 bits, Bf16Pairs::Weights* w) { w[0] = (__m512bh)bits.v[0]; }
 #else

@@ -46,6 +46,7 @@ struct Int8 : Int8Groups {
 
 struct Int8GroupsAct8 {
   using Math = Bytes<128>;  // unpack adds 128 by flipping the sign bit
+  static constexpr bool kStoredAsMultiplied = true;
   static constexpr int kUnitWeights = 4;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   static void unpack(U32x16 bits, I32x16* w) { w[0] = as_integers(bits ^ 0x80808080); }
