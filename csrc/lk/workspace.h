@@ -2,11 +2,30 @@
 // earlier one.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
+#include "lk/integers.h"
+#include "lk/memory.h"
+
 namespace lk {
+
+// To be freed with std::free. Large arrays are in huge pages, of which the CPU knows the addresses
+// of far more memory at a time: with 64 tokens and more, the expert block takes 2 to 4% less time.
+inline void* allocate_scratch(int64_t bytes) {
+  constexpr int64_t kCacheLine = 64;
+  const int64_t page = bytes < kHugePage ? kCacheLine : kHugePage;
+  bytes = round_up(bytes, page);
+  void* const memory = std::aligned_alloc(page, bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  // Where the kernel has no huge pages, small ones do.
+  if (page == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  return memory;
+}
 
 // An array of T that is aligned to cache lines. resize() loses the contents.
 template <class T>
@@ -21,9 +40,7 @@ class Scratch {
     if (count > capacity_) {
       std::free(data_);
       capacity_ = 0;
-      const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-      data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
+      data_ = static_cast<T*>(allocate_scratch(static_cast<int64_t>(count * sizeof(T))));
       capacity_ = count;
     }
     return data_;
