@@ -64,7 +64,7 @@ MACHINES = {
     "4090 desktop": _machine(16 - SYSTEM, 1, 192, 89.6, "avx512_bf16", "rtx-4090"),
     "5090 server": _machine(64 - SYSTEM, 1, 768, 460.8, "avx512_bf16", "rtx-5090"),
     # 16 of 56 cores: a Sapphire Rapids core is taken to read 12 GB/s at most, so that 16 cores do
-    # not reach the socket's 307 GB/s. Nobody has timed lk with AMX; CPUS has an estimate.
+    # not reach the socket's 307 GB/s. lk with AMX was timed on two cores.
     "H200, 16 cores": _machine(16 - SYSTEM, 1, 128, 16 * 12 / READ, "amx", "h200"),
     "2 x 3090 server": _machine(128 - SYSTEM, 2, 512, 409.6, "avx2", "rtx-3090", 2),
 }

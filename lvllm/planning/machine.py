@@ -51,8 +51,8 @@ class Machine(BaseModel):
 
 
 # benchmarks/moe_block.py with 2048 tokens in the shape of Qwen3-30B-A3B and the default bits of
-# activations: half of what two cores did, on Zen 3 (avx2), Zen 4 (avx512_vnni) and Zen 5
-# (avx512_bf16). The others are estimates: nobody has timed them so.
+# activations: half of what two cores did, on Zen 3 (avx2), Zen 4 (avx512_vnni), Zen 5 (avx512_bf16)
+# and a Xeon (amx, but for fp16 and nvfp4). The others are estimates: nobody has timed them so.
 CPUS: dict[str, dict[str, float]] = {
     "portable": {"bf16": 5, "fp16": 5, "fp8": 5, "int8": 5, "int4": 5, "mxfp4": 5, "nvfp4": 5},
     "avx2": {"bf16": 35, "fp16": 34, "fp8": 37, "int8": 42, "int4": 73, "mxfp4": 67, "nvfp4": 60},
@@ -72,7 +72,7 @@ CPUS: dict[str, dict[str, float]] = {
         "bf16": 170, "fp16": 91, "fp8": 172, "int8": 185, "int4": 249, "mxfp4": 240, "nvfp4": 220
     },
     "amx": {
-        "bf16": 400, "fp16": 91, "fp8": 350, "int8": 350, "int4": 500, "mxfp4": 500, "nvfp4": 450
+        "bf16": 340, "fp16": 91, "fp8": 340, "int8": 370, "int4": 250, "mxfp4": 255, "nvfp4": 200
     },
 }  # fmt: skip
 

@@ -12,10 +12,15 @@ __all__ = ["of_report"]
 
 # What products of a layer reach of the rate in registers, with many tokens. Measured on Zen 3 and
 # Zen 5: 84% with floats, 70 to 74% with pairs of bf16, 60% with 16-bit integers, and 47 to 60% with
-# bytes, whose scales take the rest.
-REACHED = {"float": 0.84, "bf16": 0.72, "int16": 0.6, "int8": 0.48}
-TILES = 0.5
-"""The same for AMX's tiles; an estimate."""
+# bytes, whose scales take the rest. With AMX, reading weights and scaling sums take most of it.
+REACHED = {
+    "float": 0.84,
+    "bf16": 0.72,
+    "int16": 0.6,
+    "int8": 0.48,
+    "bf16 tiles": 0.2,
+    "int8 tiles": 0.08,
+}
 
 
 def of_report(report: MachineReport) -> Machine:
@@ -61,7 +66,7 @@ def _products(products: list[Product]) -> dict[str, float]:
         if product.giga_weights_per_s_and_core is None:
             rates[product.format] = CPUS[product.isa][product.format]
         else:
-            reached = REACHED.get(product.multiplied_as, TILES)
+            reached = REACHED.get(product.multiplied_as, min(REACHED.values()))
             rates[product.format] = reached * product.giga_weights_per_s_and_core
     return rates
 
