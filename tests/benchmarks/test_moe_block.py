@@ -49,12 +49,16 @@ def torch_peer() -> Iterator[Peer]:
 def test_reports(tmp_path: Path) -> None:
     report, plot, table = (tmp_path / name for name in ("r.json", "r.png", "r.md"))
     arguments = [
-        *("--shape", "64x96x3x2", "--shape", "tiny", "--tokens", "1,70", "--seconds", "0"),
+        *("--shape", "64x96x3x2", "--shape", "tiny", "--shape", "100000x100000x1000x1"),
+        *("--tokens", "1,70", "--seconds", "0"),
         *("--threads", "1", "--format", "fp16,int8", "--peer", "torch", "--json", str(report)),
         *("--markdown", str(table), "--plot", str(plot)),
     ]
     got = run(*arguments)
     assert got.returncode == 0, got.stderr
+    # What does not fit into memory is left out, and the rest is kept.
+    for format in ("fp16", "int8"):
+        assert f"100000x100000x1000x1 in {format} is left out: --shape" in got.stderr
     content = json.loads(report.read_text())
     assert content["machine"]["threads"] == 1
     assert content["machine"]["read_gb_s"] > 0
