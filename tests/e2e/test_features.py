@@ -115,8 +115,9 @@ def test_tokens_are_the_same(name: str, run: Run) -> None:
     for i, answer in enumerate(run[0][name]):
         expected = plain[i % len(plain)]
         assert answer["tokens"] == expected["tokens"]
+        # Each of them may err by BOUND. On a CPU with AMX, they differed by 0.106.
         for a, b in zip(answer["logprobs"], expected["logprobs"], strict=True):
-            assert abs(a - b) <= BOUND
+            assert abs(a - b) <= 2 * BOUND
 
 
 def test_features_were_in_use(run: Run) -> None:
