@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ from tests.e2e import reference
 from tests.e2e.generate import ONE_PROCESS, TINY, Answers, generate
 from tests.models import step3p5, vision
 from tests.models.make import ARCHITECTURES, VOCABULARY, make
-from tests.models.quantize import ATTENTION, EXPERTS, SCHEMES, quantize
+from tests.models.quantize import ATTENTION, EXPERTS, SCHEMES, quantize, round_again
 
 # These bound the errors of log-probabilities. The medians that were seen are 0.003 to 0.008, and
 # transformers in bfloat16 errs by as much.
@@ -47,6 +48,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
 }
 PROJECTIONS = r"(_proj|_with_mqa)\.weight$"
+# On CPUs with AMX, vLLM's attention of these models (AMX_MLA) rounds this projection's FP8 blocks
+# once more, to one scale per tensor. The median error is 0.02 to 0.03 where the reference does not.
+ROUNDED_AGAIN_WITH_AMX = r"\.kv_b_proj\.weight$"
 MIXTRALS_NAMES = r"\.experts\.\d+\.w[123]\.weight$"
 # The usual formats of the families that are not published in bfloat16. Each has a scheme, a pattern
 # for the tensors that it quantises, and changes to the model's sizes. Every part of a merged matrix
@@ -177,8 +181,10 @@ def text_case(name: str, seed: int, tmp: Path) -> Case:
 def usual_case(name: str, seed: int, tmp: Path) -> Case:
     scheme, what, changes = USUAL[name]
     plain = make(name, tmp / f"{name}-plain", seed, **changes)
-    folders = quantize(plain, replace(SCHEMES[scheme], what=what), tmp / f"{name}-{scheme}")
-    return Case(name, *folders, prompts(seed), format=scheme)
+    folder, values = quantize(plain, replace(SCHEMES[scheme], what=what), tmp / f"{name}-{scheme}")
+    if scheme == "fp8_blocks" and torch.cpu._is_amx_tile_supported():
+        round_again(values, ROUNDED_AGAIN_WITH_AMX)
+    return Case(name, folder, values, prompts(seed), format=scheme)
 
 
 def step3p5_case(name: str, seed: int, tmp: Path) -> Case:

@@ -75,6 +75,15 @@ def quantize(folder: Path, scheme: Scheme, out: Path) -> tuple[Path, Path]:
     return quantized, values
 
 
+def round_again(values: Path, what: str) -> None:
+    """Round these tensors of a float32 checkpoint to FP8 with one scale per tensor, in place."""
+    tensors = load_file(values / "model.safetensors")
+    for name, tensor in tensors.items():
+        if re.search(what, name):
+            tensors[name] = fp8_tensor(tensor)[1]
+    save_file(tensors, values / "model.safetensors", {"format": "pt"})
+
+
 def as_int4(folder: Path, out: Path, what: str = EXPERTS) -> Path:
     """A copy of a float32 checkpoint with experts rounded as LVLLM_MOE_USE_WEIGHT=INT4 does it."""
     shutil.copytree(folder, out)
