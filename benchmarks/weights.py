@@ -9,13 +9,26 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import Batch, Shape
+from lvllm.engine import dequantize
+from lvllm.engine.weight_formats import BLOCK_FORMATS, BLOCK_WEIGHTS
 
 GROUP_SIZE = 32  # Weights of int4 along K that share a scale.
 FP8_BLOCK = 128
 REFERENCE_WEIGHTS = 100_000_000  # Dequantising this many for a reference takes about a second.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_RMS = 2.9
-FORMATS = ("bf16", "fp16", "fp8", "int8", "int4", "mxfp4", "nvfp4")
+FORMATS = ("bf16", "fp16", "fp8", "int8", "int4", "mxfp4", "nvfp4", *BLOCK_FORMATS)
+FACTORS: dict[str, dict[int, float]] = {
+    "q2_k": {80: 1, 82: 1.5},
+    "q3_k": {108: 1},
+    "q4_k": {0: 1, 2: 7.5},
+    "q5_k": {0: 1, 2: 15.5},
+    "q6_k": {208: 1},
+}
+"""Where a block has the float16 factors of its scales and of its minimums, and how large the latter
+are, so that weights are about as often negative as positive."""
+SPREAD = {"q2_k": 12, "q3_k": 42, "q4_k": 220, "q5_k": 430, "q6_k": 1400}
+"""The deviation of a random block's weights where the factor of its scales is 1."""
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, int], torch.Tensor]
 """Allocates a tensor of a shape, a dtype, and a number of parts: 2 for w13, 1 for w2."""
@@ -72,6 +85,18 @@ def _scales(shape: tuple[int, ...], mean: float, generator: torch.Generator) -> 
     return torch.rand(_block_size(shape), generator=generator).add_(0.5).mul_(mean)
 
 
+def random_blocks(
+    format: str, count: int, std: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Blocks of random bits, whose weights have about this deviation: uint8 [count, bytes]."""
+    size = (count, BLOCK_FORMATS[format].block_bytes)
+    blocks = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    scale = torch.rand(count, generator=generator).add_(0.5).mul_(std / SPREAD[format])
+    for at, factor in FACTORS[format].items():
+        blocks[:, at : at + 2] = (scale * factor).half().unsqueeze(-1).view(torch.uint8)
+    return blocks
+
+
 def _matrix(
     format: str, experts: int, rows: int, columns: int, generator: torch.Generator
 ) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
@@ -124,7 +149,10 @@ def _matrix(
                 "": (nibbles, _bytes(nibbles, 0, 256, generator)),
                 "_scale": (group, _scales(group, 32.0, generator).to(torch.float8_e4m3fn)),
             }
-    raise AssertionError(format)
+    size = BLOCK_FORMATS[format].block_bytes
+    raw = (experts, rows, columns // BLOCK_WEIGHTS * size)
+    drawn = random_blocks(format, min(math.prod(raw), 8 << 20) // size, std, generator)
+    return {"": (raw, drawn.flatten())}
 
 
 class RandomWeights:
@@ -160,6 +188,8 @@ class RandomWeights:
         """The values of w13 or w2 of one expert in float32."""
         weight = self.patterns[name].expert(index)
         scale = self.patterns.get(name + "_scale")
+        if self.format in BLOCK_FORMATS:
+            return dequantize.values({"format": self.format, name: weight.unsqueeze(0)}, name, 0)
         if scale is None:
             return weight.float()
         scales = scale.expert(index)

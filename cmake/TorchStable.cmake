@@ -42,6 +42,10 @@ endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE ${LK_TORCH_INCLUDE})
+# Exceptions of these headers name their files.
+foreach(dir IN LISTS LK_TORCH_INCLUDE)
+  target_compile_options(torch_stable INTERFACE -ffile-prefix-map=${dir}=torch)
+endforeach()
 target_link_libraries(torch_stable INTERFACE ${LK_TORCH_LIBRARY})
 # A binary that was built with any newer PyTorch also loads with 2.11 and later.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)

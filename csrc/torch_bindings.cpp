@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "lk/blocks.h"
 #include "lk/deferral.h"
 #include "lk/engine.h"
 #include "lk/free_memory.h"
@@ -23,6 +24,7 @@
 #include "lk/integers.h"
 #include "lk/mailbox.h"
 #include "lk/memory.h"
+#include "lk/nodes.h"
 
 namespace {
 
@@ -58,6 +60,11 @@ lk::Format format_of(const std::string& name, bool act8, bool groups = false,
   if (name == "int8" && groups) return act8 ? Format::kInt8GroupsAct8 : Format::kInt8Groups;
   if (name == "int8") return act8 ? Format::kInt8Act8 : Format::kInt8;
   if (name == "mxfp4" || name == "nvfp4") return act8 ? Format::kFp4Act8 : Format::kFp4;
+  if (name == "q2_k") return act8 ? Format::kQ2KAct8 : Format::kQ2K;
+  if (name == "q3_k") return act8 ? Format::kQ3KAct8 : Format::kQ3K;
+  if (name == "q4_k") return act8 ? Format::kQ4KAct8 : Format::kQ4K;
+  if (name == "q5_k") return act8 ? Format::kQ5KAct8 : Format::kQ5K;
+  if (name == "q6_k") return act8 ? Format::kQ6KAct8 : Format::kQ6K;
   if (name != "int4") fail("format is \"" + name + "\"");
   if (zero_points) return act8 ? Format::kInt4ZeroAct8 : Format::kInt4Zero;
   return act8 ? Format::kInt4Act8 : Format::kInt4;
@@ -137,11 +144,13 @@ lk::Format format_of(const std::string& format, bool act8, const NamedTensors& t
 }
 
 // The matrix named "w13", "w2" or, of a linear layer, "w".
-lk::Matrix matrix_of(const std::string& format, int64_t group_size, const NamedTensors& tensors,
-                     const std::string& name, int64_t parts, int64_t k) {
+lk::Matrix matrix_of(const std::string& format, int64_t activation_bits, int64_t group_size,
+                     const NamedTensors& tensors, const std::string& name, int64_t parts,
+                     int64_t k) {
   const Tensor& weights = tensors.get(name);
   const OptionalTensor scale = tensors.find(name + "_scale");
   lk::Matrix m;
+  m.format = format_of(format, activation_bits == 8, tensors, name);
   m.weights = static_cast<char*>(weights.mutable_data_ptr());
   m.parts = parts;
   m.rows = weights.size(1) / parts;
@@ -150,6 +159,10 @@ lk::Matrix matrix_of(const std::string& format, int64_t group_size, const NamedT
   m.zero = data_of<uint8_t>(tensors.find(name + "_zero"));
   m.bias = data_of<float>(tensors.find(name + "_bias"));
   m.part_scale = data_of<float>(tensors.find(name + "_global_scale"));
+  if (const lk::BlockLayout* const blocks = lk::block_layout(m.format)) {
+    m.scale_type = lk::ScaleType::kInBlocks;
+    m.group = blocks->group;
+  }
   if (!scale) return m;
   if (format == "fp8" && scale->dim() == 3) {
     m.scale_type = lk::ScaleType::kFloatBlocks;
@@ -172,14 +185,14 @@ lk::Matrix matrix_of(const std::string& format, int64_t group_size, const NamedT
 // The caller, expert_layer.py, has checked the tensors: they are on the CPU and contiguous, with
 // the right dtypes and shapes. It keeps them alive as long as the layer. Tensors come by name, so
 // that no two of them can be swapped unnoticed.
-int64_t layer_create(const std::string& format, const std::string& activation,
-                     int64_t activation_bits, int64_t group_size, bool interleaved,
+int64_t layer_create(const std::string& format, const std::string& w2_format,
+                     const std::string& activation, int64_t activation_bits,
+                     int64_t w2_activation_bits, int64_t group_size, bool interleaved,
                      double swiglu_alpha, double swiglu_beta, double swiglu_limit,
                      bool weight_on_input, bool ordered, const std::vector<std::string>& names,
                      const std::vector<Tensor>& named) {
   const NamedTensors tensors(names, named);
   lk::LayerSpec layer;
-  layer.format = format_of(format, activation_bits == 8, tensors, "w13");
   layer.activation = {.kind = activation_of(activation),
                       .alpha = static_cast<float>(swiglu_alpha),
                       .limit = static_cast<float>(swiglu_limit),
@@ -189,9 +202,10 @@ int64_t layer_create(const std::string& format, const std::string& activation,
   layer.experts = tensors.get("w13").size(0);
   layer.hidden = tensors.get("w2").size(1);
   layer.intermediate = tensors.get("w13").size(1) / parts;
-  layer.w13 = matrix_of(format, group_size, tensors, "w13", parts, layer.hidden);
+  layer.w13 = matrix_of(format, activation_bits, group_size, tensors, "w13", parts, layer.hidden);
   layer.w13.interleaved = interleaved;
-  layer.w2 = matrix_of(format, group_size, tensors, "w2", 1, layer.intermediate);
+  layer.w2 =
+      matrix_of(w2_format, w2_activation_bits, group_size, tensors, "w2", 1, layer.intermediate);
   return lk::create_layer(layer, ordered);
 }
 
@@ -265,8 +279,8 @@ int64_t linear_create(const std::string& format, int64_t activation_bits, int64_
                       int64_t k, const std::vector<std::string>& names,
                       const std::vector<Tensor>& named) {
   const NamedTensors tensors(names, named);
-  return lk::create_linear({.format = format_of(format, activation_bits == 8, tensors, "w"),
-                            .matrix = matrix_of(format, group_size, tensors, "w", 1, k)});
+  return lk::create_linear(
+      {.matrix = matrix_of(format, activation_bits, group_size, tensors, "w", 1, k)});
 }
 
 void linear_destroy(int64_t handle) { lk::destroy_linear(handle); }
@@ -479,6 +493,27 @@ std::string info() {
          ", \"nodes\": " + json(info.plan.nodes) + ", \"workers\": " + json(workers) + "}";
 }
 
+// Puts matrices of blocks, uint8 [experts, rows, bytes], back into the order of a file, in place.
+void restore_blocks(const std::string& format, const Tensor& matrices, int64_t parts) {
+  const lk::BlockLayout* const layout = lk::block_layout(format_of(format, false));
+  if (layout == nullptr) fail("format \"" + format + "\" has no blocks");
+  if (matrices.dim() != 3 || !matrices.is_cpu() || !matrices.is_contiguous() ||
+      matrices.scalar_type() != ScalarType::Byte || parts < 1 || matrices.size(1) % parts != 0 ||
+      matrices.size(2) % layout->block_bytes != 0) {
+    fail("matrices must be contiguous uint8 [experts, rows, bytes] with whole blocks");
+  }
+  const int64_t rows = matrices.size(1) / parts;
+  const int64_t row_bytes = matrices.size(2);
+  std::vector<char> buffer(lk::kTileRows * row_bytes);
+  auto* part = static_cast<char*>(matrices.mutable_data_ptr());
+  for (int64_t i = 0; i < matrices.size(0) * parts; ++i, part += rows * row_bytes) {
+    for (int64_t tile = 0; tile < lk::tile_count(rows); ++tile) {
+      lk::restore_blocks(*layout, part + lk::tile_offset(tile, row_bytes),
+                         lk::tile_rows(tile, rows), row_bytes, buffer.data());
+    }
+  }
+}
+
 // The instruction set and the arithmetic that multiply experts of a format.
 std::tuple<std::string, std::string> arithmetic(const std::string& format,
                                                 int64_t activation_bits) {
@@ -548,9 +583,10 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   // int would become a constant, and a cached graph would keep the handle of an earlier process.
   m.def("expert_block(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor layer) -> Tensor");
   m.def(
-      "layer_create(*, str format, str activation, int activation_bits, int group_size, "
-      "bool interleaved, float swiglu_alpha, float swiglu_beta, float swiglu_limit, "
-      "bool weight_on_input, bool ordered, str[] names, Tensor(a!)[] tensors) -> int");
+      "layer_create(*, str format, str w2_format, str activation, int activation_bits, "
+      "int w2_activation_bits, int group_size, bool interleaved, float swiglu_alpha, "
+      "float swiglu_beta, float swiglu_limit, bool weight_on_input, bool ordered, str[] names, "
+      "Tensor(a!)[] tensors) -> int");
   m.def("linear(Tensor x, Tensor layer, int rows) -> Tensor");
   m.def(
       "linear_create(*, str format, int activation_bits, int group_size, int k, str[] names, "
@@ -584,6 +620,7 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("arithmetic(str format, int activation_bits) -> (str, str)");
   m.def("arithmetics(str format, int activation_bits) -> str[]");
   m.def("topology() -> str");
+  m.def("restore_blocks(str format, Tensor(a!) matrices, int parts) -> ()");
   m.def("numa_memory(str sysfs=\"/sys\") -> str");
   m.def("memory_nodes() -> int[]");
   m.def("available_bytes() -> int");
@@ -624,6 +661,7 @@ STABLE_TORCH_LIBRARY_IMPL(lvllm, CompositeExplicitAutograd, m) {
   m.impl("arithmetic", TORCH_BOX(&arithmetic));
   m.impl("arithmetics", TORCH_BOX(&arithmetics));
   m.impl("topology", TORCH_BOX(&topology));
+  m.impl("restore_blocks", TORCH_BOX(&restore_blocks));
   m.impl("numa_memory", TORCH_BOX(&numa_memory));
   m.impl("memory_nodes", TORCH_BOX(&memory_nodes));
   m.impl("available_bytes", TORCH_BOX(&available_bytes));

@@ -1,8 +1,8 @@
 """llama.cpp: its library ggml, as llama-cpp-python builds it for this CPU.
 
 The graph is that of llama.cpp's MoE layers (`ggml_mul_mat_id`, SwiGLU, weighted sum), with gate and
-up in one matrix. 4-bit weights lie in ggml's repacked buffer. The scales of int8 go into blocks of
-32, which makes its weights 6% larger.
+up in one matrix. Weights of 4 bits and of Q2_K lie in ggml's repacked buffer. The scales of int8 go
+into blocks of 32, which makes its weights 6% larger.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ TYPES = {
     "int8": (8, False),  # Q8_0
     "int4": (2, True),  # Q4_0
     "mxfp4": (39, True),
+    "q2_k": (10, True),
+    "q3_k": (11, False),
+    "q4_k": (12, True),
+    "q5_k": (13, False),
+    "q6_k": (14, False),
 }
 FORMATS = tuple(TYPES)
 BLOCK = 32

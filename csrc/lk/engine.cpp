@@ -12,6 +12,8 @@
 #include <string>
 #include <unordered_map>
 
+#include "lk/nodes.h"
+
 namespace lk {
 namespace {
 

@@ -24,16 +24,27 @@ enum class Format {
   kInt4ZeroAct8,
   kFp4,  // e2m1
   kFp4Act8,
+  kQ2K,  // blocks of GGUF (blocks.h)
+  kQ2KAct8,
+  kQ3K,
+  kQ3KAct8,
+  kQ4K,
+  kQ4KAct8,
+  kQ5K,
+  kQ5KAct8,
+  kQ6K,
+  kQ6KAct8,
 };
-constexpr int kFormats = static_cast<int>(Format::kFp4Act8) + 1;
+constexpr int kFormats = static_cast<int>(Format::kQ6KAct8) + 1;
 
-// How many weights along K the four bytes of a unit hold.
+// How many weights along K the four bytes of a unit hold, in formats without blocks.
 constexpr int unit_weights(Format format) {
   return format <= Format::kFp16 ? 2 : format <= Format::kInt8GroupsAct8 ? 4 : 8;
 }
 
 // The type of group scales. kFloatBlocks: float32, one scale for each block of 128 x 128 weights.
-enum class ScaleType { kNone, kBf16, kFp16, kFloat, kE8m0, kE4m3, kFloatBlocks };
+// kInBlocks: the format's own, in the same tile as the weights (blocks.h).
+enum class ScaleType { kNone, kBf16, kFp16, kFloat, kE8m0, kE4m3, kFloatBlocks, kInBlocks };
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kSwigluOai, kSwigluStep, kRelu2 };
 struct ActivationSpec {
@@ -70,6 +81,7 @@ struct MatmulArgs {
   int64_t block_end = kTileRows;
   int64_t group = 0;                   // 0: no group scales
   const uint8_t* zero = nullptr;       // laid out like scale; only for formats with zero points
+  const char* halves = nullptr;        // with kInBlocks: what `scale` lacks (blocks.h)
   const void* const* acts = nullptr;   // a packed row for each token
   const char* gathered = nullptr;      // their copies, if FormatKernels::gathers(tokens)
   int act_block_log2 = kActBlockLog2;  // as in pack()
@@ -81,9 +93,9 @@ struct MatmulArgs {
 constexpr int64_t kOutPadding = 31;
 
 // The scratch memory of a matmul holds one block of unpacked weights, and its scales and zero
-// points as floats.
+// points as floats, of 16 groups.
 constexpr int64_t kUnpackedBytes = 64 * kTileRows * 4;
-constexpr int64_t kScratchBytes = kUnpackedBytes + 16 * kTileRows * 4;
+constexpr int64_t kScratchBytes = kUnpackedBytes + 2 * 16 * kTileRows * 4;
 
 struct FormatKernels {
   // The instruction set that the functions are compiled for.

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "lk/blocks.h"
 #include "lk/integers.h"
 #include "lk/nan_weights.h"
 
@@ -38,6 +39,7 @@ void with_buffers(ThreadPool& pool, int64_t count, int64_t buffer_bytes, Work&& 
 
 // Puts the arrays of a matrix into tile order, or back.
 void tile_matrix(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) {
+  const BlockLayout* const blocks = block_layout(m.format);
   for (const RowArray& array : arrays_of(m)) {
     if (array.unit == 0) continue;
     const int64_t tiles = tile_count(m.rows);
@@ -46,8 +48,14 @@ void tile_matrix(const Matrix& m, int64_t experts, bool back, ThreadPool& pool) 
                    const int64_t tile = index % tiles;
                    char* begin = array.data + index / tiles * m.rows * array.row_bytes +
                                  tile_offset(tile, array.row_bytes);
-                   const auto reorder = back ? untile_in_place : tile_in_place;
-                   reorder(begin, tile_rows(tile, m.rows), array.row_bytes, array.unit, buffer);
+                   const int64_t rows = tile_rows(tile, m.rows);
+                   if (blocks != nullptr && array.data == m.weights) {
+                     const auto reorder = back ? restore_blocks : order_blocks;
+                     reorder(*blocks, begin, rows, array.row_bytes, buffer);
+                   } else {
+                     const auto reorder = back ? untile_in_place : tile_in_place;
+                     reorder(begin, rows, array.row_bytes, array.unit, buffer);
+                   }
                  });
   }
 }
@@ -73,6 +81,7 @@ void deinterleave(const Matrix& m, int64_t experts, bool back, ThreadPool& pool)
 int64_t Matrix::scale_bytes() const {
   switch (scale_type) {
     case ScaleType::kNone:
+    case ScaleType::kInBlocks:
       return 0;
     case ScaleType::kBf16:
     case ScaleType::kFp16:
@@ -97,7 +106,13 @@ MatmulArgs Matrix::product(int64_t expert, int64_t part, int64_t row) const {
   args.row_bytes = row_bytes;
   args.scale_type = scale_type;
   args.group = group;
-  if (scale_type == ScaleType::kFloatBlocks) {
+  if (const BlockLayout* const blocks = block_layout(format)) {
+    const int64_t count = blocks->blocks(row_bytes);
+    args.row_bytes = count * blocks->code_bytes();
+    const char* const words = args.tile + args.rows * args.row_bytes;
+    args.scale = words;
+    args.halves = words + args.rows * count * blocks->word_bytes;
+  } else if (scale_type == ScaleType::kFloatBlocks) {
     const int64_t columns = ceil_div(k, kScaleBlock);
     const int64_t first = part * rows + row;
     // If gate and up came interleaved, they share blocks: row r of a part was row 2 r + part.
@@ -125,15 +140,15 @@ Epilogue Matrix::epilogue(int64_t expert, int64_t part, int64_t row) const {
   return epilogue;
 }
 
-void order_matrix(Format format, const Matrix& matrix, int64_t experts, ThreadPool& pool) {
-  mark_nan_weights(format, matrix, experts, pool);
+void order_matrix(const Matrix& matrix, int64_t experts, ThreadPool& pool) {
+  mark_nan_weights(matrix, experts, pool);
   if (matrix.interleaved) deinterleave(matrix, experts, false, pool);
   tile_matrix(matrix, experts, false, pool);
 }
 
 void order_layer(const LayerSpec& layer, ThreadPool& pool) {
-  order_matrix(layer.format, layer.w13, layer.experts, pool);
-  order_matrix(layer.format, layer.w2, layer.experts, pool);
+  order_matrix(layer.w13, layer.experts, pool);
+  order_matrix(layer.w2, layer.experts, pool);
 }
 
 void restore_layer(const LayerSpec& layer, ThreadPool& pool) {

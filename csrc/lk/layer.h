@@ -15,6 +15,7 @@ constexpr int64_t kScaleBlock = 128;  // rows and columns that share a scale of 
 // w13 or w2 of all experts. w13 has two parts, gate rows and then up rows, or one part, up rows, if
 // the activation has no gate. w2 has one part.
 struct Matrix {
+  Format format = Format::kBf16;
   char* weights = nullptr;  // [experts][parts][rows] rows of row_bytes; each part is cut into tiles
   int64_t parts = 1;
   int64_t rows = 0;  // in one part
@@ -24,7 +25,7 @@ struct Matrix {
 
   // Scales of groups along K, [experts][parts][rows][k / group] in tiles like the weights', whose
   // unit is one scale. With kFloatBlocks, [experts][parts * rows / 128][k / 128] in the
-  // checkpoint's order.
+  // checkpoint's order. With kInBlocks, they are in the rows of weights.
   ScaleType scale_type = ScaleType::kNone;
   char* scale = nullptr;
   int64_t group = 0;
@@ -48,7 +49,6 @@ struct Matrix {
 };
 
 struct LayerSpec {
-  Format format = Format::kBf16;
   ActivationSpec activation;
   bool weight_on_input = false;  // the router's weight scales x instead of the expert's output
   int64_t experts = 0;
@@ -61,7 +61,7 @@ struct LayerSpec {
 
 // Puts the row-major matrices of so many experts into the order that the kernels read, in place.
 // The scales of NaN weights become NaN (nan_weights.h), and stay so if a layer is put back.
-void order_matrix(Format format, const Matrix& matrix, int64_t experts, ThreadPool& pool);
+void order_matrix(const Matrix& matrix, int64_t experts, ThreadPool& pool);
 
 // Puts a row-major layer into the order that the kernels read, in place.
 void order_layer(const LayerSpec& layer, ThreadPool& pool);

@@ -18,7 +18,7 @@ class Pass {
       : matrix_(layer.matrix),
         batch_(batch),
         kernels_(kernels),
-        format_(kernels.of(layer.format)),
+        format_(kernels.of(layer.matrix.format)),
         pool_(pool),
         ws_(workspace),
         block_log2_(widest_block_log2(matrix_.group, format_.outlier_block_log2)),
@@ -134,13 +134,13 @@ class Pass {
 }  // namespace
 
 void order_linear(const LinearSpec& layer, ThreadPool& pool) {
-  order_matrix(layer.format, layer.matrix, 1, pool);
+  order_matrix(layer.matrix, 1, pool);
 }
 
 void linear(const LinearSpec& layer, const LinearBatch& batch, const Kernels& kernels,
             ThreadPool& pool, Workspace& workspace) {
-  const int64_t most =
-      std::max<int64_t>(kPassBytes / kernels.of(layer.format).act_row_bytes(layer.matrix.k), 1);
+  const int64_t most = std::max<int64_t>(
+      kPassBytes / kernels.of(layer.matrix.format).act_row_bytes(layer.matrix.k), 1);
   for (int64_t first = 0; first < batch.tokens; first += most) {
     LinearBatch part = batch;
     part.tokens = std::min(most, batch.tokens - first);

@@ -10,7 +10,6 @@
 namespace lk {
 
 struct LinearSpec {
-  Format format = Format::kBf16;
   Matrix matrix;  // of one expert with one part
 };
 

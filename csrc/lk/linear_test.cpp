@@ -49,7 +49,7 @@ TEST_P(LinearOf, MatchesTheReference) {
   ThreadPool pool(parse_topology(kPool), {});
   Workspace workspace;
   TestMatrix matrix(kind.format, 1, 1, kRows, kK, false, kind.extras, random);
-  const LinearSpec spec{kind.format, matrix.spec()};
+  const LinearSpec spec{matrix.spec()};
   const std::vector<float> bias = matrix.data.bias;
   order_linear(spec, pool);
   for (const int64_t tokens : {1, 4, 37, 230}) {

@@ -2,11 +2,9 @@
 
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstring>
 #include <iomanip>
@@ -16,29 +14,14 @@
 
 #include "lk/free_memory.h"
 #include "lk/integers.h"
+#include "lk/nodes.h"
 #include "lk/rows.h"
 
 namespace lk {
 namespace {
 
-// These are from <linux/mempolicy.h>. libnuma would be one more package that users have to install.
-constexpr int kPreferred = 1;
-constexpr int kInterleave = 3;
-constexpr int kMemsAllowed = 1 << 2;
 // MADV_COLLAPSE, of Linux 6.1; the C library's headers may be older.
 constexpr int kCollapse = 25;
-
-// Masks of nodes have a bit for every number that the kernel can give a node, on any architecture
-// (its NODES_SHIFT is at most 10).
-constexpr int kNodeNumbers = 1024;
-constexpr int kMaskBits = 8 * sizeof(unsigned long);
-using NodeMask = std::array<unsigned long, kNodeNumbers / kMaskBits>;
-
-NodeMask mask_of(const std::vector<int>& nodes) {
-  NodeMask mask{};
-  for (int node : nodes) mask[node / kMaskBits] |= 1UL << (node % kMaskBits);
-  return mask;
-}
 
 struct Area {
   int64_t size = 0;
@@ -147,6 +130,11 @@ int64_t RowLayout::bytes() const {
       throw OutOfMemory("cannot allocate more than " + gib(kMostBytes) + " for expert weights");
     }
     product *= number;
+  }
+  if (experts > kMostBlocks / parts) {
+    throw std::invalid_argument("a bank of " + std::to_string(experts) + " experts x " +
+                                std::to_string(parts) + " parts: at most " +
+                                std::to_string(kMostBlocks) + " of both together are allowed");
   }
   return product;
 }
@@ -287,18 +275,12 @@ void release(void* memory) {
 }
 
 void touch_on_node(void* memory, const Extent& extent, int node, int64_t page_bytes) {
-  NodeMask before{};
-  int policy = 0;
-  // This changes the policy of the thread. An mbind for each expert's share would split the mapping
-  // into more areas than the kernel allows a process (vm.max_map_count, 65530).
-  const bool saved =
-      syscall(SYS_get_mempolicy, &policy, before.data(), kNodeNumbers, nullptr, 0) == 0;
-  const NodeMask mask = mask_of({node});
-  syscall(SYS_set_mempolicy, kPreferred, mask.data(), kNodeNumbers);
+  // An mbind for each expert's share would split the mapping into more areas than the kernel allows
+  // a process (vm.max_map_count, 65530), so the touching thread asks for the node.
+  const OnNode here(node);
   for (int64_t at = extent.begin; at < extent.end; at += page_bytes) {
     static_cast<volatile char*>(memory)[at] = 0;
   }
-  if (saved) syscall(SYS_set_mempolicy, policy, before.data(), kNodeNumbers);
 }
 
 bool make_huge(void* memory, const Extent& extent) {
@@ -307,37 +289,6 @@ bool make_huge(void* memory, const Extent& extent) {
   const int64_t begin = round_up(extent.begin, kHugePage);
   const int64_t end = extent.end / kHugePage * kHugePage;
   return end <= begin || madvise(static_cast<char*>(memory) + begin, end - begin, kCollapse) == 0;
-}
-
-void interleave(void* memory, int64_t bytes, const std::vector<int>& nodes) {
-  // The whole bank is one mapping with one policy, so this does not come near vm.max_map_count.
-  const NodeMask mask = mask_of(nodes);
-  if (syscall(SYS_mbind, memory, bytes, kInterleave, mask.data(), kNodeNumbers, 0) != 0) {
-    throw std::runtime_error("cannot interleave " + gib(bytes) + " over " +
-                             std::to_string(nodes.size()) +
-                             " NUMA nodes: mbind: " + std::strerror(errno));
-  }
-}
-
-std::vector<int> memory_nodes() {
-  NodeMask mask{};
-  if (syscall(SYS_get_mempolicy, nullptr, mask.data(), kNodeNumbers, nullptr, kMemsAllowed) != 0) {
-    return {0};  // a kernel without NUMA
-  }
-  std::vector<int> nodes;
-  for (int node = 0; node < kNodeNumbers; ++node) {
-    if (mask[node / kMaskBits] >> (node % kMaskBits) & 1) nodes.push_back(node);
-  }
-  return nodes;
-}
-
-std::vector<int> page_nodes(const std::vector<const void*>& addresses) {
-  std::vector<void*> pages;
-  for (const void* address : addresses) pages.push_back(const_cast<void*>(address));
-  std::vector<int> status(pages.size(), -1);
-  syscall(SYS_move_pages, 0, pages.size(), pages.data(), nullptr, status.data(), 0);
-  for (int& node : status) node = std::max(node, -1);
-  return status;
 }
 
 int64_t allocated_bytes() {

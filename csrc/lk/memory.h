@@ -15,6 +15,10 @@ class OutOfMemory : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Blocks of a bank, experts times parts. No model comes near: placing the pages takes time and
+// memory for each block and node.
+constexpr int64_t kMostBlocks = int64_t{1} << 17;
+
 // The layout of a bank, which holds one matrix of all experts: for each expert `parts` blocks of
 // `rows` rows (w13 has two, gate and up; w2 has one). Each block is divided among the nodes.
 struct RowLayout {
@@ -23,8 +27,8 @@ struct RowLayout {
   int64_t rows = 1;  // in one part
   int64_t row_bytes = 1;
 
-  // Throws std::invalid_argument for a number that is not positive, and OutOfMemory for more bytes
-  // than a process can address.
+  // Throws std::invalid_argument for a number that is not positive or for more than kMostBlocks
+  // blocks, and OutOfMemory for more bytes than a process can address.
   int64_t bytes() const;
 };
 
@@ -87,18 +91,6 @@ void touch_on_node(void* memory, const Extent& extent, int node, int64_t page_by
 // have been touched. Returns false if the kernel did not make all of them; the memory can be used
 // in either case.
 bool make_huge(void* memory, const Extent& extent);
-
-// Lets the kernel make the pages that do not exist yet on the nodes round-robin, whichever thread
-// writes them first. Throws std::runtime_error if the kernel refuses.
-void interleave(void* memory, int64_t bytes, const std::vector<int>& nodes);
-
-// The kernel's numbers of the nodes whose memory this process may use, including nodes without
-// CPUs.
-std::vector<int> memory_nodes();
-
-// The kernel's number of the node that has the page at each address; -1 for pages that do not exist
-// yet.
-std::vector<int> page_nodes(const std::vector<const void*>& addresses);
 
 // Bytes that are allocated and not released, without the memory of other processes.
 int64_t allocated_bytes();

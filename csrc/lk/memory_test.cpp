@@ -15,6 +15,7 @@
 #include <string>
 #include <utility>
 
+#include "lk/nodes.h"
 #include "lk/rows.h"
 #include "lk/thread_pool.h"
 #include "lk/topology.h"
@@ -332,6 +333,9 @@ TEST(RowLayout, RefusesNumbersWithoutASumOfBytes) {
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
   EXPECT_EQ((RowLayout{3, 2, 5, 7}.bytes()), 3 * 2 * 5 * 7);
   EXPECT_THROW((RowLayout{kMost, 1, 1, 1}.bytes()), OutOfMemory);
+  EXPECT_EQ((RowLayout{kMostBlocks / 2, 2, 1, 1}.bytes()), kMostBlocks);
+  EXPECT_THROW((RowLayout{kMostBlocks / 2 + 1, 2, 1, 1}.bytes()), std::invalid_argument);
+  EXPECT_THROW((RowLayout{1, kMostBlocks + 1, 1, 1}.bytes()), std::invalid_argument);
   EXPECT_THROW((RowLayout{1 << 30, 2, 1 << 30, 1 << 30}.bytes()), OutOfMemory);
   for (const int64_t wrong : {int64_t{0}, int64_t{-1}, -kMost}) {
     EXPECT_THROW((RowLayout{2, wrong, 5, wrong}.bytes()), std::invalid_argument);

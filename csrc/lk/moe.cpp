@@ -33,16 +33,18 @@ class Pass {
       : layer_(layer),
         batch_(batch),
         kernels_(kernels),
-        format_(kernels.of(layer.format)),
+        w13_format_(kernels.of(layer.w13.format)),
+        w2_format_(kernels.of(layer.w2.format)),
         pool_(pool),
         ws_(workspace),
-        x_block_log2_(widest_block_log2(layer.w13.group, format_.most_block_log2)),
-        inter_block_log2_(widest_block_log2(layer.w2.group, format_.outlier_block_log2)),
+        x_block_log2_(widest_block_log2(layer.w13.group, w13_format_.most_block_log2)),
+        inter_block_log2_(widest_block_log2(layer.w2.group, w2_format_.outlier_block_log2)),
         slots_(batch.tokens * batch.topk),
         stream_(slots_ * layer.hidden * static_cast<int64_t>(sizeof(float)) > kCachedBytes),
-        act_row_(format_.act_row_bytes(layer.hidden)),
-        inter_row_(format_.act_row_bytes(layer.intermediate)),
-        token_block_(token_block(format_, std::max(layer.hidden, layer.intermediate))) {}
+        act_row_(w13_format_.act_row_bytes(layer.hidden)),
+        inter_row_(w2_format_.act_row_bytes(layer.intermediate)),
+        token_block_(std::min(token_block(w13_format_, layer.hidden),
+                              token_block(w2_format_, layer.intermediate))) {}
 
   // Grows the workspace. No size becomes larger with fewer tokens.
   void reserve() {
@@ -135,8 +137,9 @@ class Pass {
   }
 
   void pack(int64_t token) {
-    pack_row(kernels_, format_, static_cast<const uint16_t*>(batch_.x) + token * batch_.x_stride,
-             batch_.type, layer_.hidden, x_block_log2_, ws_.acts.data() + token * act_row_);
+    pack_row(kernels_, w13_format_,
+             static_cast<const uint16_t*>(batch_.x) + token * batch_.x_stride, batch_.type,
+             layer_.hidden, x_block_log2_, ws_.acts.data() + token * act_row_);
   }
 
   // A worker's scratch memory holds the kernels' own, and the sums of both parts for a block of
@@ -150,8 +153,10 @@ class Pass {
     return (block() + kOutPadding) * kTileRows * static_cast<int64_t>(sizeof(float));
   }
   int64_t gathered_bytes() const {
-    if (!format_.gathers(block())) return 0;
-    return format_.gathered_bytes(std::max(layer_.hidden, layer_.intermediate), block());
+    const auto bytes = [&](const FormatKernels& format, int64_t k) {
+      return format.gathers(block()) ? format.gathered_bytes(k, block()) : 0;
+    };
+    return std::max(bytes(w13_format_, layer_.hidden), bytes(w2_format_, layer_.intermediate));
   }
   int64_t worker_bytes() const { return 2 * sums_bytes() + kScratchBytes + gathered_bytes(); }
 
@@ -168,9 +173,9 @@ class Pass {
 
   // Computes the sums of a piece's tiles in one part of a matrix, [tile][tokens][kTileRows]. `next`
   // is read after them.
-  void multiply(const Matrix& matrix, int64_t expert, int64_t part, const Piece& tiles,
-                const char* next, int act_block_log2, const void* const* acts, const char* gathered,
-                int64_t tokens, char* scratch, float* sums) {
+  void multiply(const FormatKernels& format, const Matrix& matrix, int64_t expert, int64_t part,
+                const Piece& tiles, const char* next, int act_block_log2, const void* const* acts,
+                const char* gathered, int64_t tokens, char* scratch, float* sums) {
     for (int64_t at = 0; at < tiles.rows; at += kTileRows) {
       const int64_t row = tiles.row + at;
       const bool last = at + kTileRows >= tiles.rows;
@@ -182,7 +187,7 @@ class Pass {
       args.tokens = tokens;
       args.out = sums + at * tokens;
       args.scratch = scratch;
-      format_.matmul(args);
+      format.matmul(args);
     }
   }
 
@@ -211,15 +216,17 @@ class Pass {
             const int64_t slot = ws_.slots[ws_.expert_begin[expert] + first + t];
             acts[t] = ws_.acts.data() + slot / batch_.topk * act_row_;
           }
-          if (format_.gathers(tokens)) format_.gather(acts, tokens, layer_.hidden, gathered);
+          if (w13_format_.gathers(tokens)) {
+            w13_format_.gather(acts, tokens, layer_.hidden, gathered);
+          }
           gathered_first = first;
         }
         if (w13.parts == 2) {
-          multiply(w13, expert, 0, part, w13.tile(expert, 1, row), x_block_log2_, acts, gathered,
-                   tokens, scratch, gate);
+          multiply(w13_format_, w13, expert, 0, part, w13.tile(expert, 1, row), x_block_log2_, acts,
+                   gathered, tokens, scratch, gate);
         }
-        multiply(w13, expert, w13.parts - 1, part, next, x_block_log2_, acts, gathered, tokens,
-                 scratch, up);
+        multiply(w13_format_, w13, expert, w13.parts - 1, part, next, x_block_log2_, acts, gathered,
+                 tokens, scratch, up);
         for (int64_t at = 0; at < part.rows; at += kTileRows) {
           activate(expert, row + at, std::min(kTileRows, part.rows - at), first, tokens,
                    gate + at * tokens, up + at * tokens);
@@ -245,8 +252,8 @@ class Pass {
       }
       float values[kTileRows];
       kernels_.activate(layer_.activation, g, u, rows, values);
-      format_.pack(values, rows, row, layer_.intermediate, inter_block_log2_,
-                   ws_.inter.data() + at * inter_row_);
+      w2_format_.pack(values, rows, row, layer_.intermediate, inter_block_log2_,
+                      ws_.inter.data() + at * inter_row_);
     }
   }
 
@@ -273,11 +280,13 @@ class Pass {
           for (int64_t t = 0; t < tokens; ++t) {
             acts[t] = ws_.inter.data() + (first + t) * inter_row_;
           }
-          if (format_.gathers(tokens)) format_.gather(acts, tokens, layer_.intermediate, gathered);
+          if (w2_format_.gathers(tokens)) {
+            w2_format_.gather(acts, tokens, layer_.intermediate, gathered);
+          }
           gathered_first = first;
         }
-        multiply(w2, expert, 0, part, next, inter_block_log2_, acts, gathered, tokens, scratch,
-                 sums);
+        multiply(w2_format_, w2, expert, 0, part, next, inter_block_log2_, acts, gathered, tokens,
+                 scratch, sums);
         for (int64_t at = 0; at < part.rows; at += kTileRows) {
           const Epilogue epilogue = w2.epilogue(expert, 0, row + at);
           const int64_t rows = std::min(kTileRows, part.rows - at);
@@ -345,7 +354,8 @@ class Pass {
   const LayerSpec& layer_;
   const Batch& batch_;
   const Kernels& kernels_;
-  const FormatKernels& format_;
+  const FormatKernels& w13_format_;
+  const FormatKernels& w2_format_;
   ThreadPool& pool_;
   Workspace& ws_;
   // The size of the blocks in which x is quantised, as large as the groups of weights allow. For
@@ -381,9 +391,10 @@ void check_ids(const LayerSpec& layer, const Batch& batch, const Id* ids) {
 }
 
 // How many tokens one pass computes at most.
-int64_t pass_tokens(const LayerSpec& layer, const FormatKernels& format, int64_t topk) {
-  const int64_t slot_bytes = layer.hidden * 4 + format.act_row_bytes(layer.intermediate) +
-                             format.act_row_bytes(layer.hidden);
+int64_t pass_tokens(const LayerSpec& layer, const Kernels& kernels, int64_t topk) {
+  const int64_t slot_bytes = layer.hidden * 4 +
+                             kernels.of(layer.w2.format).act_row_bytes(layer.intermediate) +
+                             kernels.of(layer.w13.format).act_row_bytes(layer.hidden);
   return std::max<int64_t>(kPassBytes / (slot_bytes * std::max<int64_t>(topk, 1)), 1);
 }
 
@@ -399,7 +410,7 @@ std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, cons
   } else {
     check_ids(layer, batch, ids);
   }
-  const int64_t most = pass_tokens(layer, kernels.of(layer.format), batch.topk);
+  const int64_t most = pass_tokens(layer, kernels, batch.topk);
   std::vector<Fault> faults;
   for (int64_t first = 0; first < batch.tokens; first += most) {
     Batch part = batch;
@@ -416,7 +427,7 @@ std::vector<Fault> expert_block(const LayerSpec& layer, const Batch& batch, cons
 void reserve_workspace(const LayerSpec& layer, int64_t tokens, int64_t topk, const Kernels& kernels,
                        ThreadPool& pool, Workspace& workspace) {
   Batch batch;
-  batch.tokens = std::min(tokens, pass_tokens(layer, kernels.of(layer.format), topk));
+  batch.tokens = std::min(tokens, pass_tokens(layer, kernels, topk));
   batch.topk = topk;
   Pass(layer, batch, kernels, pool, workspace).reserve();
 }

@@ -32,8 +32,8 @@ float* scale_of(const Matrix& m, int64_t expert, int64_t row, int64_t column) {
 
 }  // namespace
 
-void mark_nan_weights(Format format, const Matrix& matrix, int64_t experts, ThreadPool& pool) {
-  if (format != Format::kFp8) return;
+void mark_nan_weights(const Matrix& matrix, int64_t experts, ThreadPool& pool) {
+  if (matrix.format != Format::kFp8) return;
   const int64_t rows = matrix.parts * matrix.rows;
   const int64_t blocks = ceil_div(rows, kScaleBlock);
   for_each_index(pool, experts * blocks, [&](int64_t index, int) {

@@ -11,6 +11,6 @@ namespace lk {
 // which took a quarter of their instructions at 1 token on AVX2. Other formats than fp8 are left as
 // they are: theirs have no NaN, or its arithmetic needs no test. The matrix is row-major, as it
 // came.
-void mark_nan_weights(Format format, const Matrix& matrix, int64_t experts, ThreadPool& pool);
+void mark_nan_weights(const Matrix& matrix, int64_t experts, ThreadPool& pool);
 
 }  // namespace lk

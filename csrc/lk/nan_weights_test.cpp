@@ -57,7 +57,7 @@ TEST_P(NanWeights, MakeTheirScaleNaN) {
       poisoned.push_back(shared(expert, row, column));
     }
     const Matrix m = matrix.spec();
-    order_matrix(kind.format, m, kExperts, pool);
+    order_matrix(m, kExperts, pool);
     for (int64_t expert = 0; expert < kExperts; ++expert) {
       for (int64_t part = 0; part < 2; ++part) {
         for (int64_t row = 0; row < rows; ++row) {

@@ -22,6 +22,11 @@ __all__ = [
     "shared_place",
 ]
 
+MOST_BLOCKS = 1 << 17
+"""Experts times parts, as in csrc/lk/memory.h. No model comes near, and placing each takes time."""
+MOST_BYTES = 1 << 47
+"""What a process can address."""
+
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> torch.Tensor:
     """A zeroed CPU tensor of shape [E, rows, ...] in the engine's memory.
@@ -39,15 +44,23 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, *, parts: int = 1) -> tor
             needed together, lie on the same node.
 
     Raises:
-        ValueError: if the rows cannot be cut into that many parts.
+        ValueError: if the rows cannot be cut into that many parts, or the numbers are absurd: more
+            than MOST_BLOCKS experts times parts, or more than MOST_BYTES.
         MemoryError: if there is too little memory. The text names the size asked for, the free
             size, and the settings that need less.
     """
-    if len(shape) < 2 or any(size < 1 for size in shape):
+    if len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}, wanted [experts, rows, ...] of positive sizes")
     experts, rows = shape[0], shape[1]
     if parts < 1 or rows % parts != 0:
         raise ValueError(f"parts is {parts}, must divide the {rows} rows of an expert")
+    if experts * parts > MOST_BLOCKS:
+        raise ValueError(
+            f"shape is {tuple(shape)} in {parts} parts, allowed are {MOST_BLOCKS} experts times"
+            " parts"
+        )
+    if math.prod(shape) * dtype.itemsize > MOST_BYTES:
+        raise ValueError(f"shape is {tuple(shape)} of {dtype}, allowed are {MOST_BYTES} bytes")
     row_bytes = math.prod(shape[2:]) * dtype.itemsize
     try:
         memory = raw_ops.allocate(experts, parts, rows // parts, row_bytes)

@@ -17,7 +17,7 @@ import torch
 
 from lvllm.engine import weight_formats
 
-__all__ = ["computable", "nibbles", "values"]
+__all__ = ["computable", "format_of", "nibbles", "values"]
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -26,11 +26,18 @@ def computable(tensors: dict[str, Any]) -> bool:
     """Whether the engine computes these tensors as they are."""
     if "w13_order" in tensors:
         return False
-    if tensors["format"] not in ("int4", "int8"):
+    formats = {format_of(tensors, name) for name in ("w13", "w2")}
+    if formats.isdisjoint(weight_formats.GROUPED):
         return True
-    if tensors["format"] == "int8" and "w13_zero" in tensors:
+    if "int8" in formats and "w13_zero" in tensors:
         return False
     return tensors.get("group_size") in (None, -1, *weight_formats.GROUP_SIZES)
+
+
+def format_of(tensors: dict[str, Any], name: str) -> str:
+    """The format of "w13" or "w2"."""
+    format: str = tensors["format"]
+    return (tensors.get("w2_format") or format) if name == "w2" else format
 
 
 def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu") -> torch.Tensor:
@@ -43,9 +50,11 @@ def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu")
     stored, scale = of_expert(""), of_expert("_scale")
     zero, order = of_expert("_zero"), of_expert("_order")
     assert stored is not None
-    format = tensors["format"]
+    format = format_of(tensors, name)
     if format in ("bf16", "fp16"):
         return stored.float()
+    if format in weight_formats.BLOCK_FORMATS:
+        return _blocks(stored, format)
     assert scale is not None
     if format == "fp8":
         return stored.float() * _fp8_scale(scale, *stored.shape)
@@ -82,6 +91,15 @@ def _by_column(
         return scale.repeat_interleave(size, dim=1)[:, :columns]
     parts = scale.unflatten(0, (len(order), -1))
     return torch.cat([part[:, groups] for part, groups in zip(parts, order, strict=True)])
+
+
+def _blocks(stored: torch.Tensor, format: str) -> torch.Tensor:
+    """The values of blocks as a GGUF file has them: uint8 [rows, bytes] -> [rows, columns]."""
+    # The package takes 0.7 s to import, which only GGUF files are to pay for.
+    from gguf import GGMLQuantizationType, dequantize
+
+    found = dequantize(stored.cpu().numpy(), GGMLQuantizationType[format.upper()])
+    return torch.from_numpy(found).to(stored.device)
 
 
 def _fp8_scale(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -27,21 +27,28 @@ class ExpertLayer:
     """The routed experts of one layer.
 
     Args:
-        format: how the weights are stored, one of `weight_formats.FORMATS`.
+        format: how the weights are stored, one of `weight_formats.ALL_FORMATS`.
+        w2_format: how those of w2 are stored, if differently. The scales of each projection are
+            those of its format.
         w13: [E, 2I, H]: for each expert the gate rows, then the up rows; [E, I, H] if the
-            activation has no gate. uint8 [E, 2I, H/2] for the 4-bit formats.
-        w2: [E, H, I], or uint8 [E, H, I/2].
-        w13_scale, w2_scale: for a projection [E, rows, columns] (columns counts weights)
+            activation has no gate. uint8 [E, 2I, H/2] for the 4-bit formats, and
+            [E, 2I, H/256 * bytes of a block] for the K-quants of GGUF.
+        w2: [E, H, I], or uint8 [E, H, I/2] or [E, H, I/256 * bytes of a block].
+        w13_scale: for a projection [E, rows, columns] (columns counts weights)
             fp8: float32 [E, ceil(rows/128), ceil(columns/128)], [E, rows] or [E];
             int8: bfloat16, float16 or float32 [E, rows, ceil(columns/g)]; without groups float32
             [E, rows];
             int4: bfloat16, float16 or float32 [E, rows, ceil(columns/g)]; without groups [E, rows];
             mxfp4: uint8, the exponents of e8m0, [E, rows, ceil(columns/32)];
             nvfp4: float8_e4m3fn [E, rows, ceil(columns/16)].
-        w13_zero, w2_zero: int4 only, uint8 of the scale's shape; they are subtracted instead of 8.
-        w13_global_scale, w2_global_scale: nvfp4 only, float32 factors of the scales: [E, 2] for
-            gate and up ([E, 1] without a gate), and [E].
-        w13_bias, w2_bias: bfloat16, float16 or float32, [E, 2I] and [E, H]; optional.
+        w2_scale: the same.
+        w13_zero: int4 only, uint8 of the scale's shape; it is subtracted instead of 8.
+        w2_zero: the same.
+        w13_global_scale: nvfp4 only, float32 factors of the scales: [E, 2] for gate and up ([E, 1]
+            without a gate).
+        w2_global_scale: the same, [E].
+        w13_bias: bfloat16, float16 or float32, [E, 2I].
+        w2_bias: the same, [E, H].
         group_size: int4 and int8 only: 32, 64 or 128; None or -1: each row has one scale.
         activation: "silu", "gelu" (exact) and "gelu_tanh" compute f(gate) * up.
             "swigluoai" computes (up + beta) * gate * sigmoid(alpha * gate), where gate is first
@@ -49,16 +56,18 @@ class ExpertLayer:
             (gpt-oss; DeepSeek-V4 has alpha 1 and beta 0). "swiglustep" computes silu(gate), limits
             it to at most `swiglu_limit`, and multiplies it with up, limited to between minus and
             plus that (Step-3.5). "relu2" computes relu(up)^2, without a gate.
-        swiglu_alpha, swiglu_beta: the constants of swigluoai.
+        swiglu_alpha: a constant of swigluoai.
+        swiglu_beta: the other one.
         swiglu_limit: the limit of swigluoai and swiglustep.
         interleaved: the rows of w13, its scales, zero points and bias are gate 0, up 0, gate 1, ...
-        activation_bits: 16 or 8, for int8, int4, mxfp4 and nvfp4. With 8, activations are rounded
-            to 8 bits, in blocks along K with a float32 scale each. A block of x has the largest
-            size from 16 to 256 that divides g, and at most 64 (32 for mxfp4 and nvfp4) on CPUs
-            without VNNI. A block of the intermediate has 32, or 16 for nvfp4. Activations keep 16
-            bits on CPUs without AVX2, and for int8 on CPUs without VNNI. None: the variable
-            LK_ACTIVATION_BITS decides; without it or with `auto`, int8 takes 16 and the 4-bit
-            formats take 8 (docs/performance.md has the measurement).
+        activation_bits: 16 or 8, for int8, int4, mxfp4, nvfp4 and the K-quants. With 8,
+            activations are rounded to 8 bits, in blocks along K with a float32 scale each. A block
+            of x has the largest size from 16 to 256 that divides g, and at most 64 (32 for mxfp4
+            and nvfp4) on CPUs without VNNI. A block of the intermediate has 32, or 16 for nvfp4.
+            Activations keep 16 bits on CPUs without AVX2, and for int8 on CPUs without VNNI. None:
+            the variable LK_ACTIVATION_BITS decides; without it or with `auto`, int8 and q6_k take
+            16 and the others take 8 (docs/performance.md and docs/gguf.md have the measurements).
+        w2_activation_bits: the same for the input of w2; only if w2_format is another format.
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
         ordered: the tensors belong to another layer and are in the engine's order already, so they
             are only read.
@@ -81,6 +90,7 @@ class ExpertLayer:
         self,
         *,
         format: str,
+        w2_format: str | None = None,
         w13: torch.Tensor,
         w2: torch.Tensor,
         w13_scale: torch.Tensor | None = None,
@@ -98,12 +108,16 @@ class ExpertLayer:
         swiglu_limit: float = 7.0,
         interleaved: bool = False,
         activation_bits: int | None = None,
+        w2_activation_bits: int | None = None,
         apply_router_weight_on_input: bool = False,
         ordered: bool = False,
     ) -> None:
-        weight_formats.check_choice("format", format, tuple(weight_formats.FORMATS))
+        w2_format = w2_format or format
+        weight_formats.check_choice("format", format, tuple(weight_formats.ALL_FORMATS))
+        weight_formats.check_choice("w2_format", w2_format, tuple(weight_formats.ALL_FORMATS))
         weight_formats.check_choice("activation", activation, get_args(Activation))
-        stored = weight_formats.FORMATS[format]
+        stored = weight_formats.ALL_FORMATS[format]
+        w2_stored = weight_formats.ALL_FORMATS[w2_format]
         parts = 1 if activation in UNGATED else 2
         if interleaved and parts == 1:
             raise ValueError(f"interleaved is True, but activation {activation} has no gate")
@@ -113,35 +127,45 @@ class ExpertLayer:
             if not math.isfinite(factor):
                 raise ValueError(f"{name} is {factor}, must be finite")
         bits = weight_formats.activation_bits(format, activation_bits)
+        if w2_activation_bits is None and w2_format == format:
+            w2_activation_bits = bits
+        w2_bits = weight_formats.activation_bits(w2_format, w2_activation_bits)
 
         weight_formats.check_weights("w13", w13, stored.weight)
-        weight_formats.check_weights("w2", w2, stored.weight)
-        experts, rows, hidden = w13.shape[0], w13.shape[1], w13.shape[2] * stored.values
-        if rows % (parts * stored.values) != 0:
+        weight_formats.check_weights("w2", w2, w2_stored.weight)
+        experts, rows, hidden = w13.shape[0], w13.shape[1], stored.columns(w13.shape[2])
+        if stored.elements(hidden) != w13.shape[2]:
             raise ValueError(
-                f"w13 has {rows} rows an expert, wanted a multiple of {parts * stored.values}:"
-                f" {'gate and up' if parts == 2 else 'no gate'}, {stored.values} weights an element"
+                f"w13 has rows of {w13.shape[2]} bytes, wanted whole blocks of {stored.block_bytes}"
+            )
+        if rows % (parts * w2_stored.unit) != 0:
+            raise ValueError(
+                f"w13 has {rows} rows an expert, wanted a multiple of {parts * w2_stored.unit}:"
+                f" {'gate and up' if parts == 2 else 'no gate'}, {w2_stored.unit} weights"
+                f" {'a block' if w2_stored.block_bytes else 'an element'}"
             )
         intermediate = rows // parts
-        if tuple(w2.shape) != (experts, hidden, intermediate // stored.values):
+        if tuple(w2.shape) != (experts, hidden, w2_stored.elements(intermediate)):
             raise ValueError(
                 f"w2 has shape {tuple(w2.shape)}, w13 of {tuple(w13.shape)} wants "
-                f"{(experts, hidden, intermediate // stored.values)}"
+                f"{(experts, hidden, w2_stored.elements(intermediate))}"
             )
-        group = weight_formats.group_size(format, group_size, max(hidden, intermediate))
+        group = weight_formats.group_size_of(
+            (format, w2_format), group_size, max(hidden, intermediate)
+        )
         shapes = {"w13": (experts, rows, hidden), "w2": (experts, hidden, intermediate)}
         w13_scale = weight_formats.check_scale("w13_scale", w13_scale, format, shapes["w13"], group)
-        w2_scale = weight_formats.check_scale("w2_scale", w2_scale, format, shapes["w2"], group)
+        w2_scale = weight_formats.check_scale("w2_scale", w2_scale, w2_format, shapes["w2"], group)
         w13_zero = weight_formats.check_zero("w13_zero", w13_zero, format, w13_scale)
-        w2_zero = weight_formats.check_zero("w2_zero", w2_zero, format, w2_scale)
-        if (w13_zero is None) != (w2_zero is None):
+        w2_zero = weight_formats.check_zero("w2_zero", w2_zero, w2_format, w2_scale)
+        if format == w2_format and (w13_zero is None) != (w2_zero is None):
             given, missing = ("w2", "w13") if w13_zero is None else ("w13", "w2")
             raise ValueError(f"{given}_zero was given, but {missing}_zero was not")
-        for name, scale, shape in (
-            ("w13_global_scale", w13_global_scale, (experts, parts)),
-            ("w2_global_scale", w2_global_scale, (experts,)),
+        for name, scale, shape, of in (
+            ("w13_global_scale", w13_global_scale, (experts, parts), format),
+            ("w2_global_scale", w2_global_scale, (experts,), w2_format),
         ):
-            weight_formats.check_presence(name, scale, format, wanted=format == "nvfp4")
+            weight_formats.check_presence(name, scale, of, wanted=of == "nvfp4")
             if scale is not None:
                 weight_formats.check_tensor(name, scale, (torch.float32,), (shape,))
         for name, bias, shape in (
@@ -151,9 +175,9 @@ class ExpertLayer:
             if bias is not None:
                 weight_formats.check_tensor(name, bias, weight_formats.FLOATS, (shape,))
 
-        self.format = format
+        self.format, self.w2_format = format, w2_format
         self.activation = activation
-        self.activation_bits = bits
+        self.activation_bits, self.w2_activation_bits = bits, w2_bits
         self.num_experts, self.hidden_size, self.intermediate_size = experts, hidden, intermediate
         self.parts = parts
         """The number of projections in w13: 2 (gate and up), or 1 without a gate."""
@@ -177,8 +201,10 @@ class ExpertLayer:
         }
         handle: int = raw_ops.layer_create(
             format=format,
+            w2_format=w2_format,
             activation=activation,
             activation_bits=bits,
+            w2_activation_bits=w2_bits,
             group_size=group,
             interleaved=interleaved,
             swiglu_alpha=swiglu_alpha,

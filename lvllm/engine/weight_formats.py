@@ -14,6 +14,8 @@ import torch
 
 from lvllm.units import ceil_div
 
+BLOCK_WEIGHTS = 256
+"""Weights in a block of a K-quant."""
 BLOCK = 128
 """Rows and columns that share one scale in blockwise fp8."""
 
@@ -37,6 +39,25 @@ class WeightFormat:
     It is 8 if that adds less than a tenth to the KL divergence that the format's weights cost by
     themselves. What benchmarks/activation_bits.py measured that 8 bits add stands beside each.
     """
+    block_bytes: int = 0
+    """Bytes of a block of BLOCK_WEIGHTS weights with their scales, in formats of blocks."""
+
+    def columns(self, elements: int) -> int:
+        """How many weights so many elements of a row hold."""
+        if self.block_bytes:
+            return elements // self.block_bytes * BLOCK_WEIGHTS
+        return elements * self.values
+
+    def elements(self, columns: int) -> int:
+        """How many elements of a row hold so many weights."""
+        if self.block_bytes:
+            return columns // BLOCK_WEIGHTS * self.block_bytes
+        return columns // self.values
+
+    @property
+    def unit(self) -> int:
+        """A row has a multiple of so many weights."""
+        return BLOCK_WEIGHTS if self.block_bytes else self.values
 
 
 FORMATS = {
@@ -52,9 +73,22 @@ FORMATS = {
         torch.uint8, 2, (torch.float8_e4m3fn,), group_size=16, activation_bits=(8, 16)
     ),
 }
+BLOCK_FORMATS = {
+    "q2_k": WeightFormat(torch.uint8, block_bytes=84, activation_bits=(8, 16)),  # +0.0%
+    "q3_k": WeightFormat(torch.uint8, block_bytes=110, activation_bits=(8, 16)),  # +0.1%
+    "q4_k": WeightFormat(torch.uint8, block_bytes=144, activation_bits=(8, 16)),  # +0.9%
+    "q5_k": WeightFormat(torch.uint8, block_bytes=176, activation_bits=(8, 16)),  # +3.6%
+    "q6_k": WeightFormat(torch.uint8, block_bytes=210, activation_bits=(16, 8)),  # +10.3%
+}
+"""The K-quants of GGUF, as a file stores them: uint8 [E, rows, bytes], with scales and minimums
+among the weights. Beside each stands what 8-bit activations add to the squared error of a layer
+whose normally distributed weights ggml has quantised, to which KL divergences are proportional."""
+ALL_FORMATS = FORMATS | BLOCK_FORMATS
 ACTIVATION_BITS = "LK_ACTIVATION_BITS"
 """The variable that chooses between activations of 8 and of 16 bits, or leaves it to the format."""
 
+GROUPED = ("int4", "int8")
+"""The formats whose groups have one of several sizes."""
 GROUP_SIZES = (32, 64, 128)
 """The group sizes of int4 and int8. Alternatively, each row has one scale."""
 
@@ -79,7 +113,7 @@ def activation_bits(format: str, given: int | None) -> int:
     16.
     """
     if given is not None:
-        allowed = FORMATS[format].activation_bits
+        allowed = ALL_FORMATS[format].activation_bits
         check_choice(f"activation_bits of format {format}", given, allowed)
         return given
     written = os.environ.get(ACTIVATION_BITS, "").strip(string.whitespace) or "auto"
@@ -93,14 +127,14 @@ def preferred_activation_bits(format: str, wanted: int | None) -> int:
 
     A format that allows only 16 bits ignores the setting. None stands for the format's default.
     """
-    allowed = FORMATS[format].activation_bits
+    allowed = ALL_FORMATS[format].activation_bits
     return wanted if wanted in allowed else allowed[0]
 
 
 def group_size(format: str, given: int | None, largest: int) -> int:
     """The group size for the engine: `largest` if each row is one group, 0 without groups."""
-    if format not in ("int4", "int8"):
-        fixed = FORMATS[format].group_size
+    if format not in GROUPED:
+        fixed = ALL_FORMATS[format].group_size
         if given not in (None, fixed):
             raise ValueError(
                 f"group_size is {given}, but format {format} has "
@@ -114,6 +148,23 @@ def group_size(format: str, given: int | None, largest: int) -> int:
     return given
 
 
+def group_size_of(formats: tuple[str, str], given: int | None, largest: int) -> int:
+    """The group size of a layer with these formats of w13 and w2, as `group_size` has it.
+
+    Raises ValueError if both have groups, of different sizes.
+    """
+    alike = formats[0] == formats[1]
+    sizes = {
+        group_size(format, given if alike or format in GROUPED else None, largest)
+        for format in formats
+    } - {0}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"w2_format is {formats[1]!r}, but w13 in {formats[0]} has groups of another size"
+        )
+    return max(sizes, default=0)
+
+
 def check_scale(
     name: str,
     scale: torch.Tensor | None,
@@ -125,7 +176,7 @@ def check_scale(
 
     The shape is the one given, except where each row of int4 has one scale: [E, rows, 1].
     """
-    dtypes = FORMATS[format].scale
+    dtypes = ALL_FORMATS[format].scale
     check_presence(name, scale, format, wanted=bool(dtypes))
     if scale is None:
         return None

@@ -11,7 +11,9 @@ import torch
 
 from lvllm.engine.dequantize import values
 from lvllm.engine.expert_layer import ExpertLayer
+from lvllm.engine.ops import raw_ops
 from lvllm.engine.tiles import WEIGHT_UNIT, from_tiles
+from lvllm.engine.weight_formats import BLOCK_FORMATS, GROUPED
 
 __all__ = ["convert"]
 
@@ -38,17 +40,25 @@ def convert(
         if name + suffix in tensors
     }
     parts = layer.parts if name == "w13" else 1
-    rows: dict[str, Any] = {"format": layer.format, "": from_tiles(part[""], parts, WEIGHT_UNIT)}
+    format = layer.w2_format if name == "w2" else layer.format
+    rows: dict[str, Any] = {"format": format}
+    if format in BLOCK_FORMATS:
+        rows[""] = part[""].cpu().clone()
+        raw_ops.restore_blocks(format, rows[""], parts)
+    else:
+        rows[""] = from_tiles(part[""], parts, WEIGHT_UNIT)
     for suffix in ("_scale", "_zero"):
         if suffix in part:
             tensor = part[suffix]
             # Group scales are in tiles like the weights.
             rows[suffix] = (
-                from_tiles(tensor, parts, tensor.element_size()) if layer.group_size else tensor
+                from_tiles(tensor, parts, tensor.element_size())
+                if tensor.dim() == 3 and format != "fp8"
+                else tensor
             )
     if "_global_scale" in part:
         rows["_global_scale"] = part["_global_scale"]
-    if layer.format in ("int4", "int8"):
+    if format in GROUPED:
         rows["group_size"] = layer.group_size or None
     device = str(part[""].device)
     matrices = [values(rows, "", expert, device).to(dtype) for expert in range(len(part[""]))]

@@ -59,7 +59,7 @@ def test_resident_memory_is_what_was_written() -> None:
 
 def test_too_much_is_refused_with_the_numbers() -> None:
     with pytest.raises(MemoryError, match=r"cannot allocate 3\d{4,}\.\d\d GiB .* are free"):
-        bank.allocate((1 << 20, 1 << 14, 1 << 10), torch.bfloat16)
+        bank.allocate((1 << 16, 1 << 18, 1 << 10), torch.bfloat16)
 
 
 def test_what_is_promised_counts() -> None:
@@ -80,8 +80,24 @@ def test_what_is_promised_counts() -> None:
         ((4, 0, 2), 1, "shape is"),
         ((4, 5, 2), 2, "parts is 2, must divide the 5 rows"),
         ((4, 5, 2), 0, "parts is 0"),
+        ((True, 2), 1, "shape is"),
+        ((2.0, 2), 1, "shape is"),
+        ((bank.MOST_BLOCKS + 1, 1), 1, "allowed are 131072 experts times parts"),
+        ((1, bank.MOST_BLOCKS + 1), bank.MOST_BLOCKS + 1, "allowed are 131072 experts times parts"),
+        ((1 << 63, 1), 1, "allowed are 131072 experts times parts"),
+        ((1, 1 << 47), 1, "allowed are 140737488355328 bytes"),
+        ((1, 10**30), 1, "allowed are 140737488355328 bytes"),
+        ((1, 1, 1 << 40, 1 << 40), 1, "allowed are 140737488355328 bytes"),
     ],
 )
 def test_wrong_arguments(shape: tuple[int, ...], parts: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bank.allocate(shape, torch.bfloat16, parts=parts)
+
+
+def test_the_most_experts_and_the_operator_itself() -> None:
+    most = bank.MOST_BLOCKS
+    assert bank.allocate((most // 2, 2), torch.uint8, parts=2).shape == (most // 2, 2)
+    # The operator checks for itself, so that no caller can make it place pages without end.
+    with pytest.raises(ValueError, match="65537 experts x 2 parts: at most 131072"):
+        torch.ops.lvllm.allocate(most // 2 + 1, 2, 1, 1)

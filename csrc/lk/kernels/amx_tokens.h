@@ -169,10 +169,10 @@ struct WaitingSums {
     const Segment s = segment;
     const int64_t all_k = k;
     const int log2 = block_log2;
-    F32x16 scale[2] = {}, zero[2] = {};
+    F32x16 scale[2] = {}, low[2] = {};
     for (int v = 0; v < 2; ++v) {
       if constexpr (kGroupScales<F>) scale[v] = load(s.scale + row + v * kLanes);
-      if constexpr (kZeroPoints<F>) zero[v] = load(s.zero + row + v * kLanes);
+      if constexpr (kZeroPoints<F>) low[v] = load(s.low + row + v * kLanes);
     }
     const char* from = sums + done * kStride;
     const int64_t stride = rest_stride;
@@ -187,7 +187,7 @@ struct WaitingSums {
       for (int v = 0; v < 2; ++v) {
         store(out + v * kLanes,
               add_scaled<F>(load(out + v * kLanes), Math::from_tile(from + v * kLanes * 4),
-                            act_scale, minus, scale[v], zero[v]));
+                            act_scale, minus, scale[v], low[v]));
       }
       from += kStride;
       acts += stride;
@@ -282,9 +282,9 @@ __attribute__((noinline)) void block_times_pair(const Block& block, int64_t step
 
 template <class F>
 void amx_tokens(const MatmulArgs& a, const char* last_unit) {
-  const int64_t whole = a.row_bytes / kUnitBytes;
+  const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
   const int64_t units = whole + (last_unit != nullptr);
-  const int64_t unit_bytes = a.rows * kUnitBytes;
+  const int64_t unit_bytes = a.rows * kUnitRowBytes<F>;
   const int64_t steps = amx_steps<F>(a);
   const Panels<F> panels(a.k, a.tokens);
   const int64_t pairs = (panels.groups + 1) / 2;

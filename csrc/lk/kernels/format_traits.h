@@ -7,6 +7,10 @@
 // takes longer to unpack than to load unpacked defines F::kSlowUnpack. Which scales the weights
 // have, and over which groups, is in MatmulArgs. If F::unpack gives multiples of another number
 // than 1, that is F::kWeightUnit.
+//
+// Formats of blocks (blocks.h) have units of F::kWords words of four bytes, and two bytes more with
+// F::kHalf. They unpack an array of vectors, and read their scales themselves: F::load_scales those
+// of a group, F::load_block those of all F::kGroupsInBlock groups of a block.
 #pragma once
 
 #include "lk/kernels.h"
@@ -22,6 +26,29 @@ template <class F>
 constexpr bool kGroupScales = !requires { F::kNoGroupScales; };
 template <class F>
 constexpr bool kSlowUnpack = requires { F::kSlowUnpack; };
+template <class F>
+constexpr int kWords = 1;
+template <class F>
+  requires requires { F::kWords; }
+constexpr int kWords<F> = F::kWords;
+template <class F>
+constexpr bool kHalfWord = false;
+template <class F>
+  requires requires { F::kHalf; }
+constexpr bool kHalfWord<F> = F::kHalf;
+// How many vectors hold one unit each of 16 rows, and the bytes of a row's unit.
+template <class F>
+constexpr int kUnitVectors = kWords<F> + kHalfWord<F>;
+template <class F>
+constexpr int64_t kUnitRowBytes = kWords<F> * kUnitBytes + kHalfWord<F> * 2;
+template <class F>
+constexpr bool kOwnScales = requires { &F::load_scales; };
+// How many groups' scales are loaded at a time for a few tokens.
+template <class F>
+constexpr int kGroupsAtOnce = 1;
+template <class F>
+  requires requires { F::kGroupsInBlock; }
+constexpr int kGroupsAtOnce<F> = F::kGroupsInBlock;
 // Arithmetic on integers quantises activations; its blocks of activations have scales.
 template <class F>
 constexpr bool kQuantisedActs = F::Math::kQuantised;

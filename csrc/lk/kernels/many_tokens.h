@@ -8,8 +8,7 @@
 namespace lk::LK_ISA {
 
 // The most segments in a block: no group of weights and no block of activations is shorter than 4
-// steps, which is 16 weights as bytes. Those with zero points are not shorter than 8, so the
-// scratch memory has room for 16 rows of scales and zero points.
+// steps, which is 16 weights as bytes.
 constexpr int kMostSegments = 16;
 
 // Weights with one step a unit are unpacked when they are multiplied, except by AMX, which
@@ -127,20 +126,22 @@ __attribute__((noinline)) void block_times_tokens(const Block& block, int64_t ro
 template <class F>
 __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int64_t u1,
                                             const char* last_unit, char* out) {
-  const int64_t whole = a.row_bytes / kUnitBytes;
+  const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
+  const UnitPlace place = unit_place<F>(a.rows, 0);
   LaneMask lanes[kTileRows / kLanes];
   for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
     lanes[v] = first_lanes(min(max(a.rows - v * kLanes, 0), kLanes));
   }
   for (int64_t u = u0; u < u1; ++u, out += kSteps<F> * kTileRows * kUnitBytes) {
-    const char* from = u < whole ? a.tile + u * a.rows * kUnitBytes : last_unit;
+    const char* from = u < whole ? a.tile + u * a.rows * kUnitRowBytes<F> : last_unit;
     for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
-      const U32x16 units = load_units(from + v * 64, u < whole ? lanes[v] : first_lanes(kLanes));
+      const LaneMask present = u < whole ? lanes[v] : first_lanes(kLanes);
       if constexpr (kUnpackLate<F>) {
+        const U32x16 units = load_units(from + v * 64, present);
         std::memcpy(out + v * 64, &units, sizeof(units));
       } else {
         typename F::Math::Weights w[kSteps<F>];
-        F::unpack(units, w);
+        unpack_unit<F>(from, place, v, present, w);
 #pragma GCC unroll 32
         for (int step = 0; step < kSteps<F>; ++step) {
           if constexpr (kAmx<F>) w[step] = F::Math::for_tiles(w[step]);
@@ -166,11 +167,10 @@ __attribute__((noinline)) int64_t list_segments(const MatmulArgs& a, int64_t u0,
       const int64_t group = scale_group<F>(a, begin);
       const bool same = begin != u0 && group == scale_group<F>(a, begin - 1);
       s.scale = same ? (&s)[-1].scale : rows;
-      s.zero = s.scale + kTileRows;
+      s.low = s.scale + kTileRows;
       if (!same) {
-        load_scales(a, group, rows);
-        if constexpr (kZeroPoints<F>) load_zero_points(a, group, rows + kTileRows);
-        rows += (1 + kZeroPoints<F>)*kTileRows;
+        load_group<F>(a, group, rows);
+        rows += kScaleRows<F>;
       }
     }
     begin = end;
@@ -182,17 +182,18 @@ __attribute__((noinline)) int64_t list_segments(const MatmulArgs& a, int64_t u0,
 template <class F, bool kInRegisters, int R, int T>
 void many_tokens(const MatmulArgs& a, const char* last_unit) {
   const auto* acts = reinterpret_cast<const char* const*>(a.acts);
-  const int64_t whole = a.row_bytes / kUnitBytes;
+  const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
   const int64_t units = whole + (last_unit != nullptr);
   const bool in_place = kUnpackLate<F> && a.rows == kTileRows;
-  const int64_t unit_bytes = a.rows * kUnitBytes;
+  const int64_t unit_bytes = a.rows * kUnitRowBytes<F>;
   auto* const rows = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
   const int64_t passes = (a.tokens + T - 1) / T;
   // While the first tokens pass over a block, the next block is prefetched from memory, at a pace
   // that does not fill the queue of misses; while the last tokens do, from L2 into L1.
   const int64_t shares = passes > 4 ? 4 : passes > 2 ? 2 : 1;
   constexpr int64_t kRuns = kBlockSteps / kRun;
-  constexpr int64_t kLines = kRun / kSteps<F> * R;  // in memory, for each run of a call
+  // In memory, for each run of a call.
+  constexpr int64_t kLines = kRun * R * kUnitRowBytes<F> / (kSteps<F> * kUnitBytes);
   Segment segments[kMostSegments];
   int64_t u1;
   for (int64_t u0 = 0; u0 < units; u0 = u1) {

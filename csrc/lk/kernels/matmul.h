@@ -49,9 +49,9 @@ void passes_of_few(const MatmulArgs& a, int64_t passes, const char* last_unit) {
     pass.next = i == passes - 1 ? a.next : a.tile;
     NextTilePart next_tile;
     if (a.next && passes > 1) {
-      const int64_t units = a.row_bytes / kUnitBytes;
-      next_tile.stride = max(a.rows * kUnitBytes / passes, 64);
-      if (i * next_tile.stride < a.rows * kUnitBytes) {
+      const int64_t units = a.row_bytes / kUnitRowBytes<F>;
+      next_tile.stride = max(a.rows * kUnitRowBytes<F> / passes, 64);
+      if (i * next_tile.stride < a.rows * kUnitRowBytes<F>) {
         next_tile.begin = a.next + i * units * next_tile.stride;
       }
     }
@@ -91,7 +91,7 @@ void matmul(const MatmulArgs& a) {
   std::memset(a.out, 0, a.tokens * kTileRows * sizeof(float));
   alignas(64) char padded[kTileRows * kUnitBytes];
   const char* last_unit = nullptr;
-  if (a.row_bytes % kUnitBytes != 0) {
+  if (kUnitVectors<F> == 1 && a.row_bytes % kUnitBytes != 0) {
     pad_last_unit(a, padded);
     last_unit = padded;
   }

@@ -110,6 +110,8 @@ __attribute__((noinline)) inline void load_scales(const MatmulArgs& a, int64_t g
       return e8m0_to_floats(prefetched(static_cast<const uint8_t*>(a.scale) + at), rows, out);
     case ScaleType::kE4m3:
       return e4m3_to_floats(prefetched(static_cast<const uint8_t*>(a.scale) + at), rows, out);
+    case ScaleType::kInBlocks:
+      return;  // The format loads them: kOwnScales.
     case ScaleType::kFloatBlocks: {
       const float first = static_cast<const float*>(a.scale)[group];
       for (int64_t r = 0; r < kTileRows; ++r) out[r] = first;
@@ -119,10 +121,12 @@ __attribute__((noinline)) inline void load_scales(const MatmulArgs& a, int64_t g
   }
 }
 
-// The zero points of a group of weights, as the floats to be subtracted from the weights.
-inline void load_zero_points(const MatmulArgs& a, int64_t group, float* out) {
+// What the zero points of a group lower its weights by, once these are multiplied by their scales.
+inline void load_zero_points(const MatmulArgs& a, int64_t group, const float* scale, float* low) {
   const uint8_t* zero = a.zero + group * a.rows;
-  for (int64_t r = 0; r < a.rows; ++r) out[r] = static_cast<float>(zero[r]) - kInt4ZeroPoint;
+  for (int64_t r = 0; r < a.rows; ++r) {
+    low[r] = scale[r] * (static_cast<float>(zero[r]) - kInt4ZeroPoint);
+  }
 }
 
 }  // namespace lk::LK_ISA

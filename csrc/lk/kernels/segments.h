@@ -22,8 +22,53 @@ struct Segment {
   int64_t begin = 0;
   int64_t end = 0;
   const float* scale = nullptr;  // [kTileRows]
-  const float* zero = nullptr;   // [kTileRows], for formats with zero points
+  const float* low = nullptr;    // [kTileRows], for formats with zero points
 };
+
+// Where the words of a unit are, in a tile of `rows` rows, for a pointer to its first word of row
+// `row`.
+struct UnitPlace {
+  int64_t word_stride;
+  int64_t half;  // to the two bytes of the same row
+};
+template <class F>
+UnitPlace unit_place(int64_t rows, int64_t row) {
+  return {rows * kUnitBytes, kWords<F> * rows * kUnitBytes - row * (kUnitBytes - 2)};
+}
+
+// Unpacks one unit each of 16 rows. `vector` counts vectors of rows from `unit` on.
+template <class F>
+inline __attribute__((always_inline)) void unpack_unit(const char* unit, UnitPlace place,
+                                                       int64_t vector, LaneMask lanes,
+                                                       typename F::Math::Weights* w) {
+  if constexpr (!kOwnScales<F>) {
+    F::unpack(load_units(unit + vector * 64, lanes), w);
+  } else {
+    U32x16 words[kUnitVectors<F>];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWords<F>; ++i) {
+      words[i] = load_units(unit + i * place.word_stride + vector * 64, lanes);
+    }
+    if constexpr (kHalfWord<F>) {
+      words[kWords<F>] = load_half_units(unit + place.half + vector * 32, lanes);
+    }
+    F::unpack(words, w);
+  }
+}
+
+// The scales of a group of weights, [kTileRows], followed for formats with zero points by what all
+// its weights are lower by.
+template <class F>
+constexpr int64_t kScaleRows = (1 + kZeroPoints<F>)*kTileRows;
+template <class F>
+void load_group(const MatmulArgs& a, int64_t group, float* out) {
+  if constexpr (kOwnScales<F>) {
+    F::load_scales(a, group, out);
+  } else {
+    load_scales(a, group, out);
+    if constexpr (kZeroPoints<F>) load_zero_points(a, group, out, out + kTileRows);
+  }
+}
 
 // Where the segment ends that begins at the unit `begin`; `units` is the end of K.
 template <class F>
@@ -81,21 +126,21 @@ inline __attribute__((always_inline)) void store_totals(const Totals<R, T, kInRe
   }
 }
 
-// total + scale * (sum - zero * sum of the segment's activations), for one token and 16 rows.
+// total + scale * sum - low * sum of the segment's activations, for one token and 16 rows.
 template <class F>
 inline __attribute__((always_inline)) F32x16 add_scaled(F32x16 total, typename F::Math::Sum sum,
                                                         float act_scale, F32x16 minus_act_sum,
-                                                        F32x16 scale, F32x16 zero) {
+                                                        F32x16 scale, F32x16 low) {
   if constexpr (!kGroupScales<F>) {
     return F::Math::add(sum, act_scale, total);
   } else {
-    F32x16 value = F::Math::value(sum, act_scale);
-    if constexpr (kZeroPoints<F>) value = fma(zero, minus_act_sum, value);
-    return fma(value, scale, total);
+    total = fma(F::Math::value(sum, act_scale), scale, total);
+    if constexpr (kZeroPoints<F>) total = fma(low, minus_act_sum, total);
+    return total;
   }
 }
 
-// What add_scaled multiplies the zero points with.
+// What add_scaled multiplies `low` with.
 template <class F>
 inline __attribute__((always_inline)) F32x16 minus_act_sum(const char* acts, int64_t begin,
                                                            int64_t end, int64_t k, int block_log2) {
@@ -104,8 +149,8 @@ inline __attribute__((always_inline)) F32x16 minus_act_sum(const char* acts, int
       -act_sum<F>(acts, begin * F::kUnitWeights, end * F::kUnitWeights, k, block_log2));
 }
 
-// Ends a segment: totals += scale * (sum - zero * sum of the segment's activations), for the rows
-// from `row` on.
+// Ends a segment: totals += scale * sum - low * sum of the segment's activations, for the rows from
+// `row` on.
 template <class F, bool kInRegisters, int R, int T>
 inline __attribute__((always_inline)) void add_segment(const Segment& s, int64_t k, int block_log2,
                                                        typename F::Math::Sum (&sum)[R][T],
@@ -115,7 +160,7 @@ inline __attribute__((always_inline)) void add_segment(const Segment& s, int64_t
   using Math = typename F::Math;
   const int64_t block_info = block_info_offset<F>(s.begin, k, block_log2);
   const float* scale = s.scale + row;
-  const float* zero = s.zero + row;
+  const float* low = s.low + row;
 #pragma GCC unroll 32
   for (int t = 0; t < T; ++t) {
     const float act_scale = Math::scale(acts[t] + block_info);
@@ -123,15 +168,15 @@ inline __attribute__((always_inline)) void add_segment(const Segment& s, int64_t
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       float* at = out + t * kTileRows + r * kLanes;
-      F32x16 total, scale_of_row{}, zero_of_row{};
+      F32x16 total, scale_of_row{}, low_of_row{};
       if constexpr (kInRegisters) {
         total = totals.kept[r][t];
       } else {
         total = load(at);
       }
       if constexpr (kGroupScales<F>) scale_of_row = load(scale + r * kLanes);
-      if constexpr (kZeroPoints<F>) zero_of_row = load(zero + r * kLanes);
-      total = add_scaled<F>(total, sum[r][t], act_scale, minus, scale_of_row, zero_of_row);
+      if constexpr (kZeroPoints<F>) low_of_row = load(low + r * kLanes);
+      total = add_scaled<F>(total, sum[r][t], act_scale, minus, scale_of_row, low_of_row);
       if constexpr (kInRegisters) {
         totals.kept[r][t] = total;
       } else {

@@ -176,8 +176,35 @@ inline U32x16 load_units(const char* p, LaneMask lanes) {
 #endif
 }
 
+// Loads two bytes for each of the masked lanes, as load_units does.
+inline U32x16 load_half_units(const char* p, LaneMask lanes) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorLanes * 2)));
+  Halves halves[kVectors] = {};
+  // A copy of known size is a load, one of unknown size a call.
+#if defined(__AVX512F__)
+  if (lanes == 0xffff) {
+    std::memcpy(halves, p, sizeof(halves));
+  } else {
+    std::memcpy(halves, p, __builtin_popcount(lanes) * 2);
+  }
+#else
+  if (lanes == 16) {
+    std::memcpy(halves, p, sizeof(halves));
+  } else {
+    std::memcpy(halves, p, lanes * 2);
+  }
+#endif
+  U32x16 a;
+  for (int i = 0; i < kVectors; ++i) a.v[i] = __builtin_convertvector(halves[i], UintVector);
+  return a;
+}
+
 inline U32x16 operator&(U32x16 a, uint32_t b) {
   for (auto& v : a.v) v &= b;
+  return a;
+}
+inline U32x16 operator|(U32x16 a, U32x16 b) {
+  for (int i = 0; i < kVectors; ++i) a.v[i] |= b.v[i];
   return a;
 }
 inline U32x16 operator<<(U32x16 a, int n) {
@@ -234,11 +261,18 @@ inline F32x16 lookup(const float* table, U32x16 index) {
   return result;
 }
 
+inline I32x16 as_integers(U32x16 a) {
+  I32x16 result;
+  for (int i = 0; i < kVectors; ++i) result.v[i] = (IntVector)a.v[i];
+  return result;
+}
 inline F32x16 to_float(I32x16 a) {
   F32x16 result;
   for (int i = 0; i < kVectors; ++i) result.v[i] = __builtin_convertvector(a.v[i], FloatVector);
   return result;
 }
+// Of numbers below 2^31: any CPU converts signed ones by one instruction.
+inline F32x16 to_float(U32x16 a) { return to_float(as_integers(a)); }
 
 #if defined(__AVX2__)
 
@@ -268,11 +302,6 @@ inline U32x16 lookup_bytes(const void* table, U32x16 index) {
 inline U32x16 operator^(U32x16 a, uint32_t b) {
   for (auto& v : a.v) v ^= b;
   return a;
-}
-inline I32x16 as_integers(U32x16 a) {
-  I32x16 result;
-  for (int i = 0; i < kVectors; ++i) result.v[i] = (IntVector)a.v[i];
-  return result;
 }
 
 #endif

@@ -9,6 +9,7 @@
 #include "lk/kernels/formats/fp8.h"
 #include "lk/kernels/formats/int4.h"
 #include "lk/kernels/formats/int8.h"
+#include "lk/kernels/formats/k_quants.h"
 #include "lk/kernels/matmul.h"
 #include "lk/kernels/rate.h"
 #include "lk/kernels/row_operations.h"
@@ -38,12 +39,29 @@ constexpr FormatKernels format_kernels(const char* isa) {
 template <Registers R>
 constexpr Kernels kernels_table(const char* isa) {
   return {isa,
-          {format_kernels<Bf16, R>(isa), format_kernels<Fp16, R>(isa), format_kernels<Fp8, R>(isa),
-           format_kernels<Int8, R>(isa), format_kernels<Int8Act8, R>(isa),
-           format_kernels<Int8Groups, R>(isa), format_kernels<Int8GroupsAct8, R>(isa),
-           format_kernels<Int4, R>(isa), format_kernels<Int4Act8, R>(isa),
-           format_kernels<Int4Zero, R>(isa), format_kernels<Int4ZeroAct8, R>(isa),
-           format_kernels<Fp4, R>(isa), format_kernels<Fp4Act8, R>(isa)},
+          {format_kernels<Bf16, R>(isa),
+           format_kernels<Fp16, R>(isa),
+           format_kernels<Fp8, R>(isa),
+           format_kernels<Int8, R>(isa),
+           format_kernels<Int8Act8, R>(isa),
+           format_kernels<Int8Groups, R>(isa),
+           format_kernels<Int8GroupsAct8, R>(isa),
+           format_kernels<Int4, R>(isa),
+           format_kernels<Int4Act8, R>(isa),
+           format_kernels<Int4Zero, R>(isa),
+           format_kernels<Int4ZeroAct8, R>(isa),
+           format_kernels<Fp4, R>(isa),
+           format_kernels<Fp4Act8, R>(isa),
+           format_kernels<Q2K, R>(isa),
+           format_kernels<Q2KAct8, R>(isa),
+           format_kernels<Q3K, R>(isa),
+           format_kernels<Q3KAct8, R>(isa),
+           format_kernels<Q4K, R>(isa),
+           format_kernels<Q4KAct8, R>(isa),
+           format_kernels<Q5K, R>(isa),
+           format_kernels<Q5KAct8, R>(isa),
+           format_kernels<Q6K, R>(isa),
+           format_kernels<Q6KAct8, R>(isa)},
           widen,
           finish,
           end_stream,

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <ostream>
 #include <random>
 #include <vector>
@@ -48,6 +49,7 @@ class TestMatrix {
     m.parts = parts;
     m.rows = rows;
     m.k = k;
+    m.format = format;
     m.row_bytes = row_bytes(format, k);
     m.interleaved = interleaved;
     m.scale_type = extras.scale_type;
@@ -86,7 +88,7 @@ class TestMatrix {
   Matrix spec() {
     Matrix m = spec_;
     m.weights = data.weights.data();
-    if (extras_.scale_type != ScaleType::kNone) m.scale = data.scale.data();
+    if (!data.scale.empty()) m.scale = data.scale.data();
     if (!data.zero.empty()) m.zero = data.zero.data();
     if (extras_.row_scale) m.row_scale = data.row_scale.data();
     if (extras_.part_scale) m.part_scale = data.part_scale.data();
@@ -111,6 +113,9 @@ class TestMatrix {
     const int64_t came = row_as_it_came(part, row);
     const int64_t index = expert * m.parts * m.rows + came;
     const int64_t group = m.group == 0 ? 0 : at / m.group;
+    if (block_layout(format_) != nullptr) {
+      return block_value(format_, data.weights.data() + index * m.row_bytes, at);
+    }
     double value =
         code_value(format_, get_code(format_, data.weights.data() + index * m.row_bytes, at));
     const int64_t scale = index * m.groups() + group;
@@ -141,7 +146,8 @@ struct Kind {
   bool interleaved = false;
   bool weight_on_input = false;
   Extras w13{}, w2{};
-  Scalar type = Scalar::kBf16;  // of x and y
+  Scalar type = Scalar::kBf16;        // of x and y
+  std::optional<Format> w2_format{};  // if it is another one
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Kind& kind) { return out << kind.name; }
@@ -150,11 +156,11 @@ struct TestLayer {
   TestLayer(const Kind& kind, int64_t experts, int64_t hidden, int64_t intermediate, Random& random)
       : w13(kind.format, experts, has_gate(kind.activation.kind) ? 2 : 1, intermediate, hidden,
             kind.interleaved, kind.w13, random),
-        w2(kind.format, experts, 1, hidden, intermediate, false, kind.w2, random) {
+        w2(kind.w2_format.value_or(kind.format), experts, 1, hidden, intermediate, false, kind.w2,
+           random) {
     // The biases of w2 are as large as the sums that they are added to, like those of w13 (see
     // TestBatch).
     for (float& bias : w2.data.bias) bias *= static_cast<float>(w2.size);
-    spec.format = kind.format;
     spec.activation = kind.activation;
     spec.weight_on_input = kind.weight_on_input;
     spec.experts = experts;

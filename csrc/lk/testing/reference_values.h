@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "lk/blocks.h"
 #include "lk/kernels.h"
 #include "lk/layer.h"
 
@@ -18,12 +19,16 @@
 
 namespace lk::test_values {
 
+// Those without blocks, whose weights have a code and a scale each.
 constexpr Format kAllFormats[] = {
     Format::kBf16,           Format::kFp16,         Format::kFp8,
     Format::kInt8,           Format::kInt8Act8,     Format::kInt8Groups,
     Format::kInt8GroupsAct8, Format::kInt4,         Format::kInt4Act8,
     Format::kInt4Zero,       Format::kInt4ZeroAct8, Format::kFp4,
     Format::kFp4Act8};
+constexpr Format kBlockFormats[] = {Format::kQ2K, Format::kQ2KAct8, Format::kQ3K, Format::kQ3KAct8,
+                                    Format::kQ4K, Format::kQ4KAct8, Format::kQ5K, Format::kQ5KAct8,
+                                    Format::kQ6K, Format::kQ6KAct8};
 
 inline std::string name_of(Format format) {
   constexpr const char* kNames[] = {"bf16",
@@ -38,7 +43,17 @@ inline std::string name_of(Format format) {
                                     "int4_zero",
                                     "int4_zero_act8",
                                     "fp4",
-                                    "fp4_act8"};
+                                    "fp4_act8",
+                                    "q2_k",
+                                    "q2_k_act8",
+                                    "q3_k",
+                                    "q3_k_act8",
+                                    "q4_k",
+                                    "q4_k_act8",
+                                    "q5_k",
+                                    "q5_k_act8",
+                                    "q6_k",
+                                    "q6_k_act8"};
   return kNames[static_cast<int>(format)];
 }
 inline bool has_zero_points(Format format) {
@@ -54,9 +69,12 @@ inline bool has_groups(Format format) {
 inline bool is_act8(Format format) {
   return format == Format::kInt8Act8 || format == Format::kInt8GroupsAct8 ||
          format == Format::kInt4Act8 || format == Format::kInt4ZeroAct8 ||
-         format == Format::kFp4Act8;
+         format == Format::kFp4Act8 || name_of(format).ends_with("k_act8");
 }
-inline int64_t row_bytes(Format format, int64_t k) { return k * kUnitBytes / unit_weights(format); }
+inline int64_t row_bytes(Format format, int64_t k) {
+  const BlockLayout* const blocks = block_layout(format);
+  return blocks ? k / kBlockWeights * blocks->block_bytes : k * kUnitBytes / unit_weights(format);
+}
 inline int64_t bytes_of(ScaleType type) {
   Matrix matrix;
   matrix.scale_type = type;
@@ -132,6 +150,50 @@ inline void set_code(Format format, void* row, int64_t k, uint32_t code) {
     }
   }
 }
+// The value of the weight at `k` of a row of blocks, written down from the structures of ggml.
+inline double block_value(Format format, const void* row, int64_t k) {
+  const auto* block =
+      static_cast<const uint8_t*>(row) + k / kBlockWeights * block_layout(format)->block_bytes;
+  const auto w = static_cast<int>(k % kBlockWeights);
+  const auto half = [&](int at) { return double{fp16_to_float(element<uint16_t>(block + at, 0))}; };
+  // Q4_K and Q5_K.
+  const auto six_bits = [&](int code) {
+    const uint8_t* q = block + 4;
+    const int j = w / 32;
+    const int scale = j < 4 ? q[j] & 63 : (q[j + 4] & 15) | (q[j - 4] >> 6) << 4;
+    const int least = j < 4 ? q[j + 4] & 63 : q[j + 4] >> 4 | (q[j] >> 6) << 4;
+    return half(0) * scale * code - half(2) * least;
+  };
+  const int nibble_at = w / 64 * 32 + w % 32, nibble_shift = w / 32 % 2 * 4;
+  const int pair = w / 128 * 32 + w % 32, pair_shift = w / 32 % 4 * 2;
+  switch (format) {
+    case Format::kQ2K:
+    case Format::kQ2KAct8: {
+      const int code = block[16 + pair] >> pair_shift & 3;
+      return half(80) * (block[w / 16] & 15) * code - half(82) * (block[w / 16] >> 4);
+    }
+    case Format::kQ3K:
+    case Format::kQ3KAct8: {
+      const int code = (block[32 + pair] >> pair_shift & 3) | (block[w % 32] >> w / 32 & 1) << 2;
+      const uint8_t* q = block + 96;
+      const int j = w / 16;
+      const int scale = (j < 8 ? q[j] & 15 : q[j - 8] >> 4) | (q[8 + j % 4] >> j / 4 * 2 & 3) << 4;
+      return half(108) * (scale - 32) * (code - 4);
+    }
+    case Format::kQ4K:
+    case Format::kQ4KAct8:
+      return six_bits(block[16 + nibble_at] >> nibble_shift & 15);
+    case Format::kQ5K:
+    case Format::kQ5KAct8:
+      return six_bits((block[48 + nibble_at] >> nibble_shift & 15) |
+                      (block[16 + w % 32] >> w / 32 & 1) << 4);
+    default: {  // Q6_K
+      const int low = block[w / 128 * 64 + w % 64] >> w / 64 % 2 * 4 & 15;
+      const int high = block[128 + pair] >> pair_shift & 3;
+      return half(208) * static_cast<int8_t>(block[192 + w / 16]) * ((low | high << 4) - 32);
+    }
+  }
+}
 inline double scale_value(ScaleType type, const void* scales, int64_t index) {
   switch (type) {
     case ScaleType::kNone:
@@ -156,8 +218,27 @@ inline uint32_t random_below(Random& random, uint32_t end) {
   return std::uniform_int_distribution<uint32_t>(0, end - 1)(random);
 }
 
+// Blocks of random bits, with finite factors.
+inline std::vector<char> random_blocks(Format format, int64_t rows, int64_t k, Random& random) {
+  const BlockLayout& layout = *block_layout(format);
+  std::vector<char> blocks(rows * row_bytes(format, k));
+  for (char& byte : blocks) byte = static_cast<char>(random_below(random, 256));
+  const int d = layout.bits >= 4 && layout.bits <= 5 ? 0
+                : layout.bits == 2                   ? 80
+                                                     : layout.block_bytes - 2;
+  for (size_t block = 0; block < blocks.size(); block += layout.block_bytes) {
+    for (int at = d; at < d + (layout.half_bytes != 0 ? 2 : 4); at += 2) {
+      const float factor = std::uniform_real_distribution<float>(0.01f, 0.04f)(random);
+      const uint16_t code = float_to_fp16(random_below(random, 2) ? factor : -factor);
+      std::memcpy(blocks.data() + block + at, &code, 2);
+    }
+  }
+  return blocks;
+}
+
 // Random finite weights: normally distributed in the 16-bit formats, any code in the others.
 inline std::vector<char> random_weights(Format format, int64_t rows, int64_t k, Random& random) {
+  if (block_layout(format) != nullptr) return random_blocks(format, rows, k, random);
   const int64_t bytes = row_bytes(format, k);
   std::vector<char> weights(rows * bytes);
   for (int64_t row = 0; row < rows; ++row) {

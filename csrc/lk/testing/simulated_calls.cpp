@@ -68,7 +68,7 @@ Kernels kernels() {
 // Weights that nobody reads: only their addresses count.
 LayerSpec layer_of(const Calls& calls) {
   LayerSpec layer;
-  layer.format = calls.bits == 4 ? Format::kInt4 : Format::kFp8;
+  layer.w13.format = layer.w2.format = calls.bits == 4 ? Format::kInt4 : Format::kFp8;
   layer.experts = calls.experts;
   layer.hidden = calls.hidden;
   layer.intermediate = calls.intermediate;

@@ -96,8 +96,9 @@ struct Bytes : QuantisedActs<1> {
 
 // vpmaddubsw multiplies bytes and adds two products, in 16 bits. The products of 4-bit weights fit,
 // and so does their sum over a block, since it begins with what makes it one of signed weights:
-// 32 products of int4 are at most 32 * 8 * 127 = 32512, and 16 of e2m1 are at most
-// 16 * 12 * 127 = 24384. It does not matter that the sum may wrap around before its end.
+// 32 products of int4 are at most 32 * 8 * 127 = 32512, 16 of e2m1 or of 5 bits are at most
+// 16 * 16 * 127, which is the same, and so are 8 of 6 bits. It does not matter that the sum may
+// wrap around before its end.
 template <int kOffset>
 struct Bytes : QuantisedActs<1> {
   using Weights = I32x16;
@@ -105,7 +106,7 @@ struct Bytes : QuantisedActs<1> {
   using Act = IntVector;
   static constexpr const char* kName = "int8";
   static constexpr int kStepWeights = 4;
-  static constexpr int kMostBlockLog2 = kOffset <= 8 ? 6 : 5;
+  static constexpr int kMostBlockLog2 = kOffset <= 8 ? 6 : kOffset <= 16 ? 5 : 4;
   static constexpr int kOutlierBlockLog2 = 5;
 
   static Sum begin(const char* info) {
