@@ -15,12 +15,14 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lvllm.checkpoint.files import open_regular
 from lvllm.checkpoint.headers import LFS_POINTER, CheckpointError, pointer_refused
+from lvllm.errors import quoted
+from lvllm.units import ceil_div
 
 __all__ = ["GgufHeader", "GgufTensor", "first_of_part", "is_gguf", "open_gguf", "read_gguf_header"]
 
@@ -33,6 +35,17 @@ LONGEST_LIST = 4096
 """Longer lists are of a vocabulary. Lists of values for each layer are shorter."""
 DIMENSIONS = 4
 STRING, ARRAY = 8, 9
+MOST_TENSORS = 1 << 17
+"""Old files have a tensor for each expert, 36 000 in the largest models."""
+MOST_FIELDS = 1 << 12
+VOCABULARY = tuple(
+    f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges", "scores")
+)
+"""The lists that make a tokenizer."""
+MOST_WORDS = 1 << 21
+"""Longer lists are of no vocabulary. The largest of published models have 260 000 words."""
+ALIGNMENT = 32
+"""Bytes of whose multiple the data begin, unless a field says otherwise."""
 SCALARS = {
     0: "B",
     1: "b",
@@ -50,7 +63,7 @@ SCALARS = {
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 Scalar = str | int | float | bool
-Field = Scalar | list[Scalar]
+Field = Scalar | Sequence[Scalar]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +74,17 @@ class GgufTensor:
     type: str
     """As ggml calls it: Q4_K, F32."""
     nbytes: int
+    file: Path
+    start: int
+    """The byte of the file at which the data begin."""
 
     @property
     def weights(self) -> int:
         return math.prod(self.shape)
+
+    def refuse(self, fault: str) -> CheckpointError:
+        """An error about this tensor."""
+        return CheckpointError(f"{self.file}: tensor {quoted(self.name)}: {fault}")
 
 
 @dataclass(frozen=True)
@@ -74,8 +94,11 @@ class GgufHeader:
     file: Path
     """The file, or the first one of its parts."""
     fields: dict[str, Field]
-    """Without lists of strings and lists of more than LONGEST_LIST values."""
+    """Without lists of strings and lists of more than LONGEST_LIST values. If it was read with the
+    vocabulary, it has those of `VOCABULARY`."""
     tensors: dict[str, GgufTensor]
+    files: tuple[Path, ...] = ()
+    """All parts, in order."""
 
 
 def is_gguf(file: Path) -> bool:
@@ -94,8 +117,10 @@ def first_of_part(file: Path) -> Path:
     return file.with_name(_PART.sub(r"-00001-of-\2.gguf", file.name))
 
 
-def open_gguf(file: Path) -> GgufHeader:
+def open_gguf(file: Path, *, vocabulary: bool = False) -> GgufHeader:
     """The header of a model's only file, or of all its parts, of which `file` is one.
+
+    With the `vocabulary`, its fields have the lists of the tokenizer, too.
 
     Raises:
         CheckpointError: a file that is not there or cannot be read.
@@ -109,7 +134,10 @@ def open_gguf(file: Path) -> GgufHeader:
         raise CheckpointError(
             f"{missing[0]}: is not there; {len(missing)} of the model's {count} files are missing"
         )
-    headers = [read_gguf_header(part) for part in parts]
+    headers = [
+        read_gguf_header(part, vocabulary=vocabulary and number == 0)
+        for number, part in enumerate(parts)
+    ]
     first = headers[0]
     if not found and first.fields.get("split.count", 1) != 1:
         raise CheckpointError(
@@ -127,10 +155,10 @@ def open_gguf(file: Path) -> GgufHeader:
         raise CheckpointError(
             f"{first.file}: {wanted} tensors are wanted, and the {count} files have {len(tensors)}"
         )
-    return GgufHeader(first.file, first.fields, tensors)
+    return GgufHeader(first.file, first.fields, tensors, tuple(parts))
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
+def read_gguf_header(path: Path, *, vocabulary: bool = False) -> GgufHeader:
     """The header of one file. Its data are not looked at, and may be missing.
 
     Raises:
@@ -151,7 +179,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
             with mmap.mmap(
                 file.fileno(), min(size, LONGEST_HEADER), access=mmap.ACCESS_READ
             ) as data:
-                return _Reader(path, data, size).header()
+                return _Reader(path, data, size, vocabulary).header()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
 
@@ -159,29 +187,46 @@ def read_gguf_header(path: Path) -> GgufHeader:
 class _Reader:
     """Reads a header from its begin to its end."""
 
-    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+    def __init__(self, path: Path, data: mmap.mmap, size: int, vocabulary: bool) -> None:
         self._path = path
         self._data = data
         self._size = size
+        self._vocabulary = vocabulary
         self._at = len(MAGIC)
 
     def header(self) -> GgufHeader:
         self._check_version()
         tensors, fields = self._number("Q"), self._number("Q")
         values: dict[str, Field] = {}
-        for _ in range(fields):
+        for number in range(fields):
+            if number == MOST_FIELDS:
+                raise self._refuse(f"has {fields} fields, allowed are {MOST_FIELDS}")
             name = self._string()
             value = self._field(name)
             if value is not None:
                 values[name] = value
         found: dict[str, GgufTensor] = {}
         sizes = _type_sizes()
-        for _ in range(tensors):
+        for number in range(tensors):
+            if number == MOST_TENSORS:
+                raise self._refuse(f"has {tensors} tensors, allowed are {MOST_TENSORS}")
             tensor = self._tensor(sizes)
             if tensor.name in found:
                 raise self._refuse(f"tensor {tensor.name!r} is in the header twice")
             found[tensor.name] = tensor
-        return GgufHeader(self._path, values, found)
+        data = self._data_start(values.get("general.alignment", ALIGNMENT))
+        placed = {
+            name: replace(tensor, start=data + tensor.start) for name, tensor in found.items()
+        }
+        return GgufHeader(self._path, values, placed, (self._path,))
+
+    def _data_start(self, alignment: Field) -> int:
+        """The byte at which the data begin: the next multiple of the alignment."""
+        if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
+            raise self._refuse(
+                f"field 'general.alignment' is {quoted(alignment)}, allowed is 1 to {1 << 20}"
+            )
+        return ceil_div(self._at, alignment) * alignment
 
     def _check_version(self) -> None:
         version = self._number("I")
@@ -202,17 +247,25 @@ class _Reader:
         if kind != ARRAY:
             raise self._refuse(f"field {name!r} is of the unknown type {kind}")
         kind, count = self._number("I"), self._number("Q")
+        whole = self._vocabulary and name in VOCABULARY
+        if whole and count > MOST_WORDS:
+            raise self._refuse(
+                f"field {name!r} is a list of {count} values, allowed are {MOST_WORDS}"
+            )
         if kind == STRING:
+            if whole:
+                return [self._string() for _ in range(count)]
             for _ in range(count):
                 self._skip(self._number("Q"))
             return None
         if kind not in SCALARS:
             raise self._refuse(f"field {name!r} is a list of the unknown type {kind}")
         code = SCALARS[kind]
-        if count > LONGEST_LIST:
-            self._skip(count * struct.calcsize(f"<{code}"))
+        start, size = self._at, count * struct.calcsize(f"<{code}")
+        self._skip(size)
+        if count > LONGEST_LIST and not whole:
             return None
-        return [self._scalar(code) for _ in range(count)]
+        return list(struct.unpack(f"<{count}{code}", self._data[start : start + size]))
 
     def _tensor(self, sizes: Callable[[int], tuple[str, int, int] | None]) -> GgufTensor:
         name = self._string()
@@ -225,7 +278,7 @@ class _Reader:
         if 0 in shape:
             raise self._refuse(f"tensor {name!r} has the shape {shape}, which holds nothing")
         kind = self._number("I")
-        self._number("Q")  # where its data begin
+        start = self._number("Q")
         known = sizes(kind)
         if known is None:
             raise self._refuse(f"tensor {name!r} is of the unknown type {kind}")
@@ -234,7 +287,8 @@ class _Reader:
             raise self._refuse(
                 f"tensor {name!r} has rows of {shape[0]} weights, {type_name} has blocks of {block}"
             )
-        return GgufTensor(name, shape, type_name, math.prod(shape) // block * block_bytes)
+        nbytes = math.prod(shape) // block * block_bytes
+        return GgufTensor(name, shape, type_name, nbytes, self._path, start)
 
     def _scalar(self, code: str) -> int | float | bool:
         try:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -76,6 +76,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    blocks: str | None = field(default=None, kw_only=True)
+    """How the file stores the values, as ggml calls it: Q4_K. None: as numbers of `dtype`."""
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,8 @@
 
 vLLM and transformers read them. Where one is damaged, they end in a traceback that does not name
 it, or go on as if it were not there. So these files are looked at before: whether each can be read
-and is what its name says, and whether the sizes in config.json are numbers.
+and is what its name says, whether the sizes in config.json are numbers, and whether a chat template
+can be used.
 """
 
 import json
@@ -15,18 +16,22 @@ from lvllm.checkpoint.files import open_regular
 from lvllm.checkpoint.headers import CheckpointError
 from lvllm.errors import quoted
 
-__all__ = ["CONFIG", "GENERATION", "TOKENIZER", "check"]
+__all__ = ["CONFIG", "GENERATION", "TOKENIZER", "check", "config_of"]
 
 CONFIG = "config.json"
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = ("generation_config.json",)
 TOKENIZER = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
-    "chat_template.jinja",
+    TEMPLATE,
 )
+SECTIONS = ("quantization_config", "compression_config")
+"""Where a config.json says how weights are quantised; the second is a former name of the first."""
 
 # The least and the most number of each, and whether it may be null. Models without experts may say
 # 0 or null, and those with a text_config have null beside it. No model comes near the most.
@@ -42,13 +47,16 @@ SIZES = {
     "n_routed_experts": (0, 1 << 16, True),
     "moe_num_experts": (0, 1 << 16, True),
     "num_experts_per_tok": (0, 1 << 16, True),
+    "num_experts_per_token": (0, 1 << 16, True),
+    "top_k_experts": (0, 1 << 16, True),
+    "moe_top_k": (0, 1 << 16, True),
     "moe_k": (0, 1 << 16, True),
     "moe_topk": (0, 1 << 16, True),
 }
 KINDS: dict[str, tuple[type, str]] = {
     "architectures": (list, "a list of names"),
     "model_type": (str, "a name"),
-    "quantization_config": (dict, "an object"),
+    **dict.fromkeys(SECTIONS, (dict, "an object")),
 }
 
 
@@ -61,7 +69,10 @@ def check(folder: Path, names: Collection[str], overridden: Collection[str] = ()
     for name in names:
         file = folder / name
         text = _text(file)
-        if text is None or file.suffix != ".json":
+        if text is None:
+            continue
+        if file.suffix != ".json":
+            _check_template(file, "", text)
             continue
         try:
             values = json.loads(text)
@@ -71,6 +82,17 @@ def check(folder: Path, names: Collection[str], overridden: Collection[str] = ()
             raise CheckpointError(f"{file}: is no JSON object, but {quoted(values)}")
         if name == CONFIG:
             _check_config(file, values, overridden)
+        elif values.get("chat_template") is not None and (
+            # Beside a file with a template, transformers does not use the one of the tokenizer.
+            name != TOKENIZER_CONFIG or not (folder / TEMPLATE).exists()
+        ):
+            _check_templates(file, values["chat_template"])
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What the config.json of a local folder says, which `check` has checked."""
+    found: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    return found
 
 
 def _text(file: Path) -> str | None:
@@ -90,16 +112,22 @@ def _text(file: Path) -> str | None:
 
 def _check_config(file: Path, config: dict[str, Any], overridden: Collection[str]) -> None:
     def refuse(key: str, value: Any, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{file}: {key}={quoted(value)} is not allowed: {wanted} is wanted")
+        return _refuse(file, key, value, wanted)
 
     for key, (kind, wanted) in KINDS.items():
         value = config.get(key)
         if value is not None and key not in overridden and not isinstance(value, kind):
             raise refuse(key, value, wanted)
+    names = config.get("architectures") or []
+    if "architectures" not in overridden and not all(isinstance(name, str) for name in names):
+        raise refuse("architectures", names, "a list of names")
     text = config.get("text_config")
     for where, values in (("", config), ("text_config.", text)):
         if not isinstance(values, dict):
             continue
+        for section in SECTIONS:
+            if section not in overridden and isinstance(values.get(section), dict):
+                _check_section(file, where + section, values[section])
         for key, (least, most, may_be_null) in SIZES.items():
             value = values.get(key, least)
             if key in overridden or (value is None and values is config and text is not None):
@@ -114,3 +142,61 @@ def _is_size(value: Any, least: int, most: int, may_be_null: bool) -> bool:
     if value is None:
         return may_be_null
     return type(value) is int and least <= value <= most
+
+
+def _check_section(file: Path, name: str, section: dict[str, Any]) -> None:
+    """Refuse a section that does not say in which format the weights are.
+
+    vLLM would take them for unquantised.
+    """
+    producer, what = section.get("producer"), section.get("quantization")
+    if producer is not None and not isinstance(producer, dict):
+        raise _refuse(file, f"{name}.producer", producer, "an object")
+    if isinstance(producer, dict) and producer.get("name") == "modelopt":
+        if not isinstance(what, dict):
+            raise _refuse(file, f"{name}.quantization", what, "an object")
+        return  # It has no quant_method: vLLM goes by `quantization`.
+    if isinstance(what, dict) and "modelopt_quant_config" in what:
+        return
+    method = section.get("quant_method")
+    if section and "quant_method" not in section:
+        raise CheckpointError(
+            f"{file}: {name} has no quant_method: the name of a format is wanted, such as"
+            ' "quant_method": "fp8"'
+        )
+    if section and not (isinstance(method, str) and method):
+        raise _refuse(file, f"{name}.quant_method", method, "the name of a format")
+
+
+def _check_templates(file: Path, found: Any) -> None:
+    """Check the chat templates of a file: one text, or several with names."""
+    if isinstance(found, list):
+        each = [one.get("template") if isinstance(one, dict) else None for one in found]
+        named = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in found)
+    else:
+        each = [*found.values()] if isinstance(found, dict) else [found]
+        named = True
+    for text in each:
+        if not named or not isinstance(text, str):
+            wanted = "a text, or a list of objects with name and template,"
+            raise _refuse(file, "chat_template", found, wanted)
+        _check_template(file, "chat_template ", text)
+
+
+def _check_template(file: Path, key: str, text: str) -> None:
+    """Refuse a chat template that transformers, which vLLM asks, cannot compile."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils import chat_template_utils
+
+    try:
+        chat_template_utils._compile_jinja_template(text)
+    except (TemplateError, RecursionError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{file}: {key}is no valid Jinja: {line}{said}; chats need it: correct it, or remove it"
+        ) from None
+
+
+def _refuse(file: Path, key: str, value: Any, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{file}: {key}={quoted(value)} is not allowed: {wanted} is wanted")

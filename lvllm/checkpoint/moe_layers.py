@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lvllm.checkpoint.headers import CheckpointError
 from lvllm.errors import quoted
 
-__all__ = ["MOST_LAYERS", "layer_number", "moe_layers"]
+__all__ = ["MOST_LAYERS", "decoder_layers", "layer_number", "moe_layers"]
 
 MOST_LAYERS = 512
 """No model has as many. transformers builds 100 layers in a second, so 2**40 have no end."""
@@ -25,6 +25,15 @@ def layer_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def decoder_layers(text_config: Any) -> int | None:
+    """How many decoder layers a language model's configuration says that it has; None: it does not.
+
+    A layer of LongCat-Flash has attention twice, and its `num_hidden_layers` counts both.
+    """
+    twice = getattr(text_config, "model_type", None) == "longcat_flash"
+    return getattr(text_config, "num_layers" if twice else "num_hidden_layers", None)
+
+
 def moe_layers(text_config: Any) -> list[int]:
     """Indices of the decoder layers with routed experts, in the model's own numbering.
 
@@ -39,7 +48,7 @@ def moe_layers(text_config: Any) -> list[int]:
     except ValidationError as error:
         first = error.errors()[0]
         raise _refuse(first["loc"][0], first["input"], first["msg"]) from None
-    layers = fields.num_hidden_layers
+    layers = decoder_layers(text_config) or 0
     for name in ("mlp_layer_types", "hybrid_override_pattern", "moe_layer_freq"):
         value = getattr(fields, name)
         if isinstance(value, list | str) and len(value) < layers:

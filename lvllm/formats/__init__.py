@@ -21,6 +21,7 @@ from lvllm.formats import (
     awq,
     compressed_tensors,
     fp8,
+    gguf,
     gpt_oss,
     gptq,
     modelopt,
@@ -53,6 +54,7 @@ FORMATS: tuple[ModuleType, ...] = (
     awq,
     gptq,
     auto_round,
+    gguf,
 )
 _DESCRIPTORS: tuple[Descriptor, ...] = tuple(module.DESCRIPTOR for module in FORMATS)
 

@@ -173,11 +173,12 @@ def wrong_shape(found: Sequence[int], wanted: Sequence[int]) -> str:
     return f"does not fit the model: has {list(found)} where the model takes {list(wanted)}"
 
 
-def place_whole(data: torch.Tensor, loaded: torch.Tensor, shard: str) -> None:
+def place_whole(data: torch.Tensor, expert: int, loaded: torch.Tensor, shard: str) -> None:
     """The attribute `place` of a parameter that takes all of a tensor in every process."""
-    if loaded.shape != data.shape:
-        raise ValueError(wrong_shape(loaded.shape, data.shape))
-    data.copy_(loaded)
+    to = data[expert]
+    if loaded.shape != to.shape:
+        raise ValueError(wrong_shape(loaded.shape, to.shape))
+    to.copy_(loaded)
 
 
 def narrow(scale: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Experts of gpt-oss: unquantised ones, and OpenAI's own packing of mxfp4.
+"""Experts of gpt-oss: unquantised ones, OpenAI's own packing of mxfp4, and GGUF files.
 
 vLLM's model loads each tensor as a whole, and does not report which tensors it has seen.
 """
@@ -12,12 +12,14 @@ from torch.nn import Module
 
 from lvllm.checkpoint.headers import TensorInfo
 from lvllm.engine.weight_formats import FORMATS
+from lvllm.errors import TensorError
+from lvllm.formats import gguf
 from lvllm.formats.base import ExpertFormat, Shape, wrong_shape
 from lvllm.formats.descriptor import Descriptor, Stored
 from lvllm.formats.fp4 import Mxfp4
 from lvllm.formats.unquantized import Unquantized
 
-__all__ = ["DESCRIPTOR", "GptOssMxfp4", "GptOssPlain", "check_shapes", "find"]
+__all__ = ["DESCRIPTOR", "GptOssGguf", "GptOssMxfp4", "GptOssPlain", "check_shapes", "find"]
 
 EXPERTS = re.compile(
     r"\.mlp\.experts\.(?P<one>\d+\.)?(?P<name>gate_up_proj|down_proj)(?P<what>_\w+)?$"
@@ -45,9 +47,11 @@ def find(quant_config: Any, layer: Any, prefix: str) -> ExpertFormat | None:
         return GptOssPlain()
     if DESCRIPTOR.describes(quant_config):
         return GptOssMxfp4()
+    if gguf.DESCRIPTOR.describes(quant_config):
+        return GptOssGguf(*gguf.held(quant_config, prefix))
     raise ValueError(
         f"{prefix}: gpt-oss quantised as {quant_config.get_name()!r} is not supported; supported"
-        " are its own mxfp4, bfloat16 and float16"
+        " are its own mxfp4, bfloat16, float16 and GGUF files"
     )
 
 
@@ -130,4 +134,45 @@ class GptOssMxfp4(Mxfp4):
             # With dummy weights no tensor comes, not even scales.
             if f"{name}_scale" in self.came and name not in self.came:
                 raise ValueError(f"{layer.layer_name}.{stored} is not in the checkpoint")
+        return super().tensors(layer)
+
+
+class GptOssGguf(gguf.Gguf):
+    """w13_weight, a row of gate and of up in turn, and w2_weight of single experts."""
+
+    arrives = False
+    together = True
+
+    def __init__(self, w13: gguf.Held, w2: gguf.Held) -> None:
+        super().__init__(w13, w2)
+        self.missing: set[tuple[str, int]] = set()
+
+    def create_weights(
+        self, layer: Any, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        self.missing = {(name, one) for name, *_ in shape.matrices for one in range(shape.experts)}
+
+        def load(
+            param: Any, loaded_weight: torch.Tensor, weight_name: str, expert_id: int, **_: Any
+        ) -> bool:
+            local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if local == -1 or param.is_meta:  # Another process loads this expert.
+                return False
+            name = weight_name.rpartition(".")[2].removesuffix("_weight")
+            try:
+                param.place(param.data, local, loaded_weight, name)
+            except ValueError as error:
+                raise TensorError(str(error)) from error
+            self.missing.discard((name, local))
+            return True
+
+        super().create_weights(layer, shape, dtype, attributes | {"weight_loader": load})
+
+    def tensors(self, layer: Any) -> dict[str, Any]:
+        if self.missing:
+            name, expert = min(self.missing, key=lambda one: one[::-1])
+            raise ValueError(
+                f"{layer.layer_name}: {name} of expert {expert} (of those in this process) is not"
+                f" in the file, nor are {len(self.missing) - 1} others"
+            )
         return super().tensors(layer)

@@ -72,13 +72,13 @@ def add_group_index(
     """Register w13_SUFFIX and w2_SUFFIX, int32 [E, parts, columns]: the group of each column."""
     rank, ranks = layer.moe_config.tp_rank, layer.moe_config.moe_parallel_config.tp_size
 
-    def place(data: torch.Tensor, loaded: torch.Tensor, shard: str) -> None:
-        columns = data.shape[1]
+    def place(data: torch.Tensor, expert: int, loaded: torch.Tensor, shard: str) -> None:
+        columns = data.shape[2]
         wanted = [columns * ranks if shard == "w2" else columns]
         if list(loaded.shape) != wanted:
             raise ValueError(wrong_shape(loaded.shape, wanted))
         first = rank * columns if shard == "w2" else 0
-        data[1 if shard == "w3" else 0].copy_(loaded.narrow(0, first, columns))
+        data[expert, 1 if shard == "w3" else 0].copy_(loaded.narrow(0, first, columns))
 
     for name, parts, _, columns in shape.matrices:
         index = torch.zeros((shape.experts, parts, columns), dtype=torch.int32)

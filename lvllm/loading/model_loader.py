@@ -35,6 +35,7 @@ __all__ = [
     "has_experts",
     "load_completely",
     "refuse_pickles",
+    "tensors_of",
     "weights_iterator",
 ]
 
@@ -89,6 +90,13 @@ def weights_iterator(
     stands for all experts. Raises CheckpointError.
     """
     checkpoint = Checkpoint.of_files(sorted(files))
+    return tensors_of(checkpoint, use_tqdm, local_expert_ids)
+
+
+def tensors_of(
+    checkpoint: Checkpoint, use_tqdm: bool, local_expert_ids: set[int] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The (name, tensor) pairs of a checkpoint, as `weights_iterator` has them."""
     wanted = [
         info
         for info in in_loading_order(checkpoint.tensors.values())

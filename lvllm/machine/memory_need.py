@@ -4,6 +4,7 @@ This needs neither vLLM nor the weights. The sums are lower bounds: they leave o
 interpreter and buffers, about 1 GiB. So a model that does not fit by these sums cannot fit.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -80,7 +81,10 @@ def needed(
         if draft and not drafts:
             continue
         # vLLM runs the model in 16 bits.
-        size = tensor.nbytes // (2 if tensor.dtype == torch.float32 else 1)
+        if tensor.blocks is not None:
+            size = 2 * math.prod(tensor.shape)
+        else:
+            size = tensor.nbytes // (2 if tensor.dtype == torch.float32 else 1)
         with_vllm = resident is not None and (draft or layer_number(name) in resident)
         of_experts = _EXPERTS.match(name)
         if with_vllm or of_experts is None:

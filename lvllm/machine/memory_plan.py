@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from lvllm import engine
-from lvllm.checkpoint.headers import Checkpoint, CheckpointError, TensorInfo
+from lvllm.checkpoint.headers import CheckpointError, TensorInfo
+from lvllm.checkpoint.moe_layers import decoder_layers
+from lvllm.checkpoint.opening import open_checkpoint
 from lvllm.engine import bank, raw_ops
 from lvllm.machine.memory_need import Need, folder_of, layers_of_experts, needed
 from lvllm.settings.use_weight import LayerFormats
@@ -329,13 +331,13 @@ def _tensors_of(model: Any) -> Mapping[str, TensorInfo] | None:
     if folder is None:
         return None
     try:
-        return Checkpoint.open(folder).tensors
+        return open_checkpoint(folder).tensors
     except CheckpointError:
         return None
 
 
 def _layers(model: Any) -> int:
-    return getattr(model.hf_text_config, "num_hidden_layers", None) or sys.maxsize
+    return decoder_layers(model.hf_text_config) or sys.maxsize
 
 
 def _renaming(model: Any) -> Callable[[str], str]:

@@ -4,17 +4,26 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from lvllm.checkpoint.gguf.architectures import ARCHITECTURES
 from lvllm.checkpoint.gguf_headers import GgufTensor
+from lvllm.errors import quoted
+from lvllm.formats.gguf import TYPES
 from lvllm.formats.integers import INT4_BITS
 from lvllm.planning.bits import GROUP_SCALES, Bits
 
 __all__ = ["Stored", "bits_of", "size_of"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-SAME = {"MXFP4": "mxfp4", "NVFP4": "nvfp4", "F16": "fp16"} | dict.fromkeys(
-    ("BF16", "F32", "F64"), "bf16"
-)
+SAME = {
+    "MXFP4": "mxfp4",
+    "NVFP4": "nvfp4",
+    "F16": "fp16",
+    **dict.fromkeys(("BF16", "F32", "F64"), "bf16"),
+    **dict.fromkeys(("Q5_0", "IQ4_NL"), "int8"),
+}
 """The engine's formats that hold the values of a type."""
+WIDER = {"Q5_0": 8.5, "IQ4_NL": 8.5}
+"""Bits of a weight in memory, with its share of the scales, where files have fewer."""
 MOST_FOR_INT4 = 5.0
 """Types of up to so many bits become int4: Q4_1 has 5 with a scale and a minimum of each block, and
 the types with 5 bits of codes have 5.5."""
@@ -35,6 +44,16 @@ class Stored:
     types: tuple[str, ...]
     """ggml's types, that of most weights first."""
     bits: float
+    architecture: str
+    """ggml's name of the model's family."""
+
+    @property
+    def unserved(self) -> str | None:
+        """Why LvLLM does not serve the files; None if it does."""
+        if self.architecture not in ARCHITECTURES:
+            return f"GGUF files of the architecture {quoted(self.architecture)}"
+        wrong = [name for name in self.types if name not in TYPES]
+        return f"experts in {' and '.join(wrong)}" if wrong else None
 
 
 def size_of(tensors: Collection[GgufTensor]) -> float:
@@ -43,7 +62,11 @@ def size_of(tensors: Collection[GgufTensor]) -> float:
 
 
 def bits_of(
-    experts: Collection[GgufTensor], routed: int, others: Collection[GgufTensor], rest: int
+    experts: Collection[GgufTensor],
+    routed: int,
+    others: Collection[GgufTensor],
+    rest: int,
+    architecture: str,
 ) -> tuple[Bits, Stored]:
     """The bits to plan with, and what the files have.
 
@@ -53,6 +76,7 @@ def bits_of(
     Args:
         routed: how many weights the experts have.
         rest: how many the others have.
+        architecture: ggml's name of the model's family.
     """
     count: Counter[str] = Counter()
     # Biases are floats whatever the weights are.
@@ -64,5 +88,8 @@ def bits_of(
     if format is None:
         format = "int4" if 8 * most.nbytes / most.weights <= MOST_FOR_INT4 else "int8"
     stored = 8 * size_of(experts) / routed
-    bits = Bits(format, max(stored, LEAST[format]), 8 * size_of(others) / rest)
-    return bits, Stored(types, stored)
+    more = sum(WIDER[x.type] * x.weights - 8 * x.nbytes for x in experts if x.type in WIDER)
+    of_file = Stored(types, stored, architecture)
+    # Where the file is served, all but the experts become 16 bits.
+    held = size_of(others) if of_file.unserved else 2 * sum(x.weights for x in others)
+    return Bits(format, max(stored + more / routed, LEAST[format]), 8 * held / rest), of_file

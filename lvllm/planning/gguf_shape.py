@@ -65,6 +65,7 @@ def of_header(header: GgufHeader, name: str) -> ModelShape:
         sum(layer.routed for layer in layers),
         others,
         sum(layer.others for layer in layers) + ends,
+        str(fields.architecture),
     )
     return ModelShape(
         name=name,

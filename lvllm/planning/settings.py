@@ -15,7 +15,7 @@ from lvllm.planning.shape import ModelShape
 from lvllm.settings.variables import BY_KEY
 from lvllm.units import MIB, amount, ranges
 
-__all__ = ["Chosen", "as_command", "as_yaml", "settings_of", "unserved"]
+__all__ = ["LOCAL", "Chosen", "as_command", "as_yaml", "settings_of", "unserved"]
 
 LEAST_SEQUENCES = 16
 """More requests than the plan's users may come at a time; they share its KV cache."""
@@ -35,10 +35,15 @@ class Chosen:
     why: str
 
 
+LOCAL = Chosen("host", "127.0.0.1", "requests from this machine only; docs/security.md says more")
+"""vLLM's own default is all addresses of the machine."""
+
+
 def settings_of(model: ModelShape, machine: Machine, best: Candidate) -> list[Chosen]:
     """What `vllm serve` is told, in the order of a YAML file."""
     load, how = best.load, best.how
     found = [
+        LOCAL,
         Chosen("max-model-len", load.context, "the longest context that was asked for"),
         Chosen(
             "max-num-seqs",
@@ -126,13 +131,13 @@ def _rounded(model: ModelShape, best: Candidate) -> list[Chosen]:
 
 def unserved(model: ModelShape) -> str | None:
     """What the plan is for if LvLLM does not serve the model's files; None if it does."""
-    if model.stored is None:
+    if model.stored is None or (what := model.stored.unserved) is None:
         return None
     bits, stored = model.bits.experts, model.stored.bits
     much = "as many bits a weight" if bits == stored else f"{bits:.2f} bits a weight"
     return (
-        "LvLLM does not serve GGUF files yet: the plan is for the same model in safetensors, with"
-        f" experts in {model.bits.format} of {much}"
+        f"LvLLM does not serve {what}: the plan is for the same model in safetensors, with experts"
+        f" in {model.bits.format} of {much}"
     )
 
 

@@ -37,6 +37,8 @@ __all__ = [
 
 SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Models that are another family's, under a name that transformers does not know."""
+UNNAMED = {"LongcatFlashForCausalLM": "longcat_flash"}
+"""The type of models whose config.json may name an architecture, but no model_type."""
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token")
 """What configurations call the number of experts that a token chooses."""
 UNLIMITED = 1 << 60
@@ -53,7 +55,7 @@ class LayerShape:
     experts: int
     """How many routed experts it has; 0 if it has none."""
     chosen: int
-    """How many of them a token takes."""
+    """How many of them a token takes, on average where some of its choices have no weights."""
     expert: int
     """Weights of one routed expert."""
     others: int
@@ -202,7 +204,7 @@ def of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         PlanError: if transformers does not know the model or refuses its config.json, if the
             quantisation is not supported, or if the model has no routed experts.
     """
-    kind = SAME_AS.get(str(config.get("model_type")), config.get("model_type"))
+    kind = _kind(config)
     text, parameters = _parameters(kind, config, name)
     sizes: dict[int, dict[str, torch.Size]] = defaultdict(dict)
     ends: dict[str, int] = {}
@@ -231,6 +233,14 @@ def of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         heads=_heads(fields),
         rows=rows_of_expert(text),
     )
+
+
+def _kind(config: Mapping[str, Any]) -> Any:
+    """transformers' name for the type of the model; anything else if config.json has none."""
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    if kind is None and isinstance(architectures, list) and architectures:
+        return UNNAMED.get(str(architectures[0]))
+    return SAME_AS.get(str(kind), kind)
 
 
 def _parameters(
@@ -292,15 +302,21 @@ class _Fields:
 
 def _layer(parameters: Mapping[str, torch.Size], config: _Fields, number: int) -> LayerShape:
     experts = routed = others = 0
+    # A token may also choose experts that return their input (LongCat-Flash). They have no weights,
+    # though transformers makes a gate for each of them, which nobody reads.
+    without = config.number("zero_expert_num", 0)
+    most = config.number("n_routed_experts") if without else UNLIMITED
     for name, shape in parameters.items():
         if found := _ROUTED.search(name):
             # Most families stack a layer's experts in one tensor; others number them.
-            experts = max(experts, int(found[1]) + 1 if found[1] else shape[0])
-            routed += math.prod(shape)
+            count = int(found[1]) + 1 if found[1] else min(shape[0], most)
+            experts = max(experts, count)
+            routed += math.prod(shape if found[1] else (count, *shape[1:]))
         else:
             others += math.prod(shape)
     called = next((key for key in CHOSEN if config.get(key)), CHOSEN[0])
-    chosen = config.number(called, most=experts) if experts else 0
+    chosen = config.number(called, most=experts + without) if experts else 0
+    chosen = max(1, round(chosen * experts / (experts + without))) if without else chosen
     cached, attended, in_prompts = _attention(parameters, config)
     kinds = config.get("layer_types") or config.get("layers_block_type")
     sliding = isinstance(kinds, list) and kinds[number : number + 1] == ["sliding_attention"]
@@ -333,9 +349,12 @@ def _attention(parameters: Mapping[str, torch.Size], config: _Fields) -> tuple[i
     rows = {name.split(".")[-2]: shape[0] for name, shape in parameters.items() if "weight" in name}
     heads = config.number("num_attention_heads")
     if "kv_a_proj_with_mqa" in rows:
+        # A layer of LongCat-Flash has attention twice.
+        times = sum(name.endswith("kv_a_proj_with_mqa.weight") for name in parameters)
         rope, latent = config.number("qk_rope_head_dim"), config.number("kv_lora_rank")
         in_prompts = config.number("qk_nope_head_dim") + rope + config.number("v_head_dim")
-        return rows["kv_a_proj_with_mqa"], heads * (2 * latent + rope), heads * in_prompts
+        attended = times * heads * (2 * latent + rope)
+        return times * rows["kv_a_proj_with_mqa"], attended, times * heads * in_prompts
     if "k_proj" not in rows or any(".linear_attn." in f".{name}" for name in parameters):
         return 0, 0, 0  # Linear attention has a state that does not grow.
     cached = rows["k_proj"] + rows.get("v_proj", rows["k_proj"])

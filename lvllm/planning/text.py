@@ -73,7 +73,8 @@ def _model(model: ModelShape) -> dict[str, str]:
         found["GGUF file"] = (
             f"experts in {' and '.join(stored.types)}, {stored.bits:.2f} bits a weight"
         )
-        found["note"] = str(unserved(model))
+        if (note := unserved(model)) is not None:
+            found["note"] = note
     return found
 
 

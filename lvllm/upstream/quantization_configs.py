@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
 )
@@ -25,12 +26,13 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
+from lvllm.checkpoint.gguf.architectures import METHOD
 from lvllm.errors import LayerError
 from lvllm.formats import gptq
 from lvllm.formats.compressed_tensors import ORDERED
 from lvllm.upstream.integer_linear import GptqLinear
 
-__all__ = ["AutoRoundConfig", "CompressedConfig", "GptqConfig", "register"]
+__all__ = ["AutoRoundConfig", "CompressedConfig", "GgufConfig", "GptqConfig", "register"]
 
 
 class GptqConfig(AutoGPTQConfig):
@@ -151,9 +153,51 @@ class AutoRoundConfig(INCConfig):
         return super().get_quant_method(layer, prefix)
 
 
+class GgufConfig(QuantizationConfig):
+    """Experts in the blocks of a GGUF file, beside layers whose weights are computed from theirs.
+
+    vLLM has no such configuration. `section` is what config.json says (`lvllm.formats.gguf`).
+    """
+
+    def __init__(self, section: dict[str, Any]) -> None:
+        super().__init__()
+        self.section = section
+
+    def get_name(self) -> Any:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "GgufConfig":
+        return cls(config)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return the method of a linear layer, which is that of a checkpoint in 16 bits.
+
+        Raises LayerError for experts that a GPU is to hold.
+        """
+        if isinstance(layer, RoutedExperts):
+            raise LayerError(
+                f"{prefix}: experts of a GGUF file are for lk alone:"
+                " LVLLM_GPU_RESIDENT_MOE_LAYERS must not list their layer"
+            )
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
 def register() -> None:
     """Register these classes in the place of vLLM's."""
     for name in (*gptq.DESCRIPTOR.quantizations, "gptq_marlin"):
         register_quantization_config(name)(GptqConfig)
     register_quantization_config("compressed-tensors")(CompressedConfig)
     register_quantization_config("inc")(AutoRoundConfig)
+    register_quantization_config(METHOD)(GgufConfig)

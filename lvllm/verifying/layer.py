@@ -77,5 +77,5 @@ def products(
                     isa=name,
                     tokens=len(x),
                     error=error if error < 1e9 else 1e9,  # NaN, too
-                    bound=bound(layer.activation_bits, want.numel()),
+                    bound=bound(min(layer.activation_bits, layer.w2_activation_bits), want.numel()),
                 )

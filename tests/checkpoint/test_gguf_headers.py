@@ -2,6 +2,7 @@
 
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -56,12 +57,16 @@ def test_every_field_and_tensor_is_as_the_package_reads_it(tmp_path: Path) -> No
     file.close()
     header = open_gguf(path)
     assert header.fields == {"general.architecture": "llama", **values}
+    words = {"tokenizer.ggml.tokens": ["one", "", "three"]}
+    assert open_gguf(path, vocabulary=True).fields == {**header.fields, **words}
     assert header.tensors == {
         tensor.name: GgufTensor(
             tensor.name,
             tuple(int(size) for size in tensor.shape),
             tensor.tensor_type.name,
             int(tensor.n_bytes),
+            path,
+            int(tensor.data_offset),
         )
         for tensor in gguf.GGUFReader(path).tensors
     }
@@ -135,6 +140,24 @@ def test_the_files_of_a_model(tmp_path: Path) -> None:
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "truncated: "),
         (b"GGUF" + struct.pack("<IQQQIIQ", 3, 0, 1, 0, 9, 4, 1 << 62), "truncated: "),
         (b"GGUF" + struct.pack("<IQQQIIQ", 3, 0, 1, 0, 9, 8, 1 << 62), "truncated: "),
+        (
+            b"GGUF"
+            + struct.pack("<IQQ", 3, 1 << 60, 0)
+            + b"".join(struct.pack("<Q6sIQIQ", 6, b"%06d" % i, 1, 32, 0, 0) for i in range(1 << 17))
+            + bytes(99),
+            f"has {1 << 60} tensors, allowed are 131072",
+        ),
+        (
+            b"GGUF"
+            + struct.pack("<IQQ", 3, 0, 1 << 60)
+            + b"".join(struct.pack("<QIB", 0, 0, 0) for _ in range(1 << 12))
+            + bytes(99),
+            f"has {1 << 60} fields, allowed are 4096",
+        ),
+        (
+            b"GGUF" + struct.pack("<IQQQ17sII", 3, 0, 1, 17, b"general.alignment", 4, 0),
+            "field 'general.alignment' is 0, allowed is 1 to 1048576",
+        ),
         # Types that nobody knows.
         (b"GGUF" + struct.pack("<IQQQI", 3, 0, 1, 0, 99), "field '' is of the unknown type 99"),
         (b"GGUF" + struct.pack("<IQQQII", 3, 0, 1, 0, 9, 9) + bytes(8), "field '' is a list of th"),
@@ -195,7 +218,11 @@ def test_a_header_that_is_cut_anywhere(tmp_path: Path) -> None:
     # Behind the last tensor's name are its dimensions' number, three of them, its type and place.
     end = whole.rindex(name) + len(name) + 4 + 3 * 8 + 4 + 8
     path.write_bytes(whole[:end])
-    assert read_gguf_header(path).tensors == read_gguf_header(tmp_path / "whole.gguf").tensors
+    found = read_gguf_header(path).tensors
+    assert found == {
+        name: replace(tensor, file=path)
+        for name, tensor in read_gguf_header(tmp_path / "whole.gguf").tensors.items()
+    }
     for size in range(8, end, 7):
         path.write_bytes(whole[:size])
         assert refusal(path) == f"truncated: has {size} bytes, and its header has more"

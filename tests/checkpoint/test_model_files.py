@@ -113,6 +113,87 @@ def test_values_of_another_kind(key: str, wanted: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SOUND | {key: None}))
     model_files.check(tmp_path, NAMES)
 
+    (tmp_path / "config.json").write_text(json.dumps(SOUND | {"architectures": ["A", None]}))
+    refused(tmp_path, "config.json", 'architectures=["A", null] is not allowed: a list of names')
+
+
+NAMED = "is not allowed: the name of a format is wanted"
+BY_MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+
+
+@pytest.mark.parametrize(
+    ("section", "fault"),
+    [
+        ({"quant_method": 3}, f".quant_method=3 {NAMED}"),
+        ({"quant_method": ["fp8"]}, f'.quant_method=["fp8"] {NAMED}'),
+        ({"quant_method": None}, f".quant_method=null {NAMED}"),
+        ({"quant_method": ""}, f".quant_method='' {NAMED}"),
+        ({"bits": 4}, " has no quant_method: the name of a format is wanted"),
+        (BY_MODELOPT | {"producer": 3}, ".producer=3 is not allowed: an object is wanted"),
+        (BY_MODELOPT | {"quantization": [1]}, ".quantization=[1] is not allowed: an object"),
+    ],
+)
+def test_sections_without_a_format(section: Any, fault: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for key in model_files.SECTIONS:
+        file.write_text(json.dumps(SOUND | {key: section}))
+        refused(tmp_path, "config.json", f"{key}{fault}")
+        model_files.check(tmp_path, NAMES, overridden={key})
+        file.write_text(json.dumps(SOUND | {"text_config": SOUND | {key: section}}))
+        refused(tmp_path, "config.json", f"text_config.{key}{fault}")
+
+
+@pytest.mark.parametrize("section", [None, {}, {"quant_method": "any"}, BY_MODELOPT])
+def test_sections_that_are_left_to_vllm(section: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SOUND | {"quantization_config": section}))
+    model_files.check(tmp_path, NAMES)
+
+
+GOOD = (
+    "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}"
+    "{% break %}{% endfor %}{{ strftime_now('%Y') }}"
+)
+BAD = {
+    "{{ x": "is no valid Jinja: line 1: unexpected end of template",
+    "\n{% for m in messages %}": "is no valid Jinja: line 2: Unexpected end of template",
+    "{{ x | unheard_of }}": "is no valid Jinja: line 1: No filter named 'unheard_of'",
+    "{{ " + "(" * 5000: "is no valid Jinja: maximum recursion depth exceeded",
+}
+
+
+@pytest.mark.parametrize("template", BAD)
+def test_chat_templates_that_are_no_jinja(template: str, tmp_path: Path) -> None:
+    fault = BAD[template]
+    jinja = tmp_path / "chat_template.jinja"
+    jinja.write_text(template)
+    refused(tmp_path, jinja.name, fault)
+    jinja.unlink()
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        listed = [{"name": "default", "template": GOOD}, {"name": "tools", "template": template}]
+        for written in (template, listed, {"default": template}):
+            (tmp_path / name).write_text(json.dumps({"chat_template": written}))
+            refused(tmp_path, name, f"chat_template {fault}")
+        (tmp_path / name).unlink()
+
+
+def test_chat_templates_that_are_sound_or_not_used(tmp_path: Path) -> None:
+    for written in (None, GOOD, [{"name": "default", "template": GOOD}]):
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": written}))
+        model_files.check(tmp_path, NAMES)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{"}))
+    refused(tmp_path, "tokenizer_config.json", "is no valid Jinja")
+    (tmp_path / "chat_template.jinja").write_text(GOOD)
+    model_files.check(tmp_path, NAMES)
+
+
+@pytest.mark.parametrize("written", [3, [3], [{"name": "default"}], [{"template": "x"}], {"a": 1}])
+def test_chat_templates_of_another_kind(written: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": written}))
+    refused(
+        tmp_path, "tokenizer_config.json", f"chat_template={json.dumps(written)} is not allowed"
+    )
+
 
 def test_long_values_are_cut(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_experts": "9" * 10_000}))

@@ -22,6 +22,7 @@ from lvllm.checkpoint.moe_layers import layer_number, moe_layers
         ({"moe_layers_enum": "4,5"}, [4, 5]),  # Step-3
         ({"moe_layer_freq": [0, 1, 1, 1, 1, 0]}, [1, 2, 3, 4]),  # MiMo
         ({"first_k_dense_replace": None}, [0, 1, 2, 3, 4, 5]),
+        ({"model_type": "longcat_flash", "num_layers": 3}, [0, 1, 2]),  # attention counts twice
     ],
 )
 def test_families(fields: dict[str, Any], expected: list[int]) -> None:

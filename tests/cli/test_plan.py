@@ -100,26 +100,46 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], said: str) -> N
     assert said in refusal(plan(*arguments))
 
 
-def test_a_gguf_file_is_planned_and_not_served(tmp_path: Path) -> None:
-    file = small(tmp_path / "model.gguf", Type.Q6_K)
+def test_a_gguf_file_that_is_planned_and_not_served(tmp_path: Path) -> None:
+    file = small(tmp_path / "model.gguf", Type.IQ4_XS)
     for model in (file, tmp_path):
         result = plan(str(model), *SMALL, *SERVER)
         assert result.exit_code == 0, result.output
-        assert "experts in Q6_K, 6.56 bits a weight" in result.output
-        assert "LvLLM does not serve GGUF files yet: the plan is for the same" in result.output
-        assert "experts in int8 of 8.00 bits a weight" in result.output
+        assert "experts in IQ4_XS, 4.25 bits a weight" in result.output
+        assert "LvLLM does not serve experts in IQ4_XS: the plan is for the same" in result.output
+        assert "experts in int4 of 4.50 bits a weight" in result.output
         assert "vllm serve" not in result.output
         settings = yaml.safe_load(result.output.partition("; a GGUF file has no command")[2])
         assert settings["max-model-len"] == 512
         assert "model" not in settings
         found = json.loads(plan(str(model), *SMALL, *SERVER, "--json").stdout)
-        assert found["model"]["gguf"] == {"types": ["Q6_K"], "bits": 6.5625}
-        assert "does not serve GGUF" in found["model"]["unserved"]
+        assert found["model"]["gguf"] == {
+            "types": ["IQ4_XS"],
+            "bits": 4.25,
+            "architecture": "qwen3moe",
+        }
+        assert "does not serve experts in IQ4_XS" in found["model"]["unserved"]
         assert {one["command"] for one in found["candidates"]} == {None}
         assert "model" not in yaml.safe_load(found["candidates"][0]["yaml"])
     served = json.loads(plan(TINY, *SMALL, *SERVER, "--json").stdout)
     assert served["model"]["gguf"] is served["model"]["unserved"] is None
     assert "vllm serve" in served["candidates"][0]["command"]
+
+
+def test_a_gguf_file_that_is_served(tmp_path: Path) -> None:
+    file = small(tmp_path / "model.gguf", Type.Q8_0)
+    result = plan(str(file), *SMALL, *SERVER)
+    assert result.exit_code == 0, result.output
+    assert "experts in Q8_0, 8.50 bits a weight" in result.output
+    assert "does not serve" not in result.output
+    assert f"vllm serve {file} --" in result.output
+    found = json.loads(plan(str(file), *SMALL, *SERVER, "--json").stdout)["model"]
+    assert found["unserved"] is None
+    assert (found["experts_format"], found["expert_bits"], found["other_bits"] // 1) == (
+        "int8",
+        8.5,
+        16,
+    )
 
 
 def test_a_file_of_another_name_is_known_by_its_begin(tmp_path: Path) -> None:
@@ -135,8 +155,9 @@ def test_which_model_of_a_folder(tmp_path: Path) -> None:
     small(tmp_path / "b.gguf")
     said = f"{tmp_path}: the folder has 2 models; name one: {first.name}, b.gguf"
     assert said in refusal(plan(str(tmp_path)))
-    # With a config.json, a folder is what it always was.
+    # With other weights, a folder is what it always was.
     (tmp_path / "config.json").write_text((Path(TINY) / "config.json").read_text())
+    (tmp_path / "model.safetensors").touch()
     assert source.gguf_of(str(tmp_path)) is None
     assert source.folder_of(str(tmp_path)) == tmp_path
 

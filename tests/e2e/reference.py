@@ -37,6 +37,15 @@ def without_experts(model: Any) -> Any:
     return model
 
 
+def without_zero_experts(model: Any) -> Any:
+    """Set the output of a LongCat-Flash's experts without weights to zero."""
+    replaced = [module for module in model.modules() if hasattr(module, "identity_expert")]
+    assert replaced
+    for module in replaced:
+        module.identity_expert.forward = torch.zeros_like
+    return model
+
+
 @torch.no_grad()
 def logprobs(model: Any, prompt: list[int], tokens: list[int], **picture: Any) -> torch.Tensor:
     """Log-probabilities [len(tokens), vocabulary] at the places where `tokens` were chosen.

@@ -63,6 +63,12 @@ FAMILIES = {
         "tested without its indexer, with which vLLM does not run on CPUs: attention covers all"
         " tokens, and the test's prompts are so short that sparse attention would pick them all",
     ),
+    "longcat_flash": Family(
+        "LongCat-Flash-Chat, LongCat-Flash-Thinking",
+        ("longcat-flash",),
+        "needs `custom_ops: [-rotary_embedding]`, which its configuration sets; stock vLLM stops at"
+        " its routing on CPUs",
+    ),
     "gpt_oss": Family("gpt-oss-20b, gpt-oss-120b", ("gpt-oss",)),
     "mixtral": Family("Mixtral-8x7B, 8x22B", ("mixtral",)),
     "nemotron_h": Family("Nemotron-3-Nano-30B-A3B", ("nemotron-h-moe",)),

@@ -10,6 +10,7 @@ experts fails both.
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # them fit.
     "gemma4": {"max_num_batched_tokens": 80},
     "glm4_moe_lite": {"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+    "longcat_flash": {"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
 }
 PROJECTIONS = r"(_proj|_with_mqa)\.weight$"
 # On CPUs with AMX, vLLM's attention of these models (AMX_MLA) rounds this projection's FP8 blocks
@@ -192,23 +194,42 @@ def step3p5_case(name: str, seed: int, tmp: Path) -> Case:
     return Case(name, folder, folder, prompts(seed))
 
 
+def without_tensors(whole: Path, folder: Path, unwanted: str) -> Path:
+    """Copy the checkpoint `whole` without the tensors whose names match."""
+    shutil.copytree(whole, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {key: data for key, data in tensors.items() if not re.search(unwanted, key)}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def sparse_case(name: str, seed: int, tmp: Path) -> Case:
     """DeepSeek-V3.2, which vLLM gets without the indexer, as a DeepSeek-V3.
 
     vLLM has no sparse attention for CPUs. The reference has it, but of up to `index_topk` tokens it
     picks all.
     """
-    whole, dense = make(name, tmp / name, seed), tmp / f"{name}-dense"
-    shutil.copytree(whole, dense)
-    tensors = load_file(dense / "model.safetensors")
-    kept = {key: data for key, data in tensors.items() if ".indexer." not in key}
-    assert len(kept) < len(tensors)
-    save_file(kept, dense / "model.safetensors", {"format": "pt"})
+    whole = make(name, tmp / name, seed)
+    dense = without_tensors(whole, tmp / f"{name}-dense", r"\.indexer\.")
     config = json.loads((dense / "config.json").read_text())
     config = {key: value for key, value in config.items() if not key.startswith("index")}
     config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
     (dense / "config.json").write_text(json.dumps(config))
     return Case(name, dense, whole, prompts(seed))
+
+
+def zero_case(name: str, seed: int, tmp: Path) -> Case:
+    """LongCat-Flash, without the gates that transformers also gives to experts without weights.
+
+    transformers never reads these. Published checkpoints do not have them.
+    """
+    whole = make(name, tmp / name, seed)
+    first = ARCHITECTURES[name][1]["n_routed_experts"]
+    last = first + ARCHITECTURES[name][1]["zero_expert_num"]
+    numbers = "|".join(map(str, range(first, last)))
+    published = without_tensors(whole, tmp / f"{name}-published", rf"\.experts\.({numbers})\.")
+    return Case(name, published, whole, prompts(seed))
 
 
 def vision_case(name: str, seed: int, tmp: Path) -> Case:
@@ -235,6 +256,7 @@ def vision_case(name: str, seed: int, tmp: Path) -> Case:
 MAKERS: dict[str, Callable[[str, int, Path], Case]] = {
     **dict.fromkeys(ARCHITECTURES, text_case),
     "deepseek_v32": sparse_case,
+    "longcat_flash": zero_case,
     "step3p5": step3p5_case,
 }
 # The name of each test, with the function that makes its case and with the case's family.
@@ -283,6 +305,14 @@ def test_every_placeholder_has_its_patch(generated: dict[str, Case]) -> None:
         tokens = vision.ARCHITECTURES[name].pictures.tokens(case.picture)
         for answer in case.answers[:-1]:
             assert answer["prompt"].count(placeholder) == tokens
+
+
+def test_experts_without_weights_give_their_input(generated: dict[str, Case]) -> None:
+    """Without them, the reference for LongCat-Flash must fail the comparison."""
+    case = generated["longcat_flash"]
+    model = reference.without_zero_experts(reference.load(case.values))
+    errors, _ = differences(model, case.asked, case.answers)
+    assert not within_bounds(errors), "a comparison that does not notice zero-computation experts"
 
 
 def test_the_demo_model_gives_the_references_tokens(generated: dict[str, Case]) -> None:

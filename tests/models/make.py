@@ -82,6 +82,11 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "kimi_k2": {"model_type": "kimi_k2"},
+    "longcat_flash": {
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+    },
     "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
 }
@@ -378,6 +383,20 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_chunk_size": 128,
         },
     ),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        {
+            **MLA,
+            "num_layers": 2,
+            "num_hidden_layers": 4,  # each layer has attention twice
+            "ffn_hidden_size": 192,
+            "expert_ffn_hidden_size": 72,
+            "n_routed_experts": 8,
+            "zero_expert_num": 6,
+            "moe_topk": 5,
+            "routed_scaling_factor": 3.0,
+        },
+    ),
     "mellum": (
         "MellumConfig",
         {
@@ -402,10 +421,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+TEXTS = {"qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", ARCHITECTURES["qwen3_next"][1])}
+"""The language models of models with pictures (`tests.models.vision`)."""
+
 
 def make(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a bfloat16 checkpoint of `architecture` to `folder`, with `changes` to its config."""
-    config_class, fields = ARCHITECTURES[architecture]
+    config_class, fields = (ARCHITECTURES | TEXTS)[architecture]
     config = getattr(transformers, config_class)(**{**COMMON, **fields, **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -10,6 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from lvllm.checkpoint.headers import Checkpoint
+from tests.models.gguf import add_fields
 
 __all__ = ["Tensors", "of_checkpoint", "small", "write"]
 
@@ -25,14 +26,7 @@ def write(
     `split` has the fields of a part: no, count and tensors_count.
     """
     file = gguf.GGUFWriter(path, architecture)
-    for name, value in fields.items():
-        full = f"{architecture}.{name}"
-        if isinstance(value, list):
-            file.add_array(full, value)
-        elif isinstance(value, str):
-            file.add_string(full, value)
-        else:
-            file.add_uint32(full, value)
+    add_fields(file, architecture, fields)
     for name, value in split.items():
         file.add_uint32(f"split.{name.replace('_', '.')}", value)
     for name, (shape, kind) in tensors.items():

@@ -81,7 +81,7 @@ def test_a_gguf_file_has_the_shape_of_its_config(
 
 
 def test_the_written_sizes(tmp_path: Path) -> None:
-    model = gguf_shape.of_file(small(tmp_path / "x.gguf"), "x")
+    model = gguf_shape.of_file(small(tmp_path / "x.gguf", Type.IQ4_XS), "x")
     dense, sparse = model.layers
     attention = 2 * 512 * 512 + 2 * 128 * 512
     assert (dense.experts, dense.others) == (0, attention + 1024 * 512)
@@ -104,6 +104,8 @@ def test_the_written_sizes(tmp_path: Path) -> None:
         (Type.IQ4_XS, "int4", 4.5, 4.25),
         (Type.Q2_K, "int4", 4.5, 2.625),
         (Type.Q3_K, "int4", 4.5, 3.4375),
+        (Type.Q5_0, "int8", 8.5, 5.5),
+        (Type.IQ4_NL, "int8", 8.5, 4.5),
         (Type.Q5_K, "int8", 8, 5.5),
         (Type.Q6_K, "int8", 8, 6.5625),
         (Type.Q8_0, "int8", 8.5, 8.5),
@@ -118,7 +120,7 @@ def test_the_nearest_format(
 ) -> None:
     model = gguf_shape.of_file(small(tmp_path / "x.gguf", kind), "x")
     assert (model.bits.format, model.bits.experts) == (format, bits)
-    assert model.stored == Stored((kind.name,), stored)
+    assert model.stored == Stored((kind.name,), stored, "qwen3moe")
 
 
 TENSORS = {
@@ -141,7 +143,7 @@ FIELDS: dict[str, Any] = {
 def test_most_weights_decide_about_the_format(tmp_path: Path) -> None:
     model = gguf_shape.of_file(write(tmp_path / "x.gguf", "llama", FIELDS, TENSORS), "x")
     bits = (4.5 + 4.5 + 6.5625) / 3
-    assert model.stored == Stored(("Q4_K", "Q6_K"), bits)
+    assert model.stored == Stored(("Q4_K", "Q6_K"), bits, "llama")
     assert (model.bits.format, model.bits.experts) == ("int4", bits)
     assert not model.tied
     assert model.context == 4096

@@ -53,6 +53,23 @@ def test_latent_attention() -> None:
     assert layer.attended_in_prompts == 128 * (128 + 64 + 128)
 
 
+def test_experts_without_weights_take_no_memory() -> None:
+    """transformers' own sizes are those of LongCat-Flash, whose config.json has no model_type."""
+    named = {"model_type": "longcat_flash"}
+    model = shape.of_config({"architectures": ["LongcatFlashForCausalLM"]}, "x")
+    assert model == shape.of_config(named, "x")
+    assert (model.routed + model.others) / 1e9 == pytest.approx(560, rel=5e-3)
+    assert len(model.layers) == 28
+    layer = model.layers[3]
+    # A token chooses 12 of 768 experts, of which 512 have weights.
+    assert (layer.experts, layer.chosen, layer.expert) == (512, 8, 3 * 6144 * 2048)
+    assert model.active / 1e9 == pytest.approx(27, rel=0.01)  # its makers' average
+    assert model.cache_bytes(1000) == 1000 * 28 * 2 * 576 * 2  # attention twice in each layer
+    assert layer.attended == 2 * 64 * (2 * 512 + 64)
+    plain = shape.of_config(named | {"zero_expert_num": 0}, "x")
+    assert (plain.layers[3].chosen, plain.routed) == (12, model.routed)
+
+
 def test_sliding_windows_and_linear_attention_keep_less() -> None:
     gpt_oss = shape_of("gpt-oss-120b")  # 36 layers, every second of which looks back 128 tokens
     each = 2 * 8 * 64 * 2  # keys and values of 8 heads, 64 each, 2 bytes
@@ -81,6 +98,7 @@ def test_a_folder_counts_the_bits_of_its_files() -> None:
         ({}, "x: transformers does not know the model_type null"),
         ({"model_type": "llama", "num_hidden_layers": 1}, "x: the model has no routed experts"),
         ({"model_type": "qwen3_moe", "hidden_size": "big"}, "x: transformers does not build"),
+        ({"architectures": [["x"]]}, "x: transformers does not know the model_type null"),
         ({"model_type": {"a": 1}}, "x: transformers does not know the model_type"),
         ({"model_type": "mixtral", "num_hidden_layers": 1 << 40}, "x: transformers does not build"),
         ({"model_type": "mixtral", "text_config": 7}, "x: transformers does not build"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lvllm.engine import ExpertLayer, LinearLayer
+from lvllm.engine import ExpertLayer, LinearLayer, bank
 from lvllm.engine.weight_formats import FORMATS, GROUP_SIZES
 from tests.fuzz.choices import Choices
 from tests.random_layers import ACTIVATIONS, Layer, Random, random_layer
@@ -25,8 +25,11 @@ FACTORS = (0.0, -1.0, 7.0, 1e-40, 1e38, float("inf"), float("nan"))
 
 def one_input(data: bytes) -> None:
     choices = Choices(data)
-    if choices.below(8) == 0:
+    kind = choices.below(8)
+    if kind == 0:
         _linear(choices)
+    elif kind == 1:
+        _memory(choices)
     else:
         _experts(choices)
 
@@ -105,6 +108,13 @@ def _linear(choices: Choices) -> None:
     layer = _refused(lambda: LinearLayer(weight, format=format, activation_bits=bits))
     if layer is not None and (y := _refused(lambda: layer(x))) is not None:
         assert y.shape == (*x.shape[:-1], weight.shape[0])
+
+
+def _memory(choices: Choices) -> None:
+    shape = [choices.of(NUMBERS) for _ in range(choices.below(5))]
+    dtype, parts = choices.of(DTYPES), choices.of(NUMBERS)
+    memory = _refused(lambda: bank.allocate(shape, dtype, parts=parts))
+    assert memory is None or list(memory.shape) == shape
 
 
 def _changed(value: Any, choices: Choices) -> Any:

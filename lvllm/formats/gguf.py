@@ -1,0 +1,322 @@
+"""GGUF files: blocks of weights with their scales, whose type each tensor chooses for itself.
+
+`TYPES` has, for each of ggml's types that lk computes, how a row of blocks is held in memory. lk
+wants integers and scales apart where it knows the format from elsewhere, so that blocks of these
+types are taken apart as they arrive. K-quants are blocks for lk, too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from lvllm.checkpoint.gguf.architecture import EXPERTS
+from lvllm.checkpoint.gguf.architectures import METHOD
+from lvllm.checkpoint.headers import CheckpointError, TensorInfo
+from lvllm.checkpoint.moe_layers import layer_number
+from lvllm.engine.weight_formats import BLOCK_FORMATS, BLOCK_WEIGHTS, GROUPED
+from lvllm.formats.base import ExpertFormat, Shape, add_parameter, wrong_shape
+from lvllm.formats.descriptor import PLAIN, Descriptor, Section, Stored
+
+__all__ = ["DESCRIPTOR", "TYPES", "Gguf", "Held", "check_types", "find", "held", "on_cpu_alone"]
+
+Split = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Takes blocks apart: uint8 [rows, blocks, bytes of a block] -> codes [rows, ...] as lk has them,
+and scales [rows, blocks]."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """How lk holds the experts of one of ggml's types."""
+
+    format: str | None
+    """lk's format; None: that of the model's dtype."""
+    bits: int
+    """Of a weight, without its share of the scales."""
+    weights: int
+    """In a block."""
+    nbytes: int
+    """Of a block."""
+    dtype: torch.dtype | None = torch.uint8
+    """Of the weights in memory; None: the model's."""
+    width: int = 0
+    """Elements of `dtype` that a block takes in memory; 0: as many as in the file."""
+    split: Split | None = None
+    """None: the blocks stay as they are in the file."""
+    scale: torch.dtype = torch.float16
+    """Of the scales, if the blocks are taken apart."""
+    factors: tuple[int, ...] = ()
+    """Where a block that stays as it is has numbers in float16, in bytes."""
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the file has blocks of bytes, and not plain numbers."""
+        return self.weights > 1
+
+    def columns(self, weights: int) -> int:
+        """Elements of the file's tensor that hold so many weights of a row."""
+        return weights // self.weights * self.nbytes if self.is_raw else weights
+
+    def elements(self, weights: int) -> int:
+        """Elements of the memory that hold so many weights of a row."""
+        return weights // self.weights * self.width if self.width else self.columns(weights)
+
+
+def _codes(packed: torch.Tensor) -> torch.Tensor:
+    """Codes of 4 bits, each in a byte: uint8 [rows, blocks, 16] -> [rows, blocks, 32].
+
+    A block of ggml has its first 16 weights in the low halves of its bytes, and the others in the
+    high halves.
+    """
+    return torch.cat((packed & 15, packed >> 4), -1)
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Neighbours in one byte, as lk has them: uint8 [rows, blocks, 16] -> [rows, blocks * 16]."""
+    halves = _codes(packed)
+    return (halves[..., ::2] | halves[..., 1::2] << 4).flatten(1)
+
+
+def _q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    return blocks[..., 2:].flatten(1).view(torch.int8), scale
+
+
+def _q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    return _nibbles(blocks[..., 2:]), scale
+
+
+def _q5_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of 5 bits become integers of 8, since lk has none of 5. Their values are the same."""
+    scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    fifth = (blocks[..., 2:6, None] >> torch.arange(8) & 1).flatten(-2)
+    return ((_codes(blocks[..., 6:]) | fifth << 4).to(torch.int8) - 16).flatten(1), scale
+
+
+def _iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A code is the number of one of 16 integers, which fit into 8 bits."""
+    from gguf.quants import IQ4_NL
+
+    scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    integers = torch.tensor(IQ4_NL.kvalues, dtype=torch.int8)
+    return integers[_codes(blocks[..., 2:]).int()].flatten(1), scale
+
+
+def _mxfp4(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _nibbles(blocks[..., 1:]), blocks[..., 0]
+
+
+def _k_quant(format: str, bits: int, *factors: int) -> Held:
+    """Blocks that lk computes as they are in the file."""
+    return Held(format, bits, BLOCK_WEIGHTS, BLOCK_FORMATS[format].block_bytes, factors=factors)
+
+
+TYPES: dict[str, Held] = {
+    "Q8_0": Held("int8", 8, 32, 34, torch.int8, width=32, split=_q8_0),
+    "Q5_0": Held("int8", 8, 32, 22, torch.int8, width=32, split=_q5_0),
+    "IQ4_NL": Held("int8", 8, 32, 18, torch.int8, width=32, split=_iq4_nl),
+    "Q4_0": Held("int4", 4, 32, 18, width=16, split=_q4_0),
+    "MXFP4": Held("mxfp4", 4, 32, 17, width=16, split=_mxfp4, scale=torch.uint8),
+    "Q2_K": _k_quant("q2_k", 2, 80, 82),
+    "Q3_K": _k_quant("q3_k", 3, 108),
+    "Q4_K": _k_quant("q4_k", 4, 0, 2),
+    "Q5_K": _k_quant("q5_k", 5, 0, 2),
+    "Q6_K": _k_quant("q6_k", 6, 208),
+    "F16": Held("fp16", 16, 1, 2, torch.float16),
+    "BF16": Held("bf16", 16, 1, 2, torch.bfloat16),
+    "F32": Held(None, 16, 1, 4, None),
+}
+"""ggml's types of routed experts that are served."""
+GROUP = 32
+"""The group size of int8 and int4, which may have others."""
+
+
+@dataclass(frozen=True)
+class StoredBlocks(Stored):
+    """How the weights of one module are stored, and the size of a block."""
+
+    weights: int = 1
+    nbytes: int = 2
+
+
+def types_of(section: Section, module: str) -> tuple[str, str, str] | None:
+    """ggml's types of the experts (gate, up, down) in the layer of a module, by config.json.
+
+    None: the layer has no routed experts.
+    """
+    number = layer_number(module)
+    types = section.get("experts", {}).get(str(number))
+    return None if types is None else (types[0], types[1], types[2])
+
+
+def check_types(section: Section, where: str) -> None:
+    """Check that lk computes all routed experts.
+
+    Args:
+        section: `quantization_config` of config.json.
+        where: the name of the file, for the error.
+
+    Raises:
+        CheckpointError: in one line, with the tensor, its type and what is allowed.
+    """
+    for layer, types in section["experts"].items():
+        # Without a gate, its type is that of up.
+        for name, kind in sorted(
+            zip(EXPERTS, types, strict=True), key=lambda one: "gate" in one[0]
+        ):
+            if kind not in TYPES:
+                raise CheckpointError(
+                    f"{where}: tensor 'blk.{layer}.{name}.weight': experts of the type {kind} are"
+                    f" not served; served are {', '.join(TYPES)}"
+                )
+        if types[1] != types[0]:
+            raise CheckpointError(
+                f"{where}: tensor 'blk.{layer}.{EXPERTS[1]}.weight': is {types[1]}, and"
+                f" {EXPERTS[0]} is {types[0]}: lk computes experts whose gate and up have one type"
+            )
+
+
+def on_cpu_alone(section: Section) -> str | None:
+    """The first experts that no kernel of a GPU computes, in a few words; None: they all do."""
+    for layer, (gate, _, down) in section.get("experts", {}).items():
+        if gate != down:
+            return f"experts of layer {layer} are {gate} and {down}"
+        if TYPES[gate].format in BLOCK_FORMATS:
+            return f"experts of layer {layer} are {gate}"
+    return None
+
+
+def _stored(section: Section, module: str) -> Stored:
+    types = types_of(section, module)
+    if types is None or ".experts." not in module:
+        return PLAIN
+    down = module.rpartition(".")[2] in ("down_proj", "w2")
+    held = TYPES.get(types[2 if down else 0])
+    if held is None:
+        return Stored(8, computable=False)
+    return StoredBlocks(held.bits, weights=held.weights, nbytes=held.nbytes)
+
+
+def _weights_in(tensor: TensorInfo, stored: Stored) -> int:
+    """The number of weights in an expert's tensor."""
+    held = stored if isinstance(stored, StoredBlocks) else StoredBlocks(stored.bits)
+    return tensor.nbytes // held.nbytes * held.weights
+
+
+DESCRIPTOR = Descriptor(
+    "GGUF",
+    stored=_stored,
+    quantizations=(METHOD,),
+    quant_methods=(METHOD,),
+    weights_in=_weights_in,
+)
+
+
+def find(quant_config: Any, layer: Any, prefix: str) -> "Gguf | None":
+    """Experts of a GGUF file, whose types vLLM's configuration has from config.json."""
+    return Gguf(*held(quant_config, prefix)) if DESCRIPTOR.describes(quant_config) else None
+
+
+def held(quant_config: Any, prefix: str) -> tuple[Held, Held]:
+    """How the experts of the layer `prefix` are held: gate and up, and down."""
+    types = types_of(quant_config.section, prefix)
+    if types is None:
+        raise ValueError(f"{prefix}: the GGUF file has no experts for this layer")
+    gate, _, down = types
+    return TYPES[gate], TYPES[down]
+
+
+class Gguf(ExpertFormat):
+    """w13_weight [E, 2I, ...] (gate rows, then up rows) and w2_weight [E, H, ...], as `Held` says.
+
+    Args:
+        w13: how gate and up are held.
+        w2: how down is held.
+    """
+
+    together = False
+    """Whether gate and up come as one tensor, a row of each in turn."""
+
+    def __init__(self, w13: Held, w2: Held) -> None:
+        self.held = {"w13": w13, "w2": w2}
+        self.bits = max(w13.bits, w2.bits)
+        self.scales: dict[str, torch.Tensor] = {}
+
+    def create_weights(
+        self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
+    ) -> None:
+        for name, parts, rows, columns in shape.matrices:
+            held = self.held[name]
+            if columns % held.weights:
+                raise ValueError(
+                    f"{name} has {columns} columns in this process, and blocks of {held.weights}"
+                )
+            size = (shape.experts, rows, held.elements(columns))
+            memory = shape.allocate(size, held.dtype or dtype, parts=parts)
+            if held.split is not None:
+                scale_size = (shape.experts, rows, columns // held.weights)
+                self.scales[name] = torch.empty(scale_size, dtype=held.scale)
+            of_tensor = rows if self.together else rows // parts
+            place = self._placing(layer, name, of_tensor, held.columns(columns))
+            add_parameter(layer, f"{name}_weight", memory, attributes, place=place)
+
+    def _placing(self, layer: Any, name: str, rows: int, columns: int) -> Callable[..., None]:
+        """The function that copies an expert's tensor to its place.
+
+        `rows` and `columns` are the size of the tensor in this process, as the file has it.
+        """
+        held = self.held[name]
+        rank, ranks = layer.moe_config.tp_rank, layer.moe_config.moe_parallel_config.tp_size
+
+        def refuse_any(bad: torch.Tensor) -> None:
+            if bad.any():
+                raise ValueError(f"{int(bad.sum())} of its scales are NaN or infinite")
+
+        def check_factors(rows_of_blocks: torch.Tensor) -> None:
+            for at in held.factors:
+                blocks = rows_of_blocks.unflatten(1, (-1, held.nbytes))
+                refuse_any(~blocks[..., at : at + 2].contiguous().view(torch.float16).isfinite())
+
+        def place(data: torch.Tensor, expert: int, loaded: torch.Tensor, shard: str) -> None:
+            divided = 1 if name == "w2" else 0
+            wanted = [rows, columns]
+            wanted[divided] *= ranks
+            if list(loaded.shape) != wanted:
+                raise ValueError(wrong_shape(loaded.shape, wanted))
+            share = (rows, columns)[divided]
+            here = loaded.narrow(divided, rank * share, share)
+            first = rows if shard == "w3" else 0
+            to = data[expert, first : first + rows]
+            if held.split is None:
+                to.copy_(here)
+                check_factors(to)
+                return
+            blocks = torch.empty((rows, columns), dtype=torch.uint8)
+            blocks.copy_(here)
+            codes, scale = held.split(blocks.view(rows, -1, held.nbytes))
+            refuse_any(scale == 255 if scale.dtype == torch.uint8 else ~scale.isfinite())
+            to.copy_(codes)
+            self.scales[name][expert, first : first + rows].copy_(scale)
+
+        return place
+
+    def tensors(self, layer: Any) -> dict[str, Any]:
+        own = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        weights: Mapping[str, torch.Tensor] = {
+            "w13": layer.w13_weight.data,
+            "w2": layer.w2_weight.data,
+        }
+        formats = {
+            name: held.format or own[weights[name].dtype] for name, held in self.held.items()
+        }
+        scales = {f"{name}_scale": scale for name, scale in self.scales.items()}
+        self.scales = {}
+        found: dict[str, Any] = {"format": formats["w13"], **weights, **scales}
+        if formats["w2"] != formats["w13"]:
+            found["w2_format"] = formats["w2"]
+        if any(format in GROUPED for format in formats.values()):
+            found["group_size"] = GROUP
+        return found
