@@ -35,7 +35,8 @@ class Arrivals:
     A tensor is wanted for every parameter called w13_NAME or w2_NAME, for each projection of it and
     each expert of this process, except for parameters with the attribute `optional`. vLLM's weight
     loader copies the tensors, except for parameters with the attribute `place`: that function takes
-    an expert's part of the parameter, the tensor and its projection, and copies it itself.
+    the parameter's data, the number of an expert in it, the tensor and its projection, and copies
+    it itself.
 
     Args:
         layer: the layer; its parameters may be registered later.
@@ -137,7 +138,7 @@ class Arrivals:
     @staticmethod
     def _place(param: Any, local: int, tensor: torch.Tensor, shard: str) -> None:
         try:
-            param.place(param.data[local], tensor, shard)
+            param.place(param.data, local, tensor, shard)
         except LvllmError:
             raise
         except ValueError as error:

@@ -157,7 +157,7 @@ class Converted(ExpertFormat):
         """The converted weights, and the source's other tensors, such as biases, as they are."""
         suffixes = ("", "_scale", "_zero", "_order", "_global_scale")
         replaced = {f"{name}{suffix}" for name in ("w13", "w2") for suffix in suffixes}
-        replaced |= {"format", "group_size"}
+        replaced |= {"format", "w2_format", "group_size"}
         converted = {name: value for name, value in tensors.items() if name not in replaced}
         if not self.results:
             self._allocate_results()

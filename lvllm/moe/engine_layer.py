@@ -27,7 +27,7 @@ def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> Ex
         if layer.moe_config.tp_rank != 0:
             w2_bias.zero_()  # The outputs of all ranks are summed, so one rank alone adds the bias.
         stored |= {"w13_bias": w13_bias, "w2_bias": w2_bias}
-    stored["activation_bits"] = preferred_activation_bits(stored["format"], activation_bits)
+    stored |= _activation_bits(stored, activation_bits)
     publisher = sharing.publisher()
     if publisher is None:
         return _expert_layer(layer, stored)
@@ -45,10 +45,18 @@ def make_of_shared(
     `activation_bits` is this process's own setting: the weights are the same for all values of it.
     """
     stored = follower.receive(layer.layer_name)
-    stored["activation_bits"] = preferred_activation_bits(stored["format"], activation_bits)
+    stored |= _activation_bits(stored, activation_bits)
     expert_layer = _expert_layer(layer, stored, ordered=True)
     follower.close_with(expert_layer)
     return expert_layer
+
+
+def _activation_bits(stored: dict[str, Any], wanted: int | None) -> dict[str, int]:
+    """The numbers of bits of a layer's activations, for each of its formats."""
+    bits = {"activation_bits": preferred_activation_bits(stored["format"], wanted)}
+    if w2_format := stored.get("w2_format"):
+        bits["w2_activation_bits"] = preferred_activation_bits(w2_format, wanted)
+    return bits
 
 
 def _expert_layer(layer: Any, stored: dict[str, Any], **options: Any) -> ExpertLayer:

@@ -178,6 +178,11 @@ class HybridMoEMethod(FusedMoEMethodBase):
         topk_ids [M, k] are the model's expert ids. An id of -1 stands for no expert, and the engine
         skips it. With expert parallelism the ids of other ranks' experts become -1 too.
         """
+        bias = layer.e_score_correction_bias
+        if bias is not None and len(bias) > self.moe.num_experts:
+            # In the places of experts that return their input (LongCat-Flash), vLLM leaves expert 0
+            # with the weight 0, for which nobody should read an expert.
+            topk_ids = topk_ids.masked_fill(topk_weights == 0, -1)
         if self.offload is not None or self.moe.dp_size > 1:
             topk_ids = _without_padding(topk_ids)
         if layer.expert_map is not None:

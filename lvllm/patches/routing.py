@@ -1,11 +1,11 @@
-"""Routing that vLLM's CPU platform lacks: sigmoid scores or a correction bias, without groups."""
+"""Routing that vLLM's CPU platform lacks: sigmoid scores, correction biases, zero experts."""
 
 from importlib.util import find_spec
 from typing import Any
 
 from lvllm.patches.registry import Unless, patch
 
-__all__ = ["route_in_one_group"]
+__all__ = ["route_in_one_group", "route_to_zero_experts"]
 
 
 def _has_no_router() -> bool:
@@ -41,3 +41,45 @@ def route_in_one_group(original: Any) -> Any:
                 self.routed_scaling_factor = 1.0  # as in vLLM's router for these on GPUs
 
     return __init__
+
+
+@patch(
+    "vllm.model_executor.layers.fused_moe.router.zero_expert_router:ZeroExpertRouter"
+    "._compute_routing",
+    signature="(self, hidden_states, router_logits, indices_type, *, input_ids=None)",
+    why="vLLM routes LongCat-Flash and computes its zero-computation experts, which return their"
+    " input, with kernels for GPUs only. PyTorch does the same.",
+    upstream="none, because nothing was proposed yet",
+    until="ZeroExpertRouter runs on CPUs",
+    platform="cpu",
+)
+def route_to_zero_experts(original: Any) -> Any:
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import _grouped_topk
+
+    def _compute_routing(
+        self: Any,
+        hidden_states: Any,
+        router_logits: Any,
+        indices_type: Any,
+        *,
+        input_ids: Any = None,
+    ) -> Any:
+        weights, ids = _grouped_topk(
+            router_logits,
+            topk=self.top_k,
+            renormalize=self.renormalize,
+            num_expert_group=1,
+            topk_group=1,
+            scoring_func=self.scoring_func,
+            routed_scaling_factor=self.routed_scaling_factor,
+            e_score_correction_bias=self.e_score_correction_bias,
+        )
+        zero = ids >= self.num_logical_experts
+        factor = weights.masked_fill(~zero, 0).sum(dim=-1, keepdim=True)
+        # vLLM adds this to the sum of the other experts.
+        self._zero_expert_output = (hidden_states * factor).to(hidden_states.dtype)
+        # As vLLM does, for its kernels on CPUs compute wrong values for the id -1.
+        ids = ids.masked_fill(zero, 0).to(indices_type or ids.dtype)
+        return weights.masked_fill(zero, 0), ids
+
+    return _compute_routing

@@ -141,7 +141,11 @@ def test_a_tensor_of_all_experts() -> None:
 
 def test_a_parameter_that_places_its_tensors() -> None:
     loading = Loading()
-    loading.layer.add("w2_g_idx", 4, place=lambda data, loaded, shard: data.copy_(loaded * 7))
+
+    def place(data: torch.Tensor, expert: int, loaded: torch.Tensor, shard: str) -> None:
+        data[expert].copy_(loaded * 7)
+
+    loading.layer.add("w2_g_idx", 4, place=place)
     loading.arrivals.expect(2)
     assert loading.bring("w2_g_idx", FIRST + 1, "w2", 4)
     assert not loading.bring("w2_g_idx", 0, "w2", 4)
@@ -149,7 +153,7 @@ def test_a_parameter_that_places_its_tensors() -> None:
 
 
 def test_a_tensor_that_does_not_fit_its_parameter() -> None:
-    def place(data: torch.Tensor, loaded: torch.Tensor, shard: str) -> None:
+    def place(data: torch.Tensor, expert: int, loaded: torch.Tensor, shard: str) -> None:
         raise ValueError("has 4 columns, wanted 8")
 
     loading = Loading()

@@ -32,6 +32,14 @@ from lvllm.upstream.quantization_configs import CompressedConfig, GptqConfig
 from tests.random_layers import Layer, Random
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19
+# The arguments that all layers share.
+SIZES: dict[str, Any] = {
+    "num_experts": EXPERTS,
+    "top_k": TOPK,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "params_dtype": torch.bfloat16,
+}
 # By activation: the arguments of vLLM's layer, and the arguments of `ExpertLayer` that they become.
 LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "silu": ({}, {}),
@@ -81,11 +89,7 @@ def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) ->
     stored = tensors(random, gate, up, bias)
     with set_current_vllm_config(vllm_config):
         runner = FusedMoEFactory(
-            num_experts=EXPERTS,
-            top_k=TOPK,
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            params_dtype=torch.bfloat16,
+            **SIZES,
             activation=name.removesuffix("_with_limit"),
             has_bias=bias,
             prefix=f"{request.node.name}.mlp.experts",
@@ -118,6 +122,43 @@ def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) ->
     expected = Layer(of_layer | expected_arguments).reference(x, ids, weights)
     # Rounding the result to bfloat16 makes an error of 1.7e-3. avx512_bf16 and amx round earlier,
     # too.
+    assert (out.float() - expected).norm() <= 5e-3 * expected.norm()
+
+
+def test_no_expert_is_read_for_those_without_weights(vllm_config: VllmConfig) -> None:
+    """vLLM leaves expert 0 in their places. It is all NaN here, and no token chooses it itself."""
+    random, zero, scale = Random(randrange(1 << 30)), 4, 1.5
+    stored = tensors(random, "gate_proj", "up_proj", bias=False)
+    bias = torch.rand(EXPERTS + zero) / 4
+    bias[0] = -2
+    with set_current_vllm_config(vllm_config):
+        runner = FusedMoEFactory(
+            **SIZES,
+            renormalize=False,
+            routed_scaling_factor=scale,
+            zero_expert_type="identity",
+            e_score_correction_bias=torch.nn.Parameter(bias),
+            prefix="without_weights.mlp.experts",
+        )
+        layer = runner.routed_experts
+        unread = {name: tensor * torch.nan for name, tensor in stored.items() if name[0] == "0"}
+        assert len(set(layer.load_weights((stored | unread).items()))) == 2
+        layer.quant_method.process_weights_after_loading(layer)
+        x = random.normal(TOKENS, HIDDEN).bfloat16()
+        logits = random.normal(TOKENS, EXPERTS + zero)
+        with set_forward_context(None, vllm_config), torch.no_grad():
+            out = runner(hidden_states=x, router_logits=logits)
+    scores = logits.softmax(-1)
+    ids = (scores + bias).topk(TOPK).indices
+    weights = scores.gather(1, ids) * scale
+    without = ids >= EXPERTS
+    assert without.any()
+    assert not without.all()
+    names = [[f"{e}.{n}.weight" for n in ("gate_proj", "up_proj")] for e in range(EXPERTS)]
+    w13 = torch.stack([torch.cat([stored[name] for name in pair]) for pair in names])
+    w2 = torch.stack([stored[f"{e}.down_proj.weight"] for e in range(EXPERTS)])
+    expected = Layer({"format": "bf16", "w13": w13, "w2": w2}).reference(x, ids, weights)
+    expected += x.float() * weights.masked_fill(~without, 0).sum(-1, keepdim=True)
     assert (out.float() - expected).norm() <= 5e-3 * expected.norm()
 
 

@@ -37,8 +37,13 @@ def test_ranks_compute_each_expert_once(ranks: int, placement: Any) -> None:
 
     def rank_of(expert_map: torch.Tensor | None, mine: Any) -> torch.Tensor:
         layer = ExpertLayer(format="bf16", w13=w13[mine].bfloat16(), w2=w2[mine].bfloat16())
-        fields = {"expert_map": expert_map, "engine": layer, "engine_handle": layer.handle}
-        out = method.apply(SimpleNamespace(**fields), x.bfloat16(), weights, ids, None, None)
+        moe = SimpleNamespace(
+            expert_map=expert_map,
+            engine=layer,
+            engine_handle=layer.handle,
+            e_score_correction_bias=None,
+        )
+        out = method.apply(moe, x.bfloat16(), weights, ids, None, None)
         return out.float()
 
     parts = []
