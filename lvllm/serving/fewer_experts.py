@@ -7,22 +7,21 @@ numbers. vLLM has the means, since it lets the values of config.json be replaced
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lvllm.planning.errors import PlanError
-from lvllm.planning.shape import CHOSEN, ModelShape, read_config
+from lvllm.planning.shape import CHOSEN, ModelShape
 
 __all__ = ["override", "with_fewer"]
 
 
-def override(folder: Path, count: int) -> str:
+def override(config: Mapping[str, Any], where: str, count: int) -> str:
     """What `vllm serve --hf-overrides` is told so that a token takes `count` experts.
 
-    Raises PlanError if config.json in `folder` does not say how many a token takes, or if `count`
-    is not below that.
+    `config` is the model's config.json, and `where` names it.
+
+    Raises PlanError if it does not say how many a token takes, or if `count` is not below that.
     """
-    config = read_config(folder)
     text = config.get("text_config")
     for section, outer in ((text, "text_config"), (config, None)):
         if not isinstance(section, Mapping):
@@ -35,9 +34,7 @@ def override(folder: Path, count: int) -> str:
                 raise PlanError(f"--experts-per-token {count}: allowed are 1 to {trained}")
             found: dict[str, Any] = {key: count}
             return json.dumps(found if outer is None else {outer: found})
-    raise PlanError(
-        f"--experts-per-token {count}: {folder / 'config.json'} has none of {', '.join(CHOSEN)}"
-    )
+    raise PlanError(f"--experts-per-token {count}: {where} has none of {', '.join(CHOSEN)}")
 
 
 def with_fewer(model: ModelShape, count: int) -> ModelShape:

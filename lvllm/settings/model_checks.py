@@ -5,13 +5,18 @@ setting, its value and what is allowed.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lvllm import formats
+from lvllm.checkpoint import Checkpoint, CheckpointError
+from lvllm.checkpoint.model_files import CONFIG, config_of
 from lvllm.checkpoint.moe_layers import moe_layers
+from lvllm.errors import quoted
 from lvllm.settings import online
 from lvllm.settings.configuration import Accelerator
 from lvllm.settings.division import check_rows
@@ -25,16 +30,32 @@ __all__ = [
     "check_features",
     "check_model",
     "check_weights",
+    "check_without_experts",
     "dense_weight",
     "is_moe",
 ]
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
-V3_TYPES = ("deepseek_v3", "deepseek_v32", "kimi_k2")
 V3_ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-"""What published DeepSeek-V3, V3.2 and Kimi-K2 have in config.json."""
+LONGCAT = {"zero_expert_type": "identity", "mla_scale_q_lora": True, "mla_scale_kv_lora": True}
+UNWRITTEN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "kimi_k2"), V3_ROUTING),
+    "longcat_flash": LONGCAT,
+}
+"""What published checkpoints have in config.json, transformers does not write, and vLLM needs."""
 ENABLED = "LVLLM_MOE_NUMA_ENABLED=1"
+EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+_OF_EXPERTS = re.compile(r"\.(experts|block_sparse_moe)\.")
+"""Part of the name of a tensor of experts, in all families."""
 
 
 def is_moe(model: Any) -> bool:
@@ -57,13 +78,10 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
             f" {ENABLED} yet: allowed are unquantised bfloat16 and float16"
             f" checkpoints, and {', '.join(formats.QUANTIZATIONS)}"
         )
-    _check_routing(model)
-    zero_experts = getattr(model.hf_text_config, "zero_expert_num", None)
-    if zero_experts and accelerator != "cuda":
-        raise SettingError(
-            f"{model.model} has {zero_experts} zero-computation experts, which vLLM routes and"
-            " computes on GPUs only (LongCat-Flash)"
-        )
+    _check_top_k(model)
+    _check_purpose(model)
+    _check_unwritten(model)
+    _check_zero_experts(model, parallel)
     if parallel.worker_cls != (GPU_WORKER if accelerator == "cuda" else CPU_WORKER):
         raise SettingError(
             f"worker-cls={parallel.worker_cls!r} is not allowed with {ENABLED}:"
@@ -82,20 +100,127 @@ def check_model(vllm_config: Any, accelerator: Accelerator) -> None:
     check_rows(model, parallel)
 
 
-def _check_routing(model: Any) -> None:
-    """Refuse a DeepSeek-V3 whose config.json does not say how it routes.
+def check_without_experts(model: Any) -> None:
+    """Refuse a model that has no experts by its config.json, and has weights of experts.
 
-    transformers does not write it, and vLLM would route as in DeepSeek-V2.
+    Some families have models without experts, whose config.json says 0 or null. vLLM would build
+    such a model, and end in any error when the weights of the experts come.
+
+    Raises CheckpointError.
+    """
+    folder, said = Path(model.model), _written(model, EXPERTS)
+    key = next((key for key, value in said.items() if not value), None)
+    if key is None or not folder.is_dir():
+        return
+    try:
+        tensors = Checkpoint.open(folder).tensors
+    except CheckpointError:
+        return  # What LvLLM leaves to vLLM may be in other files.
+    found = next((name for name in tensors if _OF_EXPERTS.search(name)), None)
+    if found is not None:
+        wanted = f"from 1 is wanted, since the files have weights of experts: {found!r}"
+        raise _refuse_number(model, key, said[key], wanted)
+
+
+def _check_top_k(model: Any) -> None:
+    """Refuse a number of experts for each token that is none, or more than there are.
+
+    A model that says it in a way of its own is checked when its layers are built.
+    """
+    said = _written(model, TOP_K)
+    # LongCat-Flash chooses among experts that compute nothing, too.
+    experts = model.get_num_experts() + (getattr(model.hf_text_config, "zero_expert_num", 0) or 0)
+    for value in said.values():
+        # Some models have a number for each layer.
+        chosen = max(value, default=None) if isinstance(value, list) else value
+        if chosen is not None and 1 <= chosen <= experts:
+            return
+    if said:
+        key, value = next(iter(said.items()))
+        wanted = f"from 1 to {experts} is wanted, as the model has {experts} experts"
+        raise _refuse_number(model, key, value, wanted)
+
+
+def _check_purpose(model: Any) -> None:
+    """Refuse a config.json without `architectures`, with which vLLM would answer no prompt.
+
+    It takes the class of the model's type then, which has no head, and makes embeddings of it.
+    """
+    written, overrides = _config(model), model.hf_overrides
+    if (
+        not written
+        or written.get("architectures")
+        or (isinstance(overrides, dict) and overrides.get("architectures"))
+        or (model.runner, model.runner_type) != ("auto", "pooling")
+    ):
+        return
+    raise CheckpointError(
+        f"{_config_file(model)}: has no architectures: a list with the name of the model's class is"
+        f" wanted, since vLLM would take {model.architectures[0]}, which makes embeddings;"
+        " --runner pooling serves those"
+    )
+
+
+def _written(model: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The values of those `names` that the model has; those in its config.json come first.
+
+    transformers has other names for some of them, and fills in what is left out.
+    """
+    config, written = model.hf_text_config, _config(model)
+    text = written.get("text_config") or {}
+    known = [name for name in names if hasattr(config, name)]
+    known.sort(key=lambda name: name not in written and name not in text)
+    return {name: getattr(config, name) for name in known}
+
+
+def _refuse_number(model: Any, key: str, value: Any, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"{_config_file(model)}: {key}={quoted(value)} is not allowed: a whole number {wanted}"
+    )
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """What a config.json in a local folder says, which has been checked; {} without one."""
+    file = _config_file(model)
+    return config_of(file.parent) if file.is_file() else {}
+
+
+def _config_file(model: Any) -> Path:
+    return Path(model.hf_config_path or model.model) / CONFIG
+
+
+def _check_unwritten(model: Any) -> None:
+    """Refuse a config.json that lacks what vLLM cannot run the model without.
+
+    A DeepSeek-V3 would be routed as in DeepSeek-V2, and LongCat-Flash would end in a traceback.
     """
     config = model.hf_text_config
-    if config.model_type not in V3_TYPES:
-        return
-    missing = {key: value for key, value in V3_ROUTING.items() if not getattr(config, key, None)}
+    wanted = UNWRITTEN.get(config.model_type, {})
+    missing = {
+        key: value for key, value in wanted.items() if getattr(config, key, None) in (None, "")
+    }
     if missing:
         raise SettingError(
             f"{model.model}: config.json of a {config.model_type} lacks {' and '.join(missing)},"
-            " which transformers does not write, and without which vLLM routes otherwise: add"
-            f" {json.dumps(missing)[1:-1]} to it, or the same to hf-overrides"
+            " which transformers does not write, and without which vLLM computes otherwise or"
+            f" stops: add {json.dumps(missing)[1:-1]} to it, or the same to hf-overrides"
+        )
+
+
+def _check_zero_experts(model: Any, parallel: Any) -> None:
+    """Refuse what vLLM cannot do with experts that have no weights."""
+    config = model.hf_text_config
+    if not getattr(config, "zero_expert_num", None):
+        return
+    if (kind := getattr(config, "zero_expert_type", None)) != "identity":
+        raise SettingError(
+            f"{model.model}: zero_expert_type={kind!r} in config.json is not supported: identity"
+        )
+    if parallel.data_parallel_size > 1:
+        # vLLM would add what they give for the tokens of all replicas to the tokens of one.
+        raise SettingError(
+            f"data-parallel-size={parallel.data_parallel_size} is not allowed for {model.model},"
+            " whose zero-computation experts vLLM cannot divide among replicas: 1"
         )
 
 

@@ -1,5 +1,6 @@
 """Damaged checkpoints end `vllm serve` in one line, whichever process finds it."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -79,6 +80,14 @@ def test_a_truncated_file_is_found_before_anything_starts(plain: Path, tmp_path:
     line = refused(model)
     assert f"{file}: tensor " in line
     assert "truncated" in line
+
+
+def test_an_unknown_model_ends_before_anything_starts(plain: Path, tmp_path: Path) -> None:
+    model, _ = copy(plain, tmp_path / "model", lambda file: None)
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "new"}))
+    line = refused(model)
+    assert line.startswith(f"lvllm: {config}: model_type='new' is not allowed: neither vLLM")
 
 
 def test_a_wrong_shape_is_found_by_the_engine(plain: Path, tmp_path: Path) -> None:

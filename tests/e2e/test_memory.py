@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.loading import make
+from lvllm.checkpoint.gguf.tensors import checkpoint_of
+from lvllm.machine.memory_need import needed
 from tests.e2e.generate import DEFAULTS, ONE_PROCESS, call
+from tests.models.gguf import large
 
 GIB = 1 << 30
 
@@ -47,3 +50,19 @@ def test_peak_is_the_weights_and_small_change(experts: str, tmp_path: Path) -> N
     print(json.dumps({"weights_gib": weights / GIB, "peak_gib": seen / GIB}))
     assert re.search(r"LvLLM: read \d", said)
     assert seen <= weights + 1.5 * GIB
+
+
+def test_peak_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts take what they take in the file, and all other weights 16 bits each."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = large(tmp_path / "model.gguf", layers=4)
+    need = needed(checkpoint_of(file).tensors, None, layers=4, section={"quant_method": "gguf"})
+    assert need.experts >= 2 * GIB
+    result = tmp_path / "peak"
+    with (tmp_path / "log").open("w") as log:
+        call(run, str(file), str(result), log=log, environment=ONE_PROCESS)
+    assert "LvLLM: experts on lk" in (tmp_path / "log").read_text()
+    seen = int(result.read_text())
+    sizes = {"file": file.stat().st_size, "weights": need.total, "peak": seen}
+    print(json.dumps({name: size / GIB for name, size in sizes.items()}))
+    assert seen <= need.total + 1.5 * GIB

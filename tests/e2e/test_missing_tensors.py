@@ -95,8 +95,8 @@ def test_missing_and_made_up(tmp_path: Path) -> None:
     config = json.loads((greedy / "config.json").read_text())
     (greedy / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 5}))
     jobs.append({"model": str(greedy)})
-    said = "config.json says that a token takes 5 of 4 experts"
-    wanted.append(f"model.layers.0.mlp.experts: {said}")
+    said = "a whole number from 1 to 4 is wanted, as the model has 4 experts"
+    wanted.append(f"{greedy / 'config.json'}: num_experts_per_tok=5 is not allowed: {said}")
     for case in MADE_UP:
         scheme, _, use_weight = case.partition(":")
         folder = checkpoint(plain, scheme, tmp_path / case)

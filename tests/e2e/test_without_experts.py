@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.generate import DEFAULTS, ONE_PROCESS, call
 from tests.models.make import COMMON, VOCABULARY, fill
@@ -14,6 +15,7 @@ from tests.models.vision import FIRST_SPECIAL, tokenizer
 
 SIZES = {**COMMON, "num_hidden_layers": 2}
 SPEECH = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+SOUND = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 SAMPLES = 16000
 
 
@@ -50,6 +52,37 @@ def whisper(folder: Path) -> None:
     tokenizer({name: name for name in SPEECH}).save_pretrained(folder)
 
 
+def qwen2_audio(folder: Path) -> None:
+    """It hears: the features of an encoder stand for tokens in the prompt of a language model."""
+    encoder = {
+        "num_mel_bins": 80,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 192,
+        "d_model": 128,
+        "max_source_positions": 1500,  # vLLM wants 30 seconds, most of them padding
+    }
+    config = transformers.Qwen2AudioConfig(
+        audio_config=encoder,
+        text_config={"model_type": "qwen2", **SIZES},
+        audio_token_id=FIRST_SPECIAL,
+        tie_word_embeddings=False,
+    )
+    model = transformers.Qwen2AudioForConditionalGeneration(config)
+    fill(model)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    transformers.Qwen2AudioProcessor(
+        transformers.WhisperFeatureExtractor(),
+        tokenizer({name: name for name in SOUND}),
+    ).save_pretrained(folder)
+    # transformers reads the published names, but writes others.
+    file = folder / "model.safetensors"
+    published = {
+        name.replace("model.model.", "model."): data for name, data in load_file(file).items()
+    }
+    save_file(published, file, {"format": "pt"})
+
+
 def answer(folder: str, result: str) -> None:
     """In a forked process: what each model says."""
     from vllm import LLM, SamplingParams
@@ -66,6 +99,10 @@ def answer(folder: str, result: str) -> None:
     spoken: Any = {
         "encoder_prompt": {"prompt": "", "multi_modal_data": {"audio": (sound, SAMPLES)}},
         "decoder_prompt": {"prompt_token_ids": [*range(FIRST_SPECIAL, FIRST_SPECIAL + 4)]},
+    }
+    heard: Any = {
+        "prompt_token_ids": [3, 4, FIRST_SPECIAL + 1, FIRST_SPECIAL, FIRST_SPECIAL + 2, 5],
+        "multi_modal_data": {"audio": (sound, SAMPLES)},
     }
     plain = DEFAULTS | {"model": f"{folder}/llama", "skip_tokenizer_init": False}
 
@@ -85,6 +122,8 @@ def answer(folder: str, result: str) -> None:
     said.append(embeddings(prompts))
     cleanup_dist_env_and_memory()
     said.append(tokens([spoken], model=f"{folder}/whisper", max_model_len=64))
+    cleanup_dist_env_and_memory()
+    said.append(tokens([heard, *prompts], model=f"{folder}/qwen2_audio"))
     Path(result).write_text(json.dumps(said))
 
 
@@ -94,6 +133,7 @@ def test_models_without_experts(tmp_path: Path) -> None:
     torch.manual_seed(seed)
     llama(tmp_path / "llama")
     whisper(tmp_path / "whisper")
+    qwen2_audio(tmp_path / "qwen2_audio")
     said = []
     for enabled in (False, True):
         log, result = tmp_path / f"log{enabled}", tmp_path / f"result{enabled}"
@@ -109,4 +149,4 @@ def test_models_without_experts(tmp_path: Path) -> None:
         assert "LvLLM" not in log.read_text()
         said.append(json.loads(result.read_text()))
     assert said[0] == said[1]
-    assert [len(answers) for answers in said[1]] == [2, 2, 1]
+    assert [len(answers) for answers in said[1]] == [2, 2, 1, 3]

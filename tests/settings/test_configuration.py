@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lvllm import engine, prepare, sharing
 from lvllm.bank import holder
@@ -22,7 +23,13 @@ from lvllm.machine import cpus, memory_plan
 from lvllm.prefill import configuration as prefill
 from lvllm.settings import variables
 from lvllm.settings.configuration import RESOLVED, HybridConfig, PrefillEngine
-from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, V3_ROUTING, dense_weight
+from lvllm.settings.model_checks import (
+    CPU_WORKER,
+    GPU_WORKER,
+    LONGCAT,
+    V3_ROUTING,
+    dense_weight,
+)
 from lvllm.settings.resolving import resolve
 from lvllm.settings.use_weight import LayerFormats, UseWeight
 from tests.models.make import ARCHITECTURES, COMMON
@@ -155,6 +162,89 @@ def test_refusals_are_one_line(configure: Any, name: str, value: str, allowed: s
     assert message.startswith(f"{name}={value!r}")
     assert allowed in message
     assert "\n" not in message
+
+
+def changed(model: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the model with other values in its config.json; "none" removes a key."""
+    shutil.copytree(model, folder)
+    file = folder / "config.json"
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value != "none"}))
+    return folder
+
+
+VERSIONS = f"vLLM {vllm.__version__} nor transformers {transformers.__version__} knows"
+TOP_K = "is not allowed: a whole number from 1 to 8 is wanted"
+NO_EXPERTS = (
+    "is not allowed: a whole number from 1 is wanted, since the files have weights of experts"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_experts_per_tok": 0}, f"num_experts_per_tok=0 {TOP_K}"),
+        ({"num_experts_per_tok": 9}, f"num_experts_per_tok=9 {TOP_K}"),
+        ({"num_experts_per_tok": None}, "field 'num_experts_per_tok'"),
+        ({"num_local_experts": 0}, f"num_local_experts=0 {NO_EXPERTS}"),
+        ({"num_local_experts": None}, f"num_local_experts=null {NO_EXPERTS}"),
+        ({"num_local_experts": "none", "num_experts": 0}, f"num_experts=0 {NO_EXPERTS}"),
+        (
+            {"quantization_config": {"quant_method": "new"}},
+            "quantization_config.quant_method='new' is not allowed: neither vLLM",
+        ),
+        ({"quantization_config": {"quant_method": 3}}, "quant_method=3 is not allowed"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: Cannot find any"),
+        ({"model_type": "new"}, f"model_type='new' is not allowed: neither {VERSIONS}"),
+        ({"model_type": ""}, f"model_type='' is not allowed: neither {VERSIONS}"),
+        ({"model_type": "none"}, "has no model_type"),
+        ({"architectures": ["New"]}, f'architectures=["New"] is not allowed: neither {VERSIONS}'),
+        ({"architectures": []}, "has no architectures"),
+        ({"architectures": "none"}, "has no architectures"),
+    ],
+    ids=str,
+)
+def test_models_that_are_described_wrongly(
+    configure: Any, qwen3_moe: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    folder = changed(qwen3_moe, tmp_path / "model", **changes)
+    with pytest.raises(LvllmError) as caught:
+        configure(model=str(folder))
+    line = str(caught.value)
+    assert line.startswith(str(folder))
+    assert "config.json: " in line
+    assert said in line
+    assert "\n" not in line
+    assert len(line) < len(str(folder)) + 400
+
+
+def test_wrong_descriptions_that_are_overridden(
+    configure: Any, qwen3_moe: Path, tmp_path: Path
+) -> None:
+    right = {"num_local_experts": 8, "num_experts_per_tok": 3}
+    names = {"architectures": ["Qwen3MoeForCausalLM"]}
+    folder = changed(
+        qwen3_moe, tmp_path / "model", num_local_experts=0, num_experts_per_tok=9, architectures=[]
+    )
+    built = configure(model=str(folder), hf_overrides=right | names)
+    assert RESOLVED in built.additional_config
+    built = configure(model=str(folder), hf_overrides=right, runner="pooling")
+    assert RESOLVED in built.additional_config
+
+
+def test_a_model_without_experts_is_none(configure: Any, qwen3_moe: Path, tmp_path: Path) -> None:
+    """Its config.json may say so. Some families have published such models."""
+    folder = changed(qwen3_moe, tmp_path / "model", num_local_experts=0)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: data for name, data in tensors.items() if ".experts." not in name}, file)
+    assert RESOLVED not in configure(model=str(folder)).additional_config
+
+
+def test_other_refusals_of_vllm_stay_as_they_are(configure: Any) -> None:
+    with pytest.raises(ValueError, match="max_model_len") as caught:
+        configure(max_model_len=10**6)
+    assert not isinstance(caught.value, LvllmError)
 
 
 def test_int4_of_4_bit_experts_is_refused(configure: Any, qwen3_moe: Path, tmp_path: Path) -> None:
@@ -400,18 +490,38 @@ def test_a_deepseek_v3_as_transformers_writes_it(
     configure(hf_overrides=V3_ROUTING, **arguments)
 
 
-def test_zero_computation_experts_need_a_gpu(configure: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("written", "arguments", "message"),
+    [
+        (LONGCAT, {}, None),
+        (
+            LONGCAT | {"zero_expert_type": None},
+            {},
+            ': config.json of a longcat_flash lacks zero_expert_type, .* "identity"',
+        ),
+        (
+            {"zero_expert_type": "identity"},
+            {},
+            ' lacks mla_scale_q_lora and mla_scale_kv_lora, .* "mla_scale_kv_lora": true to it, or',
+        ),
+        (LONGCAT | {"zero_expert_type": "copy"}, {}, ": zero_expert_type='copy' .*: identity$"),
+        (LONGCAT, {"data_parallel_size": 2}, "^data-parallel-size=2 is not allowed for .*: 1$"),
+    ],
+)
+def test_zero_computation_experts(
+    configure: Any, tmp_path: Path, written: Any, arguments: Any, message: str | None
+) -> None:
     config = transformers.LongcatFlashConfig(
-        **(COMMON | {"num_hidden_layers": 2, "num_layers": 1}),
-        n_routed_experts=8,
-        zero_expert_num=4,
-        zero_expert_type="identity",
-        architectures=["LongcatFlashForCausalLM"],
-    )
-    config.save_pretrained(tmp_path)
-    for accelerator in ("none", "host"):
-        with pytest.raises(LvllmError, match=r"has 4 zero-computation experts, which vLLM .* GPUs"):
-            configure({"LVLLM_ACCELERATOR": accelerator}, model=str(tmp_path), dtype="bfloat16")
+        **(COMMON | ARCHITECTURES["longcat_flash"][1]), architectures=["LongcatFlashForCausalLM"]
+    ).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config | written))
+    model = {"model": str(tmp_path), "dtype": "bfloat16", "load_format": "dummy"}
+    if message is None:
+        configure(**model, **arguments)
+        return
+    with pytest.raises(LvllmError, match=message) as caught:
+        configure(**model, **arguments)
+    assert "\n" not in str(caught.value)
 
 
 def test_workers_get_the_settings_of_gpu_offload(

@@ -43,6 +43,7 @@ FAMILIES = {
     "gpt-oss": Family("GptOssForCausalLM", "gpt_oss"),
     "kimi-k2": Family("DeepseekV3ForCausalLM", "kimi_k2"),
     "kimi-k2.5": Family("KimiK25ForConditionalGeneration", "kimi_k25"),
+    "longcat-flash": Family("LongcatFlashForCausalLM", "longcat_flash"),
     "minimax-m2": Family("MiniMaxM2ForCausalLM", "minimax_m2"),
     "mixtral": Family("MixtralForCausalLM", "mixtral"),
     "nemotron-h-moe": Family("NemotronHForCausalLM", "nemotron_h"),
@@ -67,7 +68,7 @@ OFF = re.compile(r"^# (?=[a-z][\w.-]*: \S+$)", re.MULTILINE)
 
 
 @cache
-def _parser() -> Any:
+def serve_parser() -> Any:
     """vLLM's parser for the arguments of `vllm serve`."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -82,7 +83,7 @@ def parse(file: Path) -> Namespace:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     try:
-        arguments = _parser().parse_args(["serve", "--config", str(file)])
+        arguments = serve_parser().parse_args(["serve", "--config", str(file)])
         ServeSubcommand().validate(arguments)
     except (SystemExit, TypeError) as error:
         raise ValueError(f"vLLM refuses {file.name}") from error
@@ -197,6 +198,17 @@ def test_vllm_gets_what_is_written(family: str) -> None:
     arguments = check(CONFIGS / f"{family}.yaml")
     assert arguments.model.count("/") == 1
     assert arguments.served_model_name
+
+
+@pytest.mark.parametrize(
+    "file",
+    [REPOSITORY / "config.yaml", *sorted(CONFIGS.glob("*.yaml"))],
+    ids=lambda file: file.stem,
+)
+def test_the_defaults_are_safe(file: Path) -> None:
+    settings = written(file.read_text())
+    assert settings["host"] == "127.0.0.1"
+    assert not settings.get("trust_remote_code", False)
 
 
 def test_settings_that_are_off_are_valid(family: str, tmp_path: Path) -> None:
