@@ -78,7 +78,8 @@ def identity_of(
     speculative = vllm_config.speculative_config
     files: list[Any] = [model.model, model.revision]
     if folder is not None:
-        status = [file.stat() for file in sorted(folder.glob("*.safetensors"))]
+        names = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+        status = [file.stat() for file in sorted(names)]
         files = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in status]
     config = model.hf_config.to_dict()
     config.pop("_name_or_path", None)  # One folder has many paths.
@@ -278,7 +279,7 @@ class Follower:
         self.open = True
         self._connection = connection
         self.process, user = sockets.peer(connection)
-        if user != os.getuid():
+        if not sockets.is_trusted(connection):
             self.close()
             raise LvllmError(
                 f"LVLLM_SHARE_EXPERTS=1: process {self.process} of user {user} holds the name of"

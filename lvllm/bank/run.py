@@ -1,10 +1,10 @@
 """Runs a bank until it is told to end, or its loading fails."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 
@@ -33,9 +33,6 @@ def run(
     Returns the last status when the process gets a signal that ends it (`SIGNALS`). `changed` is
     called with each status. Raises LvllmError if loading fails, or for a wrong socket of systemd.
     """
-    stopped = threading.Event()
-    for one in SIGNALS:
-        signal.signal(one, lambda *_: stopped.set())
 
     def tell(status: Bank) -> None:
         notify(f"STATUS={status.state}: {status.layers} layers, {status.bytes >> 20} MiB")
@@ -43,15 +40,8 @@ def run(
 
     holder = Holder(model, tell, inherited(environ))
     try:
-        with _loader(words, environ, holder.name) as process:
-            while process.poll() is None and not stopped.wait(0.1):
-                pass
-        if not stopped.is_set():
-            if process.returncode or holder.status.state != "ready":
-                code = f"the loader ended with code {process.returncode}; its output says why"
-                raise LvllmError(holder.failure or code)
-            notify("READY=1")
-            stopped.wait()
+        with _signals() as came:
+            _hold(holder, words, environ, came)
         notify("STOPPING=1")
         holder.fail(STOPPED)
         return holder.status
@@ -60,6 +50,44 @@ def run(
         raise
     finally:
         holder.close()
+
+
+def _hold(holder: Holder, words: Sequence[str], environ: Mapping[str, str], signals: int) -> None:
+    """Load the experts and hold them until there is something to read from `signals`."""
+
+    def stopped(seconds: float | None) -> bool:
+        return bool(select.select([signals], [], [], seconds)[0])
+
+    with _loader(words, environ, holder.name) as process:
+        while process.poll() is None and not stopped(0.1):
+            pass
+    if stopped(0):
+        return
+    if process.returncode or holder.status.state != "ready":
+        code = f"the loader ended with code {process.returncode}; its output says why"
+        raise LvllmError(holder.failure or code)
+    notify("READY=1")
+    stopped(None)
+
+
+@contextmanager
+def _signals() -> Iterator[int]:
+    """A descriptor that can be read once one of `SIGNALS` has come.
+
+    The C function that catches a signal writes to it. A function in Python would run only when the
+    main thread goes on, which waits for a lock meanwhile: it does not notice a signal that the
+    kernel gave to another thread, and one that comes while it holds the lock of an Event stops it.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(writing)
+    for one in SIGNALS:
+        signal.signal(one, lambda *_: None)
+    try:
+        yield reading
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reading)
+        os.close(writing)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from lvllm import api_key
 from lvllm.bank.run import run
 from lvllm.errors import LvllmError
 from lvllm.handover.banks import Bank, banks
@@ -68,7 +69,7 @@ def hold(
     `lvllm bank MODEL` is short for this. The exit code is 1 if the experts could not be loaded.
     """
     begin = time.monotonic()
-    words = arguments or []
+    words, _ = api_key.split(arguments or [])  # A bank answers no requests over HTTP.
 
     def show(status: Bank) -> None:
         if as_json:

@@ -83,7 +83,10 @@ def wake() -> bool:
 
 
 def _ask(name: str, what: str) -> dict[str, object] | None:
-    """The status of the bank that listens under `name`; None if it has just ended."""
+    """The status of the bank that listens under `name`.
+
+    None if it has just ended, or if another user's process has the name.
+    """
     try:
         return tell(name, {"ask": what})
     except TimeoutError:
@@ -99,9 +102,12 @@ def tell(
 ) -> dict[str, object]:
     """Send a message to the bank that listens under `name`. Returns its answer.
 
-    Raises OSError if it does not answer, LvllmError with the bank's reason if it refuses.
+    Raises OSError if it does not answer or is another user's process, LvllmError with the bank's
+    reason if it refuses.
     """
     with sockets.connect(name) as connection:
+        if not sockets.is_trusted(connection):
+            raise PermissionError(f"{name} belongs to another user's process")
         connection.settimeout(ANSWER_SECONDS)
         sockets.send(connection, message, descriptors)
         try:

@@ -1,6 +1,5 @@
 """Layers in shared memory that a process offers to others of its user."""
 
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -95,7 +94,7 @@ class Offers:
 
 
 def serve(listening: socket.socket, answer: Callable[[socket.socket], None]) -> None:
-    """Call `answer` with each connection of this user, in threads of their own.
+    """Call `answer` with each connection of this user or root, in threads of their own.
 
     A connection is closed when `answer` returns, or raises OSError or EOFError, as it does when the
     other process ends.
@@ -103,7 +102,7 @@ def serve(listening: socket.socket, answer: Callable[[socket.socket], None]) -> 
 
     def one(connection: socket.socket) -> None:
         with connection, suppress(OSError, EOFError):
-            if sockets.peer(connection)[1] == os.getuid():
+            if sockets.is_trusted(connection):
                 answer(connection)
 
     def accept() -> None:

@@ -1,14 +1,17 @@
 """Unix sockets with abstract names, on which messages travel with file descriptors.
 
-Such a name is no file, and it is free again when the process that holds it ends.
+Such a name is no file, and it is free again when the process that holds it ends. It has no
+permissions either: any user of the host can bind it or connect to it. So both sides ask who is at
+the other end (`is_trusted`) before they believe a message.
 """
 
 import json
+import os
 import socket
 import struct
 from typing import Any
 
-__all__ = ["bind", "connect", "holder_of", "peer", "receive", "send"]
+__all__ = ["bind", "connect", "holder_of", "is_trusted", "peer", "receive", "send"]
 
 MESSAGE_BYTES = 1 << 16
 """The largest message that is read. The message about a layer takes about 1000 bytes."""
@@ -52,6 +55,14 @@ def peer(connection: socket.socket) -> tuple[int, int]:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     process, user, _ = struct.unpack("3i", credentials)
     return process, user
+
+
+def is_trusted(connection: socket.socket) -> bool:
+    """Whether the process at the other end is this user's or root's.
+
+    Root is systemd, which listens for a bank that it has not started yet.
+    """
+    return peer(connection)[1] in (0, os.getuid())
 
 
 def send(connection: socket.socket, message: Any, descriptors: list[int] | None = None) -> None:

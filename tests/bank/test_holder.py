@@ -75,6 +75,13 @@ def deposit(bank: str, name: str, layer: str) -> torch.Tensor:
     return values[64 : 64 + 330].view(torch.bfloat16).view(3, 5, 11)
 
 
+def unchecked(name: str, message: dict[str, Any]) -> Any:
+    """What a bank answers to somebody who does not ask who it is."""
+    with sockets.connect(name) as connection:
+        sockets.send(connection, message)
+        return sockets.receive(connection)
+
+
 def follower(name: str) -> sharing.Follower:
     return sharing.Follower(f"{name}/0", sockets.connect(f"{name}/0"))
 
@@ -190,6 +197,19 @@ def test_a_second_bank_of_the_same_experts(held: Holder, name: str) -> None:
     assert len(banks.banks()) == 2
     other.close()
     assert len(banks.banks()) == 1
+
+
+def test_another_users_process_is_no_bank(held: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any user may take an abstract name, and connect to one."""
+    assert [one.pid for one in banks.banks()] == [os.getpid()]
+    real = sockets.peer
+    monkeypatch.setattr(sockets, "peer", lambda connection: (real(connection)[0], os.getuid() + 1))
+    assert banks.banks() == []
+    with pytest.raises(PermissionError, match="belongs to another user's process"):
+        banks.tell(held.name, {"failed": "false"})
+    with pytest.raises((EOFError, OSError)):  # The bank may hang up before it is told anything.
+        unchecked(held.name, {"failed": "false"})
+    assert held.failure is None
 
 
 def test_what_differs() -> None:
