@@ -13,6 +13,7 @@ from lvllm.faults import process
 from lvllm.faults.nonfinite import Watch, layers_of, open_watch
 from lvllm.faults.request import set_faults
 from lvllm.gpu import mark_step
+from lvllm.machine import compiler
 from lvllm.moe.arrivals import NOT_AGAIN
 from lvllm.patches import PatchError, install
 from lvllm.patches.registry import MODEL_LOADED
@@ -33,6 +34,9 @@ class HybridCPUWorker(CPUWorker):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """As vLLM's worker, whose errors about the machine's memory end in one line."""
+        if compiler.lacking() is not None:
+            # vLLM compiles a few functions in any mode, such as one for log-probabilities.
+            torch.compiler.set_stance("force_eager")
         try:
             super().__init__(*arguments, **options)
         except ValueError as error:
@@ -49,7 +53,10 @@ class HybridCPUWorker(CPUWorker):
         verification.at_start(self.vllm_config, self.model_runner.get_model())
         config = self.parallel_config
         self._per_request = (
-            config.data_parallel_size == 1 and config.nnodes == 1 and not self.use_v2_model_runner
+            config.data_parallel_size == 1
+            and config.nnodes == 1
+            and not config.use_ray
+            and not self.use_v2_model_runner
         )
         self._faults: dict[str, str] = {}
         try:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
-
 from lvllm.gpu import waiting_for_cache
 from lvllm.gpu.cache.products import SCRATCH_BYTES
 from lvllm.log import logger
@@ -34,7 +32,7 @@ def leave_room(worker: Any, available: int) -> int:
     if not waiting:
         return available
     specs = worker.get_kv_cache_spec().values()
-    requests = REQUESTS * max_memory_usage_bytes(worker.vllm_config, specs)
+    requests = REQUESTS * sum(spec.max_memory_usage_bytes(worker.vllm_config) for spec in specs)
     kept = max(requests, available // SHARE)
     size = available - kept - SCRATCH
     said = f"LvLLM: LVLLM_GPU_EXPERT_CACHE=auto: of {amount(available)} the KV cache keeps"
