@@ -3,12 +3,14 @@
 vLLM calls `register` in every process it starts, and may call it more than once in one process.
 """
 
+import multiprocessing
 import os
 
 import vllm
 from packaging.version import InvalidVersion, Version
 
 import lvllm
+from lvllm import api_key
 from lvllm.errors import LvllmError
 from lvllm.faults import orphans, process
 from lvllm.settings import variables
@@ -31,17 +33,21 @@ def _register() -> None:
     from lvllm.settings.resolving import resolve
 
     resolve(os.environ, None)  # the variables alone, before any configuration is read
+    if multiprocessing.parent_process() is None:
+        api_key.hide()
     orphans.end_with_the_parent()
 
     from vllm.platforms import current_platform
 
     from lvllm import patches
+    from lvllm.loading import gguf_loader
     from lvllm.upstream import expert_layers, integer_linear, quantization_configs, ray_variables
 
     # On a GPU vLLM's own linear layers, routers and pictures run.
     is_cpu = current_platform.is_cpu()
     expert_layers.register()
     quantization_configs.register()
+    gguf_loader.register()
     ray_variables.copy_ours()
     if is_cpu:
         integer_linear.register()

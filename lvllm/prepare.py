@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from lvllm import sharing
-from lvllm.checkpoint import Checkpoint, model_files
-from lvllm.faults import process, scratch
+from lvllm.checkpoint import Checkpoint, CheckpointError, model_files
+from lvllm.checkpoint.gguf.architectures import METHOD
+from lvllm.checkpoint.gguf.finding import gguf_of
+from lvllm.checkpoint.gguf.folder import is_presented, present
+from lvllm.errors import LvllmError
+from lvllm.faults import compiled, process, scratch
+from lvllm.formats import gguf
 from lvllm.handover import banks
 from lvllm.log import logger
-from lvllm.machine import cpus, gpu_distance, installation, memory_plan, room
+from lvllm.machine import compiler, cpus, gpu_distance, installation, memory_plan, room
 from lvllm.machine.facts import limits
+from lvllm.machine.loopback import keep_ranks_on_loopback
 from lvllm.machine.memory_need import folder_of
 from lvllm.metrics import collector, memory
 from lvllm.prefill import configuration as prefill_configuration
@@ -27,15 +33,25 @@ from lvllm.settings.configuration import RESOLVED, Accelerator, HybridConfig
 from lvllm.settings.model_checks import CPU_WORKER, GPU_WORKER, is_moe
 from lvllm.settings.resolving import SECTION, Setting, resolve
 from lvllm.settings.use_weight import LayerFormats, UseWeight, UseWeights
+from lvllm.settings.variables import SettingError
 
-__all__ = ["check_files", "final_settings", "prepare", "replicas_here", "shared_identity"]
+__all__ = [
+    "check_compilation",
+    "check_files",
+    "check_operators",
+    "final_settings",
+    "prepare",
+    "replicas_here",
+    "shared_identity",
+    "take_gguf",
+]
 
 OMP_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 CHUNKS = 10
 """How many chunks vLLM's queue to the workers has."""
 
-SHAREABLE = ("auto", "hf", "safetensors", "mistral")
+SHAREABLE = ("auto", "hf", "safetensors", "mistral", METHOD)
 """The load formats whose experts engines can share, because they use the parameters' loaders."""
 
 
@@ -52,6 +68,7 @@ def prepare(vllm_config: Any) -> None:
     if _is_one_of_several_api_servers(vllm_config.parallel_config):
         return  # The parent process has checked everything, and the engines take memory by now.
     if not is_moe(vllm_config.model_config):
+        model_checks.check_without_experts(vllm_config.model_config)
         _checked_settings(vllm_config)
         return
     config = final_settings(
@@ -61,9 +78,11 @@ def prepare(vllm_config: Any) -> None:
     room.check_open_files()
     _check_shared_memory(vllm_config.parallel_config)
     process.prepare()
+    compiled.prepare()
+    keep_ranks_on_loopback(vllm_config.parallel_config)
     if (line := installation.shared_files(installation.owners_of_vllm())) is not None:
         logger.warning("LvLLM: %s", line)
-    if vllm_config.parallel_config.distributed_executor_backend != "ray":
+    if not _on_ray(vllm_config):
         scratch.prepare()  # Ray would carry the name of the folder to other hosts.
     memory.prepare()
     collector.register()
@@ -78,6 +97,47 @@ def prepare(vllm_config: Any) -> None:
         _keep_streamed_batches_out_of_graphs(
             vllm_config.compilation_config, config.gpu_prefill_min_batch_size
         )
+
+
+def take_gguf(arguments: Any) -> None:
+    """Give vLLM's `EngineArgs` a folder that stands for a GGUF file, if they name such a file.
+
+    The model keeps the name that the user gave, unless there is a served-model-name.
+
+    Raises CheckpointError or SettingError.
+    """
+    named = arguments.model
+    file = gguf_of(named)
+    if file is None or is_presented(Path(named)):
+        return
+    for option, value, allowed in (
+        ("load-format", arguments.load_format, ("auto", METHOD)),
+        ("quantization", arguments.quantization, (None, METHOD)),
+    ):
+        if value not in allowed:
+            raise SettingError(
+                f"{option}={value!r} is not allowed with the GGUF file {file}:"
+                f" allowed is {METHOD}, or leave it out"
+            )
+    config = _given_config(arguments.hf_config_path)
+    own_tokenizer = arguments.tokenizer is None and not arguments.skip_tokenizer_init
+    folder = present(file, tokenizer=own_tokenizer, config=config)
+    gguf.check_types(model_files.config_of(folder)["quantization_config"], str(file))
+    arguments.model = str(folder)
+    arguments.load_format = METHOD
+    arguments.hf_config_path = None
+    arguments.served_model_name = arguments.served_model_name or named
+
+
+def _given_config(path: str | None) -> dict[str, Any] | None:
+    """The config.json in the folder of --hf-config-path; None: there is no such option."""
+    if path is None:
+        return None
+    folder = Path(path)
+    if not (folder / model_files.CONFIG).is_file():
+        raise CheckpointError(f"hf-config-path={path!r}: has no {model_files.CONFIG}")
+    model_files.check(folder, [model_files.CONFIG])
+    return model_files.config_of(folder)
 
 
 def check_files(arguments: Any) -> None:
@@ -98,6 +158,25 @@ def check_files(arguments: Any) -> None:
     for folder, names in files.items():
         if Path(folder).is_dir():
             model_files.check(Path(folder), names, overridden)
+
+
+def check_compilation(arguments: Any) -> None:
+    """Turn vLLM's compilation off on a CPU where PyTorch lacks what it needs for that.
+
+    Raises SettingError if the user asked for a compiled mode.
+    """
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    lacking = compiler.lacking()
+    if lacking is None or not current_platform.is_cpu():
+        return
+    compilation = arguments.compilation_config
+    if compilation.mode not in (None, CompilationMode.NONE):
+        mode = CompilationMode(compilation.mode).name
+        raise SettingError(f"compilation-config.mode={mode}: only NONE is possible here: {lacking}")
+    compilation.mode = CompilationMode.NONE
+    logger.warning("LvLLM: torch.compile is off, because %s", lacking)
 
 
 def final_settings(
@@ -121,10 +200,16 @@ def final_settings(
     prefill = prefill_configuration.check(settings, accelerator, vllm_config)
     shared = _shared_name(settings, vllm_config)
     bits = settings["lk_activation_bits"].value
-    engine_cpus, omp_cpus = _divide_cpus(
-        settings, vllm_config.parallel_config, machine, distance, quota
-    )
+    engine_cpus: CpusOfRanks = ()
+    omp_cpus: CpusOfRanks = ()
+    # On a Ray cluster without GPUs, each machine divides its own CPUs, and looks at its own memory.
+    here = accelerator == "cuda" or not _on_ray(vllm_config)
+    if here:
+        parallel = vllm_config.parallel_config
+        ranks = parallel.local_world_size * replicas_here(parallel)
+        engine_cpus, omp_cpus = _divide_cpus(settings, ranks, machine, distance, quota)
     gpu_checks.check_cache(settings["gpu_expert_cache"], len(engine_cpus), vllm_config)
+    interleave = settings["enable_numa_interleave"].value
     return HybridConfig(
         thread_binding=settings["lk_thread_binding"].value,
         power_saving=settings["lk_power_saving"].value,
@@ -144,7 +229,7 @@ def final_settings(
         numa_interleave=memory_plan.check(
             vllm_config,
             use_weight,
-            settings["enable_numa_interleave"].value,
+            interleave,
             engine_cpus,
             omp_cpus,
             accelerator,
@@ -153,7 +238,9 @@ def final_settings(
             prefill_kv_cache=prefill_configuration.kv_bytes_of_a_prompt(vllm_config)
             if prefill
             else None,
-        ),
+        )
+        if here
+        else interleave,
         accelerator=accelerator,
         gpu_resident_moe_layers=settings["gpu_resident_moe_layers"].value,
         gpu_prefetch_window=settings["gpu_prefetch_window"].value,
@@ -169,6 +256,23 @@ def final_settings(
         bank=os.environ.get(banks.LOADS_FOR),
         prefill_engine=prefill,
     )
+
+
+def divide_host(vllm_config: Any, ranks: int) -> None:
+    """In an actor of Ray: divide this machine's CPUs among the `ranks` of the model on it.
+
+    Raises SettingError.
+    """
+    config = HybridConfig.carried(vllm_config)
+    engine_cpus, omp_cpus = _divide_cpus(
+        _settings(vllm_config), ranks, cpus.this_machine(), None, limits.cpu_quota()
+    )
+    config = config.model_copy(update={"engine_cpus": engine_cpus, "omp_cpus": omp_cpus})
+    vllm_config.additional_config[RESOLVED] = config.model_dump(mode="json")
+
+
+def _on_ray(vllm_config: Any) -> bool:
+    return bool(vllm_config.parallel_config.distributed_executor_backend == "ray")
 
 
 def _settings(vllm_config: Any) -> dict[str, Setting]:
@@ -223,13 +327,12 @@ CpusOfRanks = tuple[tuple[int, ...], ...]
 
 def _divide_cpus(
     settings: Mapping[str, Setting],
-    parallel: Any,
+    ranks: int,
     machine: cpus.Machine,
     distance: Callable[[int, cpus.Machine], int] | None,
     quota: float | None,
 ) -> tuple[CpusOfRanks, CpusOfRanks]:
     """The logical CPUs of each rank of this host, for the engine and for PyTorch."""
-    ranks = parallel.local_world_size * replicas_here(parallel)
     shares = cpus.divide(machine, ranks)
     if distance is not None:
         shares = cpus.assign(shares, distance)
@@ -365,8 +468,24 @@ def _keep_streamed_batches_out_of_graphs(compilation: Any, threshold: int | str)
         compilation.max_cudagraph_capture_size = shorter[-1]
 
 
+def check_operators(name: str = "silu_and_mul") -> None:
+    """Raise LvllmError if vLLM's operators for CPUs, such as `name`, are not there.
+
+    vLLM only warns where their library cannot be loaded, and each worker ends in a traceback.
+    """
+    import torch
+    from vllm import _custom_ops  # noqa: F401  It loads the library.
+
+    if not hasattr(torch.ops._C, name):
+        raise LvllmError(
+            "vLLM's operators for CPUs cannot be loaded, and its warning above says why; they need"
+            " libnuma (Debian, Ubuntu: apt install libnuma1)"
+        )
+
+
 def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:
     """Configure vLLM's CPU platform, for runs without an accelerator and with `host` as one."""
+    check_operators()
     if vllm_config.parallel_config.worker_cls == CPU_WORKER:
         # LvLLM's worker does the same as vLLM's, and watches the experts' output for NaN.
         vllm_config.parallel_config.worker_cls = "lvllm.worker.cpu.HybridCPUWorker"
@@ -374,10 +493,16 @@ def _prepare_cpu_platform(vllm_config: Any, config: HybridConfig) -> None:
     # that itself.
     if vllm_config.model_config.is_mm_prefix_lm:
         vllm_config.scheduler_config.disable_chunked_mm_input = True
-    # vLLM binds the OpenMP threads of rank n to the n-th list of CPUs. vLLM's own lists ("auto")
-    # need a NUMA node for each rank and keep a core free. Ours give PyTorch the cores that lk
-    # computes on, since the two never compute at the same time.
-    _bind_omp_threads("|".join(",".join(map(str, own)) for own in config.omp_cpus))
+    if _on_ray(vllm_config):
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        executor = resolve_obj_by_qualname("lvllm.worker.ray.HybridRayExecutor")
+        vllm_config.parallel_config.distributed_executor_backend = executor
+    else:
+        # vLLM binds the OpenMP threads of rank n to the n-th list of CPUs. vLLM's own lists
+        # ("auto") need a NUMA node for each rank and keep a core free. Ours give PyTorch the cores
+        # that lk computes on, since the two never compute at the same time.
+        _bind_omp_threads("|".join(",".join(map(str, own)) for own in config.omp_cpus))
     # For the same reason OpenMP's threads must not spin for milliseconds after their part. With
     # this value they spin for about 10 us: decoding a model of 2 GiB on 2 cores went from 88 to 120
     # tokens per second. With threads that sleep at once (OMP_WAIT_POLICY=passive) it was 102, since

@@ -1,8 +1,8 @@
 """Asks an OpenAI-compatible server, and yields its answer while it comes."""
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import httpx
 
 from lvllm.errors import LvllmError
 
-__all__ = ["ChatError", "Chunk", "Client"]
+__all__ = ["LOOPBACK", "Call", "ChatError", "Chunk", "Client"]
 
 CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 1800.0
@@ -24,11 +24,21 @@ class ChatError(LvllmError):
 
 
 @dataclass(frozen=True)
+class Call:
+    """A piece of a tool call: which of the answer's calls it belongs to, and what it adds."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A piece of an answer. Any of its parts may be missing."""
 
     text: str = ""
     thinking: str = ""
+    calls: tuple[Call, ...] = ()
     finish_reason: str | None = None
     tokens: int | None = None
     """How many tokens the answer has so far, thinking included."""
@@ -53,37 +63,68 @@ class Client:
             "/"
         )
         self._key = api_key
+        self._connection: dict[str, Any] = {
+            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else None,
+            "timeout": httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
+            # Servers close idle connections after seconds, perhaps while a question is sent.
+            "limits": httpx.Limits(max_keepalive_connections=0),
+            # A proxy of the environment cannot reach a server on this machine.
+            "trust_env": parsed.host not in LOOPBACK,
+        }
         try:
-            self._http = httpx.Client(
-                headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-                timeout=httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
-                # Servers close idle connections after seconds, perhaps while a question is sent.
-                limits=httpx.Limits(max_keepalive_connections=0),
-                # A proxy of the environment cannot reach a server on this machine.
-                trust_env=parsed.host not in LOOPBACK,
-            )
+            self._http = httpx.Client(**self._connection)
         except (ImportError, ValueError) as error:
             raise ChatError(f"the environment's proxy cannot be used: {error}") from None
 
-    def first_model(self) -> str:
-        """The name of the server's first model. Raises ChatError."""
+    def models(self) -> list[str]:
+        """The names of the server's models, at least one. Raises ChatError."""
         with self._errors():
             answer = self._http.get(f"{self.url}/models", timeout=CONNECT_SECONDS)
             self._check(answer)
             try:
-                return str(answer.json()["data"][0]["id"])
+                names = [str(model["id"]) for model in answer.json()["data"]]
             except (ValueError, LookupError, TypeError):
-                raise ChatError(f"{self.url}/models names no model: give one by --model") from None
+                names = []
+        if not names:
+            raise ChatError(f"{self.url}/models names no model: give one by --model")
+        return names
 
     @contextmanager
     def ask(
-        self, model: str, messages: list[dict[str, str]], options: dict[str, Any]
+        self, model: str, messages: list[dict[str, Any]], options: dict[str, Any]
     ) -> Iterator[Iterator[Chunk]]:
         """Send `messages`, and give the chunks of the answer while they come.
 
         `options` are further fields of the request. Leaving the context closes the connection, and
         the server then stops. Raises ChatError, also between chunks.
         """
+        question = self._question(model, messages, options)
+        with self._errors(), self._http.stream(**question) as response:
+            if response.status_code != 200:
+                response.read()
+            self._check(response)
+            yield self._chunks(response)
+
+    @asynccontextmanager
+    async def ask_async(
+        self, model: str, messages: list[dict[str, Any]], options: dict[str, Any]
+    ) -> AsyncIterator[AsyncIterator[Chunk]]:
+        """As `ask`, in an event loop, where a task that waits for a chunk can be cancelled."""
+        question = self._question(model, messages, options)
+        with self._errors():
+            async with (
+                httpx.AsyncClient(**self._connection) as http,
+                http.stream(**question) as response,
+            ):
+                if response.status_code != 200:
+                    await response.aread()
+                self._check(response)
+                yield self._chunks_async(response)
+
+    def _question(
+        self, model: str, messages: list[dict[str, Any]], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The request as httpx's arguments."""
         body = {
             "model": model,
             "messages": messages,
@@ -91,24 +132,29 @@ class Client:
             "stream_options": {"include_usage": True},
             **options,
         }
-        # Python writes this JSON in ASCII, so that half of a surrogate pair does no harm.
-        content, headers = json.dumps(body), {"Content-Type": "application/json"}
-        url = f"{self.url}/chat/completions"
-        with (
-            self._errors(),
-            self._http.stream("POST", url, content=content, headers=headers) as response,
-        ):
-            self._check(response)
-            yield self._chunks(response)
+        return {
+            "method": "POST",
+            "url": f"{self.url}/chat/completions",
+            # Python writes this JSON in ASCII, so that half of a surrogate pair does no harm.
+            "content": json.dumps(body),
+            "headers": {"Content-Type": "application/json"},
+        }
 
     def _chunks(self, response: httpx.Response) -> Iterator[Chunk]:
-        finished = False
-        for line in _lines(response.iter_bytes()):
-            field, _, data = line.partition(":")
-            if field != "data":  # An empty line or a comment.
-                continue
-            if data.strip() == "[DONE]":
-                return
+        events = _Events()
+        for part in response.iter_bytes():
+            yield from self._read(events, part)
+        self._check_end(events)
+
+    async def _chunks_async(self, response: httpx.Response) -> AsyncIterator[Chunk]:
+        events = _Events()
+        async for part in response.aiter_bytes():
+            for chunk in self._read(events, part):
+                yield chunk
+        self._check_end(events)
+
+    def _read(self, events: "_Events", part: bytes) -> Iterator[Chunk]:
+        for data in events.feed(part):
             try:
                 event = json.loads(data)
                 chunk = None if event.get("error") else _chunk(event)
@@ -116,16 +162,17 @@ class Client:
                 raise ChatError(f"{self.url} sent what is no chunk of an answer") from None
             if chunk is None:
                 raise ChatError(self._said(f"{self.url} gave the answer up: {_message(event)}"))
-            finished = finished or chunk.finish_reason is not None
+            events.finished = events.finished or chunk.finish_reason is not None
             yield chunk
-        if not finished:
+
+    def _check_end(self, events: "_Events") -> None:
+        if not events.finished:
             raise ChatError(f"{self.url} broke off before the end of its answer")
 
     def _check(self, response: httpx.Response) -> None:
-        """Raises ChatError, with the server's message if there is one, unless the status is 200."""
+        """Raises ChatError, with the server's message if it was read, unless the status is 200."""
         if response.status_code == 200:
             return
-        response.read()
         try:
             message = _message(response.json())
         except ValueError:
@@ -156,15 +203,27 @@ class Client:
         return line.replace(self._key, "(the key)") if self._key else line
 
 
-def _lines(parts: Iterable[bytes]) -> Iterator[str]:
-    """The lines of a stream. Only a line feed ends one: JSON may contain U+2028 and U+0085."""
-    rest = b""
-    for part in parts:
-        *lines, rest = (rest + part).split(b"\n")
+class _Events:
+    """Takes the bytes of a stream of events, wherever they are cut."""
+
+    def __init__(self) -> None:
+        self.finished = False
+        """Whether the answer is complete."""
+        self._rest = b""
+        self._done = False
+
+    def feed(self, part: bytes) -> Iterator[str]:
+        """The data of the events that are complete after `part`."""
+        # Only a line feed ends a line: JSON may contain U+2028 and U+0085.
+        *lines, self._rest = (self._rest + part).split(b"\n")
         for line in lines:
-            yield line.decode(errors="replace").rstrip("\r")
-    if rest:
-        yield rest.decode(errors="replace").rstrip("\r")
+            field, _, data = line.decode(errors="replace").partition(":")
+            if field != "data" or self._done:  # An empty line or a comment.
+                continue
+            if data.strip() == "[DONE]":
+                self.finished = self._done = True
+            else:
+                yield data
 
 
 def _chunk(event: dict[str, Any]) -> Chunk:
@@ -176,9 +235,16 @@ def _chunk(event: dict[str, Any]) -> Chunk:
         text=delta.get("content") or "",
         # Servers call it by either name. Some send both, with the same text.
         thinking=delta.get("reasoning") or delta.get("reasoning_content") or "",
+        calls=tuple(map(_call, delta.get("tool_calls") or ())),
         finish_reason=choice.get("finish_reason"),
         tokens=usage.get("completion_tokens"),
     )
+
+
+def _call(delta: dict[str, Any]) -> Call:
+    function = delta.get("function") or {}
+    index, name, arguments = delta.get("index"), function.get("name"), function.get("arguments")
+    return Call(int(index or 0), name or "", arguments or "")
 
 
 def _message(body: Any) -> str:

@@ -115,7 +115,7 @@ class Terminal:
             note("Stopped before the answer; your message is taken back, /retry sends it again.")
             return
         self._conversation.answer(answer.text)
-        note(_numbers(answer, stopped))
+        note(", ".join(["stopped"] * stopped + answer.numbers()))
 
 
 class _Abandoned(Exception):
@@ -149,22 +149,6 @@ def _line_reader() -> Callable[[str], str]:
             raise
 
     return read_line
-
-
-def _numbers(answer: Answer, stopped: bool) -> str:
-    """What is known about an answer: `42 tokens, the first after 120 ms, 35.1 tokens/s`."""
-    said = []
-    if stopped:
-        said.append("stopped")
-    if answer.tokens is not None:
-        said.append(f"{answer.tokens} token{'s' * (answer.tokens != 1)}")
-    if answer.first_token_ms is not None:
-        said.append(f"the first after {answer.first_token_ms:.0f} ms")
-    if answer.tokens_per_second is not None:
-        said.append(f"{answer.tokens_per_second:.1f} tokens/s")
-    if answer.cut_off:
-        said.append("cut off at the limit of tokens")
-    return ", ".join(said)
 
 
 def _error(text: str) -> None:

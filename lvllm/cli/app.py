@@ -12,6 +12,8 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from lvllm import api_key
+
 COMMANDS = {
     "bank": "lvllm.cli.bank:bank",
     "bench": "lvllm.cli.bench:bench",
@@ -27,6 +29,7 @@ COMMANDS = {
     "top": "lvllm.cli.top:top",
     "tune": "lvllm.cli.tune:tune",
     "verify": "lvllm.cli.verify:verify",
+    "webui": "lvllm.cli.webui:webui",
 }
 """The function of each command, or its group of commands, by the name that the user types."""
 
@@ -87,4 +90,5 @@ def _group() -> None:
 
 def main() -> None:
     """The entry point of the console script."""
+    api_key.hide()
     app()

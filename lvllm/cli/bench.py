@@ -24,7 +24,7 @@ from lvllm.bench.speed import Result
 from lvllm.bench.text import latency_table, prefill_table, rates_table
 from lvllm.cli.measuring import this_machine
 from lvllm.cli.numbers import numbers
-from lvllm.cli.serve import CONTEXT, Arguments
+from lvllm.cli.serving_arguments import CONTEXT, Arguments
 from lvllm.errors import LvllmError
 from lvllm.serving.launch import Launch
 

@@ -1,7 +1,6 @@
 """`lvllm chat` talks to an OpenAI-compatible server."""
 
 import sys
-from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -9,16 +8,15 @@ import typer
 from lvllm.chat.client import ChatError, Client
 from lvllm.chat.pipe import answer_once
 from lvllm.chat.printing import prepare_streams
+from lvllm.chat.sampling import sampling, thinking
 from lvllm.chat.terminal import Terminal
 
-ALLOWED: Mapping[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("0 to 2", lambda value: 0 <= value <= 2),
-    "top_p": ("more than 0, at most 1", lambda value: 0 < value <= 1),
-    "top_k": ("-1, 0 or more", lambda value: value >= -1),
-    "max_tokens": ("at least 1", lambda value: value >= 1),
-    "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
-}
-"""The values that each sampling setting allows."""
+ApiKey = Annotated[
+    str,
+    typer.Option(
+        help="The key that the server asks for.", envvar=["OPENAI_API_KEY", "VLLM_API_KEY"]
+    ),
+]
 System = Annotated[str, typer.Option(help="The system message.")]
 Think = Annotated[
     bool | None,
@@ -37,12 +35,7 @@ def chat(
     model: Annotated[
         str, typer.Option(help="The served name of a model.", show_default="the server's first")
     ] = "",
-    api_key: Annotated[
-        str,
-        typer.Option(
-            help="The key that the server asks for.", envvar=["OPENAI_API_KEY", "VLLM_API_KEY"]
-        ),
-    ] = "",
+    api_key: ApiKey = "",
     system: System = "",
     temperature: Annotated[
         float | None, typer.Option(help="0 to 2; 0 always takes the most probable token.")
@@ -66,18 +59,18 @@ def chat(
     """
     prepare_streams()
     try:
-        options = _sampling(
-            temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed
-        )
+        given = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "max_tokens": max_tokens,
+            "seed": seed,
+        }
+        options = sampling(given, prefix="--")
         options |= thinking(think)
         talk(url, model, api_key, system, options)
     except ChatError as error:
         raise SystemExit(f"lvllm: {error}") from None
-
-
-def thinking(think: bool | None) -> dict[str, Any]:
-    """The field of a request that switches thinking on or off; none if `think` is None."""
-    return {} if think is None else {"chat_template_kwargs": {"enable_thinking": think}}
 
 
 def talk(url: str, model: str, api_key: str, system: str, options: dict[str, Any]) -> None:
@@ -86,18 +79,8 @@ def talk(url: str, model: str, api_key: str, system: str, options: dict[str, Any
     `options` are fields of each request; an empty `model` is the server's first one.
     """
     client = Client(url, api_key)
-    name = model or client.first_model()
+    name = model or client.models()[0]
     if sys.stdin.isatty():
         Terminal(client, name, options, system).run()
     else:
         answer_once(client, name, options, system)
-
-
-def _sampling(**given: float | None) -> dict[str, Any]:
-    """The settings that were given, as fields of a request. Raises ChatError."""
-    for name, value in given.items():
-        values, allows = ALLOWED[name]
-        if value is not None and not allows(value):
-            option = name.replace("_", "-")
-            raise ChatError(f"--{option} {value} is not allowed: {values}")
-    return {name: value for name, value in given.items() if value is not None}

@@ -2,38 +2,13 @@
 
 import os
 import sys
-from typing import Annotated
-
-import typer
 
 from lvllm.cli.measuring import this_machine
+from lvllm.cli.serving_arguments import CONTEXT, Arguments, ExpertsPerToken, Verify, environment
 from lvllm.errors import LvllmError
 from lvllm.serving.launch import prepare
 
-CONTEXT = {"ignore_unknown_options": True}
-"""How the command is parsed: what it does not know is an argument of `vllm serve`."""
-
-
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[MODEL] [ARGUMENTS OF VLLM SERVE]...",
-        help="A folder or an id on the hub comes first; without one, the demo model is served."
-        " `vllm serve --help=all` lists the rest, among it --config FILE.",
-    ),
-]
-ExpertsPerToken = Annotated[
-    int | None,
-    typer.Option(min=1, help="Take fewer experts for a token: faster, and worse answers."),
-]
-
-
-Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify", help="Compare layers with float32 before the first request (20 s at most)."
-    ),
-]
+__all__ = ["CONTEXT", "serve"]
 
 
 def serve(
@@ -47,7 +22,7 @@ def serve(
     Each choice is printed with its reason. `lvllm plan MODEL` says more about it.
     """
     try:
-        environ = os.environ | ({"LVLLM_VERIFY": "1"} if verify else {})
+        environ = environment(verify)
         launch = prepare(arguments or [], environ, this_machine, experts_per_token)
     except LvllmError as error:
         raise SystemExit(f"lvllm: {error}") from None

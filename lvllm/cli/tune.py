@@ -23,7 +23,7 @@ from lvllm.bench.measure import Grid
 from lvllm.bench.servers import launch_for, measured
 from lvllm.cli.measuring import this_machine
 from lvllm.cli.plan import AllowFp8, AllowInt4, AllowInt8, allowed_experts
-from lvllm.cli.serve import CONTEXT, Arguments
+from lvllm.cli.serving_arguments import CONTEXT, Arguments
 from lvllm.errors import LvllmError
 from lvllm.evaluation.likelihood import Comparison
 from lvllm.serving.launch import Launch

@@ -97,8 +97,10 @@ def read_the_file_exactly(original: Any) -> Any:
     signature="(self, usage_context=None, headless=False)",
     why="vLLM's configuration is a class of pydantic, which wraps a refusal of LvLLM in lines about"
     " the values of all its fields. A program that uses vLLM as a library gets the one line. And a"
-    " damaged config.json ends in a traceback before there is a configuration to be checked, or a"
-    " damaged file of the tokenizer or of the generation's defaults is passed over.",
+    " damaged config.json, or a name in it that vLLM does not know, ends in a traceback before"
+    " there is a configuration to be checked, or a damaged file of the tokenizer or of the"
+    " generation's defaults is passed over. And vLLM reads no GGUF files, for which LvLLM makes a"
+    " folder here, and on a CPU without a C++ compiler its compiled mode ends in a traceback.",
     upstream="none, because vLLM's own refusals are wrapped alike",
     until="plugins may register a function that gets the complete VllmConfig",
 )
@@ -109,10 +111,13 @@ def pass_refusals_on(original: Any) -> Any:
     from lvllm import prepare
     from lvllm.errors import LvllmError
     from lvllm.faults import process
+    from lvllm.upstream import model_names
 
     def create_engine_config(self: Any, *arguments: Any, **options: Any) -> Any:
         with process.refusing():
+            prepare.take_gguf(self)
             prepare.check_files(self)
+            prepare.check_compilation(self)
         try:
             return original(self, *arguments, **options)
         except StrictDataclassError as error:  # what transformers raises about config.json
@@ -124,6 +129,10 @@ def pass_refusals_on(original: Any) -> Any:
             refusal = error.errors()[0].get("ctx", {}).get("error")
             if isinstance(refusal, LvllmError):
                 raise refusal from None
+            folder = Path(self.hf_config_path or self.model)
+            line = model_names.explain(folder, self.hf_overrides, str(refusal))
+            if line is not None:
+                raise process.refusal(line) from None
             raise
 
     return create_engine_config

