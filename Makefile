@@ -4,6 +4,7 @@
 #   PIP_EXTRA_INDEX_URL must name PyTorch's CPU index for `cpu`, unless pip's configuration does:
 #                       upstream requires torch==2.13.0+cpu, which the default index does not have
 #   MAX_JOBS            how many compilers run at once
+#   WHEELS              which wheels `make wheel` builds and `make test-wheel` tries: cpu, cuda, empty
 #   VERSION             the vLLM that `make check-vllm` tries
 #   TEST_PROCESSES      how many Python test files run at once, 2 by default; each takes up to 6 GiB
 #   SECONDS             how long `make fuzz` runs in total, 60 by default
@@ -11,9 +12,12 @@
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 SECONDS ?= 60
+WHEELS ?= cpu cuda empty
 VENV := .venv
 RUN := $(VENV)/bin/python
 BOOTSTRAP := $(PYTHON) -m build_tools.bootstrap --venv $(VENV)
+# Material says in every build that MkDocs 1 is nearing its end.
+SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs
 # Each process takes one file at a time, because the tests of a file share fixtures that start vLLM.
 # It takes them in the order of their names: the long ones of e2e/ come early, and the short ones at
 # the end fill up the time that is left.
@@ -26,10 +30,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo check test test-cpp test-asan test-tsan test-emulated test-python fuzz \
-	lint format docs models-table quality wheel verify-upstream check-vllm clean clean-upstream
+	lint format docs docs-serve models-table quality wheel test-wheel test-aarch64 verify-upstream \
+	check-vllm clean clean-upstream
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: ## make .venv, lay upstream in, build the engine, install (editable)
 	@$(BOOTSTRAP)
@@ -61,6 +66,10 @@ test-emulated: ## the C++ tests of every instruction set's kernels, on emulated 
 	@$(BOOTSTRAP) --tools test
 	@$(RUN) -m build_tools.engine test emulated
 
+test-aarch64: ## the C++ tests with the portable kernels on an emulated 64-bit ARM CPU
+	@$(BOOTSTRAP) --tools test
+	@$(RUN) -m build_tools.engine test aarch64
+
 fuzz: ## made-up inputs for the readers and the engine, for SECONDS; after test-asan
 	@$(BOOTSTRAP) --tools test --tools fuzz
 	@$(RUN) -m tests.fuzz $(SECONDS)
@@ -70,8 +79,8 @@ test-python: ## the Python tests
 	@$(RUN) -m pytest -m alone
 	@$(RUN) -m pytest -m "not alone" $(SIDE_BY_SIDE)
 
-lint: ## check format, lint, types, and that the generated documentation is current
-	@$(BOOTSTRAP) --tools lint --tools test
+lint: ## check format, lint, types, and that the generated documentation is current and builds
+	@$(BOOTSTRAP) --tools lint --tools test --tools docs
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
@@ -82,6 +91,7 @@ lint: ## check format, lint, types, and that the generated documentation is curr
 	@$(RUN) -m lvllm.patches | cmp - docs/patches.md \
 		|| { echo 'error: docs/patches.md is not current: run `make docs`' >&2; exit 1; }
 	@$(RUN) -m tests.e2e.results_page --check
+	$(SITE) build --strict --quiet
 
 format: ## format all code in place
 	@$(BOOTSTRAP) --tools lint
@@ -89,10 +99,17 @@ format: ## format all code in place
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-docs: install ## regenerate docs/configuration.md and docs/patches.md
-	@mkdir -p docs
+docs: ## regenerate the generated pages and pictures, and build the site into build/site
+	@$(BOOTSTRAP) --tools docs
 	$(RUN) -m lvllm.settings.variables > docs/configuration.md
 	$(RUN) -m lvllm.patches > docs/patches.md
+	$(RUN) -m docs.pictures
+	$(RUN) -m benchmarks.recipes
+	$(SITE) build --strict
+
+docs-serve: ## show the site on http://127.0.0.1:8001, and build it anew after each change
+	@$(BOOTSTRAP) --tools docs
+	$(SITE) serve --dev-addr 127.0.0.1:8001
 
 models-table: install ## rerun the tests of whole models and write the tables of docs/models.md
 	$(RUN) -m pytest $(SIDE_BY_SIDE) tests/e2e/test_exactness.py tests/e2e/test_formats.py \
@@ -102,8 +119,12 @@ models-table: install ## rerun the tests of whole models and write the tables of
 quality: install ## measure the demo model in every weight format, into docs/quality.md
 	$(VENV)/bin/lvllm eval examples/models/tiny-moe --formats all --markdown docs/quality.md
 
-wheel: install ## build the wheel into dist/
-	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: ## build the manylinux wheels WHEELS into dist/
+	@$(BOOTSTRAP) --tools wheel
+	@$(RUN) -m build_tools.wheel $(WHEELS)
+
+test-wheel: ## install wheels of dist/ in new environments without a compiler, and chat
+	@$(RUN) -m build_tools.check_wheel $(filter-out cuda,$(WHEELS))
 
 verify-upstream: ## prove that vllm/ is the pinned upstream, byte for byte
 	@$(PYTHON) -m build_tools.verify_upstream

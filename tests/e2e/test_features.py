@@ -120,6 +120,18 @@ def test_tokens_are_the_same(name: str, run: Run) -> None:
             assert abs(a - b) <= 2 * BOUND
 
 
+def test_without_a_compiler(run: Run) -> None:
+    plain = run[0]["plain"]
+    asked = [answer["prompt"] for answer in plain]
+    job = {"model": str(TINY), "prompts": asked, "max_tokens": TOKENS, "enforce_eager": False}
+    (answers,) = generate(
+        [job],
+        environment=ONE_PROCESS | {"CXX": "no-such-g++"},
+        logged=r"torch\.compile is off, because there is no C\+\+ compiler \(no-such-g\+\+;",
+    )
+    assert [answer["tokens"] for answer in answers] == [answer["tokens"] for answer in plain]
+
+
 def test_features_were_in_use(run: Run) -> None:
     answers = run[0]
     # Of the 41 tokens of the longest prompt one whole block.

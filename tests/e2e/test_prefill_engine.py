@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +184,17 @@ def apart(found: Asked, expected: Asked) -> list[float]:
     return differences
 
 
+def same(found: Sequence[Asked], expected: Sequence[Asked]) -> bool:
+    """Whether answers are the same but for rounding.
+
+    The decoding engine computes the last token of a prompt anew, alone, and vLLM's own kernels may
+    round it otherwise than within a chunk of the prompt. Usually the bits are the same; with 12
+    tokens in the chunk, a difference of 0.027 was seen. Blocks in the wrong order exceed the bound.
+    """
+    bound = 0.1
+    return all(max(apart(*pair)) < bound for pair in zip(found, expected, strict=True))
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Grouped attention; a step takes 96 tokens, a block of the caches 32."""
@@ -206,7 +217,7 @@ def test_the_same_tokens_as_one_engine(pair: Pair) -> None:
         decoding = [threads.submit(pair.stream, prompt(9), 300) for _ in range(2)]
         found = list(threads.map(lambda tokens: pair.ask(tokens)[0], prompts))
         assert [len(answer.result()) for answer in decoding] == [300, 300]
-    assert found == alone
+    assert same(found, alone)
     assert pair.handed_over() == sum(len(tokens) for tokens in prompts if len(tokens) >= LONG)
     assert memory_of_prompts(pair.decoding_engine) == 0
 
@@ -221,16 +232,16 @@ def test_caches_of_both_engines(pair: Pair) -> None:
     assert pair.stream(tokens, 12) == first[0].tokens
     before += 300
     assert pair.handed_over() - before == 300
-    assert pair.ask(tokens, salt="same") == first
+    assert same(pair.ask(tokens, salt="same"), first)
     assert pair.handed_over() - before == 300
     # 288 of these are in both caches, and 112 are new.
     longer = tokens + prompt(100)
-    assert pair.ask(longer, salt="same") == pair.ask(longer, prompt_logprobs=0)
+    assert same(pair.ask(longer, salt="same"), pair.ask(longer, prompt_logprobs=0))
     assert pair.handed_over() - before == 300 + 112
     tokens = prompt(200)
-    alone, *others = pair.ask(tokens, prompt_logprobs=0), *pair.ask(tokens, n=3, temperature=0.01)
+    others = pair.ask(tokens, n=3, temperature=0.01)
     assert len(others) == 3
-    assert max(max(apart(answer, alone[0])) for answer in others) < 0.1
+    assert same(others, pair.ask(tokens, prompt_logprobs=0) * 3)
 
 
 def test_aborts(pair: Pair) -> None:
@@ -252,7 +263,7 @@ def test_aborts(pair: Pair) -> None:
             pair.until("num_requests_waiting", 3)
         finally:
             os.kill(pair.prefill_engine, signal.SIGCONT)
-        assert [answer.result()[0] for answer in asked] == alone
+        assert same([answer.result()[0] for answer in asked], alone)
     assert memory_of_prompts(pair.decoding_engine) == 0
 
 

@@ -1,27 +1,17 @@
 """Every link and every path that the documentation mentions exists."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.docs.pages import BLOCK, PAGES, ROOT, tracked
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+WEB = re.compile(r"https://[\w.-]+\.[a-z]+(/[\w./%~#?=&+-]*)?|http://(127\.0\.0\.1|localhost)\S*")
 CODE = re.compile(r"`([^`\n]+)`")
-BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 MADE_BY_BUILD = ("build/", "dist/", "vllm/", ".venv/")
 """Folders that git does not have, as the beginnings of paths."""
-
-
-def tracked() -> list[str]:
-    """All files of the repository that are in git, or would be if they were added."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    return subprocess.check_output(command, cwd=ROOT, text=True).splitlines()
-
-
-PAGES = sorted(name for name in tracked() if name.endswith(".md") and (ROOT / name).exists())
 TOP = {name.partition("/")[0] for name in tracked() if "/" in name}
 """The folders at the top of the repository."""
 
@@ -37,7 +27,8 @@ def test_every_link_resolves(name: str) -> None:
     page = ROOT / name
     for link in LINK.findall(BLOCK.sub("", page.read_text())):
         if re.match(r"[a-z]+:", link):
-            continue  # the web
+            assert WEB.fullmatch(link), f"{name} links to {link}"
+            continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{name} links to {link}"
