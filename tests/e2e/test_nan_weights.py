@@ -26,7 +26,7 @@ NEAR = 0.05
 
 def expected(plain: Path, prompts: list[list[int]]) -> list[str | None]:
     """Of each prompt what transformers says about its last fault-free layer: the layer and expert
-    that its tokens meet first, "" if none, None where the router's choice is a near tie.
+    that its tokens meet first, "" if none, None where the choice of a router before is a near tie.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     found: list[str | None] = []
@@ -34,16 +34,20 @@ def expected(plain: Path, prompts: list[list[int]]) -> list[str | None]:
         with torch.no_grad():
             out = model(torch.tensor([prompt]), output_router_logits=True)
         answer: str | None = ""
-        for layer, expert, *_ in NANS:
-            logits = out.router_logits[layer].sort(dim=-1, descending=True)
-            chosen = (logits.indices[:, :TOPK] == expert).any()
-            # How far the expert is from the border between the chosen and the others.
-            border = logits.values[:, TOPK - 1 : TOPK + 1].mean(-1)
-            gap = (out.router_logits[layer][:, expert] - border).abs().min()
-            if gap < NEAR:
+        broken = {layer: expert for layer, expert, *_ in NANS}
+        for layer, router_logits in enumerate(out.router_logits):
+            logits = router_logits.sort(dim=-1, descending=True)
+            last, next_best = logits.values[:, TOPK - 1], logits.values[:, TOPK]
+            if (expert := broken.get(layer)) is not None:
+                # How far the expert is from the border between the chosen and the others.
+                gap = (router_logits[:, expert] - (last + next_best) / 2).abs().min()
+                if gap < NEAR:
+                    answer = None
+                elif (logits.indices[:, :TOPK] == expert).any():
+                    answer = f"model.layers.{layer}.mlp.experts: expert {expert} makes NaN"
+            # With another expert in one layer, the router of each later layer sees other tokens.
+            if answer == "" and (last - next_best).min() < NEAR and layer < max(broken):
                 answer = None
-            elif chosen:
-                answer = f"model.layers.{layer}.mlp.experts: expert {expert} makes NaN"
             if answer != "":
                 break
         found.append(answer)
