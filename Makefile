@@ -7,6 +7,7 @@
 #   WHEELS              which wheels `make wheel` builds and `make test-wheel` tries: cpu, cuda, empty
 #   VERSION             the vLLM that `make check-vllm` tries
 #   TEST_PROCESSES      how many Python test files run at once, 2 by default; each takes up to 6 GiB
+#   TEST_SEED           a number with which the Python tests draw the same data again
 #   SECONDS             how long `make fuzz` runs in total, 60 by default
 #   FUZZ_SEED           a number with which `make fuzz` tries the same inputs in the same order
 PYTHON ?= python3
@@ -22,6 +23,7 @@ SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs
 # It takes them in the order of their names: the long ones of e2e/ come early, and the short ones at
 # the end fill up the time that is left.
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+SEED := $(if $(TEST_SEED),--seed $(TEST_SEED))
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
 # Images for containers like to set this variable. Every process that imports vLLM would then compile
@@ -76,8 +78,8 @@ fuzz: ## made-up inputs for the readers and the engine, for SECONDS; after test-
 
 test-python: ## the Python tests
 	@$(BOOTSTRAP) --tools test
-	@$(RUN) -m pytest -m alone
-	@$(RUN) -m pytest -m "not alone" $(SIDE_BY_SIDE)
+	@$(RUN) -m pytest -m alone $(SEED)
+	@$(RUN) -m pytest -m "not alone" $(SIDE_BY_SIDE) $(SEED)
 
 lint: ## check format, lint, types, and that the generated documentation is current and builds
 	@$(BOOTSTRAP) --tools lint --tools test --tools docs

@@ -8,6 +8,7 @@ from typing import Any, cast
 import hypothesis
 import pytest
 
+from tests import seeds
 from tests.e2e import results
 from tests.models.make import make
 
@@ -29,6 +30,7 @@ RECORD = "record"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    seeds.add_option(parser)
     parser.addoption(
         "--record",
         type=Path,
@@ -57,7 +59,9 @@ class Recorder:
         results.write(self.found, self.file)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    seeds.register(config)
     file = config.getoption("--record")
     # pytest-xdist sends the reports of all its workers to one process, which alone writes.
     if file is not None and not hasattr(config, "workerinput"):

@@ -26,7 +26,7 @@ def together(users: int, steps: int, step: float, prefill: float, begin: float) 
 
 
 def test_only_times_without_prompts_count() -> None:
-    draw = random.Random()
+    draw = random.Random(random.getrandbits(32))
     step, prefill = draw.uniform(0.01, 0.2), draw.uniform(0.1, 2)
     for users in (1, 2, 7):
         requests = together(users, 20, step, prefill, 3.0) + together(users, 15, step, prefill, 99)

@@ -1,5 +1,6 @@
 """How texts and chats are cut into passages, and what a saved reference run keeps of that."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_of_a_chat_the_answer_is_scored() -> None:
 
 
 def likelihoods(count: int) -> Likelihoods:
-    draw = np.random.default_rng()
+    draw = np.random.default_rng(random.getrandbits(32))
     ids = draw.integers(0, 99, (count, 4), dtype=np.int32)
     return Likelihoods(draw.random(count, np.float32), ids, draw.random((count, 4), np.float32), 99)
 

@@ -1,5 +1,6 @@
 """Experts in ggml's blocks, as lk's arguments, compared with the values of the gguf package."""
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,10 +54,11 @@ def loaded(held: Held, stored: Stored, rank: int, ranks: int) -> dict[str, Any]:
 
 def draw(kind: Type) -> tuple[Stored, Stored]:
     """Random tensors of all experts as the file has them, and their values in float32."""
+    draw = np.random.default_rng(random.getrandbits(32))
     stored, wanted = {}, {}
     for expert in range(EXPERTS):
         for shard, size in SHARDS.items():
-            numbers = np.random.default_rng().normal(0, 1, size).astype(np.float32)
+            numbers = draw.normal(0, 1, size).astype(np.float32)
             raw = quantise(numbers, kind)
             tensor = torch.from_numpy(raw)
             if kind.name in FLOATS:

@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import pytest
@@ -56,6 +56,11 @@ def random_layer(draw: random.Random, experts: int) -> Weights:
         name: random_tensor((experts, draw.randint(1, 12), draw.randint(1, 12)), dtype)
         for name, dtype in draw.choice(FORMATS).items()
     }
+
+
+def random_layers(numbers: Iterable[int], experts: int) -> dict[int, Weights]:
+    draw = random.Random(random.getrandbits(32))
+    return {number: random_layer(draw, experts) for number in numbers}
 
 
 def whole(number: int, layer: Weights) -> int:
@@ -244,7 +249,7 @@ def run(ring: StagingRing, layer: int, counts: Sequence[int]) -> list[int]:
 @pytest.mark.usefixtures("single_experts")
 @pytest.mark.parametrize("ahead", range(4))
 def test_a_pass_copies_each_expert_once(accelerator: Recorded, ahead: int) -> None:
-    layers = {number: random_layer(random.Random(), 5) for number in (3, 4, 8)}
+    layers = random_layers((3, 4, 8), 5)
     ring = StagingRing(accelerator, layers, ahead, 1 << 30)
     order = [(number, expert) for _ in range(5) for number in layers for expert in range(5)]
     steps = min(ahead, 2) + 1
@@ -256,7 +261,7 @@ def test_a_pass_copies_each_expert_once(accelerator: Recorded, ahead: int) -> No
 
 @pytest.mark.usefixtures("single_experts")
 def test_only_experts_with_tokens_are_copied(accelerator: Recorded) -> None:
-    layers = {number: random_layer(random.Random(), 6) for number in (0, 1)}
+    layers = random_layers((0, 1), 6)
     ring = StagingRing(accelerator, layers, 0, 1 << 30)
     assert run(ring, 1, [0, 3, 1, 0, 0, 9]) == [1, 2, 5]
     assert run(ring, 0, [0] * 6) == []
@@ -271,7 +276,7 @@ def test_only_experts_with_tokens_are_copied(accelerator: Recorded) -> None:
 
 @pytest.mark.usefixtures("single_experts")
 def test_a_ring_that_is_smaller_than_a_layer(accelerator: Recorded) -> None:
-    layers = {number: random_layer(random.Random(), 7) for number in (0, 1, 2)}
+    layers = random_layers((0, 1, 2), 7)
     limit = 3 * max(group(number, layer) for number, layer in layers.items())
     ring = StagingRing(accelerator, layers, 2, limit)
     assert ring.staging_bytes == limit
@@ -286,7 +291,7 @@ def test_a_ring_that_is_smaller_than_a_layer(accelerator: Recorded) -> None:
 
 @pytest.mark.usefixtures("single_experts")
 def test_a_pass_may_begin_with_what_the_last_one_fetched(accelerator: Recorded) -> None:
-    layers = {number: random_layer(random.Random(), 1) for number in range(5)}
+    layers = random_layers(range(5), 1)
     ring = StagingRing(accelerator, layers, 2, 1 << 30)
 
     def layers_copied() -> list[int]:
@@ -310,7 +315,7 @@ def test_a_pass_may_begin_with_what_the_last_one_fetched(accelerator: Recorded) 
 def test_what_is_being_read_is_not_overwritten(ahead: int, how: str) -> None:
     """This holds whatever ends a layer, and even if its reader has not begun."""
     accelerator, gate = RecordedAhead(), threading.Event()
-    layers = {number: random_layer(random.Random(), 2) for number in range(5)}
+    layers = random_layers(range(5), 2)
     limit = 2 * max(group(number, layer) for number, layer in layers.items())
     ring = StagingRing(accelerator, layers, ahead, limit)
     found: list[str] = []
@@ -396,7 +401,7 @@ def test_no_room(accelerator: Recorded, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_error_in_the_copies_does_not_hang(accelerator: Recorded) -> None:
-    layers = {number: random_layer(random.Random(), 3) for number in range(4)}
+    layers = random_layers(range(4), 3)
     ring = StagingRing(accelerator, layers, 1, 1 << 20)
     accelerator.launch(lambda: [][1], ring._copies)
 

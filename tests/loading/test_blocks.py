@@ -1,5 +1,6 @@
 """Tensors in ggml's blocks, compared with the gguf package."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ KINDS = [kind for kind in Type if can_read(kind)]
 def file_tensor(path: Path, kind: Type) -> tuple[FileTensor, torch.Tensor]:
     """Random blocks of two for each row, which begin at byte 5 of a file, and their values."""
     block, nbytes = GGML_QUANT_SIZES[kind]
-    draw = np.random.default_rng()
+    draw = np.random.default_rng(random.getrandbits(32))
     raw = draw.integers(0, 256, (ROWS, 2 * nbytes), np.uint8)
     with np.errstate(all="ignore"):
         for row in raw:  # rows with scales that are NaN or infinite are drawn anew

@@ -5,6 +5,7 @@ python -m tests.models.gguf examples/models/tiny-moe OUT.gguf --experts Q8_0
 
 import argparse
 import json
+import random
 import re
 import shutil
 import zlib
@@ -82,7 +83,8 @@ def large(path: Path, layers: int) -> Path:
         "num_experts_per_tok": 8,
         "moe_intermediate_size": size,
     }
-    one = np.random.default_rng().normal(0, 0.02, (1024, 2048)).astype(np.float32)
+    draw = np.random.default_rng(random.getrandbits(32))
+    one = draw.normal(0, 0.02, (1024, 2048)).astype(np.float32)
     blocks = quantise(one, Type.Q8_0).reshape(-1)
 
     def matrix(*shape: int) -> np.ndarray:

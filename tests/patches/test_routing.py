@@ -14,8 +14,6 @@ ROUTED, ZERO, CHOSEN, HIDDEN, SCALE = 5, 3, 4, 16, 2.5
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_experts_without_weights_give_their_input(dtype: torch.dtype) -> None:
     """Each token against a loop over its experts, in float64."""
-    seed = torch.seed()
-    print(f"seed {seed}")
     x = torch.randn(40, HIDDEN).to(dtype)
     logits, bias = torch.randn(40, ROUTED + ZERO), torch.rand(ROUTED + ZERO) / 10
     router = ZeroExpertRouter(
