@@ -4,9 +4,10 @@
 // along K the four bytes of a unit hold, and F::kOrder is the order in which they are unpacked.
 // F::unpack turns one unit each of 16 rows into kSteps<F> vectors. A format with zero points
 // defines F::kZeroPoints, one that never has group scales defines F::kNoGroupScales, and one that
-// takes longer to unpack than to load unpacked defines F::kSlowUnpack. Which scales the weights
-// have, and over which groups, is in MatmulArgs. If F::unpack gives multiples of another number
-// than 1, that is F::kWeightUnit.
+// takes longer to unpack than to load unpacked defines F::kSlowUnpack, and one that is unpacked
+// with one instruction a vector F::kQuickUnpack. Which scales the weights have, and over which
+// groups, is in MatmulArgs. If F::unpack gives multiples of another number than 1, that is
+// F::kWeightUnit.
 //
 // Formats of blocks (blocks.h) have units of F::kWords words of four bytes, and two bytes more with
 // F::kHalf. They unpack an array of vectors, and read their scales themselves: F::load_scales those
@@ -26,6 +27,8 @@ template <class F>
 constexpr bool kGroupScales = !requires { F::kNoGroupScales; };
 template <class F>
 constexpr bool kSlowUnpack = requires { F::kSlowUnpack; };
+template <class F>
+constexpr bool kQuickUnpack = requires { F::kQuickUnpack; };
 template <class F>
 constexpr int kWords = 1;
 template <class F>

@@ -55,6 +55,19 @@ inline __attribute__((always_inline)) FloatVector add_product(FloatVector sum, F
 #endif
 }
 
+#elif defined(__AVX2__)
+
+// sum + w * a.
+inline __attribute__((always_inline)) FloatVector add_product(FloatVector sum, FloatVector w,
+                                                              FloatVector a) {
+#if defined(LK_EMULATE)
+  return _mm256_fmadd_ps(w, a, sum);
+#else
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(w), "x"(a));
+  return sum;
+#endif
+}
+
 #endif
 #if defined(__AVX512VNNI__)
 

@@ -11,10 +11,19 @@ namespace lk::LK_ISA {
 // steps, which is 16 weights as bytes.
 constexpr int kMostSegments = 16;
 
-// Weights with one step a unit are unpacked when they are multiplied, except by AMX, which
-// multiplies memory.
+// Weights with one step a unit, and those that an instruction a vector unpacks (F::kQuickUnpack),
+// are unpacked when they are multiplied, except by AMX, which multiplies memory.
 template <class F>
-constexpr bool kUnpackLate = kSteps<F> == 1 && !kAmx<F>;
+constexpr bool kUnpackLate = (kSteps<F> == 1 || kQuickUnpack<F>) && !kAmx<F>;
+// Steps that lie in a vector of a block.
+template <class F>
+constexpr int kVectorSteps = kUnpackLate<F> ? kSteps<F> : 1;
+
+// The fewest of all tokens, of which a pass takes at most `most`. Passes are of equal size, so that
+// none of several has less than half of that, and one alone may have the fewest that few_tokens.h
+// leaves over: 2 where a block needs no unpacking.
+template <class F, int most>
+constexpr int kLeastTokens = kQuickUnpack<F> ? 2 : (most + 1) / 2;
 
 // Unpacked weights of some whole segments.
 struct Block {
@@ -30,29 +39,37 @@ struct Block {
 };
 constexpr int64_t kRun = 8;
 
-// One step of R vectors of rows times T tokens.
+// The steps of R vectors of a block times T tokens.
 template <class F, int R, int T>
-inline __attribute__((always_inline)) void multiply_step(typename F::Math::Sum (&sum)[R][T],
-                                                         const char* weights,
-                                                         const char* const (&act)[T],
-                                                         int64_t offset) {
+inline __attribute__((always_inline)) void multiply_vectors(typename F::Math::Sum (&sum)[R][T],
+                                                            const char* weights,
+                                                            const char* const (&act)[T],
+                                                            int64_t offset) {
   using Math = typename F::Math;
-  typename Math::Weights w[R];
 #pragma GCC unroll 32
-  for (int r = 0; r < R; ++r) {
-    // The block of a format with one step a unit holds weights as the tile does, so that no copy is
-    // needed (see many_tokens); unpacking them is cheap.
-    if constexpr (kUnpackLate<F>) {
-      F::unpack(load_units(weights + r * 64, first_lanes(kLanes)), &w[r]);
-    } else {
-      w[r] = *reinterpret_cast<const typename Math::Weights*>(weights + r * 64);
+  for (int step = 0; step < kVectorSteps<F>; ++step) {
+    // GCC 12 would unpack all steps of a vector first, for which it has no registers, so it must
+    // not know that they come from the same memory.
+    if (step > 0) asm("" : "+r"(weights));
+    typename Math::Weights w[R];
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      // With kUnpackLate, the block holds weights as the tile does, so that no copy is needed (see
+      // many_tokens).
+      if constexpr (kUnpackLate<F>) {
+        typename Math::Weights all[kSteps<F>];
+        F::unpack(load_units(weights + r * 64, first_lanes(kLanes)), all);
+        w[r] = all[step];
+      } else {
+        w[r] = *reinterpret_cast<const typename Math::Weights*>(weights + r * 64);
+      }
     }
-  }
 #pragma GCC unroll 32
-  for (int t = 0; t < T; ++t) {
-    const auto a = Math::act(act[t] + offset);
+    for (int t = 0; t < T; ++t) {
+      const auto a = Math::act(act[t] + offset + step * Math::kStepWeights * Math::kActBytes);
 #pragma GCC unroll 32
-    for (int r = 0; r < R; ++r) sum[r][t] = Math::multiply_add(sum[r][t], w[r], a);
+      for (int r = 0; r < R; ++r) sum[r][t] = Math::multiply_add(sum[r][t], w[r], a);
+    }
   }
 }
 
@@ -62,8 +79,9 @@ __attribute__((noinline)) void block_times_tokens(const Block& block, int64_t ro
                                                   const char* const* acts, float* out) {
   using Math = typename F::Math;
   using Sum = typename Math::Sum;
-  constexpr int64_t kStepBytes = Math::kStepWeights * Math::kActBytes;
-  constexpr int64_t kStride = kTileRows * kUnitBytes;  // of a step
+  // Of activations and of weights, from one vector to the next.
+  constexpr int64_t kActStride = kVectorSteps<F> * Math::kStepWeights * Math::kActBytes;
+  constexpr int64_t kStride = kTileRows * kUnitBytes;
   const int64_t k = block.k;
   const int block_log2 = block.act_block_log2;
   const char* weights = block.weights + row * kUnitBytes;
@@ -88,25 +106,26 @@ __attribute__((noinline)) void block_times_tokens(const Block& block, int64_t ro
         for (int r = 0; r < R; ++r) sum[r][t] = Math::copy(start);
       }
     }
-    int64_t steps = (s.end - s.begin) * kSteps<F>;
-    for (; steps >= kRun; steps -= kRun) {
+    constexpr int64_t kRunVectors = kRun / kVectorSteps<F>;
+    int64_t vectors = (s.end - s.begin) * kSteps<F> / kVectorSteps<F>;
+    for (; vectors >= kRunVectors; vectors -= kRunVectors) {
       for (int64_t line = 0; line < block.lines; ++line) __builtin_prefetch(next + line * 64);
       next += block.lines * 64;
       const char* from[T];
 #pragma GCC unroll 32
       for (int t = 0; t < T; ++t) from[t] = act[t] + offset;
 #pragma GCC unroll 32
-      for (int64_t step = 0; step < kRun; ++step) {
-        multiply_step<F, R, T>(sum, weights + step * kStride, from, step * kStepBytes);
+      for (int64_t i = 0; i < kRunVectors; ++i) {
+        multiply_vectors<F, R, T>(sum, weights + i * kStride, from, i * kActStride);
       }
-      weights += kRun * kStride;
-      offset += kRun * kStepBytes;
+      weights += kRunVectors * kStride;
+      offset += kRunVectors * kActStride;
     }
 #pragma GCC unroll 1
-    for (; steps > 0; --steps) {
-      multiply_step<F, R, T>(sum, weights, act, offset);
+    for (; vectors > 0; --vectors) {
+      multiply_vectors<F, R, T>(sum, weights, act, offset);
       weights += kStride;
-      offset += kStepBytes;
+      offset += kActStride;
     }
     if constexpr (kOneSum<F>) {
 #pragma GCC unroll 32
@@ -132,7 +151,7 @@ __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int
   for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
     lanes[v] = first_lanes(min(max(a.rows - v * kLanes, 0), kLanes));
   }
-  for (int64_t u = u0; u < u1; ++u, out += kSteps<F> * kTileRows * kUnitBytes) {
+  for (int64_t u = u0; u < u1; ++u, out += kSteps<F> / kVectorSteps<F> * kTileRows * kUnitBytes) {
     const char* from = u < whole ? a.tile + u * a.rows * kUnitRowBytes<F> : last_unit;
     for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
       const LaneMask present = u < whole ? lanes[v] : first_lanes(kLanes);
@@ -213,7 +232,7 @@ void many_tokens(const MatmulArgs& a, const char* last_unit) {
       const bool last = i == passes - 1;
       if (last) block.next = next;
       block.lines = next && (i < shares || last) ? kLines / (last ? 1 : shares) : 0;
-      with_constant_tokens<(T + 1) / 2, T>(tokens, [&]<int kTokens>() {
+      with_constant_tokens<kLeastTokens<F, T>, T>(tokens, [&]<int kTokens>() {
         for (int64_t row = 0; row < kTileRows; row += R * kLanes) {
           const int64_t at = done * kTileRows + row;
           block_times_tokens<F, kInRegisters, R, kTokens>(block, row, acts + done, a.out + at);

@@ -28,10 +28,12 @@ constexpr int64_t kShortSteps = kQuantisedActs<F> ? 16 : 8;
 // unpack blocks of them for many_tokens. Measured on Zen 5. Weights with one step a unit gain by
 // staying in L1. Nibbles as bytes cost two instructions a vector, less than to store and load them
 // again, unless many_tokens keeps the totals in registers. Measured on Zen 3 with AVX2: after two
-// passes, fp8 takes 0.66 of the time at 4 tokens an expert, and fp16 0.75; others take longer.
+// passes, fp8 takes 0.66 of the time at 4 tokens an expert, and fp16 0.75; others take longer. What
+// is not unpacked at all, as bf16 there, takes 0.95 of the time at 2 tokens an expert already.
 template <class F>
 constexpr int64_t few_passes(bool short_segments) {
   constexpr bool kBytes = F::Math::kStepWeights == 4;
+  if (kQuickUnpack<F>) return 1;
   if (kSlowUnpack<F>) return 2;
   if (kSteps<F> == 1) return 3;
   if (kQuantisedActs<F> && short_segments) return 4;
@@ -70,9 +72,9 @@ template <class F, Registers kRegisters>
 void few_or_many_tokens(const MatmulArgs& a, const char* last_unit) {
   constexpr int kFew = kRegisters.few_tokens;
   const int64_t passes = (a.tokens + kFew - 1) / kFew;
-  // Fewer tokens than half of what a call of many_tokens takes would be too few for it.
   constexpr int64_t kLeastMany = min(few_passes<F>(true), few_passes<F>(false)) * kFew + 1;
-  static_assert(kLeastMany >= (max(kRegisters.many_tokens, kRegisters.short_tokens) + 1) / 2);
+  static_assert(kLeastMany >= kLeastTokens<F, kRegisters.many_tokens> &&
+                kLeastMany >= kLeastTokens<F, kRegisters.short_tokens>);
   const bool short_segments = segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>;
   if (passes <= few_passes<F>(short_segments)) {
     return passes_of_few<F, kRegisters>(a, passes, last_unit);

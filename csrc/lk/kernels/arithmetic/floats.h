@@ -38,12 +38,19 @@ struct Floats : FloatSums<4> {
   static constexpr int kStepWeights = 1;
 
   static Act act(const char* p) { return broadcast(*reinterpret_cast<const float*>(p)); }
-  static Sum multiply_add(Sum sum, Weights w, Act a) { return fma(w, a, sum); }
+  static Sum multiply_add(Sum sum, Weights w, Act a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    for (int i = 0; i < kVectors; ++i) sum.v[i] = add_product(sum.v[i], w.v[i], a.v[i]);
+    return sum;
+#else
+    return fma(w, a, sum);
+#endif
+  }
   static Sum multiply_add(Sum sum, Weights w, const char* p) {
 #if defined(__AVX512F__)
     return {add_product(sum.v[0], w.v[0], p)};
 #else
-    return fma(w, act(p), sum);
+    return multiply_add(sum, w, act(p));
 #endif
   }
   // Packs a block of activations, in their own order. Returns their sum.

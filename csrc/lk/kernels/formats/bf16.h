@@ -15,6 +15,9 @@ struct Bf16 {
   static void unpack(U32x16 bits, Bf16Pairs::Weights* w) { w[0] = (__m512bh)bits.v[0]; }
 #else
   using Math = Floats;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static constexpr bool kQuickUnpack = true;
+#endif
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   static void unpack(U32x16 bits, F32x16* w) {
     w[0] = as_float(bits << 16);
