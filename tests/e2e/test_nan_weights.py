@@ -90,8 +90,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
 def test_only_requests_that_meet_a_nan_fail(served: tuple[Path, str, Path, Path]) -> None:
     plain, url, model, log = served
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-    prompts = [[random.randrange(3, VOCABULARY)] for _ in range(40)]
-    prompts += [[random.randrange(3, VOCABULARY) for _ in range(2)] for _ in range(24)]
+    prompts = [[random.randrange(3, VOCABULARY)] for _ in range(100)]
+    prompts += [[random.randrange(3, VOCABULARY) for _ in range(2)] for _ in range(40)]
     wanted = expected(plain, prompts)
     assert wanted.count("") > 3
     assert len({want for want in wanted if want}) == 2, "each of the two is met by someone"
