@@ -2,6 +2,8 @@
 // over it before the next block is unpacked.
 #pragma once
 
+#include <type_traits>
+
 #include "lk/kernels/arithmetic.h"
 #include "lk/kernels/segments.h"
 
@@ -38,6 +40,32 @@ struct Block {
   int64_t lines = 0;
 };
 constexpr int64_t kRun = 8;
+
+// What block_times_tokens knows of a format of blocks (blocks.h), whose weights are unpacked by
+// then. Many of them have this in common, and share the code.
+template <class M, int kWeights>
+struct UnpackedBlocks {
+  using Math = M;
+  static constexpr int kUnitWeights = kWeights;
+  static void load_scales();  // never called: kOwnScales
+};
+template <class M, int kWeights>
+struct UnpackedBlocksWithMinimums : UnpackedBlocks<M, kWeights> {
+  static constexpr bool kZeroPoints = true;
+};
+template <class F>
+struct UnpackedOf {
+  using Type = F;
+};
+template <class F>
+  requires kOwnScales<F>
+struct UnpackedOf<F> {
+  using Type = std::conditional_t<kZeroPoints<F>,
+                                  UnpackedBlocksWithMinimums<typename F::Math, F::kUnitWeights>,
+                                  UnpackedBlocks<typename F::Math, F::kUnitWeights>>;
+};
+template <class F>
+using Unpacked = typename UnpackedOf<F>::Type;
 
 // The steps of R vectors of a block times T tokens.
 template <class F, int R, int T>
@@ -235,7 +263,8 @@ void many_tokens(const MatmulArgs& a, const char* last_unit) {
       with_constant_tokens<kLeastTokens<F, T>, T>(tokens, [&]<int kTokens>() {
         for (int64_t row = 0; row < kTileRows; row += R * kLanes) {
           const int64_t at = done * kTileRows + row;
-          block_times_tokens<F, kInRegisters, R, kTokens>(block, row, acts + done, a.out + at);
+          block_times_tokens<Unpacked<F>, kInRegisters, R, kTokens>(block, row, acts + done,
+                                                                    a.out + at);
           block.next += block.lines * kRuns * 64;
         }
       });
