@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.cases import Batch, Shape
 from lvllm.engine import dequantize
-from lvllm.engine.weight_formats import BLOCK_FORMATS, BLOCK_WEIGHTS
+from lvllm.engine.weight_formats import BLOCK_FORMATS
 
 GROUP_SIZE = 32  # Weights of int4 along K that share a scale.
 FP8_BLOCK = 128
@@ -24,10 +24,18 @@ FACTORS: dict[str, dict[int, float]] = {
     "q4_k": {0: 1, 2: 7.5},
     "q5_k": {0: 1, 2: 15.5},
     "q6_k": {208: 1},
+    "q4_1": {0: 1, 2: -7.5},
+    "q5_0": {0: 1},
+    "q5_1": {0: 1, 2: -15.5},
+    "iq4_nl": {0: 1},
+    "iq4_xs": {0: 1},
 }
 """Where a block has the float16 factors of its scales and of its minimums, and how large the latter
 are, so that weights are about as often negative as positive."""
-SPREAD = {"q2_k": 12, "q3_k": 42, "q4_k": 220, "q5_k": 430, "q6_k": 1400}
+SPREAD = {
+    **{"q2_k": 12, "q3_k": 42, "q4_k": 220, "q5_k": 430, "q6_k": 1400},
+    **{"q4_1": 4.6, "q5_0": 9.2, "q5_1": 9.2, "iq4_nl": 71, "iq4_xs": 1320},
+}
 """The deviation of a random block's weights where the factor of its scales is 1."""
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, int], torch.Tensor]
@@ -150,7 +158,7 @@ def _matrix(
                 "_scale": (group, _scales(group, 32.0, generator).to(torch.float8_e4m3fn)),
             }
     size = BLOCK_FORMATS[format].block_bytes
-    raw = (experts, rows, columns // BLOCK_WEIGHTS * size)
+    raw = (experts, rows, BLOCK_FORMATS[format].elements(columns))
     drawn = random_blocks(format, min(math.prod(raw), 8 << 20) // size, std, generator)
     return {"": (raw, drawn.flatten())}
 

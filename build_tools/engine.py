@@ -17,6 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from build_tools import codebooks
 from build_tools.errors import BuildError
 from build_tools.googletest import find_googletest
 from build_tools.target import ROOT
@@ -165,6 +166,9 @@ def _compile(build: Path, *options: str) -> None:
     configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DCMAKE_CXX_COMPILER={find_compiler()}", f"-DLK_TORCH_INCLUDE={torch}/include"]
     configure += [f"-DLK_TORCH_LIBRARY={torch}/lib/libtorch_cpu.so", *options]
+    generated = BUILD / "generated"
+    codebooks.write(generated)
+    configure += [f"-DLK_GENERATED={generated}"]
     # An isolated pip build has its tools in a folder that is deleted afterwards. So CMake's cache
     # is made anew for every other command line. The object files stay, and Ninja reuses those whose
     # compiler command is the same.

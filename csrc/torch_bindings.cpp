@@ -51,6 +51,24 @@ T* data_of(const OptionalTensor& tensor) {
   return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
+// The formats of blocks by their names, with activations of 16 and of 8 bits.
+struct BlockFormat {
+  const char* name;
+  lk::Format act16, act8;
+};
+constexpr BlockFormat kBlockFormats[] = {
+    {"q2_k", lk::Format::kQ2K, lk::Format::kQ2KAct8},
+    {"q3_k", lk::Format::kQ3K, lk::Format::kQ3KAct8},
+    {"q4_k", lk::Format::kQ4K, lk::Format::kQ4KAct8},
+    {"q5_k", lk::Format::kQ5K, lk::Format::kQ5KAct8},
+    {"q6_k", lk::Format::kQ6K, lk::Format::kQ6KAct8},
+    {"q4_1", lk::Format::kQ41, lk::Format::kQ41Act8},
+    {"q5_0", lk::Format::kQ50, lk::Format::kQ50Act8},
+    {"q5_1", lk::Format::kQ51, lk::Format::kQ51Act8},
+    {"iq4_nl", lk::Format::kIq4Nl, lk::Format::kIq4NlAct8},
+    {"iq4_xs", lk::Format::kIq4Xs, lk::Format::kIq4XsAct8},
+};
+
 lk::Format format_of(const std::string& name, bool act8, bool groups = false,
                      bool zero_points = false) {
   using lk::Format;
@@ -60,11 +78,9 @@ lk::Format format_of(const std::string& name, bool act8, bool groups = false,
   if (name == "int8" && groups) return act8 ? Format::kInt8GroupsAct8 : Format::kInt8Groups;
   if (name == "int8") return act8 ? Format::kInt8Act8 : Format::kInt8;
   if (name == "mxfp4" || name == "nvfp4") return act8 ? Format::kFp4Act8 : Format::kFp4;
-  if (name == "q2_k") return act8 ? Format::kQ2KAct8 : Format::kQ2K;
-  if (name == "q3_k") return act8 ? Format::kQ3KAct8 : Format::kQ3K;
-  if (name == "q4_k") return act8 ? Format::kQ4KAct8 : Format::kQ4K;
-  if (name == "q5_k") return act8 ? Format::kQ5KAct8 : Format::kQ5K;
-  if (name == "q6_k") return act8 ? Format::kQ6KAct8 : Format::kQ6K;
+  for (const BlockFormat& format : kBlockFormats) {
+    if (name == format.name) return act8 ? format.act8 : format.act16;
+  }
   if (name != "int4") fail("format is \"" + name + "\"");
   if (zero_points) return act8 ? Format::kInt4ZeroAct8 : Format::kInt4Zero;
   return act8 ? Format::kInt4Act8 : Format::kInt4;

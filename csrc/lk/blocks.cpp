@@ -129,17 +129,49 @@ void join_q6k(const uint8_t* codes, const uint8_t* rest, uint8_t* block) {
   std::memcpy(block + 192, rest, 18);
 }
 
-constexpr BlockLayout kQ2K{2, 16, 84, 20, 0, split_q2k, join_q2k};
-constexpr BlockLayout kQ3K{3, 16, 110, 12, 2, split_q3k, join_q3k};
-constexpr BlockLayout kQ4K{4, 32, 144, 16, 0, split_q4k, join_q4k};
-constexpr BlockLayout kQ5K{5, 32, 176, 16, 0, split_q5k, join_q5k};
-constexpr BlockLayout kQ6K{6, 16, 210, 16, 2, split_q6k, join_q6k};
+// Blocks of 32 weights: their factors, 32 bits if codes have a fifth one, and the low bits of the
+// first 16 codes beside those of the others.
+template <int kFactorBytes, bool kFifth>
+void split_small(const uint8_t* block, uint8_t* codes, uint8_t* rest) {
+  const uint8_t* low = block + kFactorBytes + (kFifth ? 4 : 0);
+  for (int64_t i = 0; i < 16; ++i) {
+    codes[i] = low[i] & 15;
+    codes[16 + i] = low[i] >> 4;
+  }
+  for (int64_t i = 0; kFifth && i < 32; ++i) {
+    codes[i] |= static_cast<uint8_t>((block[kFactorBytes + i / 8] >> i % 8 & 1) << 4);
+  }
+  std::memcpy(rest, block, kFactorBytes);
+}
+template <int kFactorBytes, bool kFifth>
+void join_small(const uint8_t* codes, const uint8_t* rest, uint8_t* block) {
+  std::memcpy(block, rest, kFactorBytes);
+  uint8_t* low = block + kFactorBytes + (kFifth ? 4 : 0);
+  for (int64_t i = 0; i < 16; ++i) {
+    low[i] = static_cast<uint8_t>((codes[i] & 15) | (codes[16 + i] & 15) << 4);
+  }
+  for (int64_t i = 0; kFifth && i < 4; ++i) {
+    int byte = 0;
+    for (int64_t bit = 0; bit < 8; ++bit) byte |= (codes[8 * i + bit] >> 4) << bit;
+    block[kFactorBytes + i] = static_cast<uint8_t>(byte);
+  }
+}
+
+// IQ4_XS: d, high bits of scales, low ones, and the codes of each group as in a block of 32.
+void split_iq4xs(const uint8_t* block, uint8_t* codes, uint8_t* rest) {
+  for (int64_t i = 0; i < 8; ++i) split_small<0, false>(block + 8 + 16 * i, codes + 32 * i, rest);
+  std::memcpy(rest, block, 8);
+}
+void join_iq4xs(const uint8_t* codes, const uint8_t* rest, uint8_t* block) {
+  for (int64_t i = 0; i < 8; ++i) join_small<0, false>(codes + 32 * i, rest, block + 8 + 16 * i);
+  std::memcpy(block, rest, 8);
+}
 
 // A plane of a unit: `bits` of each code, those from `first` on.
 struct Plane {
   int bits = 0;
   int first = 0;
-  int bytes() const { return kCodeUnit * bits / 8; }
+  int64_t bytes() const { return kCodeUnit * bits / 8; }
   // The bit of the plane where the code of byte `b` of step `t` begins.
   int64_t place(int64_t b, int64_t t) const {
     if (bits == 4) return t / 2 * 32 + 8 * b + t % 2 * 4;
@@ -176,47 +208,82 @@ void unpack_plane(const Plane& plane, uint64_t packed, uint8_t* codes) {
   }
 }
 
-// Calls each(place, bytes, at) for the words and halves of a plane of unit `unit` in row `row`:
-// `place` is in the tile, and `at` in the packed plane.
-template <class Each>
-void for_each_word(const Plane& plane, char* unit_plane, int64_t rows, int64_t row, Each&& each) {
-  const int64_t word = plane.bytes() < kUnitBytes ? plane.bytes() : kUnitBytes;
-  for (int64_t at = 0; at < plane.bytes(); at += word) {
-    each(unit_plane + at * rows + row * word, word, at);
-  }
-}
-
-// Calls each(place, bytes, at) for what follows the codes of a block in row `row`: `place` is in
-// the tile, and `at` counts bytes from the first word on.
-template <class Each>
-void for_each_rest(const BlockLayout& layout, char* tile, int64_t rows, int64_t row, int64_t block,
-                   int64_t blocks, Each&& each) {
-  char* words = tile + blocks * layout.code_bytes() * rows;
-  char* halves = words + blocks * layout.word_bytes * rows;
-  for (int64_t at = 0; at < layout.word_bytes; at += kUnitBytes) {
-    each(words + (block * layout.word_bytes + at) * rows + row * kUnitBytes, kUnitBytes, at);
-  }
-  for (int64_t at = 0; at < layout.half_bytes; at += 2) {
-    each(halves + (block * layout.half_bytes + at) * rows + row * 2, int64_t{2},
-         layout.word_bytes + at);
-  }
-}
-
-constexpr int64_t kMostRestBytes = 32;
-
-// Calls each(plane, its place in the tile, the codes of its unit) for all planes of a block.
-template <class Each>
-void for_each_plane(const BlockLayout& layout, char* tile, int64_t rows, int64_t block,
-                    uint8_t* codes, Each&& each) {
-  const Planes planes(layout.bits);
-  for (int64_t unit = 0; unit < kBlockWeights / kCodeUnit; ++unit) {
-    char* place = tile + (block * layout.code_bytes() + unit * layout.unit_bytes()) * rows;
-    for (const Plane& plane : planes.planes) {
-      if (plane.bits == 0) continue;
-      each(plane, place, codes + unit * kCodeUnit);
-      place += plane.bytes() * rows;
+// BlockLayout::split and join, by what turns a block into codes, a byte each, and the rest, and
+// back.
+template <int kBits, int64_t kWeights, auto kSplit>
+void split_codes(const uint8_t* block, uint8_t* parts) {
+  uint8_t codes[kWeights];
+  kSplit(block, codes, parts + kWeights * kBits / 8);
+  for (const uint8_t* unit = codes; unit != codes + kWeights; unit += kCodeUnit) {
+    for (const Plane& plane : Planes(kBits).planes) {
+      const uint64_t packed = pack_plane(plane, unit);
+      std::memcpy(parts, &packed, plane.bytes());
+      parts += plane.bytes();
     }
   }
+}
+template <int kBits, int64_t kWeights, auto kJoin>
+void join_codes(const uint8_t* parts, uint8_t* block) {
+  uint8_t codes[kWeights] = {};
+  const uint8_t* const rest = parts + kWeights * kBits / 8;
+  for (uint8_t* unit = codes; unit != codes + kWeights; unit += kCodeUnit) {
+    for (const Plane& plane : Planes(kBits).planes) {
+      uint64_t packed = 0;
+      std::memcpy(&packed, parts, plane.bytes());
+      unpack_plane(plane, packed, unit);
+      parts += plane.bytes();
+    }
+  }
+  kJoin(codes, rest, block);
+}
+template <int kBits, int64_t kWeights, auto kSplit, auto kJoin>
+constexpr BlockLayout of_codes(int64_t group, int64_t word_bytes, int64_t half_bytes) {
+  return {kWeights,
+          group,
+          kWeights * kBits / 8 + word_bytes + half_bytes,
+          kWeights / kCodeUnit,
+          kCodeUnit * kBits / 8,
+          word_bytes,
+          half_bytes,
+          split_codes<kBits, kWeights, kSplit>,
+          join_codes<kBits, kWeights, kJoin>};
+}
+
+constexpr BlockLayout kQ2K = of_codes<2, 256, split_q2k, join_q2k>(16, 20, 0);
+constexpr BlockLayout kQ3K = of_codes<3, 256, split_q3k, join_q3k>(16, 12, 2);
+constexpr BlockLayout kQ4K = of_codes<4, 256, split_q4k, join_q4k>(32, 16, 0);
+constexpr BlockLayout kQ5K = of_codes<5, 256, split_q5k, join_q5k>(32, 16, 0);
+constexpr BlockLayout kQ6K = of_codes<6, 256, split_q6k, join_q6k>(16, 16, 2);
+constexpr BlockLayout kQ41 = of_codes<4, 32, split_small<4, false>, join_small<4, false>>(32, 4, 0);
+constexpr BlockLayout kQ50 = of_codes<5, 32, split_small<2, true>, join_small<2, true>>(32, 0, 2);
+constexpr BlockLayout kQ51 = of_codes<5, 32, split_small<4, true>, join_small<4, true>>(32, 4, 0);
+constexpr BlockLayout kIq4Nl =
+    of_codes<4, 32, split_small<2, false>, join_small<2, false>>(32, 0, 2);
+constexpr BlockLayout kIq4Xs = of_codes<4, 256, split_iq4xs, join_iq4xs>(32, 8, 0);
+
+constexpr int64_t kMostBlockBytes = 210;
+
+// Calls each(place, bytes, at) for the words and halves of a block in row `row`: `place` is in the
+// tile, and `at` in what BlockLayout::split makes of the block.
+template <class Each>
+void for_each_part(const BlockLayout& layout, char* tile, int64_t rows, int64_t row, int64_t block,
+                   int64_t blocks, Each&& each) {
+  char* place = tile + block * layout.code_bytes() * rows;
+  int64_t at = 0;
+  const auto parts = [&](int64_t bytes, int64_t of) {
+    for (int64_t end = at + bytes; at < end; at += of, place += of * rows) {
+      each(place + row * of, of, at);
+    }
+  };
+  for (int64_t unit = 0; unit < layout.units; ++unit) {
+    parts(layout.unit_bytes / kUnitBytes * kUnitBytes, kUnitBytes);
+    parts(layout.unit_bytes % kUnitBytes, 2);
+  }
+  char* const words = tile + blocks * layout.code_bytes() * rows;
+  place = words + block * layout.word_bytes * rows;
+  parts(layout.word_bytes, kUnitBytes);
+  place = words + (blocks * layout.word_bytes + block * layout.half_bytes) * rows;
+  parts(layout.half_bytes, 2);
 }
 
 }  // namespace
@@ -238,6 +305,21 @@ const BlockLayout* block_layout(Format format) {
     case Format::kQ6K:
     case Format::kQ6KAct8:
       return &kQ6K;
+    case Format::kQ41:
+    case Format::kQ41Act8:
+      return &kQ41;
+    case Format::kQ50:
+    case Format::kQ50Act8:
+      return &kQ50;
+    case Format::kQ51:
+    case Format::kQ51Act8:
+      return &kQ51;
+    case Format::kIq4Nl:
+    case Format::kIq4NlAct8:
+      return &kIq4Nl;
+    case Format::kIq4Xs:
+    case Format::kIq4XsAct8:
+      return &kIq4Xs;
     default:
       return nullptr;
   }
@@ -247,24 +329,14 @@ void order_blocks(const BlockLayout& layout, char* tile, int64_t rows, int64_t r
                   char* buffer) {
   std::memcpy(buffer, tile, rows * row_bytes);
   const int64_t blocks = layout.blocks(row_bytes);
+  const auto* from = reinterpret_cast<const uint8_t*>(buffer);
+  uint8_t parts[kMostBlockBytes];
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      uint8_t codes[kBlockWeights], rest[kMostRestBytes];
-      layout.split(
-          reinterpret_cast<const uint8_t*>(buffer) + row * row_bytes + block * layout.block_bytes,
-          codes, rest);
-      for_each_plane(layout, tile, rows, block, codes,
-                     [&](const Plane& plane, char* place, const uint8_t* of_unit) {
-                       const uint64_t packed = pack_plane(plane, of_unit);
-                       for_each_word(plane, place, rows, row,
-                                     [&](char* to, int64_t bytes, int64_t at) {
-                                       const uint64_t word = packed >> 8 * at;
-                                       std::memcpy(to, &word, bytes);
-                                     });
-                     });
-      for_each_rest(
+    for (int64_t block = 0; block < blocks; ++block, from += layout.block_bytes) {
+      layout.split(from, parts);
+      for_each_part(
           layout, tile, rows, row, block, blocks,
-          [&](char* to, int64_t bytes, int64_t at) { std::memcpy(to, rest + at, bytes); });
+          [&](char* to, int64_t bytes, int64_t at) { std::memcpy(to, parts + at, bytes); });
     }
   }
 }
@@ -273,26 +345,15 @@ void restore_blocks(const BlockLayout& layout, char* tile, int64_t rows, int64_t
                     char* buffer) {
   std::memcpy(buffer, tile, rows * row_bytes);
   const int64_t blocks = layout.blocks(row_bytes);
+  auto* to = reinterpret_cast<uint8_t*>(tile);
+  uint8_t parts[kMostBlockBytes];
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      uint8_t codes[kBlockWeights] = {}, rest[kMostRestBytes];
-      for_each_plane(layout, buffer, rows, block, codes,
-                     [&](const Plane& plane, char* place, uint8_t* of_unit) {
-                       uint64_t packed = 0;
-                       for_each_word(plane, place, rows, row,
-                                     [&](const char* from, int64_t bytes, int64_t at) {
-                                       uint64_t word = 0;
-                                       std::memcpy(&word, from, bytes);
-                                       packed |= word << 8 * at;
-                                     });
-                       unpack_plane(plane, packed, of_unit);
-                     });
-      for_each_rest(layout, buffer, rows, row, block, blocks,
+    for (int64_t block = 0; block < blocks; ++block, to += layout.block_bytes) {
+      for_each_part(layout, buffer, rows, row, block, blocks,
                     [&](const char* from, int64_t bytes, int64_t at) {
-                      std::memcpy(rest + at, from, bytes);
+                      std::memcpy(parts + at, from, bytes);
                     });
-      layout.join(codes, rest,
-                  reinterpret_cast<uint8_t*>(tile) + row * row_bytes + block * layout.block_bytes);
+      layout.join(parts, to);
     }
   }
 }

@@ -122,7 +122,11 @@ TEST_P(Blocks, Products) {
   constexpr int64_t kBlocks[] = {1, 2, 3, 5, 8};
   constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 16, 17, 40};
   for (int64_t i = 0; i < 33; ++i) {
-    check(kRows[i % 6], kBlocks[i % 5] * kBlockWeights, kTokens[i % 11]);
+    // Small blocks need no whole number of 256 weights.
+    const int64_t k = block_layout(format())->weights == kBlockWeights
+                          ? kBlocks[i % 5] * kBlockWeights
+                          : kBlocks[i % 5] * 128 + (i % 4 + 1) * 32;
+    check(kRows[i % 6], k, kTokens[i % 11]);
     if (HasFailure()) return;
   }
 }
@@ -142,7 +146,7 @@ TEST(BlockOrder, LosesNothing) {
     const BlockLayout& layout = *block_layout(format);
     EXPECT_EQ(layout.code_bytes() + layout.word_bytes + layout.half_bytes, layout.block_bytes);
     for (int64_t rows : {1, 7, 64}) {
-      const int64_t bytes = row_bytes(format, 3 * kBlockWeights);
+      const int64_t bytes = row_bytes(format, 3 * layout.weights);
       std::vector<char> tile(rows * bytes), buffer(tile.size());
       for (char& byte : tile) byte = static_cast<char>(random_below(random, 256));
       const std::vector<char> came = tile;
@@ -175,6 +179,16 @@ TEST(BlockLayers, ProjectionsOfDifferentFormats) {
        .w13 = kBlocks32,
        .w2 = groups_of(32, ScaleType::kFp16),
        .w2_format = Format::kInt8GroupsAct8},
+      {.name = "q5_1_and_iq4_nl",
+       .format = Format::kQ51Act8,
+       .w13 = kBlocks32,
+       .w2 = kBlocks32,
+       .w2_format = Format::kIq4NlAct8},
+      {.name = "iq4_xs_and_q5_0",
+       .format = Format::kIq4Xs,
+       .w13 = kBlocks32,
+       .w2 = kBlocks32,
+       .w2_format = Format::kQ50},
   };
   for (const Kind& kind : kinds) {
     TestLayer layer(kind, 3, 512, 256, random);

@@ -34,8 +34,18 @@ enum class Format {
   kQ5KAct8,
   kQ6K,
   kQ6KAct8,
+  kQ41,
+  kQ41Act8,
+  kQ50,
+  kQ50Act8,
+  kQ51,
+  kQ51Act8,
+  kIq4Nl,
+  kIq4NlAct8,
+  kIq4Xs,
+  kIq4XsAct8,
 };
-constexpr int kFormats = static_cast<int>(Format::kQ6KAct8) + 1;
+constexpr int kFormats = static_cast<int>(Format::kIq4XsAct8) + 1;
 
 // How many weights along K the four bytes of a unit hold, in formats without blocks.
 constexpr int unit_weights(Format format) {

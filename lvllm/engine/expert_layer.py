@@ -32,8 +32,8 @@ class ExpertLayer:
             those of its format.
         w13: [E, 2I, H]: for each expert the gate rows, then the up rows; [E, I, H] if the
             activation has no gate. uint8 [E, 2I, H/2] for the 4-bit formats, and
-            [E, 2I, H/256 * bytes of a block] for the K-quants of GGUF.
-        w2: [E, H, I], or uint8 [E, H, I/2] or [E, H, I/256 * bytes of a block].
+            [E, 2I, H/b * bytes of a block] for blocks of b weights of GGUF.
+        w2: [E, H, I], or uint8 [E, H, I/2] or [E, H, I/b * bytes of a block].
         w13_scale: for a projection [E, rows, columns] (columns counts weights)
             fp8: float32 [E, ceil(rows/128), ceil(columns/128)], [E, rows] or [E];
             int8: bfloat16, float16 or float32 [E, rows, ceil(columns/g)]; without groups float32
@@ -60,13 +60,14 @@ class ExpertLayer:
         swiglu_beta: the other one.
         swiglu_limit: the limit of swigluoai and swiglustep.
         interleaved: the rows of w13, its scales, zero points and bias are gate 0, up 0, gate 1, ...
-        activation_bits: 16 or 8, for int8, int4, mxfp4, nvfp4 and the K-quants. With 8,
+        activation_bits: 16 or 8, for int8, int4, mxfp4, nvfp4 and blocks. With 8,
             activations are rounded to 8 bits, in blocks along K with a float32 scale each. A block
             of x has the largest size from 16 to 256 that divides g, and at most 64 (32 for mxfp4
             and nvfp4) on CPUs without VNNI. A block of the intermediate has 32, or 16 for nvfp4.
-            Activations keep 16 bits on CPUs without AVX2, and for int8 on CPUs without VNNI. None:
-            the variable LK_ACTIVATION_BITS decides; without it or with `auto`, int8 and q6_k take
-            16 and the others take 8 (docs/performance.md and docs/gguf.md have the measurements).
+            Activations keep 16 bits on CPUs without AVX2, and on CPUs without VNNI for int8, iq4_nl
+            and iq4_xs. None: the variable LK_ACTIVATION_BITS decides; without it or with `auto`,
+            int8 and q6_k take 16 and the others take 8 (docs/performance.md and docs/gguf.md have
+            the measurements).
         w2_activation_bits: the same for the input of w2; only if w2_format is another format.
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
         ordered: the tensors belong to another layer and are in the engine's order already, so they

@@ -14,8 +14,6 @@ import torch
 
 from lvllm.units import ceil_div
 
-BLOCK_WEIGHTS = 256
-"""Weights in a block of a K-quant."""
 BLOCK = 128
 """Rows and columns that share one scale in blockwise fp8."""
 
@@ -40,24 +38,26 @@ class WeightFormat:
     themselves. What benchmarks/activation_bits.py measured that 8 bits add stands beside each.
     """
     block_bytes: int = 0
-    """Bytes of a block of BLOCK_WEIGHTS weights with their scales, in formats of blocks."""
+    """Bytes of a block of weights with their scales, in formats of blocks."""
+    block_weights: int = 256
+    """How many weights a block has."""
 
     def columns(self, elements: int) -> int:
         """How many weights so many elements of a row hold."""
         if self.block_bytes:
-            return elements // self.block_bytes * BLOCK_WEIGHTS
+            return elements // self.block_bytes * self.block_weights
         return elements * self.values
 
     def elements(self, columns: int) -> int:
         """How many elements of a row hold so many weights."""
         if self.block_bytes:
-            return columns // BLOCK_WEIGHTS * self.block_bytes
+            return columns // self.block_weights * self.block_bytes
         return columns // self.values
 
     @property
     def unit(self) -> int:
         """A row has a multiple of so many weights."""
-        return BLOCK_WEIGHTS if self.block_bytes else self.values
+        return self.block_weights if self.block_bytes else self.values
 
 
 FORMATS = {
@@ -73,16 +73,30 @@ FORMATS = {
         torch.uint8, 2, (torch.float8_e4m3fn,), group_size=16, activation_bits=(8, 16)
     ),
 }
+
+
+def _blocks(nbytes: int, bits: tuple[int, ...] = (8, 16), weights: int = 256) -> WeightFormat:
+    return WeightFormat(
+        torch.uint8, activation_bits=bits, block_bytes=nbytes, block_weights=weights
+    )
+
+
 BLOCK_FORMATS = {
-    "q2_k": WeightFormat(torch.uint8, block_bytes=84, activation_bits=(8, 16)),  # +0.0%
-    "q3_k": WeightFormat(torch.uint8, block_bytes=110, activation_bits=(8, 16)),  # +0.1%
-    "q4_k": WeightFormat(torch.uint8, block_bytes=144, activation_bits=(8, 16)),  # +0.9%
-    "q5_k": WeightFormat(torch.uint8, block_bytes=176, activation_bits=(8, 16)),  # +3.6%
-    "q6_k": WeightFormat(torch.uint8, block_bytes=210, activation_bits=(16, 8)),  # +10.3%
+    "q2_k": _blocks(84),  # +0.0%
+    "q3_k": _blocks(110),  # +0.1%
+    "q4_k": _blocks(144),  # +0.9%
+    "q5_k": _blocks(176),  # +3.6%
+    "q6_k": _blocks(210, (16, 8)),  # +10.3%
+    "q4_1": _blocks(20, weights=32),  # +0.5%
+    "q5_0": _blocks(22, weights=32),  # +1.6%
+    "q5_1": _blocks(24, weights=32),  # +2.0%
+    "iq4_nl": _blocks(18, weights=32),
+    "iq4_xs": _blocks(136),
 }
-"""The K-quants of GGUF, as a file stores them: uint8 [E, rows, bytes], with scales and minimums
-among the weights. Beside each stands what 8-bit activations add to the squared error of a layer
-whose normally distributed weights ggml has quantised, to which KL divergences are proportional."""
+"""Types of GGUF, as a file stores them: uint8 [E, rows, bytes], with scales and minimums
+among the weights. Beside some stands what 8-bit activations add to the squared error of a layer
+whose normally distributed weights ggml has quantised, to which KL divergences are proportional. The
+others have at most the bits of Q4_K, so it is no more for them."""
 ALL_FORMATS = FORMATS | BLOCK_FORMATS
 ACTIVATION_BITS = "LK_ACTIVATION_BITS"
 """The variable that chooses between activations of 8 and of 16 bits, or leaves it to the format."""

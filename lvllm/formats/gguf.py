@@ -2,7 +2,7 @@
 
 `TYPES` has, for each of ggml's types that lk computes, how a row of blocks is held in memory. lk
 wants integers and scales apart where it knows the format from elsewhere, so that blocks of these
-types are taken apart as they arrive. K-quants are blocks for lk, too.
+types are taken apart as they arrive. The other types are blocks for lk, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from lvllm.checkpoint.gguf.architecture import EXPERTS
 from lvllm.checkpoint.gguf.architectures import METHOD
 from lvllm.checkpoint.headers import CheckpointError, TensorInfo
 from lvllm.checkpoint.moe_layers import layer_number
-from lvllm.engine.weight_formats import BLOCK_FORMATS, BLOCK_WEIGHTS, GROUPED
+from lvllm.engine.weight_formats import BLOCK_FORMATS, GROUPED
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter, wrong_shape
 from lvllm.formats.descriptor import PLAIN, Descriptor, Section, Stored
 
@@ -64,18 +64,13 @@ class Held:
         return weights // self.weights * self.width if self.width else self.columns(weights)
 
 
-def _codes(packed: torch.Tensor) -> torch.Tensor:
-    """Codes of 4 bits, each in a byte: uint8 [rows, blocks, 16] -> [rows, blocks, 32].
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Neighbours in one byte, as lk has them: uint8 [rows, blocks, 16] -> [rows, blocks * 16].
 
     A block of ggml has its first 16 weights in the low halves of its bytes, and the others in the
     high halves.
     """
-    return torch.cat((packed & 15, packed >> 4), -1)
-
-
-def _nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """Neighbours in one byte, as lk has them: uint8 [rows, blocks, 16] -> [rows, blocks * 16]."""
-    halves = _codes(packed)
+    halves = torch.cat((packed & 15, packed >> 4), -1)
     return (halves[..., ::2] | halves[..., 1::2] << 4).flatten(1)
 
 
@@ -89,42 +84,30 @@ def _q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _nibbles(blocks[..., 2:]), scale
 
 
-def _q5_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of 5 bits become integers of 8, since lk has none of 5. Their values are the same."""
-    scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    fifth = (blocks[..., 2:6, None] >> torch.arange(8) & 1).flatten(-2)
-    return ((_codes(blocks[..., 6:]) | fifth << 4).to(torch.int8) - 16).flatten(1), scale
-
-
-def _iq4_nl(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A code is the number of one of 16 integers, which fit into 8 bits."""
-    from gguf.quants import IQ4_NL
-
-    scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    integers = torch.tensor(IQ4_NL.kvalues, dtype=torch.int8)
-    return integers[_codes(blocks[..., 2:]).int()].flatten(1), scale
-
-
 def _mxfp4(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _nibbles(blocks[..., 1:]), blocks[..., 0]
 
 
-def _k_quant(format: str, bits: int, *factors: int) -> Held:
+def _blocks(format: str, bits: int, *factors: int) -> Held:
     """Blocks that lk computes as they are in the file."""
-    return Held(format, bits, BLOCK_WEIGHTS, BLOCK_FORMATS[format].block_bytes, factors=factors)
+    stored = BLOCK_FORMATS[format]
+    return Held(format, bits, stored.block_weights, stored.block_bytes, factors=factors)
 
 
 TYPES: dict[str, Held] = {
     "Q8_0": Held("int8", 8, 32, 34, torch.int8, width=32, split=_q8_0),
-    "Q5_0": Held("int8", 8, 32, 22, torch.int8, width=32, split=_q5_0),
-    "IQ4_NL": Held("int8", 8, 32, 18, torch.int8, width=32, split=_iq4_nl),
     "Q4_0": Held("int4", 4, 32, 18, width=16, split=_q4_0),
     "MXFP4": Held("mxfp4", 4, 32, 17, width=16, split=_mxfp4, scale=torch.uint8),
-    "Q2_K": _k_quant("q2_k", 2, 80, 82),
-    "Q3_K": _k_quant("q3_k", 3, 108),
-    "Q4_K": _k_quant("q4_k", 4, 0, 2),
-    "Q5_K": _k_quant("q5_k", 5, 0, 2),
-    "Q6_K": _k_quant("q6_k", 6, 208),
+    "Q2_K": _blocks("q2_k", 2, 80, 82),
+    "Q3_K": _blocks("q3_k", 3, 108),
+    "Q4_K": _blocks("q4_k", 4, 0, 2),
+    "Q5_K": _blocks("q5_k", 5, 0, 2),
+    "Q6_K": _blocks("q6_k", 6, 208),
+    "Q4_1": _blocks("q4_1", 4, 0, 2),
+    "Q5_0": _blocks("q5_0", 5, 0),
+    "Q5_1": _blocks("q5_1", 5, 0, 2),
+    "IQ4_NL": _blocks("iq4_nl", 4, 0),
+    "IQ4_XS": _blocks("iq4_xs", 4, 0),
     "F16": Held("fp16", 16, 1, 2, torch.float16),
     "BF16": Held("bf16", 16, 1, 2, torch.bfloat16),
     "F32": Held(None, 16, 1, 4, None),

@@ -90,7 +90,7 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
     if accelerator != "none" and kept and (found := gguf.on_cpu_alone(section)):
         raise SettingError(
             f"{model.model}: {found}, which no kernel of a GPU computes yet: allowed beside a GPU"
-            " are one type of experts in each layer, and of those no K-quants; or"
+            " are one type of experts in each layer, of Q8_0, Q4_0, MXFP4 and floats; or"
             " LVLLM_MOE_USE_WEIGHT=INT4, INT8, FP8 or TO_DTYPE"
         )
     if accelerator == "cuda" and layers:

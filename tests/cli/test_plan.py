@@ -101,12 +101,12 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], said: str) -> N
 
 
 def test_a_gguf_file_that_is_planned_and_not_served(tmp_path: Path) -> None:
-    file = small(tmp_path / "model.gguf", Type.IQ4_XS)
+    file = small(tmp_path / "model.gguf", Type.TQ1_0)
     for model in (file, tmp_path):
         result = plan(str(model), *SMALL, *SERVER)
         assert result.exit_code == 0, result.output
-        assert "experts in IQ4_XS, 4.25 bits a weight" in result.output
-        assert "LvLLM does not serve experts in IQ4_XS: the plan is for the same" in result.output
+        assert "experts in TQ1_0, 1.69 bits a weight" in result.output
+        assert "LvLLM does not serve experts in TQ1_0: the plan is for the same" in result.output
         assert "experts in int4 of 4.50 bits a weight" in result.output
         assert "vllm serve" not in result.output
         settings = yaml.safe_load(result.output.partition("; a GGUF file has no command")[2])
@@ -114,11 +114,11 @@ def test_a_gguf_file_that_is_planned_and_not_served(tmp_path: Path) -> None:
         assert "model" not in settings
         found = json.loads(plan(str(model), *SMALL, *SERVER, "--json").stdout)
         assert found["model"]["gguf"] == {
-            "types": ["IQ4_XS"],
-            "bits": 4.25,
+            "types": ["TQ1_0"],
+            "bits": 1.6875,
             "architecture": "qwen3moe",
         }
-        assert "does not serve experts in IQ4_XS" in found["model"]["unserved"]
+        assert "does not serve experts in TQ1_0" in found["model"]["unserved"]
         assert {one["command"] for one in found["candidates"]} == {None}
         assert "model" not in yaml.safe_load(found["candidates"][0]["yaml"])
     served = json.loads(plan(TINY, *SMALL, *SERVER, "--json").stdout)

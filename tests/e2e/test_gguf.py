@@ -53,8 +53,11 @@ BLOCKS = {
     2: (Type.Q2_K, Type.Q3_K),
     3: (Type.Q3_K, Type.Q8_0),
     4: (Type.Q6_K, Type.Q4_0),
+    5: (Type.Q4_1, Type.Q5_1),
+    6: (Type.IQ4_XS, Type.IQ4_NL),
+    7: (Type.Q5_0, Type.IQ4_XS),
 }
-"""The types of gate and up, and of down, in each layer of a model in K-quants."""
+"""The types of gate and up, and of down, in each layer of a model in blocks."""
 
 
 def kind(name: str) -> Type:
@@ -67,7 +70,7 @@ def kind(name: str) -> Type:
 
 
 def in_blocks(name: str) -> Type:
-    """The same for a model in K-quants."""
+    """The same for a model in blocks."""
     found = re.match(r"blk\.(\d+)\..*_exps.weight", name)
     return BLOCKS[int(found[1])]["down" in name] if found else kind(name)
 
@@ -127,7 +130,7 @@ def test_other_families(seed: int, tmp_path: Path) -> None:
 def test_a_server_that_does_not_start_says_why_in_one_line(seed: int, tmp_path: Path) -> None:
     plain = make("qwen3_moe", tmp_path / "plain", seed, num_hidden_layers=1, **SIZES)
     file = write(
-        plain, tmp_path / "model.gguf", lambda name: Type.Q5_1 if "_up_" in name else kind(name)
+        plain, tmp_path / "model.gguf", lambda name: Type.Q4_0 if "_up_" in name else kind(name)
     )
     code, said = fail_to_serve(str(file))
     assert code == 1
@@ -135,20 +138,21 @@ def test_a_server_that_does_not_start_says_why_in_one_line(seed: int, tmp_path: 
     code, said = fail_to_serve(str(file), "--skip-tokenizer-init")
     assert code == 1
     last = said.rstrip().splitlines()[-1]
-    assert "tensor 'blk.0.ffn_up_exps.weight': experts of the type Q5_1 are not served" in last
+    assert "tensor 'blk.0.ffn_up_exps.weight': is Q4_0, and ffn_gate_exps is Q8_0" in last
     assert "Traceback" not in said
 
 
-def test_k_quants_and_projections_of_two_types(seed: int, tmp_path: Path) -> None:
+def test_blocks_and_projections_of_two_types(seed: int, tmp_path: Path) -> None:
     """Activations keep 16 bits, so that the bound is that of the other formats."""
     sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "mlp_only_layers": []}
-    plain = make("qwen3_moe", tmp_path / "plain", seed, num_hidden_layers=5, **sizes)
+    plain = make("qwen3_moe", tmp_path / "plain", seed, num_hidden_layers=len(BLOCKS), **sizes)
     file = write(plain, tmp_path / "model.gguf", in_blocks)
     values = dequantised(plain, tmp_path / "values", in_blocks)
     asked = prompts(seed)
     job = {"model": str(file), "prompts": asked, "max_tokens": 8, "formats": True}
     (answers,) = generate([job], environment=ONE_PROCESS | {"LK_ACTIVATION_BITS": "16"})
-    assert [*answers[0]["formats"].values()] == ["q4_k", "q5_k", "q2_k", "q3_k", "q6_k"]
+    formats = [gate.name.lower() for gate, _ in BLOCKS.values()]
+    assert [*answers[0]["formats"].values()] == formats
     check_against_reference(values, asked, answers)
 
 

@@ -1,4 +1,6 @@
-"""`ExpertLayer` on the K-quants of GGUF, against the values that the `gguf` package reads."""
+"""`ExpertLayer` on blocks of GGUF, against the values that the `gguf` package reads."""
+
+import random
 
 import gguf
 import numpy as np
@@ -8,7 +10,7 @@ from gguf.quants import dequantize
 
 from benchmarks.weights import random_blocks
 from lvllm.engine import ExpertLayer
-from lvllm.engine.weight_formats import BLOCK_FORMATS, BLOCK_WEIGHTS
+from lvllm.engine.weight_formats import BLOCK_FORMATS
 from lvllm.verifying.stored import matrix
 
 pytestmark = pytest.mark.usefixtures("default_settings")
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("default_settings")
 
 def random_matrix(format: str, experts: int, rows: int, columns: int) -> torch.Tensor:
     """Blocks of random bits with small factors: uint8 [experts, rows, bytes]."""
-    count = columns // BLOCK_WEIGHTS
+    count = columns // BLOCK_FORMATS[format].block_weights
     return random_blocks(format, experts * rows * count, 0.05).view(experts, rows, -1)
 
 
@@ -40,10 +42,17 @@ def reference(
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize(
     ("w13_format", "w2_format"),
-    [*((name, name) for name in BLOCK_FORMATS), ("q4_k", "q6_k"), ("q3_k", "bf16")],
+    [
+        *((name, name) for name in BLOCK_FORMATS),
+        ("q4_k", "q6_k"),
+        ("q3_k", "bf16"),
+        ("q5_1", "iq4_nl"),
+    ],
 )
 def test_accuracy(w13_format: str, w2_format: str, bits: int) -> None:
     hidden, intermediate, experts = 512, 768, 4
+    if BLOCK_FORMATS[w13_format].block_weights == 32:
+        hidden, intermediate = random.choice([(480, 672), (96, 800), (544, 32)])
     w13 = random_matrix(w13_format, experts, 2 * intermediate, hidden)
     w13_values = values(w13_format, w13)
     if w2_format == "bf16":
@@ -65,7 +74,8 @@ def test_accuracy(w13_format: str, w2_format: str, bits: int) -> None:
         assert torch.equal(matrix(layer, name, 1), stored[1])
     for tokens in (1, 5, 60):
         # The sums of the first projection are about 1, where silu is not linear.
-        x = (torch.randn(tokens, hidden) / w13_values.square().mean().sqrt() / 23).bfloat16()
+        scale = w13_values.square().mean().sqrt() * hidden**0.5
+        x = (torch.randn(tokens, hidden) / scale).bfloat16()
         ids = torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)]).int()
         weights = torch.rand(tokens, 2)
         want = reference(x, ids, weights, w13_values, w2_values)

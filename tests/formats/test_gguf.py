@@ -114,7 +114,7 @@ def test_types_that_lk_does_not_compute() -> None:
     for name in TYPES:
         check(name, name, name)
     with pytest.raises(CheckpointError, match=r"^x.gguf: tensor 'blk.4.ffn_up_exps.weight': expe"):
-        check("Q8_0", "IQ1_S", "Q8_0")
+        check("Q8_0", "TQ1_0", "Q8_0")
     with pytest.raises(CheckpointError, match=r"^x.gguf: tensor 'blk.4.ffn_up_exps.weight': is "):
         check("Q8_0", "Q4_0", "Q8_0")
     check("Q4_K", "Q4_K", "Q6_K")

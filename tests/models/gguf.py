@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
 from benchmarks.weights import random_blocks
-from lvllm.engine.weight_formats import BLOCK_FORMATS, BLOCK_WEIGHTS
+from lvllm.engine.weight_formats import BLOCK_FORMATS
 from tests.models.gguf_families import FAMILIES, Family, plain
 
 __all__ = ["add_fields", "dequantised", "large", "quantise", "write"]
@@ -124,20 +124,16 @@ def large(path: Path, layers: int) -> Path:
 def quantise(values: np.ndarray, kind: Type) -> np.ndarray:
     """The bytes of a tensor [..., rows, columns] of float32 in a type.
 
-    Only ggml itself quantises to K-quants and IQ4_NL. Here they get random blocks of the same size,
-    which are the same for the same matrix.
+    Only ggml itself quantises to some types. They get random blocks of the same size, which are the
+    same for the same matrix.
     """
     format = kind.name.lower()
-    if kind == Type.IQ4_NL:  # random codes, as below
-        codes = np.frombuffer(values.tobytes(), np.uint8).reshape(*values.shape[:-1], -1, 32, 4)
-        scale = np.full((*codes.shape[:-2], 1), values.std() / 64, np.float16).view(np.uint8)
-        return np.concatenate((scale, codes[..., :16, 0]), -1).reshape(*values.shape[:-1], -1)
-    if format not in BLOCK_FORMATS:
+    if format not in BLOCK_FORMATS or kind in (Type.Q4_1, Type.Q5_0, Type.Q5_1):
         return gguf.quantize(values, kind)
     if values.ndim > 2:
         return np.stack([quantise(matrix, kind) for matrix in values])
     generator = torch.Generator().manual_seed(zlib.crc32(values.tobytes()))
-    count = values.size // BLOCK_WEIGHTS
+    count = values.size // BLOCK_FORMATS[format].block_weights
     blocks = random_blocks(format, count, float(values.std()), generator)
     return blocks.numpy().reshape(len(values), -1)
 

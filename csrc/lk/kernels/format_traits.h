@@ -10,8 +10,9 @@
 // F::kWeightUnit.
 //
 // Formats of blocks (blocks.h) have units of F::kWords words of four bytes, and two bytes more with
-// F::kHalf. They unpack an array of vectors, and read their scales themselves: F::load_scales those
-// of a group, F::load_block those of all F::kGroupsInBlock groups of a block.
+// F::kHalf. They unpack an array of vectors (codes.h), and read their scales themselves:
+// F::load_scales those of a group, F::load_block those of all F::kGroupsInBlock groups of a block
+// (in_blocks.h).
 #pragma once
 
 #include "lk/kernels.h"

@@ -274,6 +274,26 @@ inline F32x16 to_float(I32x16 a) {
 // Of numbers below 2^31: any CPU converts signed ones by one instruction.
 inline F32x16 to_float(U32x16 a) { return to_float(as_integers(a)); }
 
+// table[i] for each byte i, which is below 16.
+inline U32x16 lookup_bytes(const void* table, U32x16 index) {
+#if defined(__AVX2__)
+  const __m128i values = _mm_load_si128(static_cast<const __m128i*>(table));
+  for (auto& v : index.v) {
+#if defined(__AVX512F__)
+    v = (UintVector)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), (__m512i)v);
+#else
+    v = (UintVector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), (__m256i)v);
+#endif
+  }
+#else
+  uint8_t bytes[64];
+  std::memcpy(bytes, &index, sizeof(bytes));
+  for (uint8_t& byte : bytes) byte = static_cast<const uint8_t*>(table)[byte];
+  std::memcpy(&index, bytes, sizeof(bytes));
+#endif
+  return index;
+}
+
 #if defined(__AVX2__)
 
 // Both 16-bit halves of each lane, as signed integers: shifted left, then right with their sign.
@@ -284,19 +304,6 @@ inline I32x16 shift_halves(U32x16 a, int left, int right) {
     result.v[i] = (IntVector)(((ShortVector)a.v[i] << left) >> right);
   }
   return result;
-}
-
-// table[i] for each byte i, which is below 16.
-inline U32x16 lookup_bytes(const void* table, U32x16 index) {
-  const __m128i values = _mm_load_si128(static_cast<const __m128i*>(table));
-  for (auto& v : index.v) {
-#if defined(__AVX512F__)
-    v = (UintVector)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), (__m512i)v);
-#else
-    v = (UintVector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), (__m256i)v);
-#endif
-  }
-  return index;
 }
 
 inline U32x16 operator^(U32x16 a, uint32_t b) {

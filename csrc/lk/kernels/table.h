@@ -10,6 +10,7 @@
 #include "lk/kernels/formats/int4.h"
 #include "lk/kernels/formats/int8.h"
 #include "lk/kernels/formats/k_quants.h"
+#include "lk/kernels/formats/small_blocks.h"
 #include "lk/kernels/matmul.h"
 #include "lk/kernels/rate.h"
 #include "lk/kernels/row_operations.h"
@@ -61,7 +62,17 @@ constexpr Kernels kernels_table(const char* isa) {
            format_kernels<Q5K, R>(isa),
            format_kernels<Q5KAct8, R>(isa),
            format_kernels<Q6K, R>(isa),
-           format_kernels<Q6KAct8, R>(isa)},
+           format_kernels<Q6KAct8, R>(isa),
+           format_kernels<Q41, R>(isa),
+           format_kernels<Q41Act8, R>(isa),
+           format_kernels<Q50, R>(isa),
+           format_kernels<Q50Act8, R>(isa),
+           format_kernels<Q51, R>(isa),
+           format_kernels<Q51Act8, R>(isa),
+           format_kernels<Iq4Nl, R>(isa),
+           format_kernels<Iq4NlAct8, R>(isa),
+           format_kernels<Iq4Xs, R>(isa),
+           format_kernels<Iq4XsAct8, R>(isa)},
           widen,
           finish,
           end_stream,

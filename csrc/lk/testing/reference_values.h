@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lk/blocks.h"
+#include "lk/codebooks.h"
 #include "lk/kernels.h"
 #include "lk/layer.h"
 
@@ -26,9 +27,11 @@ constexpr Format kAllFormats[] = {
     Format::kInt8GroupsAct8, Format::kInt4,         Format::kInt4Act8,
     Format::kInt4Zero,       Format::kInt4ZeroAct8, Format::kFp4,
     Format::kFp4Act8};
-constexpr Format kBlockFormats[] = {Format::kQ2K, Format::kQ2KAct8, Format::kQ3K, Format::kQ3KAct8,
-                                    Format::kQ4K, Format::kQ4KAct8, Format::kQ5K, Format::kQ5KAct8,
-                                    Format::kQ6K, Format::kQ6KAct8};
+constexpr Format kBlockFormats[] = {
+    Format::kQ2K,     Format::kQ2KAct8, Format::kQ3K,       Format::kQ3KAct8, Format::kQ4K,
+    Format::kQ4KAct8, Format::kQ5K,     Format::kQ5KAct8,   Format::kQ6K,     Format::kQ6KAct8,
+    Format::kQ41,     Format::kQ41Act8, Format::kQ50,       Format::kQ50Act8, Format::kQ51,
+    Format::kQ51Act8, Format::kIq4Nl,   Format::kIq4NlAct8, Format::kIq4Xs,   Format::kIq4XsAct8};
 
 inline std::string name_of(Format format) {
   constexpr const char* kNames[] = {"bf16",
@@ -53,7 +56,17 @@ inline std::string name_of(Format format) {
                                     "q5_k",
                                     "q5_k_act8",
                                     "q6_k",
-                                    "q6_k_act8"};
+                                    "q6_k_act8",
+                                    "q4_1",
+                                    "q4_1_act8",
+                                    "q5_0",
+                                    "q5_0_act8",
+                                    "q5_1",
+                                    "q5_1_act8",
+                                    "iq4_nl",
+                                    "iq4_nl_act8",
+                                    "iq4_xs",
+                                    "iq4_xs_act8"};
   return kNames[static_cast<int>(format)];
 }
 inline bool has_zero_points(Format format) {
@@ -69,11 +82,12 @@ inline bool has_groups(Format format) {
 inline bool is_act8(Format format) {
   return format == Format::kInt8Act8 || format == Format::kInt8GroupsAct8 ||
          format == Format::kInt4Act8 || format == Format::kInt4ZeroAct8 ||
-         format == Format::kFp4Act8 || name_of(format).ends_with("k_act8");
+         format == Format::kFp4Act8 ||
+         (block_layout(format) != nullptr && name_of(format).ends_with("_act8"));
 }
 inline int64_t row_bytes(Format format, int64_t k) {
   const BlockLayout* const blocks = block_layout(format);
-  return blocks ? k / kBlockWeights * blocks->block_bytes : k * kUnitBytes / unit_weights(format);
+  return blocks ? k / blocks->weights * blocks->block_bytes : k * kUnitBytes / unit_weights(format);
 }
 inline int64_t bytes_of(ScaleType type) {
   Matrix matrix;
@@ -152,9 +166,9 @@ inline void set_code(Format format, void* row, int64_t k, uint32_t code) {
 }
 // The value of the weight at `k` of a row of blocks, written down from the structures of ggml.
 inline double block_value(Format format, const void* row, int64_t k) {
-  const auto* block =
-      static_cast<const uint8_t*>(row) + k / kBlockWeights * block_layout(format)->block_bytes;
-  const auto w = static_cast<int>(k % kBlockWeights);
+  const BlockLayout& layout = *block_layout(format);
+  const auto* block = static_cast<const uint8_t*>(row) + k / layout.weights * layout.block_bytes;
+  const auto w = static_cast<int>(k % layout.weights);
   const auto half = [&](int at) { return double{fp16_to_float(element<uint16_t>(block + at, 0))}; };
   // Q4_K and Q5_K.
   const auto six_bits = [&](int code) {
@@ -165,6 +179,9 @@ inline double block_value(Format format, const void* row, int64_t k) {
     return half(0) * scale * code - half(2) * least;
   };
   const int nibble_at = w / 64 * 32 + w % 32, nibble_shift = w / 32 % 2 * 4;
+  // The codes of 32 weights from byte `at` on, and their fifth bits.
+  const auto nibble = [&](int at) { return block[at + w % 16] >> w % 32 / 16 * 4 & 15; };
+  const auto fifth = [&](int at) { return (block[at + w % 32 / 8] >> w % 8 & 1) << 4; };
   const int pair = w / 128 * 32 + w % 32, pair_shift = w / 32 % 4 * 2;
   switch (format) {
     case Format::kQ2K:
@@ -187,6 +204,25 @@ inline double block_value(Format format, const void* row, int64_t k) {
     case Format::kQ5KAct8:
       return six_bits((block[48 + nibble_at] >> nibble_shift & 15) |
                       (block[16 + w % 32] >> w / 32 & 1) << 4);
+    case Format::kQ41:
+    case Format::kQ41Act8:
+      return half(0) * nibble(4) + half(2);
+    case Format::kQ50:
+    case Format::kQ50Act8:
+      return half(0) * ((nibble(6) | fifth(2)) - 16);
+    case Format::kQ51:
+    case Format::kQ51Act8:
+      return half(0) * (nibble(8) | fifth(4)) + half(2);
+    case Format::kIq4Nl:
+    case Format::kIq4NlAct8:
+      return half(0) * (codebooks::kIq4NlPlus128[nibble(2)] - 128);
+    case Format::kIq4Xs:
+    case Format::kIq4XsAct8: {
+      const int j = w / 32;
+      const int high = element<uint16_t>(block, 1) >> 2 * j & 3;
+      const int scale = (block[4 + j / 2] >> j % 2 * 4 & 15) | high << 4;
+      return half(0) * (scale - 32) * (codebooks::kIq4NlPlus128[nibble(8 + 16 * j)] - 128);
+    }
     default: {  // Q6_K
       const int low = block[w / 128 * 64 + w % 64] >> w / 64 % 2 * 4 & 15;
       const int high = block[128 + pair] >> pair_shift & 3;
@@ -218,16 +254,38 @@ inline uint32_t random_below(Random& random, uint32_t end) {
   return std::uniform_int_distribution<uint32_t>(0, end - 1)(random);
 }
 
+// Where a block has factors in fp16.
+inline std::vector<int64_t> factors_of(Format format) {
+  const BlockLayout& layout = *block_layout(format);
+  switch (format) {
+    case Format::kQ2K:
+    case Format::kQ2KAct8:
+      return {80, 82};
+    case Format::kQ4K:
+    case Format::kQ4KAct8:
+    case Format::kQ5K:
+    case Format::kQ5KAct8:
+    case Format::kQ41:
+    case Format::kQ41Act8:
+    case Format::kQ51:
+    case Format::kQ51Act8:
+      return {0, 2};
+    case Format::kQ3K:
+    case Format::kQ3KAct8:
+    case Format::kQ6K:
+    case Format::kQ6KAct8:
+      return {layout.block_bytes - 2};
+    default:
+      return {0};
+  }
+}
 // Blocks of random bits, with finite factors.
 inline std::vector<char> random_blocks(Format format, int64_t rows, int64_t k, Random& random) {
   const BlockLayout& layout = *block_layout(format);
   std::vector<char> blocks(rows * row_bytes(format, k));
   for (char& byte : blocks) byte = static_cast<char>(random_below(random, 256));
-  const int d = layout.bits >= 4 && layout.bits <= 5 ? 0
-                : layout.bits == 2                   ? 80
-                                                     : layout.block_bytes - 2;
   for (size_t block = 0; block < blocks.size(); block += layout.block_bytes) {
-    for (int at = d; at < d + (layout.half_bytes != 0 ? 2 : 4); at += 2) {
+    for (int64_t at : factors_of(format)) {
       const float factor = std::uniform_real_distribution<float>(0.01f, 0.04f)(random);
       const uint16_t code = float_to_fp16(random_below(random, 2) ? factor : -factor);
       std::memcpy(blocks.data() + block + at, &code, 2);

@@ -1,9 +1,14 @@
-// Codes of 2 to 6 bits as blocks have them (blocks.h): 16 weights a unit, in planes of bits.
+// Weights as blocks have them (blocks.h), once they are bytes, and how those are multiplied.
 //
-// Each number of bits has one way to unpack, into four vectors of bytes; the arithmetics that
-// multiply them go on from there. An unpacked weight is its code less kOffset, half of the range.
+// A type C of weights has C::steps, which turns the words of a unit into vectors of four bytes for
+// each row, one for each four weights. The bytes are unsigned: a weight is its byte less
+// C::kOffset. Byte b of step t is the weight C::kByteOrder[b + t % 2 * 4] of the eight that steps t
+// and t ^ 1 have. In16Bits and In8Bits make a format of C for activations of so many bits.
 #pragma once
 
+#include <type_traits>
+
+#include "lk/codebooks.h"
 #include "lk/kernels/arithmetic.h"
 
 namespace lk::LK_ISA {
@@ -16,6 +21,7 @@ inline U32x16 spread_nibbles(U32x16 half) {
 // Shifts left by n, or right by -n.
 inline U32x16 shifted(U32x16 a, int n) { return n >= 0 ? a << n : a >> -n; }
 
+// Codes of 2 to 6 bits: 16 weights a unit, in planes of bits. kOffset is half of their range.
 template <int kBits>
 struct Codes {
   static constexpr int kOffset = 1 << (kBits - 1);
@@ -25,9 +31,8 @@ struct Codes {
   static constexpr int kLowWords = kLowBits / 2;
   static constexpr bool kHalf = kHighBits == 1;
   static constexpr int kWords = kLowWords + (kHighBits == 2);
+  static constexpr uint8_t kByteOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // code_place
 
-  // The codes of a unit, one in each byte, in four steps. Byte b of step t is weight
-  // code_place(b, t).
   static void steps(const U32x16* words, U32x16* step) {
     U32x16 high{};
     if constexpr (kHighBits == 1) high = spread_nibbles(words[kLowWords]);
@@ -47,17 +52,32 @@ struct Codes {
   }
 };
 
+// Codes of 4 bits, each the number of one of the 16 integers of IQ4_NL and IQ4_XS.
+struct TableCodes : Codes<4> {
+  static constexpr int kOffset = 128;
+
+  static void steps(const U32x16* words, U32x16* step) {
+    Codes<4>::steps(words, step);
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) step[t] = lookup_bytes(codebooks::kIq4NlPlus128, step[t]);
+  }
+};
+
 #if defined(__AVX2__)
 
 // With activations of 16 bits. The even bytes of a step come first.
-template <int kBits>
-struct Codes16 : Codes<kBits> {
+template <class C>
+struct In16Bits : C {
   using Math = Int16Pairs;
-  static constexpr uint8_t kOrder[8] = {0, 4, 2, 6, 1, 5, 3, 7};
+  static constexpr uint8_t kOrder[8] = {C::kByteOrder[0], C::kByteOrder[2], C::kByteOrder[1],
+                                        C::kByteOrder[3], C::kByteOrder[4], C::kByteOrder[6],
+                                        C::kByteOrder[5], C::kByteOrder[7]};
   static void unpack(const U32x16* words, I32x16* w) {
-    U32x16 step[4];
-    Codes<kBits>::steps(words, step);
-    for (int t = 0; t < 4; ++t) {
+    constexpr int kSteps = C::kUnitWeights / 4;
+    U32x16 step[kSteps];
+    C::steps(words, step);
+#pragma GCC unroll 8
+    for (int t = 0; t < kSteps; ++t) {
       w[2 * t] = less_offset(step[t] & 0x00ff00ff);
       w[2 * t + 1] = less_offset(step[t] >> 8 & 0x00ff00ff);
     }
@@ -68,42 +88,58 @@ struct Codes16 : Codes<kBits> {
     typedef int16_t ShortVector __attribute__((vector_size(kVectorBytes)));
     I32x16 result;
     for (int i = 0; i < kVectors; ++i) {
-      result.v[i] = (IntVector)((ShortVector)pairs.v[i] - Codes<kBits>::kOffset);
+      result.v[i] = (IntVector)((ShortVector)pairs.v[i] - C::kOffset);
     }
     return result;
   }
 };
 
-// With activations of 8 bits.
-template <int kBits>
-struct Codes8 : Codes<kBits> {
-  using Math = Bytes<Codes<kBits>::kOffset>;
-  static constexpr uint8_t kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+// Whether sums of products of bytes are exact. Without vpdpbusd they have to fit into 16 bits
+// (bytes.h).
+#if defined(LK_VPDPBUSD)
+template <class C>
+constexpr bool kBytesFit = true;
+#else
+template <class C>
+constexpr bool kBytesFit = C::kOffset <= 32;
+#endif
+
+template <class C>
+struct InBytes : C {
+  using Math = Bytes<C::kOffset>;
+  static constexpr const uint8_t (&kOrder)[8] = C::kByteOrder;
   static void unpack(const U32x16* words, I32x16* w) {
-    U32x16 step[4];
-    Codes<kBits>::steps(words, step);
-    for (int t = 0; t < 4; ++t) w[t] = as_integers(step[t]);
+    constexpr int kSteps = C::kUnitWeights / 4;
+    U32x16 step[kSteps];
+    C::steps(words, step);
+#pragma GCC unroll 8
+    for (int t = 0; t < kSteps; ++t) w[t] = as_integers(step[t]);
   }
 };
+// With activations of 8 bits where that is exact.
+template <class C>
+using In8Bits = std::conditional_t<kBytesFit<C>, InBytes<C>, In16Bits<C>>;
 
 #else
 
-template <int kBits>
-struct Codes16 : Codes<kBits> {
+template <class C>
+struct In16Bits : C {
   using Math = Floats;
   static constexpr uint8_t kOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
   static void unpack(const U32x16* words, F32x16* w) {
-    U32x16 step[4];
-    Codes<kBits>::steps(words, step);
-    for (int t = 0; t < 4; ++t) {
+    constexpr int kSteps = C::kUnitWeights / 4;
+    U32x16 step[kSteps];
+    C::steps(words, step);
+    for (int t = 0; t < kSteps; ++t) {
       for (int b = 0; b < 4; ++b) {
-        w[code_place(b, t)] = to_float(step[t] >> 8 * b & 0xff) - Codes<kBits>::kOffset;
+        w[t / 2 * 8 + C::kByteOrder[t % 2 * 4 + b]] =
+            to_float(step[t] >> 8 * b & 0xff) - C::kOffset;
       }
     }
   }
 };
-template <int kBits>
-using Codes8 = Codes16<kBits>;
+template <class C>
+using In8Bits = In16Bits<C>;
 
 #endif
 

@@ -1,80 +1,17 @@
-// The K-quants of GGUF: Q2_K, Q3_K, Q4_K, Q5_K and Q6_K (blocks.h).
-//
-// Their formats differ in the bits of a code and in how a group's scale and minimum are packed.
-// MatmulArgs::scale has the words of all blocks, [block][word][row], and MatmulArgs::halves the
-// halves.
+// The K-quants of GGUF: Q2_K, Q3_K, Q4_K, Q5_K and Q6_K (blocks.h). They differ in the bits of a
+// code and in how a group's scale and minimum are packed.
 #pragma once
 
-#include "lk/blocks.h"
-#include "lk/kernels/formats/codes.h"
+#include "lk/kernels/formats/in_blocks.h"
 
 namespace lk::LK_ISA {
-
-// What the blocks of one group keep for 16 rows of a tile.
-struct BlockScales {
-  const char* words;
-  const char* halves;
-  int64_t rows;  // in the tile
-  LaneMask lanes;
-
-  U32x16 word(int64_t i) const { return load_units(words + i * rows * kUnitBytes, lanes); }
-  U32x16 half(int64_t i) const { return load_half_units(halves + i * rows * 2, lanes); }
-};
-
-// Scales and minimums of blocks, by what one block keeps for 16 rows: Of. It is made once for all
-// groups of a block, because most of the time goes into its conversions.
-//
-// What is loaded for a group is [kTileRows] scales, and as many minimums if Of::kLow.
-template <class Of>
-struct ScalesOf {
-  static constexpr int kGroupsInBlock = kBlockWeights / Of::kGroup;
-
-  static __attribute__((noinline)) void load_scales(const MatmulArgs& a, int64_t group,
-                                                    float* out) {
-    const int j = static_cast<int>(group % kGroupsInBlock);
-    load_groups(a, group / kGroupsInBlock, j, j + 1, out);
-  }
-  // Those of all groups of a block.
-  static __attribute__((noinline)) void load_block(const MatmulArgs& a, int64_t block, float* out) {
-    load_groups(a, block, 0, kGroupsInBlock, out);
-  }
-
- private:
-  static const char* words(const MatmulArgs& a, int64_t block) {
-    return static_cast<const char*>(a.scale) + block * Of::kWords * a.rows * kUnitBytes;
-  }
-  // Groups [begin, end) of a block. The next block's words are prefetched, a share for each group:
-  // they are a second stream from memory beside the codes.
-  static inline __attribute__((always_inline)) void load_groups(const MatmulArgs& a, int64_t block,
-                                                                int begin, int end, float* out) {
-    const int64_t bytes = Of::kWords * a.rows * kUnitBytes;
-    const char* const next = words(a, block + 1);
-    for (int64_t at = begin * bytes / kGroupsInBlock; at < end * bytes / kGroupsInBlock; at += 64) {
-      __builtin_prefetch(next + at);
-    }
-    const char* const halves = a.halves + block * Of::kHalves * a.rows * 2;
-    for (int64_t row = 0; row < a.rows; row += kLanes) {
-      const int64_t lanes = min(a.rows - row, kLanes);
-      const char* const at = words(a, block) + row * kUnitBytes;
-      const Of of(BlockScales{at, halves + row * 2, a.rows, first_lanes(lanes)});
-      float* to = out + row;
-#pragma GCC unroll 16
-      for (int j = begin; j < end; ++j, to += (1 + Of::kLow) * kTileRows) {
-        F32x16 scale, low{};
-        of.group(j, scale, low);
-        store_some(to, scale, lanes);
-        if constexpr (Of::kLow) store_some(to + kTileRows, low, lanes);
-      }
-    }
-  }
-};
 
 // Q4_K and Q5_K: eight scales and eight minimums of 6 bits in three words. Those of groups 0 to 3
 // are the low bits of the bytes of the first two; the third has the low four bits of the others,
 // whose high bits are above those of the first.
 template <int kOffset>
 struct SixBits {
-  static constexpr int kGroup = 32, kWords = 4, kHalves = 0;
+  static constexpr int kWeights = kBlockWeights, kGroup = 32, kWords = 4, kHalves = 0;
   static constexpr bool kLow = true;
   F32x16 d, dmin;
   U32x16 scales, minimums, rest;
@@ -99,7 +36,7 @@ struct SixBits {
 
 // Q2_K: scale and minimum are the nibbles of a byte.
 struct NibblePairs {
-  static constexpr int kGroup = 16, kWords = 5, kHalves = 0;
+  static constexpr int kWeights = kBlockWeights, kGroup = 16, kWords = 5, kHalves = 0;
   static constexpr bool kLow = true;
   F32x16 d, dmin;
   U32x16 bytes[4];
@@ -118,7 +55,7 @@ struct NibblePairs {
 // Q3_K: sixteen scales of 6 bits, less 32. Words 0 and 1 have their low four bits, word 2 the high
 // two.
 struct SignedSixBits {
-  static constexpr int kGroup = 16, kWords = 3, kHalves = 1;
+  static constexpr int kWeights = kBlockWeights, kGroup = 16, kWords = 3, kHalves = 1;
   static constexpr bool kLow = false;
   F32x16 d;
   U32x16 words[3];
@@ -136,7 +73,7 @@ struct SignedSixBits {
 
 // Q6_K: a signed byte for each group.
 struct SignedBytes {
-  static constexpr int kGroup = 16, kWords = 4, kHalves = 1;
+  static constexpr int kWeights = kBlockWeights, kGroup = 16, kWords = 4, kHalves = 1;
   static constexpr bool kLow = false;
   F32x16 d;
   U32x16 bytes[4];
@@ -149,23 +86,15 @@ struct SignedBytes {
   }
 };
 
-template <class Of, class Codes>
-struct InBlocks : Codes, ScalesOf<Of> {};
-template <class Of, class Codes>
-  requires(Of::kLow)
-struct InBlocks<Of, Codes> : Codes, ScalesOf<Of> {
-  static constexpr bool kZeroPoints = true;
-};
-
-using Q2K = InBlocks<NibblePairs, Codes16<2>>;
-using Q2KAct8 = InBlocks<NibblePairs, Codes8<2>>;
-using Q3K = InBlocks<SignedSixBits, Codes16<3>>;
-using Q3KAct8 = InBlocks<SignedSixBits, Codes8<3>>;
-using Q4K = InBlocks<SixBits<Codes<4>::kOffset>, Codes16<4>>;
-using Q4KAct8 = InBlocks<SixBits<Codes<4>::kOffset>, Codes8<4>>;
-using Q5K = InBlocks<SixBits<Codes<5>::kOffset>, Codes16<5>>;
-using Q5KAct8 = InBlocks<SixBits<Codes<5>::kOffset>, Codes8<5>>;
-using Q6K = InBlocks<SignedBytes, Codes16<6>>;
-using Q6KAct8 = InBlocks<SignedBytes, Codes8<6>>;
+using Q2K = InBlocks<NibblePairs, In16Bits<Codes<2>>>;
+using Q2KAct8 = InBlocks<NibblePairs, In8Bits<Codes<2>>>;
+using Q3K = InBlocks<SignedSixBits, In16Bits<Codes<3>>>;
+using Q3KAct8 = InBlocks<SignedSixBits, In8Bits<Codes<3>>>;
+using Q4K = InBlocks<SixBits<Codes<4>::kOffset>, In16Bits<Codes<4>>>;
+using Q4KAct8 = InBlocks<SixBits<Codes<4>::kOffset>, In8Bits<Codes<4>>>;
+using Q5K = InBlocks<SixBits<Codes<5>::kOffset>, In16Bits<Codes<5>>>;
+using Q5KAct8 = InBlocks<SixBits<Codes<5>::kOffset>, In8Bits<Codes<5>>>;
+using Q6K = InBlocks<SignedBytes, In16Bits<Codes<6>>>;
+using Q6KAct8 = InBlocks<SignedBytes, In8Bits<Codes<6>>>;
 
 }  // namespace lk::LK_ISA
