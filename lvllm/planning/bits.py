@@ -27,6 +27,8 @@ class Bits:
     """The experts' number format, as the engine calls it."""
     experts: float
     others: float
+    read: float = 0
+    """To read an expert's weight takes at least as long as so many bits in other formats take."""
 
 
 PLAIN = Bits("bf16", 16, 16)

@@ -50,7 +50,7 @@ def experts(
     model: ModelShape, machine: Machine, how: Placement, layer: LayerShape, tokens: int
 ) -> Seconds:
     """The routed experts of one layer, by the engine."""
-    reading = layer.read(tokens) * how.expert_bits(model) / 8 / _read(machine)
+    reading = layer.read(tokens) * how.read_bits(model) / 8 / _read(machine)
     rate = machine.products(how.expert_format(model))
     rate *= _width(model.hidden, layer.inner(model.hidden))
     if tokens * layer.chosen < 16 * layer.experts:

@@ -57,6 +57,11 @@ class Placement:
     def expert_bits(self, model: ModelShape) -> float:
         return rounding.bits(model, self.use_weight)
 
+    def read_bits(self, model: ModelShape) -> float:
+        """Bits that take as long to read as an expert's weight in memory."""
+        bits = self.expert_bits(model)
+        return bits if rounding.is_rounded(model, self.use_weight) else max(bits, model.bits.read)
+
     def expert_format(self, model: ModelShape) -> str:
         return rounding.format(model, self.use_weight)
 

@@ -81,7 +81,7 @@ def test_a_gguf_file_has_the_shape_of_its_config(
 
 
 def test_the_written_sizes(tmp_path: Path) -> None:
-    model = gguf_shape.of_file(small(tmp_path / "x.gguf", Type.IQ4_XS), "x")
+    model = gguf_shape.of_file(small(tmp_path / "x.gguf", Type.TQ1_0), "x")
     dense, sparse = model.layers
     attention = 2 * 512 * 512 + 2 * 128 * 512
     assert (dense.experts, dense.others) == (0, attention + 1024 * 512)
@@ -96,19 +96,19 @@ def test_the_written_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "format", "bits", "stored"),
+    ("kind", "format", "bits", "read"),
     [
         (Type.Q4_K, "int4", 4.5, 4.5),
         (Type.Q4_0, "int4", 4.5, 4.5),
-        (Type.Q4_1, "int4", 5, 5),
-        (Type.IQ4_XS, "int4", 4.5, 4.25),
-        (Type.Q2_K, "int4", 4.5, 2.625),
-        (Type.Q3_K, "int4", 4.5, 3.4375),
-        (Type.Q5_0, "int8", 8.5, 5.5),
-        (Type.IQ4_NL, "int8", 8.5, 4.5),
-        (Type.Q5_K, "int8", 8, 5.5),
-        (Type.Q6_K, "int8", 8, 6.5625),
-        (Type.Q8_0, "int8", 8.5, 8.5),
+        (Type.Q4_1, "int4", 5, 4.5),
+        (Type.IQ4_NL, "int4", 4.5, 4.5),
+        (Type.IQ4_XS, "int4", 4.25, 4.5),
+        (Type.Q2_K, "int4", 2.625, 4.5),
+        (Type.Q3_K, "int4", 3.4375, 4.5),
+        (Type.Q5_0, "int8", 5.5, 8),
+        (Type.Q5_K, "int8", 5.5, 8),
+        (Type.Q6_K, "int8", 6.5625, 8),
+        (Type.Q8_0, "int8", 8.5, 8),
         (Type.MXFP4, "mxfp4", 4.25, 4.25),
         (Type.F16, "fp16", 16, 16),
         (Type.BF16, "bf16", 16, 16),
@@ -116,11 +116,18 @@ def test_the_written_sizes(tmp_path: Path) -> None:
     ],
 )
 def test_the_nearest_format(
-    kind: Type, format: str, bits: float, stored: float, tmp_path: Path
+    kind: Type, format: str, bits: float, read: float, tmp_path: Path
 ) -> None:
+    """Experts of types that are served have the bits of the file."""
     model = gguf_shape.of_file(small(tmp_path / "x.gguf", kind), "x")
-    assert (model.bits.format, model.bits.experts) == (format, bits)
-    assert model.stored == Stored((kind.name,), stored, "qwen3moe")
+    assert (model.bits.format, model.bits.experts, model.bits.read) == (format, bits, read)
+    assert model.stored == Stored((kind.name,), bits, "qwen3moe")
+
+
+def test_a_type_that_is_not_served_has_the_bits_of_the_nearest_format(tmp_path: Path) -> None:
+    model = gguf_shape.of_file(small(tmp_path / "x.gguf", Type.TQ1_0), "x")
+    assert (model.bits.format, model.bits.experts) == ("int4", 4.5)
+    assert model.stored == Stored(("TQ1_0",), 1.6875, "qwen3moe")
 
 
 TENSORS = {
