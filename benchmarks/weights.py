@@ -29,12 +29,21 @@ FACTORS: dict[str, dict[int, float]] = {
     "q5_1": {0: 1, 2: -15.5},
     "iq4_nl": {0: 1},
     "iq4_xs": {0: 1},
+    "iq1_s": {0: 1},
+    "iq1_m": {},  # in four parts
+    "iq2_xxs": {0: 1},
+    "iq2_xs": {0: 1},
+    "iq2_s": {0: 1},
+    "iq3_xxs": {0: 1},
+    "iq3_s": {0: 1},
 }
 """Where a block has the float16 factors of its scales and of its minimums, and how large the latter
 are, so that weights are about as often negative as positive."""
 SPREAD = {
     **{"q2_k": 12, "q3_k": 42, "q4_k": 220, "q5_k": 430, "q6_k": 1400},
     **{"q4_1": 4.6, "q5_0": 9.2, "q5_1": 9.2, "iq4_nl": 71, "iq4_xs": 1320},
+    **{"iq1_s": 7.6, "iq1_m": 7.6, "iq2_xxs": 55, "iq2_xs": 58, "iq2_s": 58},
+    **{"iq3_xxs": 146, "iq3_s": 145},
 }
 """The deviation of a random block's weights where the factor of its scales is 1."""
 
@@ -102,6 +111,9 @@ def random_blocks(
     scale = torch.rand(count, generator=generator).add_(0.5).mul_(std / SPREAD[format])
     for at, factor in FACTORS[format].items():
         blocks[:, at : at + 2] = (scale * factor).half().unsqueeze(-1).view(torch.uint8)
+    if format == "iq1_m":
+        quarters = scale.half().view(torch.int16).unsqueeze(-1) >> torch.arange(0, 16, 4) & 15
+        blocks[:, 49::2] = (blocks[:, 49::2] & 15) | quarters.to(torch.uint8) << 4
     return blocks
 
 

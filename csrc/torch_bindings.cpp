@@ -67,6 +67,13 @@ constexpr BlockFormat kBlockFormats[] = {
     {"q5_1", lk::Format::kQ51, lk::Format::kQ51Act8},
     {"iq4_nl", lk::Format::kIq4Nl, lk::Format::kIq4NlAct8},
     {"iq4_xs", lk::Format::kIq4Xs, lk::Format::kIq4XsAct8},
+    {"iq1_s", lk::Format::kIq1S, lk::Format::kIq1SAct8},
+    {"iq1_m", lk::Format::kIq1M, lk::Format::kIq1MAct8},
+    {"iq2_xxs", lk::Format::kIq2Xxs, lk::Format::kIq2XxsAct8},
+    {"iq2_xs", lk::Format::kIq2Xs, lk::Format::kIq2XsAct8},
+    {"iq2_s", lk::Format::kIq2S, lk::Format::kIq2SAct8},
+    {"iq3_xxs", lk::Format::kIq3Xxs, lk::Format::kIq3XxsAct8},
+    {"iq3_s", lk::Format::kIq3S, lk::Format::kIq3SAct8},
 };
 
 lk::Format format_of(const std::string& name, bool act8, bool groups = false,

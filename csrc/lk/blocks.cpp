@@ -1,6 +1,7 @@
 #include "lk/blocks.h"
 
 #include <cstring>
+#include <initializer_list>
 
 namespace lk {
 namespace {
@@ -261,6 +262,80 @@ constexpr BlockLayout kIq4Nl =
     of_codes<4, 32, split_small<2, false>, join_small<2, false>>(32, 0, 2);
 constexpr BlockLayout kIq4Xs = of_codes<4, 256, split_iq4xs, join_iq4xs>(32, 8, 0);
 
+// Parts of a block, `step` bytes apart: the first one has `bytes` from `first` on.
+struct Run {
+  int64_t first;
+  int64_t bytes;
+  int64_t step = 0;
+  int64_t times = 1;
+};
+
+// Where each byte comes from that BlockLayout::split makes of a block without changing it: each
+// unit has a part of each of its runs, and then come whole runs of the block.
+template <int64_t kBytes>
+struct ByteOrder {
+  uint8_t from[kBytes] = {};
+  constexpr ByteOrder(int64_t units, std::initializer_list<Run> of_units,
+                      std::initializer_list<Run> of_block) {
+    int64_t at = 0;
+    const auto take = [&](const Run& run, int64_t i) {
+      for (int64_t b = 0; b < run.bytes; ++b) {
+        from[at++] = static_cast<uint8_t>(run.first + i * run.step + b);
+      }
+    };
+    for (int64_t unit = 0; unit < units; ++unit) {
+      for (const Run& run : of_units) take(run, unit);
+    }
+    for (const Run& run : of_block) {
+      for (int64_t i = 0; i < run.times; ++i) take(run, i);
+    }
+  }
+};
+template <auto kOrder>
+void split_bytes(const uint8_t* block, uint8_t* parts) {
+  for (const uint8_t from : kOrder.from) *parts++ = block[from];
+}
+template <auto kOrder>
+void join_bytes(const uint8_t* parts, uint8_t* block) {
+  for (const uint8_t from : kOrder.from) block[from] = *parts++;
+}
+template <auto kOrder>
+constexpr BlockLayout of_bytes(int64_t group, int64_t units, int64_t word_bytes,
+                               int64_t half_bytes) {
+  constexpr int64_t kBytes = sizeof(kOrder.from);
+  return {kBlockWeights,
+          group,
+          kBytes,
+          units,
+          (kBytes - word_bytes - half_bytes) / units,
+          word_bytes,
+          half_bytes,
+          split_bytes<kOrder>,
+          join_bytes<kOrder>};
+}
+
+// d, 32 bytes of entries, 16 of high bits with scales.
+constexpr BlockLayout kIq1S =
+    of_bytes<ByteOrder<50>(8, {{2, 4, 4}}, {{34, 16}, {0, 2}})>(32, 8, 16, 2);
+// 32 bytes of entries, 16 of high bits, 8 of scales with d.
+constexpr BlockLayout kIq1M =
+    of_bytes<ByteOrder<56>(16, {{0, 2, 2}}, {{32, 16}, {48, 8}})>(16, 16, 24, 0);
+// d, then for each group 4 bytes of entries, and 4 of signs with a scale.
+constexpr BlockLayout kIq2Xxs =
+    of_bytes<ByteOrder<66>(8, {{2, 4, 8}}, {{6, 4, 8, 8}, {0, 2}})>(32, 8, 32, 2);
+// d, 64 bytes of entries with signs, 8 of scales.
+constexpr BlockLayout kIq2Xs =
+    of_bytes<ByteOrder<74>(16, {{2, 4, 4}}, {{66, 8}, {0, 2}})>(16, 16, 8, 2);
+// d, 32 bytes of entries, 32 of signs, 8 of high bits, 8 of scales.
+constexpr BlockLayout kIq2S =
+    of_bytes<ByteOrder<82>(16, {{2, 2, 2}, {34, 2, 2}}, {{66, 16}, {0, 2}})>(16, 16, 16, 2);
+// d, 64 bytes of entries, 32 of signs with scales.
+constexpr BlockLayout kIq3Xxs =
+    of_bytes<ByteOrder<98>(8, {{2, 8, 8}}, {{66, 32}, {0, 2}})>(32, 8, 32, 2);
+// d, 64 bytes of entries, 8 of high bits, 32 of signs, 4 of scales.
+constexpr BlockLayout kIq3S =
+    of_bytes<ByteOrder<110>(8, {{2, 8, 8}, {74, 4, 4}}, {{66, 8}, {106, 4}, {0, 2}})>(32, 8, 12, 2);
+
 constexpr int64_t kMostBlockBytes = 210;
 
 // Calls each(place, bytes, at) for the words and halves of a block in row `row`: `place` is in the
@@ -320,6 +395,27 @@ const BlockLayout* block_layout(Format format) {
     case Format::kIq4Xs:
     case Format::kIq4XsAct8:
       return &kIq4Xs;
+    case Format::kIq1S:
+    case Format::kIq1SAct8:
+      return &kIq1S;
+    case Format::kIq1M:
+    case Format::kIq1MAct8:
+      return &kIq1M;
+    case Format::kIq2Xxs:
+    case Format::kIq2XxsAct8:
+      return &kIq2Xxs;
+    case Format::kIq2Xs:
+    case Format::kIq2XsAct8:
+      return &kIq2Xs;
+    case Format::kIq2S:
+    case Format::kIq2SAct8:
+      return &kIq2S;
+    case Format::kIq3Xxs:
+    case Format::kIq3XxsAct8:
+      return &kIq3Xxs;
+    case Format::kIq3S:
+    case Format::kIq3SAct8:
+      return &kIq3S;
     default:
       return nullptr;
   }

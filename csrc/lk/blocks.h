@@ -18,14 +18,29 @@
 //   IQ4_NL  32      18     d * t[code]
 //   IQ4_XS  256     136    d * (scale - 32) * t[code]      of 32, scale in 6 bits
 //
+// IQ1, IQ2 and IQ3 have tables of entries of 8 weights (IQ3: of 4). Those of IQ2 and IQ3 are
+// magnitudes, and each weight also has a sign: seven bits stand for eight signs (XXS and XS), or
+// there is a bit for each (S). Below, e is a number of an entry, with its sign.
+//
+//   IQ1_S   256     50     d * (2 scale + 1) * (e +- 1/8)  of 32, scale in 3 bits
+//   IQ1_M   256     56     d * (2 scale + 1) * (e +- 1/8)  of 16, scale in 3 bits
+//   IQ2_XXS 256     66     d / 8 * (2 scale + 1) * e       of 32, scale in 4 bits
+//   IQ2_XS  256     74     d / 8 * (2 scale + 1) * e       of 16, scale in 4 bits
+//   IQ2_S   256     82     d / 8 * (2 scale + 1) * e       of 16, scale in 4 bits
+//   IQ3_XXS 256     98     d / 4 * (2 scale + 1) * e       of 32, scale in 4 bits
+//   IQ3_S   256     110    d * (2 scale + 1) * e           of 32, scale in 4 bits
+//
 // In a file the codes of a byte belong to different groups. The kernels want those of one group
 // side by side, so a tile is reordered in place, without loss: first all codes, in units of 16
-// weights, then what the scales are made from, in words of four bytes, then in halves of two bytes.
-// All three are transposed as other weights are (tiles.h): the first word of all rows, then the
-// next one. The number of bytes stays the same.
+// weights (32 if types with tables of entries have groups of 32), then what the scales are made
+// from, in words of four bytes, then in halves of two bytes. All three are transposed as other
+// weights are (tiles.h): the first word of all rows, then the next one. The number of bytes stays
+// the same.
 //
-// A unit holds up to three planes of bits, in words and then a half. Its weights are multiplied in
-// four steps of four bytes. Byte b of step t is weight code_place(b, t):
+// Units of entries are parts of the file's block (blocks.cpp), and so are their high bits and signs
+// where they are among the words. A unit of codes holds up to three planes of bits, in words and
+// then a half. Its weights are multiplied in four steps of four bytes. Byte b of step t is weight
+// code_place(b, t):
 //   4 bits: two words. Step t is the low nibbles (t even) or the high ones of word t / 2.
 //   2 bits: a word. Step t is bits 2t and 2t + 1 of each byte.
 //   1 bit: a half. Step t of byte b is bit 4b + t.

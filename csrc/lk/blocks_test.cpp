@@ -59,7 +59,9 @@ class Blocks : public testing::TestWithParam<Case> {
     ThreadPool pool(parse_topology("1 node x 1 cores x 1 threads"), {});
     order_matrix(m, 1, pool);
     const float most = std::string(kernels().arithmetic) == "int16" ? 32767 : 127;
-    const int log2 = random_below(random_, 2) || m.group == 16 ? kLeastActBlockLog2 : kActBlockLog2;
+    const BlockLayout& layout = *block_layout(format());
+    const bool may_be_least = layout.weights / layout.units == 16 && random_below(random_, 2);
+    const int log2 = may_be_least || m.group == 16 ? kLeastActBlockLog2 : kActBlockLog2;
     std::vector<std::vector<float>> x(tokens);
     std::vector<std::vector<char>> acts(tokens);
     for (int64_t t = 0; t < tokens; ++t) {
@@ -189,6 +191,16 @@ TEST(BlockLayers, ProjectionsOfDifferentFormats) {
        .w13 = kBlocks32,
        .w2 = kBlocks32,
        .w2_format = Format::kQ50},
+      {.name = "iq2_xxs_and_iq3_s",
+       .format = Format::kIq2XxsAct8,
+       .w13 = kBlocks32,
+       .w2 = kBlocks32,
+       .w2_format = Format::kIq3SAct8},
+      {.name = "iq1_m_and_iq2_s",
+       .format = Format::kIq1M,
+       .w13 = kBlocks16,
+       .w2 = kBlocks16,
+       .w2_format = Format::kIq2S},
   };
   for (const Kind& kind : kinds) {
     TestLayer layer(kind, 3, 512, 256, random);

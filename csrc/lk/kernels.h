@@ -44,8 +44,22 @@ enum class Format {
   kIq4NlAct8,
   kIq4Xs,
   kIq4XsAct8,
+  kIq1S,
+  kIq1SAct8,
+  kIq1M,
+  kIq1MAct8,
+  kIq2Xxs,
+  kIq2XxsAct8,
+  kIq2Xs,
+  kIq2XsAct8,
+  kIq2S,
+  kIq2SAct8,
+  kIq3Xxs,
+  kIq3XxsAct8,
+  kIq3S,
+  kIq3SAct8,
 };
-constexpr int kFormats = static_cast<int>(Format::kIq4XsAct8) + 1;
+constexpr int kFormats = static_cast<int>(Format::kIq3SAct8) + 1;
 
 // How many weights along K the four bytes of a unit hold, in formats without blocks.
 constexpr int unit_weights(Format format) {

@@ -92,6 +92,13 @@ BLOCK_FORMATS = {
     "q5_1": _blocks(24, weights=32),  # +2.0%
     "iq4_nl": _blocks(18, weights=32),
     "iq4_xs": _blocks(136),
+    "iq1_s": _blocks(50),
+    "iq1_m": _blocks(56),
+    "iq2_xxs": _blocks(66),
+    "iq2_xs": _blocks(74),
+    "iq2_s": _blocks(82),
+    "iq3_xxs": _blocks(98),
+    "iq3_s": _blocks(110),
 }
 """Types of GGUF, as a file stores them: uint8 [E, rows, bytes], with scales and minimums
 among the weights. Beside some stands what 8-bit activations add to the squared error of a layer

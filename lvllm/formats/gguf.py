@@ -27,6 +27,10 @@ Split = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 and scales [rows, blocks]."""
 
 
+Factors = Callable[[torch.Tensor], torch.Tensor]
+"""uint8 [rows, blocks, bytes of a block] -> float16."""
+
+
 @dataclass(frozen=True)
 class Held:
     """How lk holds the experts of one of ggml's types."""
@@ -47,8 +51,8 @@ class Held:
     """None: the blocks stay as they are in the file."""
     scale: torch.dtype = torch.float16
     """Of the scales, if the blocks are taken apart."""
-    factors: tuple[int, ...] = ()
-    """Where a block that stays as it is has numbers in float16, in bytes."""
+    factors: Factors | None = None
+    """The numbers in float16 of blocks that stay as they are."""
 
     @property
     def is_raw(self) -> bool:
@@ -88,7 +92,19 @@ def _mxfp4(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _nibbles(blocks[..., 1:]), blocks[..., 0]
 
 
-def _blocks(format: str, bits: int, *factors: int) -> Held:
+def _at(*places: int) -> Factors:
+    """Numbers at these bytes of a block."""
+    where = [byte for at in places for byte in (at, at + 1)]
+    return lambda blocks: blocks[..., where].view(torch.float16)
+
+
+def _in_quarters(blocks: torch.Tensor) -> torch.Tensor:
+    """IQ1_M has its number in the high four bits of its last four words of 16 bits."""
+    quarters = blocks[..., 49::2].to(torch.int32) >> 4
+    return (quarters << torch.arange(0, 16, 4)).sum(-1).to(torch.int16).view(torch.float16)
+
+
+def _blocks(format: str, bits: int, factors: Factors) -> Held:
     """Blocks that lk computes as they are in the file."""
     stored = BLOCK_FORMATS[format]
     return Held(format, bits, stored.block_weights, stored.block_bytes, factors=factors)
@@ -98,16 +114,23 @@ TYPES: dict[str, Held] = {
     "Q8_0": Held("int8", 8, 32, 34, torch.int8, width=32, split=_q8_0),
     "Q4_0": Held("int4", 4, 32, 18, width=16, split=_q4_0),
     "MXFP4": Held("mxfp4", 4, 32, 17, width=16, split=_mxfp4, scale=torch.uint8),
-    "Q2_K": _blocks("q2_k", 2, 80, 82),
-    "Q3_K": _blocks("q3_k", 3, 108),
-    "Q4_K": _blocks("q4_k", 4, 0, 2),
-    "Q5_K": _blocks("q5_k", 5, 0, 2),
-    "Q6_K": _blocks("q6_k", 6, 208),
-    "Q4_1": _blocks("q4_1", 4, 0, 2),
-    "Q5_0": _blocks("q5_0", 5, 0),
-    "Q5_1": _blocks("q5_1", 5, 0, 2),
-    "IQ4_NL": _blocks("iq4_nl", 4, 0),
-    "IQ4_XS": _blocks("iq4_xs", 4, 0),
+    "Q2_K": _blocks("q2_k", 2, _at(80, 82)),
+    "Q3_K": _blocks("q3_k", 3, _at(108)),
+    "Q4_K": _blocks("q4_k", 4, _at(0, 2)),
+    "Q5_K": _blocks("q5_k", 5, _at(0, 2)),
+    "Q6_K": _blocks("q6_k", 6, _at(208)),
+    "Q4_1": _blocks("q4_1", 4, _at(0, 2)),
+    "Q5_0": _blocks("q5_0", 5, _at(0)),
+    "Q5_1": _blocks("q5_1", 5, _at(0, 2)),
+    "IQ4_NL": _blocks("iq4_nl", 4, _at(0)),
+    "IQ4_XS": _blocks("iq4_xs", 4, _at(0)),
+    "IQ1_S": _blocks("iq1_s", 1, _at(0)),
+    "IQ1_M": _blocks("iq1_m", 1, _in_quarters),
+    "IQ2_XXS": _blocks("iq2_xxs", 2, _at(0)),
+    "IQ2_XS": _blocks("iq2_xs", 2, _at(0)),
+    "IQ2_S": _blocks("iq2_s", 2, _at(0)),
+    "IQ3_XXS": _blocks("iq3_xxs", 3, _at(0)),
+    "IQ3_S": _blocks("iq3_s", 3, _at(0)),
     "F16": Held("fp16", 16, 1, 2, torch.float16),
     "BF16": Held("bf16", 16, 1, 2, torch.bfloat16),
     "F32": Held(None, 16, 1, 4, None),
@@ -258,11 +281,6 @@ class Gguf(ExpertFormat):
             if bad.any():
                 raise ValueError(f"{int(bad.sum())} of its scales are NaN or infinite")
 
-        def check_factors(rows_of_blocks: torch.Tensor) -> None:
-            for at in held.factors:
-                blocks = rows_of_blocks.unflatten(1, (-1, held.nbytes))
-                refuse_any(~blocks[..., at : at + 2].contiguous().view(torch.float16).isfinite())
-
         def place(data: torch.Tensor, expert: int, loaded: torch.Tensor, shard: str) -> None:
             divided = 1 if name == "w2" else 0
             wanted = [rows, columns]
@@ -275,7 +293,8 @@ class Gguf(ExpertFormat):
             to = data[expert, first : first + rows]
             if held.split is None:
                 to.copy_(here)
-                check_factors(to)
+                if held.factors is not None:
+                    refuse_any(~held.factors(to.unflatten(1, (-1, held.nbytes))).isfinite())
                 return
             blocks = torch.empty((rows, columns), dtype=torch.uint8)
             blocks.copy_(here)

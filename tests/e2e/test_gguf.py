@@ -56,6 +56,10 @@ BLOCKS = {
     5: (Type.Q4_1, Type.Q5_1),
     6: (Type.IQ4_XS, Type.IQ4_NL),
     7: (Type.Q5_0, Type.IQ4_XS),
+    8: (Type.IQ2_XXS, Type.IQ3_XXS),
+    9: (Type.IQ2_XS, Type.IQ2_S),
+    10: (Type.IQ3_S, Type.IQ1_M),
+    11: (Type.IQ1_S, Type.IQ3_S),
 }
 """The types of gate and up, and of down, in each layer of a model in blocks."""
 

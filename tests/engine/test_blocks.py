@@ -47,12 +47,14 @@ def reference(
         ("q4_k", "q6_k"),
         ("q3_k", "bf16"),
         ("q5_1", "iq4_nl"),
+        ("iq2_xxs", "iq3_s"),
+        ("iq1_m", "q4_k"),
     ],
 )
 def test_accuracy(w13_format: str, w2_format: str, bits: int) -> None:
     hidden, intermediate, experts = 512, 768, 4
     if BLOCK_FORMATS[w13_format].block_weights == 32:
-        hidden, intermediate = random.choice([(480, 672), (96, 800), (544, 32)])
+        hidden, intermediate = random.choice([(480, 672), (96, 800), (544, 96)])
     w13 = random_matrix(w13_format, experts, 2 * intermediate, hidden)
     w13_values = values(w13_format, w13)
     if w2_format == "bf16":

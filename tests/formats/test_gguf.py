@@ -98,11 +98,14 @@ def test_what_does_not_fit() -> None:
         loaded(RAW, {}, 0, 4)
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "Q4_K"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "Q4_K", "IQ1_M", "IQ3_S"])
 def test_scales_that_are_no_numbers(name: str) -> None:
     stored, _ = draw(Type[name])
-    # The bytes of NaN in float16, and in the exponents of MXFP4.
-    stored[2, "w2"][7, :2] = torch.tensor([255, 255 if name == "MXFP4" else 127])
+    row = stored[2, "w2"][7]
+    if name == "IQ1_M":  # in the high halves of four bytes
+        row[49:56:2] |= 0xF0
+    else:  # the bytes of NaN in float16, and in the exponents of MXFP4
+        row[:2] = torch.tensor([255, 255 if name == "MXFP4" else 127])
     with pytest.raises(ValueError, match=r"^1 of its scales are NaN or infinite$"):
         loaded(TYPES[name], stored, 0, 1)
 

@@ -105,6 +105,8 @@ def test_the_written_sizes(tmp_path: Path) -> None:
         (Type.IQ4_XS, "int4", 4.25, 4.5),
         (Type.Q2_K, "int4", 2.625, 4.5),
         (Type.Q3_K, "int4", 3.4375, 4.5),
+        (Type.IQ2_XXS, "int4", 2.0625, 4.5),
+        (Type.IQ3_S, "int4", 3.4375, 4.5),
         (Type.Q5_0, "int8", 5.5, 8),
         (Type.Q5_K, "int8", 5.5, 8),
         (Type.Q6_K, "int8", 6.5625, 8),

@@ -41,13 +41,14 @@ struct NextTilePart {
   int64_t stride = 0;  // bytes for each unit of this tile
 };
 
-// sum[r][t] += `units` units of R vectors of rows times T tokens' activations. Units of weights are
-// `stride` bytes apart, and their words as `place` says. Only a single vector (R is 1) may have
-// fewer than 16 rows.
+// sum[r][t] += `units` units, from `first_unit` on, of R vectors of rows times T tokens'
+// activations. Units of weights are `stride` bytes apart, and their words as `place` says. Only a
+// single vector (R is 1) may have fewer than 16 rows.
 template <class F, int R, int T>
 inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)[R][T],
                                                     const char* weights, int64_t stride,
-                                                    UnitPlace place, int64_t units, LaneMask rows,
+                                                    UnitPlace place, int64_t first_unit,
+                                                    int64_t units, LaneMask rows,
                                                     const char* const* acts, int64_t act_offset,
                                                     Prefetch prefetch) {
   using Math = typename F::Math;
@@ -71,7 +72,7 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
 #pragma GCC unroll 32
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(later + r * 64, 0, kPrefetchInto);
-        unpack_unit<F>(weights, place, r, lanes, &w[r]);
+        unpack_unit<F>(weights, place, first_unit + u, r, lanes, &w[r]);
       }
 #pragma GCC unroll 32
       for (int t = 0; t < T; ++t) {
@@ -94,7 +95,7 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
           if (kHalfWord<F> && (first + r) % 2 == 0) {
             __builtin_prefetch(later + place.half + (first + r) * 32, 0, kPrefetchInto);
           }
-          unpack_unit<F>(weights, place, first + r, lanes, w[r]);
+          unpack_unit<F>(weights, place, first_unit + u, first + r, lanes, w[r]);
         }
 #pragma GCC unroll 32
         for (int step = 0; step < kSteps<F>; ++step) {
@@ -128,7 +129,7 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* last_unit,
   const int64_t k = a.k;
   const int block_log2 = a.act_block_log2;
   const int64_t stride = a.rows * kUnitRowBytes<F>;
-  const UnitPlace place = unit_place<F>(a.rows, row);
+  const UnitPlace place = unit_place<F>(a, row);
   const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
   const int64_t units = whole + (last_unit != nullptr);
   const char* const weights = a.tile + row * kUnitBytes;
@@ -170,11 +171,11 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* last_unit,
     if (next_tile.begin && row == 0) {
       prefetch.next_tile = next_tile.begin + begin * next_tile.stride;
     }
-    multiply<F, R, T>(sum, weights + begin * stride, stride, place, whole_end - begin, lanes, acts,
-                      begin * F::kUnitWeights * Math::kActBytes, prefetch);
+    multiply<F, R, T>(sum, weights + begin * stride, stride, place, begin, whole_end - begin, lanes,
+                      acts, begin * F::kUnitWeights * Math::kActBytes, prefetch);
     if (end > whole) {
       const char* const unit = last_unit + row * kUnitBytes;
-      multiply<F, R, T>(sum, unit, 0, {}, 1, first_lanes(kLanes), acts,
+      multiply<F, R, T>(sum, unit, 0, {}, whole, 1, first_lanes(kLanes), acts,
                         whole * F::kUnitWeights * Math::kActBytes, {unit, unit + 1});
     }
     add_segment<F, kInRegisters>(

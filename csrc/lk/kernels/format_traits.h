@@ -12,7 +12,8 @@
 // Formats of blocks (blocks.h) have units of F::kWords words of four bytes, and two bytes more with
 // F::kHalf. They unpack an array of vectors (codes.h), and read their scales themselves:
 // F::load_scales those of a group, F::load_block those of all F::kGroupsInBlock groups of a block
-// (in_blocks.h).
+// (in_blocks.h). With F::kSharedBits, so many bits of each unit are in its block's first words, and
+// follow the unit's own words when it is unpacked.
 #pragma once
 
 #include "lk/kernels.h"
@@ -45,6 +46,12 @@ template <class F>
 constexpr int kUnitVectors = kWords<F> + kHalfWord<F>;
 template <class F>
 constexpr int64_t kUnitRowBytes = kWords<F> * kUnitBytes + kHalfWord<F> * 2;
+// How many bits of its block's words a unit has.
+template <class F>
+constexpr int kSharedBits = 0;
+template <class F>
+  requires requires { F::kSharedBits; }
+constexpr int kSharedBits<F> = F::kSharedBits;
 template <class F>
 constexpr bool kOwnScales = requires { &F::load_scales; };
 // How many groups' scales are loaded at a time for a few tokens.

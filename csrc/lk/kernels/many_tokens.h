@@ -174,7 +174,7 @@ template <class F>
 __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int64_t u1,
                                             const char* last_unit, char* out) {
   const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
-  const UnitPlace place = unit_place<F>(a.rows, 0);
+  const UnitPlace place = unit_place<F>(a, 0);
   LaneMask lanes[kTileRows / kLanes];
   for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
     lanes[v] = first_lanes(min(max(a.rows - v * kLanes, 0), kLanes));
@@ -188,7 +188,7 @@ __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int
         std::memcpy(out + v * 64, &units, sizeof(units));
       } else {
         typename F::Math::Weights w[kSteps<F>];
-        unpack_unit<F>(from, place, v, present, w);
+        unpack_unit<F>(from, place, u, v, present, w);
 #pragma GCC unroll 32
         for (int step = 0; step < kSteps<F>; ++step) {
           if constexpr (kAmx<F>) w[step] = F::Math::for_tiles(w[step]);

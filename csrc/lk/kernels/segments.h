@@ -29,28 +29,41 @@ struct Segment {
 // `row`.
 struct UnitPlace {
   int64_t word_stride;
-  int64_t half;  // to the two bytes of the same row
+  int64_t half;                  // to the two bytes of the same row
+  const char* shared = nullptr;  // the first word that units share, of the same row
 };
 template <class F>
-UnitPlace unit_place(int64_t rows, int64_t row) {
-  return {rows * kUnitBytes, kWords<F> * rows * kUnitBytes - row * (kUnitBytes - 2)};
+UnitPlace unit_place(const MatmulArgs& a, int64_t row) {
+  UnitPlace place{a.rows * kUnitBytes, kWords<F> * a.rows * kUnitBytes - row * (kUnitBytes - 2)};
+  if constexpr (kSharedBits<F> != 0) {
+    place.shared = static_cast<const char*>(a.scale) + row * kUnitBytes;
+  }
+  return place;
 }
 
-// Unpacks one unit each of 16 rows. `vector` counts vectors of rows from `unit` on.
+// Unpacks unit `index` of each of 16 rows. `vector` counts vectors of rows from `unit` on.
 template <class F>
 inline __attribute__((always_inline)) void unpack_unit(const char* unit, UnitPlace place,
-                                                       int64_t vector, LaneMask lanes,
+                                                       int64_t index, int64_t vector,
+                                                       LaneMask lanes,
                                                        typename F::Math::Weights* w) {
   if constexpr (!kOwnScales<F>) {
     F::unpack(load_units(unit + vector * 64, lanes), w);
   } else {
-    U32x16 words[kUnitVectors<F>];
+    U32x16 words[kUnitVectors<F> + (kSharedBits<F> != 0)];
 #pragma GCC unroll 8
     for (int i = 0; i < kWords<F>; ++i) {
       words[i] = load_units(unit + i * place.word_stride + vector * 64, lanes);
     }
     if constexpr (kHalfWord<F>) {
       words[kWords<F>] = load_half_units(unit + place.half + vector * 32, lanes);
+    }
+    if constexpr (kSharedBits<F> != 0) {
+      const int64_t bit = index % F::kUnitsInBlock * kSharedBits<F>;
+      const int64_t word = index / F::kUnitsInBlock * F::kBlockWords + bit / 32;
+      words[kUnitVectors<F>] =
+          load_units(place.shared + word * place.word_stride + vector * 64, lanes) >>
+          static_cast<int>(bit % 32);
     }
     F::unpack(words, w);
   }

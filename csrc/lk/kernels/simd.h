@@ -199,6 +199,18 @@ inline U32x16 load_half_units(const char* p, LaneMask lanes) {
   return a;
 }
 
+inline U32x16 operator+(U32x16 a, uint32_t b) {
+  for (auto& v : a.v) v += b;
+  return a;
+}
+inline U32x16 operator-(U32x16 a, U32x16 b) {
+  for (int i = 0; i < kVectors; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+inline U32x16 operator^(U32x16 a, U32x16 b) {
+  for (int i = 0; i < kVectors; ++i) a.v[i] ^= b.v[i];
+  return a;
+}
 inline U32x16 operator&(U32x16 a, uint32_t b) {
   for (auto& v : a.v) v &= b;
   return a;
@@ -259,6 +271,44 @@ inline F32x16 lookup(const float* table, U32x16 index) {
     }
   }
   return result;
+}
+
+// table[i] for each lane i.
+inline U32x16 gather(const uint32_t* table, U32x16 index) {
+  for (auto& v : index.v) {
+#if defined(__AVX512F__)
+    v = (UintVector)_mm512_i32gather_epi32((__m512i)v, table, 4);
+#elif defined(__AVX2__)
+    v = (UintVector)_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), (__m256i)v, 4);
+#else
+    for (int lane = 0; lane < kVectorLanes; ++lane) v[lane] = table[v[lane]];
+#endif
+  }
+  return index;
+}
+
+// Bits 4 n to 4 n + 3 of each lane, each as a byte of ones or of zeros.
+inline U32x16 bits_to_bytes(U32x16 a, int n) {
+#if defined(__AVX2__)
+  typedef int8_t ByteVector __attribute__((vector_size(kVectorBytes)));
+  const __m128i lane = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+  const __m128i from = _mm_add_epi8(lane, _mm_set1_epi8(static_cast<char>(n / 2)));
+  const UintVector bit = UintVector{} + (0x08040201u << n % 2 * 4);
+  for (auto& v : a.v) {
+#if defined(__AVX512F__)
+    v = (UintVector)_mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(from));
+#else
+    v = (UintVector)_mm256_shuffle_epi8((__m256i)v, _mm256_broadcastsi128_si256(from));
+#endif
+    v = (UintVector)((ByteVector)(v & bit) == (ByteVector)bit);
+  }
+  return a;
+#else
+  a = a >> 4 * n & 15;
+  a = (a | a << 14) & 0x00030003;
+  a = (a | a << 7) & 0x01010101;
+  return (a << 8) - a;
+#endif
 }
 
 inline I32x16 as_integers(U32x16 a) {

@@ -10,6 +10,7 @@
 #include "lk/kernels/formats/int4.h"
 #include "lk/kernels/formats/int8.h"
 #include "lk/kernels/formats/k_quants.h"
+#include "lk/kernels/formats/lookup.h"
 #include "lk/kernels/formats/small_blocks.h"
 #include "lk/kernels/matmul.h"
 #include "lk/kernels/rate.h"
@@ -72,7 +73,21 @@ constexpr Kernels kernels_table(const char* isa) {
            format_kernels<Iq4Nl, R>(isa),
            format_kernels<Iq4NlAct8, R>(isa),
            format_kernels<Iq4Xs, R>(isa),
-           format_kernels<Iq4XsAct8, R>(isa)},
+           format_kernels<Iq4XsAct8, R>(isa),
+           format_kernels<Iq1S, R>(isa),
+           format_kernels<Iq1SAct8, R>(isa),
+           format_kernels<Iq1M, R>(isa),
+           format_kernels<Iq1MAct8, R>(isa),
+           format_kernels<Iq2Xxs, R>(isa),
+           format_kernels<Iq2XxsAct8, R>(isa),
+           format_kernels<Iq2Xs, R>(isa),
+           format_kernels<Iq2XsAct8, R>(isa),
+           format_kernels<Iq2S, R>(isa),
+           format_kernels<Iq2SAct8, R>(isa),
+           format_kernels<Iq3Xxs, R>(isa),
+           format_kernels<Iq3XxsAct8, R>(isa),
+           format_kernels<Iq3S, R>(isa),
+           format_kernels<Iq3SAct8, R>(isa)},
           widen,
           finish,
           end_stream,

@@ -28,10 +28,15 @@ constexpr Format kAllFormats[] = {
     Format::kInt4Zero,       Format::kInt4ZeroAct8, Format::kFp4,
     Format::kFp4Act8};
 constexpr Format kBlockFormats[] = {
-    Format::kQ2K,     Format::kQ2KAct8, Format::kQ3K,       Format::kQ3KAct8, Format::kQ4K,
-    Format::kQ4KAct8, Format::kQ5K,     Format::kQ5KAct8,   Format::kQ6K,     Format::kQ6KAct8,
-    Format::kQ41,     Format::kQ41Act8, Format::kQ50,       Format::kQ50Act8, Format::kQ51,
-    Format::kQ51Act8, Format::kIq4Nl,   Format::kIq4NlAct8, Format::kIq4Xs,   Format::kIq4XsAct8};
+    Format::kQ2K,    Format::kQ2KAct8,    Format::kQ3K,    Format::kQ3KAct8,
+    Format::kQ4K,    Format::kQ4KAct8,    Format::kQ5K,    Format::kQ5KAct8,
+    Format::kQ6K,    Format::kQ6KAct8,    Format::kQ41,    Format::kQ41Act8,
+    Format::kQ50,    Format::kQ50Act8,    Format::kQ51,    Format::kQ51Act8,
+    Format::kIq4Nl,  Format::kIq4NlAct8,  Format::kIq4Xs,  Format::kIq4XsAct8,
+    Format::kIq1S,   Format::kIq1SAct8,   Format::kIq1M,   Format::kIq1MAct8,
+    Format::kIq2Xxs, Format::kIq2XxsAct8, Format::kIq2Xs,  Format::kIq2XsAct8,
+    Format::kIq2S,   Format::kIq2SAct8,   Format::kIq3Xxs, Format::kIq3XxsAct8,
+    Format::kIq3S,   Format::kIq3SAct8};
 
 inline std::string name_of(Format format) {
   constexpr const char* kNames[] = {"bf16",
@@ -66,7 +71,21 @@ inline std::string name_of(Format format) {
                                     "iq4_nl",
                                     "iq4_nl_act8",
                                     "iq4_xs",
-                                    "iq4_xs_act8"};
+                                    "iq4_xs_act8",
+                                    "iq1_s",
+                                    "iq1_s_act8",
+                                    "iq1_m",
+                                    "iq1_m_act8",
+                                    "iq2_xxs",
+                                    "iq2_xxs_act8",
+                                    "iq2_xs",
+                                    "iq2_xs_act8",
+                                    "iq2_s",
+                                    "iq2_s_act8",
+                                    "iq3_xxs",
+                                    "iq3_xxs_act8",
+                                    "iq3_s",
+                                    "iq3_s_act8"};
   return kNames[static_cast<int>(format)];
 }
 inline bool has_zero_points(Format format) {
@@ -164,6 +183,17 @@ inline void set_code(Format format, void* row, int64_t k, uint32_t code) {
     }
   }
 }
+// Number i of entry `index` of a table whose entries have so many.
+inline int in_entry(const uint32_t* table, int index, int numbers, int i) {
+  return static_cast<int>(table[index * numbers / 4 + i / 4] >> i % 4 * 8 & 255);
+}
+// Sign i of eight that are in seven bits: the number of ones is even.
+inline int sign_of_seven(uint32_t bits, int i) {
+  int ones = 0;
+  for (int bit = 0; bit < 7; ++bit) ones += bits >> bit & 1;
+  return (i < 7 ? bits >> i & 1 : ones % 2) ? -1 : 1;
+}
+
 // The value of the weight at `k` of a row of blocks, written down from the structures of ggml.
 inline double block_value(Format format, const void* row, int64_t k) {
   const BlockLayout& layout = *block_layout(format);
@@ -182,6 +212,14 @@ inline double block_value(Format format, const void* row, int64_t k) {
   // The codes of 32 weights from byte `at` on, and their fifth bits.
   const auto nibble = [&](int at) { return block[at + w % 16] >> w % 32 / 16 * 4 & 15; };
   const auto fifth = [&](int at) { return (block[at + w % 32 / 8] >> w % 8 & 1) << 4; };
+  // For IQ1, IQ2 and IQ3.
+  const auto one_of_iq1 = [&](int index) {
+    return (in_entry(codebooks::kIq1Times8Plus16, index, 8, w % 8) - 16) / 8;
+  };
+  const auto scale_nibble = [&](int at, int group) {
+    return block[at + w / group / 2] >> w / group % 2 * 4 & 15;
+  };
+  const auto sign = [&](int at) { return block[at + w / 8] >> w % 8 & 1 ? -1 : 1; };
   const int pair = w / 128 * 32 + w % 32, pair_shift = w / 32 % 4 * 2;
   switch (format) {
     case Format::kQ2K:
@@ -223,6 +261,54 @@ inline double block_value(Format format, const void* row, int64_t k) {
       const int scale = (block[4 + j / 2] >> j % 2 * 4 & 15) | high << 4;
       return half(0) * (scale - 32) * (codebooks::kIq4NlPlus128[nibble(8 + 16 * j)] - 128);
     }
+    case Format::kIq1S:
+    case Format::kIq1SAct8: {
+      const int high = element<uint16_t>(block + 34, w / 32);
+      const int index = block[2 + w / 8] | (high >> w / 8 % 4 * 3 & 7) << 8;
+      const double moved = one_of_iq1(index) + (high >> 15 ? -0.125 : 0.125);
+      return half(0) * (2 * (high >> 12 & 7) + 1) * moved;
+    }
+    case Format::kIq1M:
+    case Format::kIq1MAct8: {
+      const int high = block[32 + w / 16] >> w / 8 % 2 * 4 & 15;
+      const double moved =
+          one_of_iq1(block[w / 8] | (high & 7) << 8) + (high >> 3 ? -0.125 : 0.125);
+      int d = 0;
+      for (int i = 0; i < 4; ++i) d |= (element<uint16_t>(block + 48, i) >> 12) << 4 * i;
+      const int scale = element<uint16_t>(block + 48, w / 64) >> w / 16 % 4 * 3 & 7;
+      return double{fp16_to_float(static_cast<uint16_t>(d))} * (2 * scale + 1) * moved;
+    }
+    case Format::kIq2Xxs:
+    case Format::kIq2XxsAct8: {
+      const auto signs = element<uint32_t>(block + 2, w / 32 * 2 + 1);
+      const int index = block[2 + w / 32 * 8 + w / 8 % 4];
+      return half(0) / 8 * (2 * (signs >> 28) + 1) * sign_of_seven(signs >> w / 8 % 4 * 7, w % 8) *
+             in_entry(codebooks::kIq2Xxs, index, 8, w % 8);
+    }
+    case Format::kIq2Xs:
+    case Format::kIq2XsAct8: {
+      const auto code = element<uint16_t>(block + 2, w / 8);
+      return half(0) / 8 * (2 * scale_nibble(66, 16) + 1) * sign_of_seven(code >> 9, w % 8) *
+             in_entry(codebooks::kIq2Xs, code & 511, 8, w % 8);
+    }
+    case Format::kIq2S:
+    case Format::kIq2SAct8: {
+      const int index = block[2 + w / 8] | (block[66 + w / 32] >> w / 8 % 4 * 2 & 3) << 8;
+      return half(0) / 8 * (2 * scale_nibble(74, 16) + 1) * sign(34) *
+             in_entry(codebooks::kIq2S, index, 8, w % 8);
+    }
+    case Format::kIq3Xxs:
+    case Format::kIq3XxsAct8: {
+      const auto signs = element<uint32_t>(block + 66, w / 32);
+      return half(0) / 4 * (2 * (signs >> 28) + 1) * sign_of_seven(signs >> w / 8 % 4 * 7, w % 8) *
+             in_entry(codebooks::kIq3Xxs, block[2 + w / 4], 4, w % 4);
+    }
+    case Format::kIq3S:
+    case Format::kIq3SAct8: {
+      const int index = block[2 + w / 4] | (block[66 + w / 32] >> w / 4 % 8 & 1) << 8;
+      return half(0) * (2 * scale_nibble(106, 32) + 1) * sign(74) *
+             in_entry(codebooks::kIq3S, index, 4, w % 4);
+    }
     default: {  // Q6_K
       const int low = block[w / 128 * 64 + w % 64] >> w / 64 % 2 * 4 & 15;
       const int high = block[128 + pair] >> pair_shift & 3;
@@ -254,7 +340,7 @@ inline uint32_t random_below(Random& random, uint32_t end) {
   return std::uniform_int_distribution<uint32_t>(0, end - 1)(random);
 }
 
-// Where a block has factors in fp16.
+// Where a block has factors in fp16. That of IQ1_M is in four parts, which random_blocks knows.
 inline std::vector<int64_t> factors_of(Format format) {
   const BlockLayout& layout = *block_layout(format);
   switch (format) {
@@ -270,6 +356,9 @@ inline std::vector<int64_t> factors_of(Format format) {
     case Format::kQ51:
     case Format::kQ51Act8:
       return {0, 2};
+    case Format::kIq1M:
+    case Format::kIq1MAct8:
+      return {};
     case Format::kQ3K:
     case Format::kQ3KAct8:
     case Format::kQ6K:
@@ -285,10 +374,18 @@ inline std::vector<char> random_blocks(Format format, int64_t rows, int64_t k, R
   std::vector<char> blocks(rows * row_bytes(format, k));
   for (char& byte : blocks) byte = static_cast<char>(random_below(random, 256));
   for (size_t block = 0; block < blocks.size(); block += layout.block_bytes) {
+    const auto factor = [&] {
+      const float of = std::uniform_real_distribution<float>(0.01f, 0.04f)(random);
+      return float_to_fp16(random_below(random, 2) ? of : -of);
+    };
+    char* const begin = blocks.data() + block;
     for (int64_t at : factors_of(format)) {
-      const float factor = std::uniform_real_distribution<float>(0.01f, 0.04f)(random);
-      const uint16_t code = float_to_fp16(random_below(random, 2) ? factor : -factor);
-      std::memcpy(blocks.data() + block + at, &code, 2);
+      const uint16_t code = factor();
+      std::memcpy(begin + at, &code, 2);
+    }
+    for (int i = 0, code = factor(); &layout == block_layout(Format::kIq1M) && i < 4; ++i) {
+      char& high = begin[48 + 2 * i + 1];
+      high = static_cast<char>((high & 15) | (code >> 4 * i & 15) << 4);
     }
   }
   return blocks;

@@ -72,7 +72,10 @@ struct ScalesOf {
 };
 
 template <class Of, class C>
-struct InBlocks : C, ScalesOf<Of> {};
+struct InBlocks : C, ScalesOf<Of> {
+  static constexpr int kBlockWords = Of::kWords;
+  static constexpr int kUnitsInBlock = Of::kWeights / C::kUnitWeights;
+};
 template <class Of, class C>
   requires(Of::kLow)
 struct InBlocks<Of, C> : C, ScalesOf<Of> {

@@ -20,7 +20,8 @@
 #define __AVX512BW__ 1
 #define __AVX512DQ__ 1
 #define __AVX512VL__ 1
-#undef _mm512_setr_epi32  // a macro
+#undef _mm512_setr_epi32       // a macro
+#undef _mm512_i32gather_epi32  // a macro without optimisation
 
 namespace lk {
 namespace {
@@ -201,6 +202,17 @@ inline __m256i _mm512_cvtsepi32_epi16(__m512i a) {  // saturates
 }
 
 // Permutations.
+
+inline __m512i _mm512_i32gather_epi32(__m512i index, const void* base, int scale) {
+  Dwords16 result;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t value;
+    const auto lane = static_cast<int32_t>(((Dwords16)index)[i]);
+    std::memcpy(&value, static_cast<const char*>(base) + int64_t{lane} * scale, sizeof(value));
+    result[i] = value;
+  }
+  return (__m512i)result;
+}
 
 inline __m512i _mm512_shuffle_epi8(__m512i a, __m512i b) {
   return by_halves(a, b, [](__m256i x, __m256i y) { return _mm256_shuffle_epi8(x, y); });

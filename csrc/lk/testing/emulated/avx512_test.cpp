@@ -173,6 +173,11 @@ const std::map<std::string, Definition> kDefinitions = {
     {"cvtsepi32_epi16",
      lanes<int16_t>(
          16, [](auto& o, int i) { return std::clamp(lane<int32_t>(o.a, i), -32768, 32767); })},
+    {"i32gather_epi32",  // of the low four bits of 64
+     lanes<uint32_t>(16,
+                     [](auto& o, int i) {
+                       return lane<uint32_t>(o.b, i % 2 ? 0 : lane<uint32_t>(o.a, i) & 15);
+                     })},
     {"shuffle_epi8",
      lanes<char>(64,
                  [](auto& o, int i) { return o.b[i] < 0 ? 0 : o.a[i / 16 * 16 + (o.b[i] & 15)]; })},

@@ -106,6 +106,10 @@ constexpr Operation kOperations[] = {
      [](const Operands& o, char* out) { put(out, _mm512_cvtepi32_epi16(integers(o.a))); }},
     {"cvtsepi32_epi16",
      [](const Operands& o, char* out) { put(out, _mm512_cvtsepi32_epi16(integers(o.a))); }},
+    {"i32gather_epi32",
+     [](const Operands& o, char* out) {
+       put(out, _mm512_i32gather_epi32((__m512i)(integers(o.a) & 15), o.b, 4));
+     }},
     {"shuffle_epi8",
      [](const Operands& o, char* out) {
        put(out, _mm512_shuffle_epi8(integers(o.a), integers(o.b)));
