@@ -173,10 +173,13 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* last_unit,
     }
     multiply<F, R, T>(sum, weights + begin * stride, stride, place, begin, whole_end - begin, lanes,
                       acts, begin * F::kUnitWeights * Math::kActBytes, prefetch);
-    if (end > whole) {
-      const char* const unit = last_unit + row * kUnitBytes;
-      multiply<F, R, T>(sum, unit, 0, {}, whole, 1, first_lanes(kLanes), acts,
-                        whole * F::kUnitWeights * Math::kActBytes, {unit, unit + 1});
+    // Rows of blocks end with a whole unit.
+    if constexpr (!kOwnScales<F>) {
+      if (end > whole) {
+        const char* const unit = last_unit + row * kUnitBytes;
+        multiply<F, R, T>(sum, unit, 0, {}, whole, 1, first_lanes(kLanes), acts,
+                          whole * F::kUnitWeights * Math::kActBytes, {unit, unit + 1});
+      }
     }
     add_segment<F, kInRegisters>(
         {.begin = begin, .end = end, .scale = scale, .low = scale + kTileRows}, k, block_log2, sum,
