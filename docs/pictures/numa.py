@@ -42,9 +42,9 @@ def draw(picture: Picture) -> None:
     # Helping, once the own queue is empty.
     picture.arrow("M 370 100 C 405 118 405 140 447 152", dashed=True)
     picture.arrow("M 490 100 C 455 118 455 140 387 152", dashed=True)
-    picture.clear(380, 176, 100, 36)
-    picture.text(430, 190, "own queue empty:", size=11)
-    picture.text(430, 204, "help the other", size=11)
+    picture.clear(380, 168, 100, 31)
+    picture.text(430, 181, "own queue empty:", size=11)
+    picture.text(430, 194, "help the other", size=11)
 
     # The phases of a call.
     steps = (
