@@ -4,14 +4,39 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["BLOCK", "PAGES", "ROOT", "commands", "tracked"]
+__all__ = ["BLOCK", "PAGES", "ROOT", "Command", "blocks", "commands", "shell", "tracked"]
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:(?<=\n\n)|\A)((?: {4}.*\n(?:\n(?= {4}))?)+)")
 PROMPTLESS = re.compile(r"[A-Z_]+=\S*")
 """A variable that is set for a command."""
+PROGRAMS = [
+    "apt",
+    "curl",
+    "docker",
+    "echo",
+    "export",
+    "kubectl",
+    "lvllm",
+    "make",
+    "pip",
+    "python",
+    "ray",
+    "source",
+    "systemctl",
+    "vllm",
+]
+"""The programs of the commands in the documentation."""
+
+
+class Command(NamedTuple):
+    """A command in a block, on one line, and the comment behind it."""
+
+    line: str
+    comment: str
 
 
 def tracked() -> list[str]:
@@ -52,3 +77,21 @@ def commands(name: str, *programs: str) -> list[list[str]]:
             if words and words[0] in programs:
                 found.append(words)
     return found
+
+
+def shell(block: str) -> list[Command] | None:
+    """The commands of a block; None if its first word is no program.
+
+    Lines that describe what may be given, with [brackets], are no commands.
+    """
+    found: list[Command] = []
+    for line in block.replace("\\\n", " ").splitlines():
+        command, _, comment = line.partition(" #")
+        command = re.sub(r" {2,}", " ", command.strip())
+        words = [word for word in command.split() if not PROMPTLESS.fullmatch(word)]
+        if not words:
+            continue
+        if not found and words[0].rpartition("/")[2] not in PROGRAMS:
+            return None
+        found.append(Command(command, comment.strip()))
+    return [each for each in found if not re.search(r" \[(?!\{)|\w\|\w", each.line)]

@@ -1,16 +1,17 @@
 """The commands in the documentation are ones that exist, with options that exist.
 
-What they do is tested where the commands are.
+test_running.py runs those that stand in blocks.
 """
 
 import re
+from functools import cache
 
 import pytest
 from typer.main import get_command
 
 from lvllm.cli.app import app
 from lvllm.settings.variables import VARIABLES
-from tests.docs.pages import PAGES, ROOT, commands
+from tests.docs.pages import BLOCK, PAGES, ROOT, blocks, commands
 from tests.settings.test_example_configs import serve_parser
 
 LVLLM = {name: found for name in PAGES if (found := commands(name, "lvllm"))}
@@ -18,6 +19,7 @@ VLLM = {name: found for name in PAGES if (found := commands(name, "vllm"))}
 MAKE = {name: found for name in PAGES if (found := commands(name, "make"))}
 
 
+@cache
 def _serve_options() -> set[str]:
     """What `vllm serve` takes."""
     subparsers = next(action for action in serve_parser()._actions if action.dest == "subparser")
@@ -46,6 +48,29 @@ def test_lvllm_takes_each_option(name: str) -> None:
             known |= _serve_options()
         for option in _options(rest):
             assert option in known, f"{name}: {' '.join(words)}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_mentioned_commands_take_each_option(name: str) -> None:
+    """Commands within sentences, and lines of blocks that say in [brackets] what may be given."""
+    text = BLOCK.sub("", (ROOT / name).read_text())
+    lines = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+    lines += [line for block in blocks(name) for line in block.splitlines() if "[" in line]
+    for line in lines:
+        found = re.match(r"(?:[A-Z_]+=\S+ )*(?:lvllm ([a-z]+)|vllm serve)\b", line)
+        if found is None:
+            continue
+        known = {"--help"}
+        if found[1]:
+            command = get_command(app).get_command(None, found[1])  # type: ignore[attr-defined]
+            assert command is not None, f"{name}: {line}"
+            inner = getattr(command, "commands", {}).values()
+            for each in (command, *inner):
+                known |= {o for one in each.params for o in (*one.opts, *one.secondary_opts)}
+        if found[1] in (None, "bank", "bench", "run", "serve", "tune", "webui"):
+            known |= _serve_options()
+        options = set(re.findall(r"(?<=[ \[])--[a-z][\w-]*", line))
+        assert options <= known, f"{name}: {line}"
 
 
 @pytest.mark.parametrize("name", VLLM)
