@@ -104,6 +104,7 @@ format: ## format all code in place
 docs: ## regenerate the generated pages and pictures, and build the site into build/site
 	@$(BOOTSTRAP) --tools docs
 	$(RUN) -m lvllm.settings.variables > docs/configuration.md
+	$(RUN) -m docs.chinese_settings
 	$(RUN) -m lvllm.patches > docs/patches.md
 	$(RUN) -m docs.pictures
 	$(RUN) -m benchmarks.recipes

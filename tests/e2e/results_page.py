@@ -1,4 +1,4 @@
-"""Writes the tables of docs/models.md from the test results in docs/tested.json.
+"""Writes the tables of docs/models.md and its translation from the results in docs/tested.json.
 
 python -m tests.e2e.results_page           # writes them
 python -m tests.e2e.results_page --check   # exits with 1 if they are not current
@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.e2e import results
 
-PAGE = results.ROOT / "docs" / "models.md"
+PAGES = [results.ROOT / "docs" / name for name in ("models.md", "models.zh.md")]
 BEGIN, END = "<!-- from docs/tested.json: {} -->", "<!-- end of {} -->"
 
 
@@ -173,14 +173,14 @@ def current(text: str, found: results.Found) -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    wanted = current(text, results.read())
-    if wanted == text:
-        return
-    if "--check" in sys.argv[1:]:
-        name = PAGE.relative_to(results.ROOT)
-        raise SystemExit(f"{name} is not what docs/tested.json says: run `make models-table`")
-    PAGE.write_text(wanted)
+    found = results.read()
+    for page in PAGES:
+        text = page.read_text()
+        wanted = current(text, found)
+        if wanted != text and "--check" in sys.argv[1:]:
+            name = page.relative_to(results.ROOT)
+            raise SystemExit(f"{name} is not what docs/tested.json says: run `make models-table`")
+        page.write_text(wanted)
 
 
 if __name__ == "__main__":
