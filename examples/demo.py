@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from lvllm.chat.answer import Answer
+from lvllm.chat.client import ChatError, Client
+from lvllm.chat.printing import print_pieces
 from lvllm.serving.background import ServerError, free_port, running
 from lvllm.serving.launch import Launch
 
@@ -58,40 +60,22 @@ def server(log: Path, *arguments: str, **environment: str) -> Iterator[str]:
         yield url
 
 
-def ask(url: str, question: str) -> tuple[int, float, float]:
-    """Stream the answer to the terminal.
-
-    Returns its tokens, the seconds to the first token, and the seconds for the other ones.
-    """
-    client = OpenAI(base_url=f"{url}/v1", api_key="none")
-    model = client.models.list().data[0].id
-    begin = time.perf_counter()
-    first = last = 0.0
-    tokens = 0
-    stream = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": question}],
-        stream=True,
-        stream_options={"include_usage": True},
-        temperature=0,
-        max_tokens=128,
-    )
+def ask(url: str, question: str) -> Answer:
+    """Stream the answer to the terminal."""
+    client = Client(f"{url}/v1")
+    model = client.models()[0]
     console.print(f"\n[bold]you[/]    {question}\n[bold]model[/]  ", end="")
-    for chunk in stream:
-        if chunk.usage:
-            tokens = chunk.usage.completion_tokens
-        for choice in chunk.choices:
-            if choice.delta.content:
-                last = time.perf_counter()
-                first = first or last
-                console.print(choice.delta.content, end="", markup=False, highlight=False)
-    console.print("\n")
-    if not first:
+    answer = Answer()
+    options = {"temperature": 0, "max_tokens": 128}
+    with client.ask(model, [{"role": "user", "content": question}], options) as chunks:
+        print_pieces(answer.pieces(chunks))
+    console.print()
+    if not answer.text:
         raise SystemExit("demo: the server answered without any text")
-    return tokens, first - begin, last - first
+    return answer
 
 
-def report(log: Path, tokens: int, first: float, rest: float) -> None:
+def report(log: Path, answer: Answer) -> None:
     """Print what computed the answer, from a line of the server's log, and how fast."""
     ran = ENGINE_LINE.search(log.read_text(errors="replace"))
     if ran is None:
@@ -101,9 +85,7 @@ def report(log: Path, tokens: int, first: float, rest: float) -> None:
     table.add_row("instruction set", ran["isa"])
     table.add_row("threads", ran["threads"])
     table.add_row("NUMA nodes", ran["nodes"])
-    table.add_row("first token after", f"{first * 1000:.0f} ms")
-    rate = f"{(tokens - 1) / rest:.0f} tokens per second" if tokens > 1 and rest > 0 else "-"
-    table.add_row("decoding", rate)
+    table.add_row("answer", ", ".join(answer.numbers()))
     console.print(table)
 
 
@@ -115,7 +97,11 @@ def main(question: Annotated[str, typer.Argument()] = "What is 47 + 38?") -> Non
     started = time.monotonic()
     with server(log, "--config", "config.yaml") as url:
         console.print(f"server ready after {time.monotonic() - started:.0f} s, log {log}")
-        report(log, *ask(url, question))
+        try:
+            answer = ask(url, question)
+        except ChatError as error:
+            raise SystemExit(f"demo: {error}") from None
+        report(log, answer)
     console.print("server stopped")
 
 

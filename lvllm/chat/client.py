@@ -1,6 +1,7 @@
 """Asks an OpenAI-compatible server, and yields its answer while it comes."""
 
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class Chunk:
     finish_reason: str | None = None
     tokens: int | None = None
     """How many tokens the answer has so far, thinking included."""
+    at: float = 0.0
+    """When it was there, by `time.monotonic()`."""
+    waited: float = 0.0
+    """How many seconds the client waited for it; 0 if it came together with the chunk before."""
 
 
 class Client:
@@ -154,16 +159,20 @@ class Client:
         self._check_end(events)
 
     def _read(self, events: "_Events", part: bytes) -> Iterator[Chunk]:
+        at = time.monotonic()
+        waited = at - events.asked
         for data in events.feed(part):
             try:
                 event = json.loads(data)
-                chunk = None if event.get("error") else _chunk(event)
+                chunk = None if event.get("error") else _chunk(event, at, waited)
             except (ValueError, AttributeError, LookupError, TypeError):
                 raise ChatError(f"{self.url} sent what is no chunk of an answer") from None
             if chunk is None:
                 raise ChatError(self._said(f"{self.url} gave the answer up: {_message(event)}"))
             events.finished = events.finished or chunk.finish_reason is not None
             yield chunk
+            waited = 0.0
+        events.asked = time.monotonic()
 
     def _check_end(self, events: "_Events") -> None:
         if not events.finished:
@@ -209,6 +218,8 @@ class _Events:
     def __init__(self) -> None:
         self.finished = False
         """Whether the answer is complete."""
+        self.asked = time.monotonic()
+        """Since when the client has waited for more, by `time.monotonic()`."""
         self._rest = b""
         self._done = False
 
@@ -226,8 +237,8 @@ class _Events:
                 yield data
 
 
-def _chunk(event: dict[str, Any]) -> Chunk:
-    """What an event of the stream says."""
+def _chunk(event: dict[str, Any], at: float, waited: float) -> Chunk:
+    """What an event of the stream says, with the times of its arrival."""
     choice = (event.get("choices") or [{}])[0]
     delta = choice.get("delta") or {}
     usage = event.get("usage") or {}
@@ -238,6 +249,8 @@ def _chunk(event: dict[str, Any]) -> Chunk:
         calls=tuple(map(_call, delta.get("tool_calls") or ())),
         finish_reason=choice.get("finish_reason"),
         tokens=usage.get("completion_tokens"),
+        at=at,
+        waited=waited,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ class Answer:
     status: int = 200
     body: Any = None
     """With another status, what the server sends as JSON."""
+    pause: float = 0.0
+    """Seconds before each delta."""
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -96,6 +99,7 @@ class Handler(BaseHTTPRequestHandler):
     def _stream(self, answer: Answer) -> None:
         self._delta({"role": "assistant", "content": ""})
         for delta in answer.deltas:
+            time.sleep(answer.pause)
             self._delta(delta)
         if answer.ends == "dead":
             return  # Without the chunk of size 0 that ends a body.
@@ -112,10 +116,11 @@ class Handler(BaseHTTPRequestHandler):
                 return
         if answer.ends == "error":
             self._event({"error": {"message": "the engine gave up", "code": 500}})
-        self._event({"choices": [{"delta": {}, "finish_reason": answer.finish_reason}]})
+        end: list[Any] = [{"choices": [{"delta": {}, "finish_reason": answer.finish_reason}]}]
         if answer.tokens is not None:
             usage = {"prompt_tokens": 9, "completion_tokens": answer.tokens}
-            self._event({"choices": [], "usage": usage})
+            end.append({"choices": [], "usage": usage})
+        self._event(*end)
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
 
@@ -123,8 +128,9 @@ class Handler(BaseHTTPRequestHandler):
         said = {"content": delta} if isinstance(delta, str) else delta
         self._event({"choices": [{"delta": said, "finish_reason": None}]})
 
-    def _event(self, event: dict[str, Any]) -> None:
-        self._chunk(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
+    def _event(self, *events: dict[str, Any]) -> None:
+        said = (f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+        self._chunk("".join(said).encode())
 
     def _chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))

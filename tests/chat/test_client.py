@@ -1,5 +1,6 @@
 """The client against a server that answers, refuses, dies and says nothing."""
 
+import time
 from typing import Any
 
 import pytest
@@ -36,7 +37,8 @@ def test_an_answer_with_thinking_and_usage() -> None:
     assert answer.tokens == 4
     assert answer.cut_off
     assert answer.first_token_ms is not None
-    assert answer.tokens_per_second is not None
+    assert answer.last_token_ms is not None
+    assert answer.last_token_ms >= answer.first_token_ms > 0
     assert request == {
         "model": "first",
         "messages": HELLO,
@@ -59,6 +61,19 @@ def test_without_usage_no_rate_is_known() -> None:
     assert answer.tokens is None
     assert answer.tokens_per_second is None
     assert not answer.cut_off
+
+
+def test_chunks_say_how_long_they_were_waited_for() -> None:
+    with serving(fake_server.Answer(["a", "b", "c"], pause=0.05)) as server:
+        asked = time.monotonic()
+        with Client(server.url).ask("first", HELLO, {}) as chunks:
+            found = list(chunks)
+    times = [chunk.at for chunk in found]
+    assert times == sorted(times)
+    assert times[-1] - asked >= 3 * 0.05
+    assert 0.05 < sum(chunk.waited for chunk in found) <= times[-1] - asked
+    # The usage and the end come in one piece.
+    assert [chunk.waited for chunk in found if chunk.tokens] == [0.0]
 
 
 def test_half_a_surrogate_pair_is_sent() -> None:

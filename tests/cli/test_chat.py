@@ -47,7 +47,10 @@ def test_a_chat_in_a_terminal(tmp_path: Path) -> None:
         chat.type("2 + 2?\n")
         shown = chat.read_until(">>> ")
         assert "\x1b[2mhm\x1b[0m\nfour\n" in shown
-        assert re.search(r"\x1b\[2m3 tokens, the first after \d+ ms, [\d.]+ tokens/s\x1b", shown)
+        rate = (
+            r"(all after \d+ ms|[\d.]+ tokens/s)"  # The server is too fast, if nothing else runs.
+        )
+        assert re.search(rf"\x1b\[2m3 tokens, the first after \d+ ms, {rate}\x1b", shown)
 
         chat.type("go on\n")
         chat.read_until("again again ")
