@@ -3,9 +3,8 @@
 import importlib.util
 import os
 import signal
-import socket
 from contextlib import ExitStack, suppress
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +15,9 @@ from lvllm.cli.chat import ApiKey, System
 from lvllm.cli.serving_arguments import CONTEXT, Arguments, ExpertsPerToken, Verify, environment
 from lvllm.errors import LvllmError
 
+if TYPE_CHECKING:
+    from lvllm.webui.site import Site
+
 __all__ = ["CONTEXT", "webui"]
 
 
@@ -25,7 +27,9 @@ def webui(
         str, typer.Option(help="A server that runs already. If there is no path, /v1 is taken.")
     ] = "",
     host: Annotated[str, typer.Option(help="The address of the page.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the page.")] = 7860,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port of the page; 0 takes a free one.")
+    ] = 7860,
     api_key: ApiKey = "",
     system: System = "",
     experts_per_token: ExpertsPerToken = None,
@@ -45,48 +49,42 @@ def webui(
                 "--url names a server that runs already: MODEL, --experts-per-token, --verify and"
                 " arguments of `vllm serve` are for a server that is started"
             )
-        _check_address(host, port)
-        with ExitStack() as stack:
+        from lvllm.webui.site import serving
+
+        with serving(host, port) as site, ExitStack() as stack:
             if not url:
                 # In the environment the key is neither in the server's log nor in `ps`.
                 key = {VARIABLE: api_key} if api_key else {}
                 environ = {**environment(verify), **key}
                 from lvllm.cli.server import started  # It imports PyTorch, which takes 2 s.
 
-                words = arguments or []
+                def planned() -> None:
+                    _say(console, f"{site.url} shows the loading, and then the chat")
+
+                words, show = arguments or [], site.loading.show
                 url, api_key = stack.enter_context(
-                    started(words, environ, experts_per_token, console)
+                    started(words, environ, experts_per_token, console, planned, show)
                 )
-            _show(Client(url, api_key), host, port, system, console)
+            _chat(site, Client(url, api_key), host, system, console)
     except LvllmError as error:
         raise SystemExit(f"lvllm: {error}") from None
 
 
-def _show(client: Client, host: str, port: int, system: str, console: Console) -> None:
-    """Show the page until Ctrl-C. Raises LvllmError."""
+def _chat(site: "Site", client: Client, host: str, system: str, console: Console) -> None:
+    """Show the chat until Ctrl-C. Raises LvllmError."""
     models = client.models()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from lvllm.webui.answering import Answering
-    from lvllm.webui.page import page, shown
+    from lvllm.webui.page import application, page
 
-    with shown(page(Answering(client), models, system), host, port) as address:
-        said = f"lvllm: {models[0]} at {address} (Ctrl-C ends it)"
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
-        if host not in LOOPBACK:
-            console.print("lvllm: everybody who reaches this address can chat", highlight=False)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
-        console.print("lvllm: stopping")
+    site.open(application(page(Answering(client), models, system)))
+    _say(console, f"{models[0]} at {site.url} (Ctrl-C ends it)")
+    if host not in LOOPBACK:
+        _say(console, "everybody who reaches this address can chat")
+    with suppress(KeyboardInterrupt):
+        signal.pause()
+    _say(console, "stopping")
 
 
-def _check_address(host: str, port: int) -> None:
-    """Raises LvllmError if the page cannot listen there."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise LvllmError(f"--host {host} --port {port} cannot be taken: {error.strerror}") from None
+def _say(console: Console, text: str) -> None:
+    console.print(f"lvllm: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -1,15 +1,14 @@
 """The page: gradio's chat interface, with settings beside it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
 
-from lvllm.errors import LvllmError
 from lvllm.webui.answering import Answering
 
-__all__ = ["page", "shown"]
+__all__ = ["application", "page"]
 
 STYLE = Path(__file__).with_name("page.css")
 THINKING = ("as the model does", "on", "off")
@@ -73,28 +72,24 @@ def _settings(models: list[str], system: str) -> list[gr.components.Component]:
     return [model, prompt, thinking, tools, *sampled]
 
 
-@contextmanager
-def shown(blocks: gr.Blocks, host: str, port: int) -> Iterator[str]:
-    """Serve the page until the block ends. Yields its URL. Raises LvllmError."""
-    try:
-        _, url, _ = blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            enable_monitoring=False,
-            max_file_size="20mb",
-            css_paths=STYLE,
-            theme=gr.themes.Default(primary_hue="indigo"),
-        )
-    except OSError as error:
-        raise LvllmError(f"--host {host} --port {port} cannot be used: {error}") from None
-    try:
-        yield url
-    finally:
-        blocks.close(verbose=False)
+def application(blocks: gr.Blocks) -> FastAPI:
+    """The page as an application, which runs neither gradio's analytics nor its public links."""
+    # Nobody but the browser asks this program, so that it describes itself to nobody.
+    silent: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    return gr.mount_gradio_app(
+        FastAPI(**silent),
+        blocks,
+        path="/",
+        app_kwargs=silent,
+        show_error=False,
+        footer_links=[],
+        # The browser would keep all conversations for gradio's page of earlier runs.
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        max_file_size="20mb",
+        css_paths=STYLE,
+        theme=gr.themes.Default(primary_hue="indigo"),
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-WAIT = 30.0
+WAIT = 120.0
 """How many seconds the server waits for what a test must do; nothing waits that long if all works.
 """
 
@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise ConnectionResetError
         while answer.ends == "endless":
             self._delta(answer.deltas[-1])
-            if self.server.client_left.wait(0.01):
+            if self.server.client_left.wait(0.05):
                 return
         if answer.ends == "error":
             self._event({"error": {"message": "the engine gave up", "code": 500}})

@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import psutil
 import pytest
 from PIL import Image
 from selenium import webdriver
@@ -21,9 +25,13 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from lvllm.serving.background import free_port
+from lvllm.chat.client import Client
+from lvllm.errors import LvllmError
+from lvllm.serving.launch import DEMO
+from lvllm.serving.progress import Weights
+from lvllm.webui import site
 from tests.chat.fake_server import WAIT, Answer, FakeServer, serving
-from tests.e2e.server import Server
+from tests.e2e.server import END_SECONDS, START_SECONDS
 from tests.e2e.warm_process import ROOT
 
 KEY = "sk-only-for-the-server"
@@ -42,25 +50,23 @@ def browser() -> Iterator[webdriver.Chrome]:
     options.binary_location = str(CHROMIUM)
     for one in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(one)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     found = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
     yield found
     found.quit()
 
 
 class Page:
-    """The page as a visitor sees it."""
+    """The page as a visitor sees it. Whatever the visitor does, the page may be slow to follow."""
 
     def __init__(self, browser: webdriver.Chrome, url: str, width: int = 1200) -> None:
         self.browser = browser
-        self.url = url
         browser.set_window_size(width, 860)
         browser.get(url)
-        self.until(lambda: self.one("#question textarea").is_enabled())
 
-    def until(self, condition: Callable[[], Any]) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = WAIT) -> Any:
         """The first true value of `condition`. What is not there yet counts as untrue."""
-        waiting = WebDriverWait(self.browser, WAIT, 0.05, ignored_exceptions=[Exception])
+        waiting = WebDriverWait(self.browser, seconds, 0.05, ignored_exceptions=[Exception])
         try:
             return waiting.until(lambda _: condition())
         except TimeoutException:
@@ -72,18 +78,37 @@ class Page:
     def all(self, selector: str) -> list[WebElement]:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
+    def listens(self) -> bool:
+        """Whether a question can be asked: while an answer comes, there is a button to stop it."""
+        submit, field = self.one("#question button.submit-button"), self.one("#question textarea")
+        return submit.is_displayed() and field.is_enabled()
+
     def send(self, text: str) -> None:
+        """Ask a question, once the answer before it has ended."""
+        self.until(self.listens)
+        asked = self.asked(text)
+
         def typed() -> bool:
-            # While an answer ends, the button to stop is there, and the field is made anew.
-            if not self.one("#question button.submit-button").is_displayed():
-                return False
             field = self.one("#question textarea")
             field.clear()
             field.send_keys(text)
             return field.get_attribute("value") == text
 
-        self.until(typed)
-        self.one("#question textarea").send_keys(Keys.ENTER)
+        def shown() -> bool:
+            return self.asked(text) > asked
+
+        def sent() -> bool:
+            # gradio makes the field anew when an answer ends, and a text may be lost with it.
+            self.until(typed)
+            self.one("#question textarea").send_keys(Keys.ENTER)
+            self.until(shown, WAIT / 4)
+            return True
+
+        self.until(lambda: shown() or sent())
+
+    def asked(self, text: str) -> int:
+        """How many questions are this text, which is one line."""
+        return sum(row.text.splitlines().count(text) for row in self.all("#chat .user-row"))
 
     def set_temperature(self, value: str) -> None:
         self.click("#settings button")
@@ -92,10 +117,19 @@ class Page:
         field.send_keys(value)
         self.click("#settings button")
 
-    def answer(self, wanted: str) -> str:
-        """The last answer, once it contains `wanted`."""
-        found: str = self.until(lambda: wanted in (text := self.last()) and text)
-        return found
+    def answer(self, *wanted: str) -> str:
+        """The last answer, once it has ended and contains all that is `wanted`."""
+
+        def found() -> str:
+            text = self.last()
+            return text if self.listens() and all(part in text for part in wanted) else ""
+
+        said: str = self.until(found)
+        return said
+
+    def coming(self, wanted: str) -> None:
+        """Wait until the last answer contains `wanted`, and perhaps goes on."""
+        self.until(lambda: wanted in self.last())
 
     def answers(self) -> list[str]:
         return [row.text for row in self.all("#chat .bot-row")]
@@ -111,62 +145,115 @@ class Page:
         self.until(clicked)
 
 
+@pytest.fixture(scope="module")
+def others() -> Iterator[socket.socket]:
+    """Where all requests to other machines would come."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        yield proxy
+
+
 @contextmanager
-def webui(server: str) -> Iterator[str]:
-    """`lvllm webui` for the server at this URL. Yields the page's URL."""
-    port = free_port()
-    command = [LVLLM, "webui", "--url", server, "--port", str(port)]
+def webui(*arguments: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`lvllm webui ARGUMENTS` on a free port. Yields the page's URL, once it is known."""
     process = subprocess.Popen(
-        command,
+        [LVLLM, "webui", "--port", "0", *arguments],
         cwd=ROOT,
-        env=os.environ | {"OPENAI_API_KEY": KEY},
+        env=os.environ | {"OPENAI_API_KEY": KEY} | environment,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stderr is not None
+    said = ""
     try:
-        said = process.stderr.readline()
-        assert f"http://127.0.0.1:{port}/" in said, said + process.stderr.read()
-        yield f"http://127.0.0.1:{port}/"
+        while (address := re.search(r"http://127\.0\.0\.1:\d+/ ", said)) is None:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        yield address[0].strip(), process
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
-def fake() -> Iterator[tuple[FakeServer, str]]:
+def fake(others: socket.socket) -> Iterator[tuple[FakeServer, str]]:
     """A server that answers as a test tells it, and the URL of a page for it."""
-    with serving() as server, webui(server.url) as url:
+    proxy = f"http://127.0.0.1:{others.getsockname()[1]}"
+    with serving() as server, webui("--url", server.url, HTTPS_PROXY=proxy) as (url, _):
         yield server, url
 
 
-def test_a_conversation_until_the_server_is_killed(
-    browser: webdriver.Chrome, tmp_path: Path
+def test_the_demo_model_from_loading_until_its_server_is_killed(
+    browser: webdriver.Chrome,
 ) -> None:
-    server = Server(tmp_path / "log", "--config", "config.yaml")
-    with ExitStack() as stack:
-        with server:
-            url = stack.enter_context(webui(server.ready().url))
-            page = Page(browser, url)
-            page.set_temperature("0")
-            page.send("What is 47 + 38?")
-            said = page.answer("path: ")
-            assert "85" in said
-            # There is no rate if all tokens come at once, as those of so fast a model may.
-            assert re.search(r"\d+ tokens · the first after \d+ ms( · [\d.]+ tokens/s)? · ", said)
-            assert said.endswith("path: CPU")
-            page.send("What is 20 + 22?")
-            page.until(lambda: len(page.answers()) == 2)
-            assert "42" in page.answer("path: ")
-            before = page.last()  # It ends with times, which the next answer hardly has again.
-            page.click("#chat button[aria-label=Retry]")
-            again = page.until(
-                lambda: (said := page.answers()[1]) != before and "path: " in said and said
-            )
-            assert "42" in again
-            assert len(page.answers()) == 2
+    with webui() as (url, process):
+        page = Page(browser, url)
+        page.until(lambda: page.one("#text").text == "Starting the server")
+        page.until(page.listens, START_SECONDS)
+        page.set_temperature("0")
+        page.send("What is 47 + 38?")
+        said = page.answer("path: CPU")
+        assert "85" in said
+        assert re.search(r"\d+ tokens · the first after \d+ ms · [^·]+ · path: CPU$", said)
+        page.send("What is 20 + 22?")
+        page.until(lambda: len(page.answers()) == 2)
+        assert "42" in page.answer("path: CPU")
+        (guardian,) = psutil.Process(process.pid).children()
+        os.killpg(guardian.pid, signal.SIGKILL)
         page.send("Are you there?")
-        page.answer(f"no server answers at {server.url}")
+        page.answer("no server answers at http://127.0.0.1:", "lvllm serve")
+
+
+def test_a_start_that_fails_says_the_same_line_in_the_page(browser: webdriver.Chrome) -> None:
+    # vLLM refuses this after some seconds, so that the page is open by then.
+    with webui(str(DEMO), "--max-model-len", "1000000") as (url, process):
+        page = Page(browser, url)
+        shown = page.until(
+            lambda: page.all("body.failed") and page.one("#text").text, START_SECONDS
+        )
+        _, errors = process.communicate(timeout=END_SECONDS)
+        assert process.returncode == 1
+    assert f"lvllm: {shown}" in errors
+
+
+def test_the_bytes_of_the_weights_until_the_chat(
+    browser: webdriver.Chrome, fake: tuple[FakeServer, str]
+) -> None:
+    from lvllm.webui.answering import Answering
+    from lvllm.webui.page import application, page
+
+    server, _ = fake
+    with site.serving("127.0.0.1", 0) as shown:
+        seen = Page(browser, shown.url)
+        seen.until(lambda: seen.one("#text").text == "Starting the server")
+        assert seen.one("#bar").get_dom_attribute("value") is None
+        shown.loading.show(Weights(45, "1.15 GiB", "2.55 GiB"))
+        seen.until(lambda: seen.one("#text").text == "Loading the weights: 1.15 GiB of 2.55 GiB")
+        assert seen.one("#bar").get_dom_attribute("value") == "45"
+        shown.loading.show(Weights(100, "2.55 GiB", "2.55 GiB"))
+        seen.until(lambda: "All weights are loaded (2.55 GiB)" in seen.one("#text").text)
+        shown.open(application(page(Answering(Client(server.url)), ["a/model"], "")))
+        server.answers = [Answer(["fine"])]
+        seen.send("hello")
+        seen.answer("fine")
+
+
+@pytest.mark.parametrize("line", ["LK_THREADS=0 is <b>not</b> allowed", "of\ntwo lines"])
+def test_a_failure_is_text_in_the_page(browser: webdriver.Chrome, line: str) -> None:
+    with pytest.raises(LvllmError), site.serving("127.0.0.1", 0) as shown:  # noqa: PT012
+        page = Page(browser, shown.url)
+        page.until(lambda: page.one("#seconds").text)
+        raise LvllmError(line)
+    page.until(lambda: page.all("body.failed"))
+    assert page.one("#text").text == line
+    assert not page.one("#bar").is_displayed()
+
+
+def test_a_program_that_ends_while_it_loads(browser: webdriver.Chrome) -> None:
+    with site.serving("127.0.0.1", 0) as shown:
+        page = Page(browser, shown.url)
+        page.until(lambda: page.one("#seconds").text)
+    page.until(lambda: page.one("#text").text == "lvllm webui has ended")
 
 
 def test_stop_keeps_what_came(browser: webdriver.Chrome, fake: tuple[FakeServer, str]) -> None:
@@ -175,7 +262,7 @@ def test_stop_keeps_what_came(browser: webdriver.Chrome, fake: tuple[FakeServer,
     server.client_left.clear()
     page = Page(browser, url)
     page.send("go on")
-    page.answer("again again")
+    page.coming("again again")
     page.click("#question button.stop-button")
     assert server.client_left.wait(WAIT)
     page.send("and now?")
@@ -201,21 +288,40 @@ def test_a_server_that_says_nothing_can_be_stopped(
     assert server.messages() == [("user", "hello")]
 
 
+def test_retry_asks_the_same_again(browser: webdriver.Chrome, fake: tuple[FakeServer, str]) -> None:
+    server, url = fake
+    server.answers = [Answer(["one"]), Answer(["two"]), Answer(["three"])]
+    page = Page(browser, url)
+    page.send("first")
+    page.answer("one", "tokens")
+    page.send("second")
+    page.answer("two", "tokens")
+    page.click("#chat button[aria-label=Retry]")
+    page.answer("three", "tokens")
+    assert server.messages() == [("user", "first"), ("assistant", "one"), ("user", "second")]
+    assert len(page.answers()) == 2
+
+
 def test_edit_asks_anew_from_there(browser: webdriver.Chrome, fake: tuple[FakeServer, str]) -> None:
     server, url = fake
     server.answers = [Answer(["one"]), Answer(["two"]), Answer(["three"])]
     page = Page(browser, url)
     page.send("first")
-    page.answer("tokens")
+    page.answer("one", "tokens")
     page.send("second")
-    page.until(lambda: len(page.all("#chat .bot-row")) == 2 and "tokens" in page.last())
-    page.until(lambda: page.one("#question textarea").is_enabled())
-    page.click("#chat button[aria-label=Edit]", 0)
-    area = page.until(lambda: page.one("#chat textarea"))
-    area.send_keys(Keys.CONTROL, "a")
-    area.send_keys("changed")
+    page.answer("two", "tokens")
+
+    def changed() -> bool:
+        if not page.all("#chat textarea"):
+            page.all("#chat button[aria-label=Edit]")[0].click()
+        area = page.one("#chat textarea")
+        area.clear()
+        area.send_keys("changed")
+        return area.get_attribute("value") == "changed"
+
+    page.until(changed)
     page.click("#chat button[aria-label=Submit]")
-    page.until(lambda: "three" in page.last())
+    page.answer("three", "tokens")
     assert server.messages() == [("user", "changed")]
     assert len(page.all("#chat .bot-row")) == 1
 
@@ -266,45 +372,70 @@ def test_thinking_and_calls_and_pictures(
     ]
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     page = Page(browser, url)
+    page.until(page.listens)
     page.one("#question input[type=file]").send_keys(str(tmp_path / "picture.png"))
     page.until(lambda: page.one("#question img").is_displayed())
     page.send("what is it?")
-    said = page.answer("tokens")
-    assert "Thinking" in said
-    assert "a thought" not in said  # It is folded.
-    assert "an answer" in said
-    assert "Calls\nweather" in said
-    assert '{"place": "Bonn"}' in said
+    page.answer("Thinking", "an answer", "Calls\nweather", '{"place": "Bonn"}', "tokens")
+    page.until(lambda: "a thought" not in page.last())  # It is folded.
     picture, text = server.requests[-1]["messages"][-1]["content"]
     assert picture["image_url"]["url"].startswith("data:image/png;base64,")
     assert text == {"type": "text", "text": "what is it?"}
 
 
 def test_the_page_asks_nobody_else_and_does_not_know_the_key(
-    browser: webdriver.Chrome, fake: tuple[FakeServer, str]
+    browser: webdriver.Chrome, fake: tuple[FakeServer, str], others: socket.socket
 ) -> None:
     server, url = fake
-    server.answers = [Answer(["fine"])]
-    browser.get_log("performance")  # type: ignore[no-untyped-call]
-    page = Page(browser, url)
-    page.send("hello")
-    page.answer("fine")
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        picture = f"http://127.0.0.1:{stranger.getsockname()[1]}/what-was-said.png"
+        answer = f"fine ![]({picture}) <img src='{picture}'>\n\n```python\nprint()\n```\n$$x$$\n"
+        server.answers = [Answer([answer])]
+        browser.get_log("performance")  # type: ignore[no-untyped-call]
+        browser.get_log("browser")  # type: ignore[no-untyped-call]
+        page = Page(browser, url)
+        page.send("hello")
+        page.answer("fine", "tokens")
+        page.until(lambda: page.all("#chat .katex") and page.all("#chat code .token"))
+        assert not select.select([stranger, others], [], [], 0)[0]
     events = [
         json.loads(entry["message"])["message"]
         for entry in browser.get_log("performance")  # type: ignore[no-untyped-call]
     ]
-    asked = [
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent"
-    ]
+    of_pages = [event["params"] for event in events if event["method"].startswith("Network.")]
+    asked = {
+        params["requestId"]: params["request"]["url"] for params in of_pages if "request" in params
+    }
+    refused = [asked[one["requestId"]] for one in of_pages if one.get("blockedReason") == "csp"]
     assert len(asked) > 10
-    assert not [one for one in asked if not one.startswith((url, "data:", "blob:"))]
+    assert set(refused) == {picture}
+    strangers = [one for one in asked.values() if not one.startswith((url, "data:", "blob:"))]
+    assert set(strangers) == {picture}
+    # The policy takes nothing away from the page itself.
+    complaints = [
+        entry["message"]
+        for entry in browser.get_log("browser")  # type: ignore[no-untyped-call]
+        if "Content Security Policy" in entry["message"] and picture not in entry["message"]
+    ]
+    assert complaints == []
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
     for path in ("", "config", "gradio_api/info"):
-        with urlopen(url + path, timeout=WAIT) as answer:
-            assert KEY not in answer.read().decode()
+        with urlopen(url + path, timeout=WAIT) as said:
+            assert KEY not in said.read().decode()
     assert KEY not in browser.page_source
+
+
+def test_no_other_page_can_show_this_one(
+    browser: webdriver.Chrome, fake: tuple[FakeServer, str], tmp_path: Path
+) -> None:
+    around = tmp_path / "around.html"
+    around.write_text(f"<iframe src='{fake[1]}' onload='document.title = `loaded`'></iframe>")
+    browser.get(around.as_uri())
+    waiting = WebDriverWait(browser, WAIT, 0.05)
+    waiting.until(lambda _: browser.title == "loaded")
+    browser.switch_to.frame(0)
+    assert not browser.find_elements(By.CSS_SELECTOR, "gradio-app")
+    browser.switch_to.default_content()
 
 
 def test_it_listens_on_this_machine_only(fake: tuple[FakeServer, str]) -> None:
