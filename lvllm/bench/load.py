@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
+from lvllm.checkpoint.gguf.folder import folder_of
 from lvllm.errors import LvllmError
 
 __all__ = ["BenchError", "Endpoint", "LoadGenerator", "Request", "requests_of"]
@@ -29,6 +30,8 @@ class Endpoint:
     """A folder or an id on the hub, whose tokenizer makes prompts; None: as the server says."""
     served: str | None = None
     """The name that the server knows the model by, where it is another one."""
+    tokenizer: str | None = None
+    """A folder or an id whose tokenizer makes prompts in the place of the model's."""
     trust: bool = False
     """Whether code beside the model's tokenizer may run (--trust-remote-code)."""
 
@@ -93,6 +96,8 @@ class LoadGenerator:
         if to.model is not None:
             words += ["--model", to.model]
             words += ["--served-model-name", to.served or to.model]
+            if tokenizer := to.tokenizer or folder_of(to.model):
+                words += ["--tokenizer", str(tokenizer)]
         if to.trust:
             words.append("--trust-remote-code")
         return requests_of(self._ask(words))

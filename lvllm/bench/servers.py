@@ -72,11 +72,12 @@ def measured(
     """
     url = f"http://{HOST}:{(port := free_port())}"
     command = [*launch.command, "--host", HOST, "--port", str(port)]
-    served = launch.given.options.get("served-model-name")
+    served, tokenizer = map(launch.given.options.get, ("served-model-name", "tokenizer"))
     to = Endpoint(
         url,
         launch.given.model,
         None if served is None else str(served),
+        None if tokenizer is None else str(tokenizer),
         trust=bool(launch.given.options.get("trust-remote-code")),
     )
     with running(replace(launch, command=command), url, log, say):

@@ -156,9 +156,9 @@ def _same(one: str, other: str) -> bool:
 
 
 def _absolute(model: str) -> str:
-    """The whole path of a folder; an id on a hub as it is."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
+    """The whole path of a folder or a GGUF file; an id on a hub as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
 
 
 def _size(one: Bank) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lvllm import engine, evaluation
+from lvllm.checkpoint.gguf_headers import is_gguf
 from lvllm.evaluation import measure, passages, report
 from lvllm.evaluation import reference as reference_runs
 from lvllm.evaluation.likelihood import check_vocabularies
@@ -25,7 +26,8 @@ SERVED_TOP = 20  # What a vLLM server allows unless --max-logprobs says otherwis
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A checkpoint folder, or with --server the served name.")
+        str,
+        typer.Argument(help="A checkpoint folder, a GGUF file, or with --server the served name."),
     ] = "",
     questions: Annotated[
         Path | None,
@@ -48,7 +50,8 @@ def evaluate(
     reference: Annotated[
         str,
         typer.Option(
-            help="Compare with this checkpoint folder, or with a run that --save has saved."
+            help="Compare with this checkpoint folder or GGUF file, or with a run that --save has"
+            " saved."
         ),
     ] = "",
     save: Annotated[
@@ -71,6 +74,12 @@ def evaluate(
     server: Annotated[
         str, typer.Option(help="Ask this OpenAI-compatible server: http://host:port/v1.")
     ] = "",
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="Take the tokenizer of this folder or id on the hub, in the place of MODEL's."
+        ),
+    ] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     markdown: Annotated[
         Path | None,
@@ -87,10 +96,13 @@ def evaluate(
     console = Console()
     rows: list[report.Row] = []
     try:
-        _check(model, server, reference, save, formats, markdown, top)
+        _check(model, server, reference, save, formats, markdown, top, tokenizer)
         asked = evaluation.load_questions(questions or TINY_MOE) if questions or not text else []
         tested: Model
-        tested = ServedModel(server, model) if server else LocalModel(model, dtype, _name(model))
+        if server:
+            tested = ServedModel(server, model)
+        else:
+            tested = LocalModel(model, dtype, _name(model), own_tokenizer=tokenizer or None)
 
         def cut(tokenizer: passages.Tokenizer) -> passages.Passages:
             if text:
@@ -104,7 +116,7 @@ def evaluate(
         models: list[Model] = [tested]
         if formats:
             named = FORMATS if formats == "all" else formats.split(",")
-            models = measure.in_formats(model, dtype, named)
+            models = measure.in_formats(model, dtype, named, tokenizer or None)
         elif reference and read:
             saved, models = _reference(reference, dtype, tested, read, cut)
         width = saved.likelihoods.top_ids.shape[1] if saved else top
@@ -117,7 +129,7 @@ def evaluate(
         if save and read and rows[-1].likelihoods:
             reference_runs.save(save, ReferenceRun(rows[-1].name, read, rows[-1].likelihoods))
         about = report.notes(rows, read.source if read else "", rows[0].name)
-        if not server and (formats or variables.enabled(os.environ)):
+        if not server and (models[-1].on_lvllm or variables.enabled(os.environ)):
             about.append(f"Experts on LvLLM's engine ({engine.info().isa}).")
         if markdown:
             report.write_page(markdown, report.markdown(rows, about))
@@ -141,6 +153,7 @@ def _check(
     formats: str,
     markdown: Path | None,
     top: int | None,
+    tokenizer: str,
 ) -> None:
     """Raises ValueError for options that do not go together, before anything slow begins."""
     if not model and not server:
@@ -148,6 +161,8 @@ def _check(
     if formats and (server or reference or save):
         other = "--server" if server else "--reference" if reference else "--save"
         raise ValueError(f"--formats compares MODEL with itself: leave {other} out")
+    if tokenizer and server:
+        raise ValueError("--tokenizer is for a MODEL that runs here: a server has its own")
     if save and reference:
         raise ValueError("--save is for the run of a reference: leave --reference out")
     if save and (save.exists() or not save.parent.is_dir()):
@@ -155,7 +170,7 @@ def _check(
         raise ValueError(f"--save {save}: {reason}")
     if top is not None and top < 1:
         raise ValueError(f"--top {top} is not allowed: at least 1")
-    if top is not None and Path(reference).is_file():
+    if top is not None and Path(reference).is_file() and not is_gguf(Path(reference)):
         raise ValueError(f"--top {top}: a saved reference has its own; leave it out")
     if markdown:
         report.split_page(markdown)
@@ -173,12 +188,12 @@ def _reference(
     If --reference names a checkpoint, that is the first of the models.
     """
     path = Path(reference)
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         run = reference_runs.load(path)
         reference_runs.check(run, read, path)
         check_vocabularies(run.likelihoods.vocabulary, tested.vocabulary())
         return run, [tested]
-    if not path.is_dir():
+    if not path.exists():
         raise ValueError(f"--reference {reference!r} is no checkpoint folder and no saved run")
     first = LocalModel(reference, dtype, _name(reference))
     measure.check_reference(first, tested, cut(first.tokenizer()), read)

@@ -1,6 +1,7 @@
 """Measure several models one after the other, and compare each with a reference."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from lvllm.evaluation.likelihood import check_vocabularies, compare
 from lvllm.evaluation.models import DTYPES, FORMATS, ExportedModel, LocalModel, Model
@@ -32,7 +33,9 @@ def measure(
         yield Row(model.name, measured.expert_bytes, result, likelihoods, comparison)
 
 
-def in_formats(model: str, dtype: str, formats: Sequence[str]) -> list[Model]:
+def in_formats(
+    model: str, dtype: str, formats: Sequence[str], tokenizer: str | None = None
+) -> list[Model]:
     """The checkpoint `model` as it is, then in each other format of `formats`, all with LvLLM.
 
     Raises ValueError for an unknown format and for a checkpoint that is quantised already.
@@ -42,7 +45,7 @@ def in_formats(model: str, dtype: str, formats: Sequence[str]) -> list[Model]:
     name = next((name for name, of in DTYPES.items() if of == dtype), None)
     if name is None:
         raise ValueError(f"--dtype {dtype!r} is not allowed: {' or '.join(DTYPES.values())}")
-    plain = LocalModel(model, dtype, name, lvllm=True)
+    plain = LocalModel(model, dtype, name, lvllm=True, own_tokenizer=tokenizer)
     if stored := plain.quantization():
         raise ValueError(
             f"{model} is quantised already ({stored}): formats are made of one that is not"
@@ -50,7 +53,7 @@ def in_formats(model: str, dtype: str, formats: Sequence[str]) -> list[Model]:
     return [
         plain,
         *(
-            LocalModel(model, DTYPES[format], format, lvllm=True)
+            replace(plain, dtype=DTYPES[format], name=format)
             if format in DTYPES
             else ExportedModel(plain, format)
             for format in dict.fromkeys(formats)

@@ -1,13 +1,16 @@
 """The models that can be measured: a checkpoint, one that is exported first, or a served model."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from lvllm.checkpoint.headers import read_header
+from lvllm.checkpoint.gguf.folder import folder_of, is_presented
+from lvllm.checkpoint.headers import TensorInfo, read_header
+from lvllm.checkpoint.opening import open_checkpoint
 from lvllm.evaluation.answers import ask_server
 from lvllm.evaluation.errors import EvaluationError, server_errors
 from lvllm.evaluation.logprobs import LOGPROBS_OF_A_PASSAGE, logprobs_from_server
@@ -34,6 +37,9 @@ class Model(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def on_lvllm(self) -> bool: ...
+
     def tokenizer(self) -> Tokenizer: ...
 
     def check(self, work: Work) -> None:
@@ -47,28 +53,40 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A checkpoint folder that runs in vLLM.
+    """A checkpoint folder or a GGUF file that runs in vLLM.
 
-    With `lvllm` it runs with LvLLM; otherwise the environment decides. `dtype` is the name of a
-    torch dtype. Raises ValueError if the folder is no checkpoint.
+    With `lvllm` it runs with LvLLM, and a GGUF file always does; otherwise the environment decides.
+    `dtype` is the name of a torch dtype. Raises ValueError if the folder is no checkpoint.
     """
 
     folder: str
     dtype: str
     name: str
     lvllm: bool = False
+    own_tokenizer: str | None = None
+    """A folder or an id on the hub whose tokenizer is taken in the place of the model's."""
 
     def __post_init__(self) -> None:
-        if not (Path(self.folder) / "config.json").exists():
+        if not (self.described / "config.json").exists():
             raise ValueError(f"{self.folder!r} is no checkpoint folder: it has no config.json")
 
+    @cached_property
+    def described(self) -> Path:
+        """The folder with config.json and the tokenizer."""
+        return folder_of(self.folder, tokenizer=not self.own_tokenizer) or Path(self.folder)
+
+    @property
+    def on_lvllm(self) -> bool:
+        """Whether LvLLM runs it, whatever the environment says."""
+        return self.lvllm or is_presented(self.described)
+
     def tokenizer(self) -> Tokenizer:
-        return LocalTokenizer(self.folder)
+        return LocalTokenizer(self.own_tokenizer or str(self.described), self.folder)
 
     def config(self) -> dict[str, Any]:
         """config.json, with the values of its `text_config`, if there is one, in front."""
         try:
-            config: Any = json.loads((Path(self.folder) / "config.json").read_text())
+            config: Any = json.loads((self.described / "config.json").read_text())
             return {**config, **config.get("text_config", {})}
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{self.folder}/config.json: {error}") from None
@@ -98,9 +116,16 @@ class LocalModel:
 
     def measure(self, work: Work) -> Measured:
         outcome = run_in_new_process(
-            self.name, run_vllm, self.folder, self.dtype, work, self.name, self.lvllm
+            self.name,
+            run_vllm,
+            self.folder,
+            self.dtype,
+            work,
+            self.name,
+            self.on_lvllm,
+            self.own_tokenizer,
         )
-        return Measured(outcome, expert_bytes(Path(self.folder)))
+        return Measured(outcome, expert_bytes(self.described))
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,10 @@ class ExportedModel:
     def name(self) -> str:
         return self.format
 
+    @property
+    def on_lvllm(self) -> bool:
+        return True
+
     def tokenizer(self) -> Tokenizer:
         return self.source.tokenizer()
 
@@ -132,7 +161,8 @@ class ExportedModel:
         with TemporaryDirectory(prefix="lvllm-eval-") as scratch:
             out = Path(scratch) / self.format
             run_in_new_process(self.name, export, Path(self.source.folder), out, format=self.format)
-            return LocalModel(str(out), self.source.dtype, self.name, lvllm=True).measure(work)
+            exported = replace(self.source, folder=str(out), name=self.name)
+            return exported.measure(work)
 
 
 class ServedModel:
@@ -148,6 +178,11 @@ class ServedModel:
         with server_errors(base_url, "names no model"):
             client = openai.OpenAI(base_url=base_url, api_key="EMPTY")
             self.name = model or client.models.list().data[0].id
+
+    @property
+    def on_lvllm(self) -> bool:
+        """False: nobody here knows."""
+        return False
 
     def tokenizer(self) -> Tokenizer:
         return ServerTokenizer(self.base_url, self.name)
@@ -199,5 +234,8 @@ class ServerTokenizer:
 
 def expert_bytes(folder: Path) -> int:
     """Bytes of the routed experts' tensors, scales included, from the headers of the files."""
-    tensors = (tensor for file in folder.glob("*.safetensors") for tensor in read_header(file))
+    if is_presented(folder):
+        tensors: Iterable[TensorInfo] = open_checkpoint(folder).tensors.values()
+    else:
+        tensors = (one for file in folder.glob("*.safetensors") for one in read_header(file))
     return sum(tensor.nbytes for tensor in tensors if ".experts." in tensor.name)

@@ -23,14 +23,17 @@ class Tokenizer(Protocol):
 
 
 class LocalTokenizer:
-    """The tokenizer of a checkpoint folder. Raises ValueError if there is none that loads."""
+    """The tokenizer of a checkpoint folder, which errors call `model` if that is given.
 
-    def __init__(self, model: str) -> None:
+    Raises ValueError if there is none that loads.
+    """
+
+    def __init__(self, folder: str, model: str = "") -> None:
         from transformers import AutoTokenizer
 
-        self.model = model
+        self.model = model = model or folder
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises all kinds of errors for a broken file.
             reason = " ".join(str(error).split())
             raise ValueError(f"{model}: its tokenizer does not load: {reason}") from None

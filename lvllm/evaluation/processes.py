@@ -92,10 +92,13 @@ def _call(what: str, environment: dict[str, str], function: Callable[[], T]) -> 
         raise EvaluationError(f"{what}: {reason}") from None
 
 
-def run_vllm(model: str, dtype: str, work: Work, name: str, lvllm: bool) -> Outcome:
+def run_vllm(
+    model: str, dtype: str, work: Work, name: str, lvllm: bool, tokenizer: str | None = None
+) -> Outcome:
     """Load the checkpoint `model` and do the work. This is to be called in a process of its own.
 
     Progress is shown under `name`. `lvllm` turns LvLLM on, whatever the environment says.
+    `tokenizer` names another tokenizer than the model's.
     """
     if lvllm:
         os.environ["LVLLM_MOE_NUMA_ENABLED"] = "1"
@@ -106,6 +109,7 @@ def run_vllm(model: str, dtype: str, work: Work, name: str, lvllm: bool) -> Outc
         length = max(length, QUESTION_TOKENS)
     llm = LLM(
         model=model,
+        tokenizer=tokenizer,
         dtype=dtype,  # type: ignore[arg-type]
         enforce_eager=True,
         max_model_len=length,

@@ -16,12 +16,13 @@ from typing import Any
 import lvllm
 from lvllm.checkpoint.gguf.architectures import METHOD, architecture_of
 from lvllm.checkpoint.gguf.fields import Fields
+from lvllm.checkpoint.gguf.finding import gguf_of
 from lvllm.checkpoint.gguf.tensors import expert_types, tensors_of
 from lvllm.checkpoint.gguf.tokenizer import has_tokenizer, write_tokenizer
 from lvllm.checkpoint.gguf_headers import GgufHeader, open_gguf
 from lvllm.checkpoint.headers import CheckpointError
 
-__all__ = ["cache", "configuration", "is_presented", "present"]
+__all__ = ["cache", "configuration", "folder_of", "is_presented", "present"]
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id")
 WRITTEN = 2
@@ -37,6 +38,15 @@ def cache() -> Path:
 def is_presented(folder: Path) -> bool:
     """Whether a folder is one that `present` wrote."""
     return folder.parent == cache()
+
+
+def folder_of(model: str, *, tokenizer: bool = True) -> Path | None:
+    """The folder that stands for the GGUF file which `model` names; None: it names something else.
+
+    Raises CheckpointError as `present` does.
+    """
+    file = gguf_of(model)
+    return None if file is None else present(file, tokenizer=tokenizer)
 
 
 def present(file: Path, *, tokenizer: bool, config: Mapping[str, Any] | None = None) -> Path:
