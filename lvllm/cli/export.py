@@ -11,7 +11,12 @@ from lvllm.rules import first_fault
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="The folder of an unquantised checkpoint.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of an unquantised checkpoint, or a GGUF file or its folder."
+        ),
+    ],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="The folder to write, which must be new or empty.")
     ],
@@ -26,6 +31,10 @@ def export(
         bool,
         typer.Option("--linears", help="Quantise attention, dense layers and shared experts, too."),
     ] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Write the tokenizer of this folder, in the place of MODEL's."),
+    ] = None,
     dtype_config: Annotated[
         Path | None,
         typer.Option(
@@ -62,12 +71,13 @@ def export(
                         f"--{name} does not go with --dtype-config, whose file says that: leave one"
                         " of them out"
                     )
-            write(model, out, format=read(dtype_config))
+            write(model, out, format=read(dtype_config), tokenizer=tokenizer)
         elif format not in FORMATS:
             fault = "is missing" if format is None else f"{format} is not allowed"
             raise ExportError(f"--format {fault}: {', '.join(FORMATS)}")
         else:
-            write(model, out, format=Format(format=format, group_size=group_size), linears=linears)
+            how = Format(format=format, group_size=group_size)
+            write(model, out, format=how, linears=linears, tokenizer=tokenizer)
     except ExportError as error:
         raise SystemExit(f"lvllm: {error}") from None
     except ValidationError as error:

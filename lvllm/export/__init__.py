@@ -2,27 +2,32 @@
 
     export(Path("MODEL"), Path("OUT"), format="int4")
 
-Each file of weights becomes a file of the same name. The header of the new file follows from the
-header of the old one, so that it can be written first, and tensors are read, quantised and written
-one by one. The export needs memory for the largest tensor, for what that tensor becomes, and for
-the work of `lvllm.engine.quantize`.
+Each file of weights becomes a file of the same name, and each layer of a GGUF file becomes a file.
+The header of the new file follows from the header of the old one, so that it can be written first,
+and tensors are read, quantised and written one by one. The export needs memory for the largest
+tensor, for what that tensor becomes, and for the work of `lvllm.engine.quantize`.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lvllm.checkpoint.headers import INDEX, TensorInfo
+from lvllm.checkpoint.gguf.finding import gguf_of
+from lvllm.checkpoint.gguf.folder import configuration, folder_of
+from lvllm.checkpoint.gguf_headers import open_gguf
+from lvllm.checkpoint.headers import INDEX, CheckpointError, TensorInfo
 from lvllm.engine import quantize
 from lvllm.export import dtype_config, folder, fused, selection
 from lvllm.export.config import quantization_config
 from lvllm.export.dtype_config import FormatRules
+from lvllm.export.gguf_source import GgufShard, shards
 from lvllm.export.schemes import FORMATS, Format, Scheme, scheme
 from lvllm.export.tensorfile import ExportError, Tensor, TensorFile, size_of_file, write
 
@@ -35,34 +40,33 @@ def export(
     *,
     format: str | Format | FormatRules,
     linears: bool = False,
+    tokenizer: Path | None = None,
     quiet: bool = False,
 ) -> None:
     """Write the checkpoint `model` to `out`, its experts in one of FORMATS.
 
     Args:
+        model: the folder of an unquantised checkpoint, or a GGUF file of any types or its folder.
         format: the experts' format, or rules that say which modules get which format.
         linears: also quantise the linear layers of attention, dense layers and shared experts.
             Rules say that themselves.
+        tokenizer: a folder whose tokenizer is written in the place of that of `model`.
         quiet: show no progress bar.
 
     If an export was killed, the same call goes on where it stopped. Nothing is overwritten. Raises
     ExportError or OSError.
     """
     how = Format.model_validate(format) if isinstance(format, str) else format
-    config = folder.read_config(model)
+    source = _of_gguf(model, own_tokenizer=tokenizer is None) or _of_folder(model)
     folder.check_apart(model, out)
-    checkpoint, others = folder.read_headers(model), folder.other_files(model)
-    match config.get("architectures"):
-        case [str(architecture), *_]:
-            pass
-        case _:
-            architecture = "this model"
-    placed: dict[Path, list[TensorInfo]] = {path: [] for path in checkpoint.files}
-    for tensor in fused.split(checkpoint.tensors.values(), architecture):
-        placed[tensor.file].append(tensor)
+    others = folder.other_files(source.folder)
+    if tokenizer is not None:
+        of_tokenizer = folder.tokenizer_files(tokenizer)
+        others = [path for path in others if not folder.is_of_tokenizer(path)] + of_tokenizer
     with ExitStack() as stack:
-        files = [stack.enter_context(TensorFile(path, tensors)) for path, tensors in placed.items()]
-        work = _Export(files, how, linears, architecture)
+        for file in source.files:
+            stack.enter_context(file)
+        work = _Export(source.files, how, linears, source.architecture)
         stack.enter_context(
             folder.working_in(
                 out,
@@ -71,7 +75,7 @@ def export(
                     "linears": linears,
                     "source": {
                         str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns]
-                        for path in checkpoint.files
+                        for path in source.stored
                     },
                 },
             )
@@ -80,7 +84,52 @@ def export(
         for path in others:
             shutil.copyfile(path, out / path.name)
         _write_json(out / INDEX, work.index())
-        _write_json(out / "config.json", config | {"quantization_config": work.config()})
+        _write_json(out / "config.json", source.config | {"quantization_config": work.config()})
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported."""
+
+    config: dict[str, Any]
+    folder: Path
+    """Where the tokenizer and the other small files are."""
+    files: Sequence[TensorFile | GgufShard]
+    """The files to write, as they can be read."""
+    stored: Sequence[Path]
+    """The files that have the weights."""
+
+    @property
+    def architecture(self) -> str:
+        match self.config.get("architectures"):
+            case [str(architecture), *_]:
+                return architecture
+        return "this model"
+
+
+def _of_folder(model: Path) -> _Source:
+    """A checkpoint of safetensors. Raises ExportError."""
+    config = folder.read_config(model)
+    checkpoint = folder.read_headers(model)
+    placed: dict[Path, list[TensorInfo]] = {path: [] for path in checkpoint.files}
+    source = _Source(config, model, [], checkpoint.files)
+    for tensor in fused.split(checkpoint.tensors.values(), source.architecture):
+        placed[tensor.file].append(tensor)
+    return replace(source, files=[TensorFile(path, tensors) for path, tensors in placed.items()])
+
+
+def _of_gguf(model: Path, own_tokenizer: bool) -> _Source | None:
+    """The model in GGUF files; None: `model` is something else. Raises ExportError."""
+    try:
+        file, shown = gguf_of(str(model)), folder_of(str(model), tokenizer=own_tokenizer)
+        if file is None or shown is None:
+            return None
+        header = open_gguf(file)
+        config = configuration(header)
+        del config["quantization_config"]
+        return _Source(config, shown, shards(header), header.files)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from None
 
 
 class _Export:
@@ -88,13 +137,13 @@ class _Export:
 
     def __init__(
         self,
-        files: list[TensorFile],
+        files: Sequence[TensorFile | GgufShard],
         how: Format | FormatRules,
         linears: bool,
         architecture: str,
     ) -> None:
         self.files = files
-        self.places: dict[str, TensorFile] = {}
+        self.places: dict[str, TensorFile | GgufShard] = {}
         for file in files:
             self.places |= dict.fromkeys(file.tensors, file)
         self.formats = self._chosen(how, linears, architecture)
@@ -137,7 +186,7 @@ class _Export:
         for file in self.files:
             yield from file.tensors.values()
 
-    def _made(self, file: TensorFile) -> list[Tensor]:
+    def _made(self, file: TensorFile | GgufShard) -> list[Tensor]:
         """All tensors of the file that is written for `file`."""
         return [tensor for made in self.planned[file].values() for tensor in made]
 
@@ -179,7 +228,7 @@ class _Export:
             for file in missing:
                 write(out / file.path.name, self._made(file), self._data(file, bar))
 
-    def _data(self, file: TensorFile, bar: Any) -> Iterator[torch.Tensor]:
+    def _data(self, file: TensorFile | GgufShard, bar: Any) -> Iterator[torch.Tensor]:
         """The values of the tensors that `_made` lists, in that order."""
         for name, tensors in self.planned[file].items():
             data = file.read(name)

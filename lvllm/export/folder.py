@@ -13,18 +13,33 @@ from lvllm.checkpoint.headers import Checkpoint, CheckpointError
 from lvllm.export.tensorfile import ExportError
 from lvllm.units import gib
 
-__all__ = ["check_apart", "check_space", "other_files", "read_config", "read_headers", "working_in"]
+__all__ = [
+    "check_apart",
+    "check_space",
+    "is_of_tokenizer",
+    "other_files",
+    "read_config",
+    "read_headers",
+    "tokenizer_files",
+    "working_in",
+]
 
 MARKER = ".lvllm-export.json"
 """A file in an unfinished export that says what is exported, and how."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
+TOKENIZER = (
+    *("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.tiktoken"),
+)
+"""What a tokenizer's files are called."""
+
 
 def read_config(model: Path) -> dict[str, Any]:
     """config.json of an unquantised checkpoint. Raises ExportError for anything else."""
     if not model.is_dir():
-        fault = "is a file" if model.exists() else "does not exist"
-        raise ExportError(f"{model} {fault}: the folder of a checkpoint is wanted")
+        fault = "is no GGUF file" if model.exists() else "does not exist"
+        raise ExportError(f"{model} {fault}: a GGUF file or the folder of a checkpoint is wanted")
     path = model / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -76,6 +91,19 @@ def other_files(model: Path) -> list[Path]:
         if not path.exists():
             raise ExportError(f"{path} is a link to a file that is not there")
     return [path for path in found if path.is_file()]
+
+
+def is_of_tokenizer(path: Path) -> bool:
+    """Whether a file belongs to a tokenizer, which has the chat template, too."""
+    return any(path.match(pattern) for pattern in TOKENIZER)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer in a folder. Raises ExportError if there is none."""
+    found = sorted(filter(is_of_tokenizer, folder.iterdir())) if folder.is_dir() else []
+    if not found:
+        raise ExportError(f"{folder} has no tokenizer: {', '.join(TOKENIZER)}")
+    return found
 
 
 def check_apart(model: Path, out: Path) -> None:

@@ -18,6 +18,7 @@ from lvllm.checkpoint.headers import DTYPES, TensorInfo
 from lvllm.errors import LvllmError
 
 __all__ = [
+    "NAMES",
     "ExportError",
     "Tensor",
     "TensorFile",

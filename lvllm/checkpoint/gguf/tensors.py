@@ -41,8 +41,12 @@ def checkpoint_of(file: Path) -> Checkpoint:
     return Checkpoint(header.files, tensors_of(header, architecture_of(Fields(header))))
 
 
-def tensors_of(header: GgufHeader, architecture: Architecture) -> dict[str, TensorInfo]:
+def tensors_of(
+    header: GgufHeader, architecture: Architecture, *, raw_experts: bool = True
+) -> dict[str, TensorInfo]:
     """All tensors by their Hugging Face names, without the layers that only draft tokens.
+
+    Without `raw_experts`, experts have their values, as all other tensors do.
 
     Raises CheckpointError for a tensor that the architecture does not have, that is in a type which
     nobody can read, or that is not in its file as a whole.
@@ -63,7 +67,7 @@ def tensors_of(header: GgufHeader, architecture: Architecture) -> dict[str, Tens
         if len(names) < len(parts) or (place is not None and place[0] >= layers):
             raise tensor.refuse(f"a model of {fields.architecture} with {layers} layers has none")
         if _EXPERT.search(names[0]):
-            found |= {one.name: one for one in _experts(tensor, names, experts)}
+            found |= {one.name: one for one in _experts(tensor, names, experts, raw_experts)}
         else:
             found[names[0]] = _whole(tensor, names[0])
     return found
@@ -84,14 +88,19 @@ def _whole(tensor: GgufTensor, name: str) -> TensorInfo:
         shape = (1, *shape) if len(shape) == 1 else shape
     if tensor.type in FLOATS:
         return TensorInfo(name, tensor.file, FLOATS[tensor.type], shape, tensor.start, end)
-    if not _readable(tensor.type):
-        raise tensor.refuse(f"the gguf package cannot read the type {tensor.type}")
     return TensorInfo(
-        name, tensor.file, torch.float32, shape, tensor.start, end, blocks=tensor.type
+        name, tensor.file, torch.float32, shape, tensor.start, end, blocks=_readable_type(tensor)
     )
 
 
-def _experts(tensor: GgufTensor, names: Sequence[str], experts: int) -> list[TensorInfo]:
+def _readable_type(tensor: GgufTensor) -> str:
+    """The type of a tensor in blocks. Raises CheckpointError if nobody knows its values."""
+    if not _readable(tensor.type):
+        raise tensor.refuse(f"the gguf package cannot read the type {tensor.type}")
+    return tensor.type
+
+
+def _experts(tensor: GgufTensor, names: Sequence[str], experts: int, raw: bool) -> list[TensorInfo]:
     """One tensor for each expert of a stacked one and, if it is fused, for each name."""
     if len(tensor.shape) != 3 or tensor.shape[2] != experts or tensor.shape[1] % len(names):
         raise tensor.refuse(
@@ -100,12 +109,14 @@ def _experts(tensor: GgufTensor, names: Sequence[str], experts: int) -> list[Ten
     columns, rows, _ = tensor.shape
     rows //= len(names)
     size = tensor.nbytes // experts // len(names)
-    dtype = FLOATS.get(tensor.type, torch.uint8)
-    shape = (rows, columns if tensor.type in FLOATS else size // rows)
+    plain = tensor.type in FLOATS
+    dtype = FLOATS.get(tensor.type, torch.uint8 if raw else torch.float32)
+    shape = (rows, columns if plain or not raw else size // rows)
+    blocks = None if plain or raw else _readable_type(tensor)
     called = [name.format(number) for number in range(experts) for name in names]
     starts = range(tensor.start, tensor.start + tensor.nbytes, size)
     return [
-        TensorInfo(name, tensor.file, dtype, shape, start, start + size)
+        TensorInfo(name, tensor.file, dtype, shape, start, start + size, blocks=blocks)
         for name, start in zip(called, starts, strict=True)
     ]
 
