@@ -16,7 +16,7 @@ from lvllm.verifying.model import LayerReport
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="A folder, or an id on the hub.")],
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF file, or an id on the hub.")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: a list of lvllm.verifying LayerReport.")
     ] = False,
@@ -56,6 +56,7 @@ def load_and_verify(model: str) -> list[str]:
 
     llm = LLM(
         model=model,
+        skip_tokenizer_init=True,  # GGUF files may have none that can be read.
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=1,
@@ -74,7 +75,10 @@ def load_and_verify(model: str) -> list[str]:
 
 
 def _table(reports: list[LayerReport]) -> Table:
+    compared = any(report.from_file is not None for report in reports)
     table = Table("layer", "format", "worst error", "allowed", "with", "weights")
+    if compared:
+        table.add_column("from the file's")
     table.columns[0].overflow = "fold"
     for report in reports:
         worst = report.worst
@@ -85,6 +89,7 @@ def _table(reports: list[LayerReport]) -> Table:
             f"{worst.bound:.1e}",
             f"{worst.isa}, {worst.tokens} tokens",
             f"{len(report.damages)} damaged" if report.damages else "sound",
+            *(["" if report.from_file is None else f"{report.from_file:.1e}"] * compared),
         )
     return table
 

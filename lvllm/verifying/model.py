@@ -2,22 +2,30 @@
 
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
+import torch
 from pydantic import BaseModel
 
 from lvllm.engine import ExpertLayer, available_isas
 from lvllm.errors import LayerError
 from lvllm.verifying.layer import Product, products
+from lvllm.verifying.stored import matrix
 from lvllm.verifying.weights import Damage, damages
 
 __all__ = ["LayerReport", "quickly", "verify"]
 
+SAME = 1e-5
+"""Scales and codes are multiplied in another order, which makes 1e-7. A code that is wrong by one
+makes 2e-3 in 8 bits, and more in fewer."""
 EXPERTS = 4
 """How many experts of a layer are multiplied."""
 QUICK_SECONDS = 20.0
 """After so many seconds, a quick verification leaves out what remains."""
+
+OfFile = Callable[[str, str, int], torch.Tensor | None]
+"""Gives the matrix "w13" or "w2", float32 [rows, columns], of a layer's expert as a file has it."""
 
 
 class LayerReport(BaseModel):
@@ -27,6 +35,9 @@ class LayerReport(BaseModel):
     format: str
     products: list[Product]
     damages: list[Damage]
+    from_file: float | None = None
+    """The largest difference of a weight from the value that the file has, divided by the largest
+    weight of the expert; None: the file was not compared."""
 
     @classmethod
     def of(
@@ -35,9 +46,17 @@ class LayerReport(BaseModel):
         layer: ExpertLayer,
         products: Iterable[Product],
         damages: Iterable[Damage],
+        from_file: float | None = None,
     ) -> Self:
         """The report about `layer`, which the model calls `name`."""
-        return cls(name=name, format=layer.format, products=list(products), damages=list(damages))
+        formats = dict.fromkeys((layer.format, layer.w2_format))
+        return cls(
+            name=name,
+            format=" and ".join(formats),
+            products=list(products),
+            damages=list(damages),
+            from_file=from_file,
+        )
 
     @property
     def worst(self) -> Product:
@@ -51,6 +70,11 @@ class LayerReport(BaseModel):
             first, more = self.damages[0], len(self.damages) - 1
             others = f"; {more} more experts look damaged" if more else ""
             return f"{self.name}: expert {first.expert}, {first.matrix}: {first.what}{others}"
+        if self.from_file is not None and not self.from_file <= SAME:
+            return (
+                f"{self.name}: weights in {self.format} differ from those of the file by"
+                f" {self.from_file:.1e} of the largest, and {SAME:.1e} is allowed"
+            )
         if not self.products or self.worst.right:
             return None
         worst = self.worst
@@ -60,15 +84,34 @@ class LayerReport(BaseModel):
         )
 
 
-def verify(layers: Mapping[str, ExpertLayer]) -> list[LayerReport]:
-    """Multiply some experts of each layer on every instruction set, and look at all weights."""
+def verify(layers: Mapping[str, ExpertLayer], of_file: OfFile | None = None) -> list[LayerReport]:
+    """Multiply some experts of each layer on every instruction set, and look at all weights.
+
+    The weights of the same experts are compared with those that `of_file` gives.
+    """
     reports = []
     for name, layer in layers.items():
         every = range(layer.num_experts)
         chosen = sorted(random.sample(every, min(EXPERTS, len(every))))
         found = products(layer, chosen, available_isas())
-        reports.append(LayerReport.of(name, layer, found, damages(layer, every)))
+        far = None if of_file is None else _from_file(name, layer, chosen, of_file)
+        reports.append(LayerReport.of(name, layer, found, damages(layer, every), far))
     return reports
+
+
+def _from_file(
+    name: str, layer: ExpertLayer, experts: Iterable[int], of_file: OfFile
+) -> float | None:
+    """What `LayerReport.from_file` says; None if the engine has all weights in other formats."""
+    far = []
+    for expert in experts:
+        for which in ("w13", "w2"):
+            wanted = of_file(name, which, expert)
+            if wanted is None:
+                continue
+            difference = (matrix(layer, which, expert) - wanted).abs().max() / wanted.abs().max()
+            far.append(float(difference.nan_to_num(1e9, 1e9)))
+    return max(far, default=None)
 
 
 def quickly(layers: Mapping[str, ExpertLayer], seconds: float = QUICK_SECONDS) -> str:

@@ -88,7 +88,7 @@ class HybridCPUWorker(CPUWorker):
 
     def verify_experts(self) -> list[str]:
         """See `lvllm verify`."""
-        return verification.verify_experts(self.model_runner.get_model())
+        return verification.verify_experts(self.vllm_config, self.model_runner.get_model())
 
     def _make_room_for_earlier_stages(self) -> None:
         """Make the tensors into which a later stage of a pipeline receives its input.

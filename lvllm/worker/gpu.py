@@ -43,7 +43,7 @@ class HybridGPUWorker(Worker):
 
     def verify_experts(self) -> list[str]:
         """See `lvllm verify`."""
-        return verification.verify_experts(self.model_runner.get_model())
+        return verification.verify_experts(self.vllm_config, self.model_runner.get_model())
 
     def determine_available_memory(self) -> int:
         """Measure memory with the routing that takes the most of it."""

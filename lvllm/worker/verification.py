@@ -1,5 +1,6 @@
 """What both kinds of workers do to verify their layers of experts."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lvllm.faults.nonfinite import modules_of
 from lvllm.log import logger
 from lvllm.settings.configuration import HybridConfig
 from lvllm.verifying import model as verifying
+from lvllm.worker.gguf_values import GgufValues
 
 __all__ = ["at_start", "verify_experts"]
 
@@ -26,9 +28,14 @@ def at_start(vllm_config: Any, model: torch.nn.Module) -> None:
     logger.info("LvLLM: %s", said)
 
 
-def verify_experts(model: torch.nn.Module) -> list[str]:
-    """Verify all layers. Returns a `LayerReport` of each as JSON, for another process to read."""
-    return [report.model_dump_json() for report in verifying.verify(_layers(model))]
+def verify_experts(vllm_config: Any, model: torch.nn.Module) -> list[str]:
+    """Verify all layers. Returns a `LayerReport` of each as JSON, for another process to read.
+
+    The weights of a model in a GGUF file are compared with the file, too.
+    """
+    modules = {layer.layer_name: layer for layer in modules_of(model)}
+    values = GgufValues.of(Path(vllm_config.model_config.model), modules)
+    return [report.model_dump_json() for report in verifying.verify(_layers(model), values)]
 
 
 def _layers(model: torch.nn.Module) -> dict[str, ExpertLayer]:
