@@ -9,6 +9,7 @@ from lvllm import engine
 from lvllm.engine import ExpertLayer
 from lvllm.errors import LayerError
 from lvllm.verifying.model import LayerReport, quickly, verify
+from lvllm.verifying.stored import matrix
 from tests.random_layers import Random, random_layer
 
 
@@ -35,6 +36,28 @@ def test_everything(layers: dict[str, ExpertLayer]) -> None:
         assert all(one.right for one in report.products)
         assert report.worst in report.products
         assert LayerReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_weights_of_a_file(layers: dict[str, ExpertLayer]) -> None:
+    """A code that is wrong by one is seen, and what the engine converted is not compared."""
+
+    def of_file(name: str, which: str, expert: int) -> torch.Tensor | None:
+        return None if layers[name].format == "bf16" else matrix(layers[name], which, expert)
+
+    converted, same = verify(layers, of_file)
+    assert (converted.from_file, same.from_file) == (None, 0)
+    assert converted.wrong is None
+    assert same.wrong is None
+
+    def wrong(name: str, which: str, expert: int) -> torch.Tensor | None:
+        values = of_file(name, which, expert)
+        if values is not None and which == "w2":
+            values[1, 2] += values.abs().max() / 8  # The codes of int4 go to 8.
+        return values
+
+    assert str(verify(layers, wrong)[1].wrong).startswith(
+        "model.layers.1.experts: weights in int4 differ from those of the file by "
+    )
 
 
 def test_quickly(layers: dict[str, ExpertLayer]) -> None:
