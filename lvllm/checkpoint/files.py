@@ -1,11 +1,11 @@
-"""Opens the files of a checkpoint."""
+"""Opens and reads the files of a checkpoint."""
 
 import errno
 import os
 import stat
 from pathlib import Path
 
-__all__ = ["open_regular"]
+__all__ = ["OpenFile", "open_regular"]
 
 
 def open_regular(path: Path) -> int:
@@ -21,3 +21,29 @@ def open_regular(path: Path) -> int:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         raise OSError(errno.EINVAL, "is no regular file")
     return descriptor
+
+
+class OpenFile:
+    """An open file. It is closed when nobody holds it any more. Raises OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = open_regular(path)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def fill(self, memory: memoryview, start: int) -> None:
+        """Fill all of `memory` with the bytes from byte `start` on.
+
+        Raises EOFError if the file ends before, and OSError.
+        """
+        while memory:
+            count = os.preadv(self._descriptor, [memory], start)
+            if count == 0:
+                raise EOFError
+            memory, start = memory[count:], start + count
+
+    def will_need(self, start: int, end: int) -> None:
+        """Ask the kernel to have these bytes in the page cache soon."""
+        os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_WILLNEED)

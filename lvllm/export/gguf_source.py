@@ -3,16 +3,14 @@
 Values in blocks become bfloat16, in which vLLM computes them, too. Floats stay as they are.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from lvllm.checkpoint.files import open_regular
+from lvllm.checkpoint.files import OpenFile
 from lvllm.checkpoint.gguf.architecture import Architecture
 from lvllm.checkpoint.gguf.architectures import architecture_of
 from lvllm.checkpoint.gguf.fields import Fields
@@ -37,7 +35,7 @@ class GgufShard:
         self._architecture = architecture
         self._fields = fields
         self._stored = list(stored)
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, OpenFile] = {}
         self._read: dict[str, torch.Tensor] = {}
         shapes = [
             (one.name, torch.empty(one.shape, dtype=_becomes(one), device="meta"))
@@ -52,9 +50,8 @@ class GgufShard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files = {}
+        self._read.clear()
+        self._files.clear()
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as a Hugging Face checkpoint has it, in memory of its own.
@@ -73,8 +70,8 @@ class GgufShard:
 
     def _open(self, one: TensorInfo) -> FileTensor:
         if one.file not in self._files:
-            self._files[one.file] = open_regular(one.file)
-        return FileTensor.of(one, partial(_fill, self._files[one.file]))
+            self._files[one.file] = OpenFile(one.file)
+        return FileTensor.of(one, self._files[one.file].fill)
 
 
 def shards(header: GgufHeader) -> list[GgufShard]:
@@ -95,11 +92,3 @@ def shards(header: GgufHeader) -> list[GgufShard]:
 
 def _becomes(tensor: TensorInfo) -> torch.dtype:
     return tensor.dtype if tensor.blocks is None else torch.bfloat16
-
-
-def _fill(descriptor: int, memory: memoryview, start: int) -> None:
-    while memory:
-        count = os.preadv(descriptor, [memory], start)
-        if count == 0:
-            raise EOFError
-        memory, start = memory[count:], start + count

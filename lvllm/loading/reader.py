@@ -16,7 +16,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from lvllm.checkpoint.files import open_regular
+from lvllm.checkpoint.files import OpenFile
 from lvllm.checkpoint.headers import TensorInfo
 from lvllm.loading import in_hand
 from lvllm.loading.file_tensor import FileTensor
@@ -67,7 +67,7 @@ class Reader:
         # The calling thread reads too.
         self._pool = ThreadPoolExecutor(max(1, self.threads - 1), "lvllm-read", *run_there)
         self._adviser = ThreadPoolExecutor(1, "lvllm-ahead", *run_there)
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, OpenFile] = {}
 
     def read(self, tensors: Iterable[TensorInfo]) -> Iterator[FileTensor]:
         """Yield these tensors, and meanwhile ask for the bytes that follow in the page cache.
@@ -95,13 +95,13 @@ class Reader:
             self._adviser.shutdown(wait=False, cancel_futures=True)
             self._files.clear()
 
-    def open(self, path: Path) -> "_File":
+    def open(self, path: Path) -> OpenFile:
         """The file at `path`, which stays open while the reader reads. Raises OSError."""
         if path not in self._files:
-            self._files[path] = _File(path)
+            self._files[path] = OpenFile(path)
         return self._files[path]
 
-    def _fill(self, file: "_File", memory: memoryview, start: int) -> None:
+    def _fill(self, file: OpenFile, memory: memoryview, start: int) -> None:
         """Fill all of `memory` with the bytes of `file` from byte `start` on.
 
         Raises:
@@ -119,27 +119,6 @@ class Reader:
         for other in others:
             other.result()
         self.bytes_read += size
-
-
-class _File:
-    """An open file. It is closed when no tensor and no reader holds it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = open_regular(path)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def fill(self, memory: memoryview, start: int) -> None:
-        while memory:
-            count = os.preadv(self._descriptor, [memory], start)
-            if count == 0:
-                raise EOFError
-            memory, start = memory[count:], start + count
-
-    def will_need(self, start: int, end: int) -> None:
-        os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 class _Window:

@@ -303,7 +303,7 @@ def test_files_are_asked_for_ahead_of_a_consumer_that_reads(
     save_file(tensors, tmp_path / "a.safetensors")
     order = in_loading_order(Checkpoint.open(tmp_path).tensors.values())
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(module._File, "will_need", lambda _, *run: asked.append(run))
+    monkeypatch.setattr(module.OpenFile, "will_need", lambda _, *run: asked.append(run))
 
     for _ in Reader([0]).read(order):
         pass
