@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lvllm.checkpoint.gguf.finding import gguf_of
-from lvllm.checkpoint.gguf.folder import configuration, folder_of
+from lvllm.checkpoint.gguf.folder import configuration, present
 from lvllm.checkpoint.gguf_headers import open_gguf
 from lvllm.checkpoint.headers import INDEX, CheckpointError, TensorInfo
 from lvllm.engine import quantize
@@ -121,9 +121,10 @@ def _of_folder(model: Path) -> _Source:
 def _of_gguf(model: Path, own_tokenizer: bool) -> _Source | None:
     """The model in GGUF files; None: `model` is something else. Raises ExportError."""
     try:
-        file, shown = gguf_of(str(model)), folder_of(str(model), tokenizer=own_tokenizer)
-        if file is None or shown is None:
+        file = gguf_of(str(model))
+        if file is None:
             return None
+        shown = present(file, tokenizer=own_tokenizer)
         header = open_gguf(file)
         config = configuration(header)
         del config["quantization_config"]
