@@ -288,7 +288,9 @@ def test_a_server_that_says_nothing_can_be_stopped(
     assert server.messages() == [("user", "hello")]
 
 
-def test_retry_asks_the_same_again(browser: webdriver.Chrome, fake: tuple[FakeServer, str]) -> None:
+@pytest.fixture
+def asked_twice(browser: webdriver.Chrome, fake: tuple[FakeServer, str]) -> Page:
+    """A page with two questions and their answers; the server has a third one."""
     server, url = fake
     server.answers = [Answer(["one"]), Answer(["two"]), Answer(["three"])]
     page = Page(browser, url)
@@ -296,20 +298,19 @@ def test_retry_asks_the_same_again(browser: webdriver.Chrome, fake: tuple[FakeSe
     page.answer("one", "tokens")
     page.send("second")
     page.answer("two", "tokens")
+    return page
+
+
+def test_retry_asks_the_same_again(asked_twice: Page, fake: tuple[FakeServer, str]) -> None:
+    page, (server, _) = asked_twice, fake
     page.click("#chat button[aria-label=Retry]")
     page.answer("three", "tokens")
     assert server.messages() == [("user", "first"), ("assistant", "one"), ("user", "second")]
     assert len(page.answers()) == 2
 
 
-def test_edit_asks_anew_from_there(browser: webdriver.Chrome, fake: tuple[FakeServer, str]) -> None:
-    server, url = fake
-    server.answers = [Answer(["one"]), Answer(["two"]), Answer(["three"])]
-    page = Page(browser, url)
-    page.send("first")
-    page.answer("one", "tokens")
-    page.send("second")
-    page.answer("two", "tokens")
+def test_edit_asks_anew_from_there(asked_twice: Page, fake: tuple[FakeServer, str]) -> None:
+    page, (server, _) = asked_twice, fake
 
     def changed() -> bool:
         if not page.all("#chat textarea"):
