@@ -45,7 +45,7 @@ BLOCKS = [
 ]
 
 NO_COMMAND = {
-    *("#", "-", "---", "42", "GPU:", "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto"),
+    *("#", "-", "---", "3", "42", "GPU:", "LVLLM_GPU_PREFILL_MIN_BATCH_SIZE=auto"),
     *("LvLLM:", "ModuleNotFoundError:", "compute", "copy", "from", "front", "import", "lvllm:"),
     *("model.safetensors*", "model:", "no", "safetensors", "user", "vLLM:"),
     "sum(rate(lvllm_expert_read_bytes_total[1m]))",

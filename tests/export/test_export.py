@@ -533,9 +533,9 @@ def test_no_checkpoints(model: Path, tmp_path: Path) -> None:
 
     nothing, file = tmp_path / "nothing", tmp_path / "file"
     file.touch()
-    wanted = "the folder of a checkpoint is wanted"
+    wanted = "a GGUF file or the folder of a checkpoint is wanted"
     assert refused(nothing) == f"lvllm: {nothing} does not exist: {wanted}"
-    assert refused(file) == f"lvllm: {file} is a file: {wanted}"
+    assert refused(file) == f"lvllm: {file} is no GGUF file: {wanted}"
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     assert refused(pickled) == f"lvllm: {pickled} is no checkpoint folder: it has no config.json"
