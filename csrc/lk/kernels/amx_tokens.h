@@ -286,13 +286,13 @@ void amx_tokens(const MatmulArgs& a, const char* last_unit) {
   const int64_t units = whole + (last_unit != nullptr);
   const int64_t unit_bytes = a.rows * kUnitRowBytes<F>;
   const int64_t steps = amx_steps<F>(a);
-  const Panels<F> panels(a.k, a.tokens);
+  const Panels<Unpacked<F>> panels(a.k, a.tokens);
   const int64_t pairs = (panels.groups + 1) / 2;
   const int64_t pair_tokens = a.tokens <= kAmxTokens ? a.tokens : 2 * panels.group_tokens;
   const bool in_place = kStoredAsMultiplied<F> && a.rows == kTileRows;
   auto* const scales = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
   Segment segments[kMostSegments];
-  WaitingSums<F> waiting;
+  WaitingSums<Unpacked<F>> waiting;
   waiting.k = a.k;
   waiting.block_log2 = a.act_block_log2;
   waiting.rest_stride = panels.rest_bytes();
@@ -327,9 +327,11 @@ void amx_tokens(const MatmulArgs& a, const char* last_unit) {
                            a.out + first * kTileRows};
       for (int64_t row = 0; row < a.rows; row += 2 * kLanes) {
         if (panels.groups == 1) {
-          block_times_pair<F, 1>(block, steps, row, panels, a.gathered, pair, ahead, waiting);
+          block_times_pair<Unpacked<F>, 1>(block, steps, row, panels, a.gathered, pair, ahead,
+                                           waiting);
         } else {
-          block_times_pair<F, 2>(block, steps, row, panels, a.gathered, pair, ahead, waiting);
+          block_times_pair<Unpacked<F>, 2>(block, steps, row, panels, a.gathered, pair, ahead,
+                                           waiting);
         }
       }
     }

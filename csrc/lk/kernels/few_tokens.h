@@ -150,13 +150,8 @@ void few_tokens(const MatmulArgs& a, int64_t row, const char* last_unit,
     end = kOneSum<F> ? units : segment_end<F>(a, begin, units);
     if (kGroupScales<F> && begin >= group_end) {
       ++group;
-      if constexpr (kOwnScales<F>) {
-        const int64_t in_block = group % kGroupsAtOnce<F>;
-        if (in_block == 0) F::load_block(a, group / kGroupsAtOnce<F>, scales);
-        scale = scales + in_block * kScaleRows<F>;
-      } else {
-        load_group<F>(a, group, scales);
-      }
+      load_group<F>(a, group, scales);
+      scale = scales + group % kGroupsAtOnce<F> * kScaleRows<F>;
       group_end = a.group == 0 ? units : group_end + a.group / F::kUnitWeights;
     }
     typename Math::Sum sum[R][T];

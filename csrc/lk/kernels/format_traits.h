@@ -11,15 +11,17 @@
 //
 // Formats of blocks (blocks.h) have units of F::kWords words of four bytes, and two bytes more with
 // F::kHalf. They unpack an array of vectors (codes.h), and read their scales themselves:
-// F::load_scales those of a group, F::load_block those of all F::kGroupsInBlock groups of a block
-// (in_blocks.h). With F::kSharedBits, so many bits of each unit are in its block's first words, and
-// follow the unit's own words when it is unpacked.
+// F::load_scales those of F::kGroupsAtOnce groups (in_blocks.h). With F::kSharedBits, so many bits
+// of each unit are in its block's first words, and follow the unit's own words when it is unpacked.
 #pragma once
 
 #include "lk/kernels.h"
 
 namespace lk::LK_ISA {
 
+// A block is a run of K whose unpacked weights fit into MatmulArgs::scratch, and so into L1. This
+// is its length in steps.
+constexpr int64_t kBlockSteps = kUnpackedBytes / (kTileRows * 4);
 // A step multiplies one vector of weights: F::Math::kStepWeights along K for each of 16 rows.
 template <class F>
 constexpr int kSteps = F::kUnitWeights / F::Math::kStepWeights;
@@ -54,12 +56,12 @@ template <class F>
 constexpr int kSharedBits<F> = F::kSharedBits;
 template <class F>
 constexpr bool kOwnScales = requires { &F::load_scales; };
-// How many groups' scales are loaded at a time for a few tokens.
+// How many groups' scales are loaded at a time.
 template <class F>
 constexpr int kGroupsAtOnce = 1;
 template <class F>
-  requires requires { F::kGroupsInBlock; }
-constexpr int kGroupsAtOnce<F> = F::kGroupsInBlock;
+  requires requires { F::kGroupsAtOnce; }
+constexpr int kGroupsAtOnce<F> = F::kGroupsAtOnce;
 // Arithmetic on integers quantises activations; its blocks of activations have scales.
 template <class F>
 constexpr bool kQuantisedActs = F::Math::kQuantised;

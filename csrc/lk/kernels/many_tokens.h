@@ -21,12 +21,6 @@ constexpr bool kUnpackLate = (kSteps<F> == 1 || kQuickUnpack<F>) && !kAmx<F>;
 template <class F>
 constexpr int kVectorSteps = kUnpackLate<F> ? kSteps<F> : 1;
 
-// The fewest of all tokens, of which a pass takes at most `most`. Passes are of equal size, so that
-// none of several has less than half of that, and one alone may have the fewest that few_tokens.h
-// leaves over: 2 where a block needs no unpacking.
-template <class F, int most>
-constexpr int kLeastTokens = kQuickUnpack<F> ? 2 : (most + 1) / 2;
-
 // Unpacked weights of some whole segments.
 struct Block {
   const char* weights = nullptr;
@@ -41,16 +35,17 @@ struct Block {
 };
 constexpr int64_t kRun = 8;
 
-// What block_times_tokens knows of a format of blocks (blocks.h), whose weights are unpacked by
-// then. Many of them have this in common, and share the code.
-template <class M, int kWeights>
-struct UnpackedBlocks {
-  using Math = M;
-  static constexpr int kUnitWeights = kWeights;
+// What a format is once its weights are unpacked. Most of those whose weights are integers with
+// group scales have this in common then, as formats of blocks have in every arithmetic, and so they
+// share the code that multiplies.
+template <class Products>
+struct UnpackedGroups {
+  using Math = Products;
+  static constexpr int kUnitWeights = 8;
   static void load_scales();  // never called: kOwnScales
 };
-template <class M, int kWeights>
-struct UnpackedBlocksWithMinimums : UnpackedBlocks<M, kWeights> {
+template <class Products>
+struct UnpackedGroupsWithMinimums : UnpackedGroups<Products> {
   static constexpr bool kZeroPoints = true;
 };
 template <class F>
@@ -58,11 +53,11 @@ struct UnpackedOf {
   using Type = F;
 };
 template <class F>
-  requires kOwnScales<F>
+  requires kOwnScales<F> || (kQuantisedActs<F> && kGroupScales<F> && F::kUnitWeights == 8)
 struct UnpackedOf<F> {
-  using Type = std::conditional_t<kZeroPoints<F>,
-                                  UnpackedBlocksWithMinimums<typename F::Math, F::kUnitWeights>,
-                                  UnpackedBlocks<typename F::Math, F::kUnitWeights>>;
+  using Products = typename F::Math::Products;
+  using Type = std::conditional_t<kZeroPoints<F>, UnpackedGroupsWithMinimums<Products>,
+                                  UnpackedGroups<Products>>;
 };
 template <class F>
 using Unpacked = typename UnpackedOf<F>::Type;
@@ -199,8 +194,9 @@ __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int
   }
 }
 
-// Lists as many segments from unit u0 on as fit into a block. Their scales and zero points are
-// turned into floats in `rows`. Returns the end of the last segment.
+// Lists as many segments from unit u0 on as fit into a block, in the units of unpacked weights.
+// Their scales and zero points are turned into floats in `rows`. Returns the end of the last
+// segment.
 template <class F>
 __attribute__((noinline)) int64_t list_segments(const MatmulArgs& a, int64_t u0, int64_t units,
                                                 float* rows, Segment* segments, int* count) {
@@ -209,7 +205,8 @@ __attribute__((noinline)) int64_t list_segments(const MatmulArgs& a, int64_t u0,
     const int64_t end = segment_end<F>(a, begin, units);
     if (end - u0 > kBlockUnits<F>) return begin;
     Segment& s = segments[(*count)++];
-    s = {begin, end};
+    constexpr int64_t kUnits = F::kUnitWeights / Unpacked<F>::kUnitWeights;
+    s = {begin * kUnits, end * kUnits};
     if constexpr (kGroupScales<F>) {
       const int64_t group = scale_group<F>(a, begin);
       const bool same = begin != u0 && group == scale_group<F>(a, begin - 1);
@@ -225,21 +222,44 @@ __attribute__((noinline)) int64_t list_segments(const MatmulArgs& a, int64_t u0,
   return units;
 }
 
-// All tokens, R vectors of rows and at most T tokens at a time.
-template <class F, bool kInRegisters, int R, int T>
-void many_tokens(const MatmulArgs& a, const char* last_unit) {
+// A block times all tokens, R vectors of rows and at most T tokens at a time. Passes are of equal
+// size, and none has fewer than kLeast tokens. Meanwhile `next` is prefetched, `lines` cache lines
+// for each run of kRun steps; null: nothing.
+template <class F, bool kInRegisters, int R, int kLeast, int T>
+__attribute__((noinline)) void block_times_all(const MatmulArgs& a, Block block, const char* next,
+                                               int64_t lines) {
   const auto* acts = reinterpret_cast<const char* const*>(a.acts);
-  const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
-  const int64_t units = whole + (last_unit != nullptr);
-  const bool in_place = kUnpackLate<F> && a.rows == kTileRows;
-  const int64_t unit_bytes = a.rows * kUnitRowBytes<F>;
-  auto* const rows = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
   const int64_t passes = (a.tokens + T - 1) / T;
   // While the first tokens pass over a block, the next block is prefetched from memory, at a pace
   // that does not fill the queue of misses; while the last tokens do, from L2 into L1.
   const int64_t shares = passes > 4 ? 4 : passes > 2 ? 2 : 1;
   constexpr int64_t kRuns = kBlockSteps / kRun;
-  // In memory, for each run of a call.
+  block.next = next;
+  int64_t done = 0;
+  for (int64_t i = 0; i < passes; ++i) {
+    const int64_t tokens = (a.tokens - done + passes - i - 1) / (passes - i);
+    const bool last = i == passes - 1;
+    if (last) block.next = next;
+    block.lines = next && (i < shares || last) ? lines / (last ? 1 : shares) : 0;
+    with_constant_tokens<kLeast, T>(tokens, [&]<int kTokens>() {
+      for (int64_t row = 0; row < kTileRows; row += R * kLanes) {
+        const int64_t at = done * kTileRows + row;
+        block_times_tokens<F, kInRegisters, R, kTokens>(block, row, acts + done, a.out + at);
+        block.next += block.lines * kRuns * 64;
+      }
+    });
+    done += tokens;
+  }
+}
+
+// All tokens, as in block_times_all.
+template <class F, bool kInRegisters, int R, int kLeast, int T>
+void many_tokens(const MatmulArgs& a, const char* last_unit) {
+  const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
+  const int64_t units = whole + (last_unit != nullptr);
+  const bool in_place = kUnpackLate<F> && a.rows == kTileRows;
+  const int64_t unit_bytes = a.rows * kUnitRowBytes<F>;
+  auto* const rows = reinterpret_cast<float*>(a.scratch + kUnpackedBytes);
   constexpr int64_t kLines = kRun * R * kUnitRowBytes<F> / (kSteps<F> * kUnitBytes);
   Segment segments[kMostSegments];
   int64_t u1;
@@ -253,23 +273,7 @@ void many_tokens(const MatmulArgs& a, const char* last_unit) {
       unpack_block<F>(a, u0, u1, last_unit, a.scratch);
     }
     const char* const next = u1 < whole ? a.tile + u1 * unit_bytes : a.next;
-    block.next = next;
-    int64_t done = 0;
-    for (int64_t i = 0; i < passes; ++i) {
-      const int64_t tokens = (a.tokens - done + passes - i - 1) / (passes - i);  // of equal size
-      const bool last = i == passes - 1;
-      if (last) block.next = next;
-      block.lines = next && (i < shares || last) ? kLines / (last ? 1 : shares) : 0;
-      with_constant_tokens<kLeastTokens<F, T>, T>(tokens, [&]<int kTokens>() {
-        for (int64_t row = 0; row < kTileRows; row += R * kLanes) {
-          const int64_t at = done * kTileRows + row;
-          block_times_tokens<Unpacked<F>, kInRegisters, R, kTokens>(block, row, acts + done,
-                                                                    a.out + at);
-          block.next += block.lines * kRuns * 64;
-        }
-      });
-      done += tokens;
-    }
+    block_times_all<Unpacked<F>, kInRegisters, R, kLeast, T>(a, block, next, kLines);
   }
 }
 

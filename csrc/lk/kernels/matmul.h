@@ -40,6 +40,19 @@ constexpr int64_t few_passes(bool short_segments) {
   return kBytes ? kTileRows : 6;
 }
 
+// How many tokens a pass of few_tokens takes. Two with activations of 16 bits and formats of
+// blocks, which take 8 bits by default where a pass may have more: there are many such formats, and
+// each number is one more loop to compile.
+template <class F, Registers kRegisters>
+constexpr int kFewTokens = kOwnScales<F> && F::Math::kActBytes == 2 ? min(kRegisters.few_tokens, 2)
+                                                                    : kRegisters.few_tokens;
+
+// Whether few_tokens is for whole tiles only. A matrix has one at most that is not whole, and with
+// fewer rows in a pass formats of blocks would take twice as long to compile. The blocks of AMX are
+// not for few tokens.
+template <class F>
+constexpr bool kWholeTilesOnly = kOwnScales<F> && !kAmx<F>;
+
 // All tokens in passes of few_tokens.
 template <class F, Registers kRegisters>
 void passes_of_few(const MatmulArgs& a, int64_t passes, const char* last_unit) {
@@ -57,12 +70,14 @@ void passes_of_few(const MatmulArgs& a, int64_t passes, const char* last_unit) {
         next_tile.begin = a.next + i * units * next_tile.stride;
       }
     }
-    with_constant_tokens<1, kRegisters.few_tokens>(pass.tokens, [&]<int T>() {
+    with_constant_tokens<1, kFewTokens<F, kRegisters>>(pass.tokens, [&]<int T>() {
       int64_t row = 0;
       for (; row + kRegisters.few_rows * kLanes <= a.rows; row += kRegisters.few_rows * kLanes) {
         few_tokens<F, kRegisters.few_rows, T>(pass, row, last_unit, next_tile);
       }
-      for (; row < a.rows; row += kLanes) few_tokens<F, 1, T>(pass, row, last_unit, next_tile);
+      if constexpr (!kWholeTilesOnly<F>) {
+        for (; row < a.rows; row += kLanes) few_tokens<F, 1, T>(pass, row, last_unit, next_tile);
+      }
     });
   }
 }
@@ -70,21 +85,29 @@ void passes_of_few(const MatmulArgs& a, int64_t passes, const char* last_unit) {
 // Few tokens in passes, many in blocks of weights.
 template <class F, Registers kRegisters>
 void few_or_many_tokens(const MatmulArgs& a, const char* last_unit) {
-  constexpr int kFew = kRegisters.few_tokens;
+  constexpr int kFew = kFewTokens<F, kRegisters>;
   const int64_t passes = (a.tokens + kFew - 1) / kFew;
-  constexpr int64_t kLeastMany = min(few_passes<F>(true), few_passes<F>(false)) * kFew + 1;
-  static_assert(kLeastMany >= kLeastTokens<F, kRegisters.many_tokens> &&
-                kLeastMany >= kLeastTokens<F, kRegisters.short_tokens>);
+  if constexpr (kWholeTilesOnly<F>) {
+    if (a.rows != kTileRows) {
+      return many_tokens<F, false, kRegisters.many_rows, 1, kRegisters.many_tokens>(a, last_unit);
+    }
+  }
+  // Of several passes of many_tokens, none has less than half of the most, because they are of
+  // equal size, and one alone may have as few as are left for it.
+  constexpr int kLeft = min(few_passes<F>(true), few_passes<F>(false)) * kFew + 1;
+  constexpr int kLeast = min((kRegisters.many_tokens + 1) / 2, kLeft);
+  constexpr int kShortLeast = min((kRegisters.short_tokens + 1) / 2, kLeft);
   const bool short_segments = segment_end<F>(a, 0, kBlockUnits<F>) * kSteps<F> <= kShortSteps<F>;
   if (passes <= few_passes<F>(short_segments)) {
     return passes_of_few<F, kRegisters>(a, passes, last_unit);
   }
   if constexpr (!kOneSum<F> && kRegisters.short_rows != 0) {
     if (short_segments) {
-      return many_tokens<F, true, kRegisters.short_rows, kRegisters.short_tokens>(a, last_unit);
+      return many_tokens<F, true, kRegisters.short_rows, kShortLeast, kRegisters.short_tokens>(
+          a, last_unit);
     }
   }
-  many_tokens<F, false, kRegisters.many_rows, kRegisters.many_tokens>(a, last_unit);
+  many_tokens<F, false, kRegisters.many_rows, kLeast, kRegisters.many_tokens>(a, last_unit);
 }
 
 // FormatKernels::matmul.

@@ -10,9 +10,7 @@
 
 namespace lk::LK_ISA {
 
-// A block is a run of K whose unpacked weights fit into MatmulArgs::scratch, and so into L1. Its
-// length is given in steps and in units.
-constexpr int64_t kBlockSteps = kUnpackedBytes / (kTileRows * 4);
+// The length of a block in units.
 template <class F>
 constexpr int64_t kBlockUnits = kBlockSteps / kSteps<F>;
 
@@ -70,13 +68,14 @@ inline __attribute__((always_inline)) void unpack_unit(const char* unit, UnitPla
 }
 
 // The scales of a group of weights, [kTileRows], followed for formats with zero points by what all
-// its weights are lower by.
+// its weights are lower by. Groups are loaded in their order, those of blocks F::kGroupsAtOnce at a
+// time.
 template <class F>
 constexpr int64_t kScaleRows = (1 + kZeroPoints<F>)*kTileRows;
 template <class F>
 void load_group(const MatmulArgs& a, int64_t group, float* out) {
   if constexpr (kOwnScales<F>) {
-    F::load_scales(a, group, out);
+    if (group % kGroupsAtOnce<F> == 0) F::load_scales(a, group, out);
   } else {
     load_scales(a, group, out);
     if constexpr (kZeroPoints<F>) load_zero_points(a, group, out, out + kTileRows);

@@ -9,6 +9,7 @@
 namespace lk::LK_ISA {
 
 struct Bf16Pairs : FloatSums<2> {
+  using Products = Bf16Pairs;
   using Weights = __m512bh;
   using Act = __m512bh;
 #if defined(__AMX_TILE__)

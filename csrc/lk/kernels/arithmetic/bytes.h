@@ -1,7 +1,8 @@
 // Arithmetic on four bytes: unsigned weights times signed activations, summed as integers.
 //
 // Weights are made unsigned by adding kOffset. The sum over a block begins with -kOffset times the
-// sum of its activations, so that it ends as that of the signed weights.
+// sum of its activations, so that it ends as that of the signed weights. ByteProducts is what does
+// not depend on kOffset.
 #pragma once
 
 #include "lk/kernels/arithmetic/activations.h"
@@ -28,8 +29,7 @@ float pack_bytes(const float* values, int64_t size, char* to, Each&& each) {
 #if defined(LK_VPDPBUSD)
 
 // vpdpbusd adds the products to an int32.
-template <int kOffset>
-struct Bytes : QuantisedActs<1> {
+struct ByteProducts : QuantisedActs<1> {
   using Weights = I32x16;
   using Sum = I32x16;
   using Act = IntVector;
@@ -39,8 +39,6 @@ struct Bytes : QuantisedActs<1> {
   static constexpr const char* kName = "int8";
 #endif
   static constexpr int kStepWeights = 4;
-  static constexpr int kMostBlockLog2 = kMostActBlockLog2;
-  static constexpr int kOutlierBlockLog2 = 5;
 
   static Sum begin(const char* info) {
     Sum sum;
@@ -69,14 +67,23 @@ struct Bytes : QuantisedActs<1> {
   static void multiply_tiles() {
     add_byte_tiles<kC, kA, kB>();
   }
+  static Sum from_tile(const char* p) { return {*reinterpret_cast<const IntVector*>(p)}; }
+#endif
+};
+
+template <int kOffset>
+struct Bytes : ByteProducts {
+  using Products = ByteProducts;
+  static constexpr int kMostBlockLog2 = kMostActBlockLog2;
+  static constexpr int kOutlierBlockLog2 = 5;
+
+#if defined(__AMX_TILE__)
   // Tiles hold signed weights, so that their sums need no correction.
   static Weights for_tiles(Weights w) {
     typedef uint8_t ByteVector __attribute__((vector_size(kVectorBytes)));
     return {(IntVector)((ByteVector)w.v[0] - static_cast<uint8_t>(kOffset))};
   }
-  static Sum from_tile(const char* p) { return {*reinterpret_cast<const IntVector*>(p)}; }
 #endif
-
   // Packs a block of activations. Returns their sum, as they were rounded.
   template <class F>
   static float pack(const float* values, char* row, int64_t block, int block_log2, int64_t k) {
@@ -99,15 +106,12 @@ struct Bytes : QuantisedActs<1> {
 // 32 products of int4 are at most 32 * 8 * 127 = 32512, 16 of e2m1 or of 5 bits are at most
 // 16 * 16 * 127, which is the same, and so are 8 of 6 bits. It does not matter that the sum may
 // wrap around before its end.
-template <int kOffset>
-struct Bytes : QuantisedActs<1> {
+struct ByteProducts : QuantisedActs<1> {
   using Weights = I32x16;
   using Sum = I32x16;  // two sums of 16 bits in each lane
   using Act = IntVector;
   static constexpr const char* kName = "int8";
   static constexpr int kStepWeights = 4;
-  static constexpr int kMostBlockLog2 = kOffset <= 8 ? 6 : kOffset <= 16 ? 5 : 4;
-  static constexpr int kOutlierBlockLog2 = 5;
 
   static Sum begin(const char* info) {
     Sum sum;
@@ -136,6 +140,26 @@ struct Bytes : QuantisedActs<1> {
     return QuantisedActs<1>::add(added(sum), scale, to);
   }
 
+ private:
+  // Both sums of each lane, added.
+  static I32x16 added(Sum sum) {
+    for (auto& v : sum.v) {
+#if defined(__AVX512F__)
+      v = (IntVector)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi16(1));
+#else
+      v = (IntVector)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi16(1));
+#endif
+    }
+    return sum;
+  }
+};
+
+template <int kOffset>
+struct Bytes : ByteProducts {
+  using Products = ByteProducts;
+  static constexpr int kMostBlockLog2 = kOffset <= 8 ? 6 : kOffset <= 16 ? 5 : 4;
+  static constexpr int kOutlierBlockLog2 = 5;
+
   // Packs a block of activations. Returns their sum, as they were rounded.
   template <class F>
   static float pack(const float* values, char* row, int64_t block, int block_log2, int64_t k) {
@@ -152,19 +176,6 @@ struct Bytes : QuantisedActs<1> {
     const BlockInfo info{scale * weight_unit<F>(), begin};
     std::memcpy(row + block_info_offset(k, block), &info, sizeof(info));
     return scale * static_cast<float>(sum);
-  }
-
- private:
-  // Both sums of each lane, added.
-  static I32x16 added(Sum sum) {
-    for (auto& v : sum.v) {
-#if defined(__AVX512F__)
-      v = (IntVector)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi16(1));
-#else
-      v = (IntVector)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi16(1));
-#endif
-    }
-    return sum;
   }
 };
 

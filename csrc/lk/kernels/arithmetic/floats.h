@@ -32,6 +32,7 @@ constexpr bool in_order() {
 }
 
 struct Floats : FloatSums<4> {
+  using Products = Floats;
   using Weights = F32x16;
   using Act = F32x16;
   static constexpr const char* kName = "float";

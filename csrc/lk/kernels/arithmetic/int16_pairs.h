@@ -13,6 +13,7 @@
 namespace lk::LK_ISA {
 
 struct Int16Pairs : QuantisedActs<2> {
+  using Products = Int16Pairs;
   using Weights = I32x16;
   using Sum = I32x16;
   using Act = IntVector;

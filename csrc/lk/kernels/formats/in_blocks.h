@@ -6,6 +6,7 @@
 #pragma once
 
 #include "lk/blocks.h"
+#include "lk/kernels/format_traits.h"
 #include "lk/kernels/formats/codes.h"
 
 namespace lk::LK_ISA {
@@ -22,22 +23,26 @@ struct BlockScales {
 };
 
 // Scales and minimums of blocks, by what one block keeps for 16 rows: Of. It is made once for all
-// groups of a block, because most of the time goes into its conversions. Of::kWeights is the size
-// of a block, Of::kGroup of a group, and Of::kWords and Of::kHalves count what the block keeps.
+// groups that are loaded at once, because most of the time goes into its conversions. Of::kWeights
+// is the size of a block, Of::kGroup of a group, and Of::kWords and Of::kHalves count what the
+// block keeps. Groups are loaded at once if they are of the same block and are unpacked at once,
+// kWeights weights long.
 //
 // What is loaded for a group is [kTileRows] scales, and as many minimums if Of::kLow.
-template <class Of>
+template <class Of, int64_t kWeights>
 struct ScalesOf {
   static constexpr int kGroupsInBlock = Of::kWeights / Of::kGroup;
+  static constexpr int kGroupsAtOnce = min(Of::kWeights, kWeights) / Of::kGroup;
 
+  // Those of kGroupsAtOnce groups from `group` on, which is a multiple of that.
   static __attribute__((noinline)) void load_scales(const MatmulArgs& a, int64_t group,
                                                     float* out) {
-    const int j = static_cast<int>(group % kGroupsInBlock);
-    load_groups(a, group / kGroupsInBlock, j, j + 1, out);
-  }
-  // Those of all groups of a block.
-  static __attribute__((noinline)) void load_block(const MatmulArgs& a, int64_t block, float* out) {
-    load_groups(a, block, 0, kGroupsInBlock, out);
+    const int64_t block = group / kGroupsInBlock;
+    const int64_t first = group % kGroupsInBlock;
+#pragma GCC unroll 4
+    for (int begin = 0; begin < kGroupsInBlock; begin += kGroupsAtOnce) {
+      if (begin == first) load_groups(a, block, begin, begin + kGroupsAtOnce, out);
+    }
   }
 
  private:
@@ -72,13 +77,15 @@ struct ScalesOf {
 };
 
 template <class Of, class C>
-struct InBlocks : C, ScalesOf<Of> {
+using ScalesOfBlocks = ScalesOf<Of, kBlockSteps * C::Math::kStepWeights>;
+template <class Of, class C>
+struct InBlocks : C, ScalesOfBlocks<Of, C> {
   static constexpr int kBlockWords = Of::kWords;
   static constexpr int kUnitsInBlock = Of::kWeights / C::kUnitWeights;
 };
 template <class Of, class C>
   requires(Of::kLow)
-struct InBlocks<Of, C> : C, ScalesOf<Of> {
+struct InBlocks<Of, C> : C, ScalesOfBlocks<Of, C> {
   static constexpr bool kZeroPoints = true;
 };
 
