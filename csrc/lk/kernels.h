@@ -122,7 +122,8 @@ constexpr int64_t kUnpackedBytes = 64 * kTileRows * 4;
 constexpr int64_t kScratchBytes = kUnpackedBytes + 2 * 16 * kTileRows * 4;
 
 struct FormatKernels {
-  // The instruction set that the functions are compiled for.
+  // The instruction set in whose table this is. The functions may be those of an older one, if
+  // newer instructions change nothing for the format.
   const char* isa;
   // What the weights are multiplied as: "float", "bf16", "int16" or "int8", or with AMX "bf16
   // tiles" or "int8 tiles".
@@ -182,14 +183,14 @@ struct Kernels {
   const FormatKernels& of(Format format) const { return formats[static_cast<int>(format)]; }
 };
 
-const Kernels& portable_kernels();
-const Kernels& avx2_kernels();
-const Kernels& avx2_vnni_kernels();
-const Kernels& avx512_kernels();
-const Kernels& avx512_vnni_kernels();
-const Kernels& avx512_vbmi_kernels();
-const Kernels& avx512_bf16_kernels();
-const Kernels& amx_kernels();
+const Kernels& portable_kernels() noexcept;
+const Kernels& avx2_kernels() noexcept;
+const Kernels& avx2_vnni_kernels() noexcept;
+const Kernels& avx512_kernels() noexcept;
+const Kernels& avx512_vnni_kernels() noexcept;
+const Kernels& avx512_vbmi_kernels() noexcept;
+const Kernels& avx512_bf16_kernels() noexcept;
+const Kernels& amx_kernels() noexcept;
 
 // The names of the kernels that this CPU can run, the one with the newest instructions last.
 std::vector<std::string> available_kernels();

@@ -3,8 +3,17 @@
 #include "lk/kernels/table.h"
 
 namespace lk {
+namespace amx {
 
-const Kernels& amx_kernels() {
+// What is multiplied in tiles.
+struct New {
+  template <class F>
+  static constexpr bool kFormat = kAmx<F>;
+};
+
+}  // namespace amx
+
+const Kernels& amx_kernels() noexcept {
   // For what does not use tiles; as in avx512_bf16.cpp.
   constexpr amx::Registers kRegisters{.few_rows = 4,
                                       .few_tokens = 5,
@@ -12,7 +21,8 @@ const Kernels& amx_kernels() {
                                       .many_tokens = 6,
                                       .short_rows = 2,
                                       .short_tokens = 7};
-  static constexpr Kernels kKernels = amx::kernels_table<kRegisters>("amx");
+  static const Kernels kKernels =
+      amx::newer_kernels_table<amx::New, kRegisters>("amx", avx512_bf16_kernels());
   return kKernels;
 }
 

@@ -4,11 +4,11 @@
 
 namespace lk {
 
-const Kernels& avx512_kernels() {
+const Kernels& avx512_kernels() noexcept {
   // Sums take 20 or 24 of the 32 registers; the others hold weights.
   constexpr avx512::Registers kRegisters{
       .few_rows = 4, .few_tokens = 5, .many_rows = 4, .many_tokens = 6};
-  static constexpr Kernels kKernels = avx512::kernels_table<kRegisters>("avx512");
+  static const Kernels kKernels = avx512::kernels_table<kRegisters>("avx512");
   return kKernels;
 }
 

@@ -1,19 +1,32 @@
 // AVX-512 with VNNI and VBMI: Intel since Ice Lake. Sapphire Rapids multiplies pairs of bf16 at
 // half the rate of floats, and so it does best with this (choice.h).
 #define LK_ISA avx512_vbmi
+#include <type_traits>
+
 #include "lk/kernels/table.h"
 
 namespace lk {
+namespace avx512_vbmi {
 
-const Kernels& avx512_vbmi_kernels() {
+// VBMI looks codes of fp8 up, and scales of mxfp4 and nvfp4.
+struct New {
+  template <class F>
+  static constexpr bool kFormat =
+      std::is_same_v<F, Fp8> || std::is_same_v<F, Fp4> || std::is_same_v<F, Fp4Act8>;
+};
+
+}  // namespace avx512_vbmi
+
+const Kernels& avx512_vbmi_kernels() noexcept {
   // Sums take 20 or 24 of the 32 registers; the others hold weights.
   constexpr avx512_vbmi::Registers kRegisters{.few_rows = 4,
                                               .few_tokens = 5,
                                               .many_rows = 4,
                                               .many_tokens = 6,
                                               .short_rows = 2,
-                                              .short_tokens = 6};
-  static constexpr Kernels kKernels = avx512_vbmi::kernels_table<kRegisters>("avx512_vbmi");
+                                              .short_tokens = 7};
+  static const Kernels kKernels = avx512_vbmi::newer_kernels_table<avx512_vbmi::New, kRegisters>(
+      "avx512_vbmi", avx512_vnni_kernels());
   return kKernels;
 }
 

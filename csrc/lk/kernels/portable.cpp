@@ -4,11 +4,11 @@
 
 namespace lk {
 
-const Kernels& portable_kernels() {
+const Kernels& portable_kernels() noexcept {
   // 16 lanes take four of the 16 registers, so sums take 8.
   constexpr portable::Registers kRegisters{
       .few_rows = 2, .few_tokens = 1, .many_rows = 1, .many_tokens = 2};
-  static constexpr Kernels kKernels = portable::kernels_table<kRegisters>("portable");
+  static const Kernels kKernels = portable::kernels_table<kRegisters>("portable");
   return kKernels;
 }
 
