@@ -14,7 +14,8 @@ bool has_avx2() {
          __builtin_cpu_supports("f16c");
 }
 
-#if defined(LK_EMULATE)
+#if !defined(LK_BEYOND_AVX2)
+#elif defined(LK_EMULATE)
 
 bool has_avx2_vnni() { return has_avx2(); }
 bool has_avx512() { return has_avx2(); }
@@ -54,6 +55,8 @@ constexpr Choice kChoices[] = {
     {"portable", [] { return true; }, portable_kernels},
 #if defined(__x86_64__)
     {"avx2", has_avx2, avx2_kernels},
+#endif
+#if defined(LK_BEYOND_AVX2)
     {"avx2_vnni", has_avx2_vnni, avx2_vnni_kernels},
     {"avx512", has_avx512, avx512_kernels},
     {"avx512_vnni", has_avx512_vnni, avx512_vnni_kernels},
