@@ -1,6 +1,7 @@
 """Tokenizers of GGUF files, compared with those of their models and with SentencePiece."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import gguf
 import pytest
 import tokenizers
 import transformers
+from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 from lvllm.checkpoint.gguf.folder import cache, configuration, present
 from lvllm.checkpoint.gguf.tokenizer import write_tokenizer
@@ -128,6 +132,112 @@ def test_where_a_text_is_cut(pre: str, wanted: list[str], tmp_path: Path) -> Non
     assert [text[begin:end] for _, (begin, end) in cutter.pre_tokenize_str(text)] == wanted
 
 
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+BY_THE_MODELS = {
+    "qwen35": [
+        rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}"
+    ],
+    "minimax-m2": [
+        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTIONS}?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTIONS}?"
+        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
+    ],
+    "pixtral": [
+        rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
+    ],
+    "deepseek-coder": [
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    ],
+}
+"""The regular expressions in the tokenizer.json of these models."""
+PIECES = [
+    *("the", "The", "THE", "model", "don't", "I'LL", "we've", "naïve", "e\u0301", "Straße"),
+    *("漢字", "モデル", "모델", "привет", "नमस्ते", "7", "2024", "½"),
+    *("x_1", "a/b", "//", "{}", "!!", "…"),
+    *(" ", "  ", "\t", "\n", "\r\n", "\n\n", " \n", "🙂", "\u00a0"),
+]
+
+
+def random_text(pieces: int = 40) -> str:
+    return "".join(random.choices(PIECES, k=pieces))
+
+
+def check_alike(ours: Any, theirs: tokenizers.Tokenizer, first: tuple[int, ...] = ()) -> None:
+    """Compare both on random texts."""
+    for _ in range(50):
+        text = random_text()
+        wanted = theirs.encode(text).ids
+        assert ours(text).input_ids == [*first, *wanted], text
+        assert ours.decode(wanted) == theirs.decode(wanted), text
+
+
+@pytest.mark.parametrize("pre", BY_THE_MODELS)
+def test_a_tokenizer_with_the_same_words_and_merges(pre: str, tmp_path: Path) -> None:
+    cuts: list[Any] = [
+        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        for pattern in BY_THE_MODELS[pre]
+    ]
+    if pre == "deepseek-coder":
+        cuts.append(pre_tokenizers.Digits(individual_digits=True))
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    theirs = tokenizers.Tokenizer(BPE(ignore_merges=pre == "pixtral"))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    theirs.decoder = decoders.ByteLevel()
+    if pre == "qwen35":
+        theirs.normalizer = normalizers.NFC()
+    trainer = BpeTrainer(
+        vocab_size=500,
+        show_progress=False,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    theirs.train_from_iterator([random_text(400) for _ in range(20)], trainer)
+    model = json.loads(theirs.to_str())["model"]
+    words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    merges = [" ".join(merge) for merge in model["merges"]]
+    assert len(merges) > 100
+    file = vocabulary(tmp_path / "x.gguf", words, {"<|end|>": 3}, merges, pre)
+    folder = present_tokenizer(file, tmp_path)
+    check_alike(transformers.AutoTokenizer.from_pretrained(folder), theirs)
+
+
+def test_words_of_gemma(tmp_path: Path) -> None:
+    """Spaces are written as SentencePiece does, and the file has the merges."""
+    control = ["<pad>", "<s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained = tokenizers.Tokenizer(BPE())
+    trained.normalizer = normalizers.Replace(" ", "\u2581")
+    trained.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    trainer = BpeTrainer(
+        vocab_size=600, show_progress=False, special_tokens=control, limit_alphabet=40
+    )
+    trained.train_from_iterator([random_text(400) for _ in range(20)], trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    assert len(merges) > 100
+    theirs = tokenizers.Tokenizer(
+        BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    theirs.normalizer = normalizers.Replace(" ", "\u2581")
+    theirs.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    kinds = {"<pad>": 3, "<s>": 3, "<unk>": 3} | dict.fromkeys(control[3:], 6)
+    file = vocabulary(
+        tmp_path / "x.gguf", words, kinds, [" ".join(one) for one in merges], "", model="gemma4"
+    )
+    folder = present_tokenizer(file, tmp_path)
+    ours = transformers.AutoTokenizer.from_pretrained(folder)
+    check_alike(ours, theirs, (words.index("<s>"),))
+
+
 def gguf_bytes() -> list[str]:
     """The words of single bytes, as byte-level tokenizers write them."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -150,6 +260,7 @@ def vocabulary(
     file.add_tokenizer_model(model)
     if scores is not None:
         file.add_token_scores(scores)
+    if model != "gpt2":
         file.add_bos_token_id(words.index("<s>"))
         file.add_unk_token_id(words.index("<unk>"))
     file.add_tokenizer_pre(pre)

@@ -276,7 +276,7 @@ def _sentences(of: _Vocabulary) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    prefixed = of.flag("add_space_prefix", True)
+    prefixed = of.flag("add_space_prefix", of.kind == SENTENCES)
     spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
     shown: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefixed:
