@@ -19,6 +19,7 @@ from lvllm.loading.reader import Reader
 from tests.checkpoint.test_gguf import refusal
 from tests.models.gguf import dequantised, write
 from tests.models.gguf_families import FAMILIES as WRITTEN
+from tests.models.gguf_families import longrope
 from tests.models.make import make
 
 
@@ -69,7 +70,9 @@ FAMILIES = (
     "nemotron_h",
     "minimax_m2",
     "mixtral",
+    "phimoe",
 )
+CHANGES: dict[str, dict[str, Any]] = {"phimoe": {"rope_parameters": longrope()}}
 
 
 def one_by_one(name: str, values: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -98,7 +101,7 @@ def one_by_one(name: str, values: torch.Tensor) -> list[tuple[str, torch.Tensor]
 def test_every_family_has_its_configuration_names_and_values(family: str, tmp_path: Path) -> None:
     """Tensors that files have in parts or in another order come as they are in checkpoints."""
 
-    plain = make(family, tmp_path / "plain", 7)
+    plain = make(family, tmp_path / "plain", 7, **CHANGES.get(family, {}))
     weights = load_file(plain / "model.safetensors")
     for weight in weights.values():
         if weight.dim() == 1:  # norms are all 1 otherwise, and biases 0

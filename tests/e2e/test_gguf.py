@@ -11,6 +11,7 @@ from tests.e2e.generate import ONE_PROCESS, generate
 from tests.e2e.server import fail_to_serve
 from tests.e2e.test_exactness import check_against_reference, prompts
 from tests.models.gguf import dequantised, write
+from tests.models.gguf_families import longrope
 from tests.models.make import make
 
 EXPERTS = {
@@ -113,6 +114,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "gpt_oss": {"num_hidden_layers": 3},  # the third one is in MXFP4, as published files are
     "gemma4": {"moe_intermediate_size": 64},
     "nemotron_h": {"moe_intermediate_size": 64},
+    # Stock vLLM and transformers differ in contexts that are longer than the original ones.
+    "phimoe": {"intermediate_size": 64, "rope_parameters": longrope(4096)},
 }
 """One of each kind that vLLM loads in a way of its own. `tests/checkpoint/test_gguf_families.py`
 compares the configuration and the tensors of all families."""

@@ -180,7 +180,16 @@ def _tensors(folder: Path, config: Mapping[str, Any], family: Family, kind: Choi
                 found[called] = np.ascontiguousarray(values), kind(called)
     for called, stack in stacks.items():
         found[called] = np.stack([stack[number] for number in sorted(stack)]), kind(called)
-    return found | _drafting(config, found)
+    return found | _drafting(config, found) | _factors(config)
+
+
+def _factors(config: Mapping[str, Any]) -> Tensors:
+    """LongRoPE's factors, which only the file has as tensors."""
+    return {
+        f"rope_factors_{name}.weight": (np.array(config[f"{name}_factor"], np.float32), Type.F32)
+        for name in ("long", "short")
+        if config.get("rope_type") == "longrope"
+    }
 
 
 def _drafting(config: Mapping[str, Any], tensors: Tensors) -> Tensors:

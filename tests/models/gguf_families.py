@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = ["FAMILIES", "Family", "longrope"]
 
 Config = Mapping[str, Any]
 Fields = dict[str, Any]
@@ -47,6 +47,19 @@ def plain(config: Config) -> Fields:
         found["block_count"] = config["num_hidden_layers"] + drafting
         found["nextn_predict_layers"] = drafting
     return found
+
+
+def longrope(original: int = 64) -> dict[str, Any]:
+    """LongRoPE for heads of 32, as Phi-3.5-MoE has it. Float32 holds the factors."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": original,
+        "short_factor": [1 + i / 16 for i in range(16)],
+        "long_factor": [2 + i / 8 for i in range(16)],
+        "short_mscale": 1.243163121016122,
+        "long_mscale": 1.243163121016122,
+    }
 
 
 def as_it_is(config: Config, name: str, values: np.ndarray) -> Arrays:
@@ -136,6 +149,15 @@ def _minimax(config: Config) -> Fields:
 def _mixtral(config: Config) -> Fields:
     size = config["hidden_size"] // config["num_attention_heads"]
     return plain(config) | {"rope.dimension_count": size}
+
+
+def _phi(config: Config) -> Fields:
+    return plain(config) | {
+        "attention.sliding_window": config.get("sliding_window") or 0,
+        "rope.dimension_count": config["hidden_size"] // config["num_attention_heads"],
+        "rope.scaling.original_context_length": config.get("original_max_position_embeddings"),
+        "rope.scaling.attn_factor": 1.19,
+    }
 
 
 def _pairs(config: Config, name: str, values: np.ndarray) -> Arrays:
@@ -307,5 +329,6 @@ FAMILIES = {
     "gemma4_text": Family("gemma4", _gemma4, _scales),
     "gpt_oss": Family("gpt-oss", _gpt_oss, _gate_and_up),
     "minimax_m2": Family("minimax-m2", _minimax),
+    "phimoe": Family("phimoe", _phi),
     "mixtral": Family("llama", _mixtral, _pairs),
 }

@@ -8,6 +8,7 @@ from lvllm.checkpoint.gguf.families import (
     gpt_oss,
     mixtral,
     nemotron,
+    phi,
     qwen,
     qwen_next,
 )
@@ -32,6 +33,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax-m2": mixtral.MINIMAX,
     "nemotron_h_moe": nemotron.NEMOTRON,
     "llama": mixtral.MIXTRAL,
+    "phimoe": phi.PHI,
 }
 """The families that are served, by the file's `general.architecture`."""
 
