@@ -87,16 +87,19 @@ def _folder() -> Path:
     return Path(spec.origin).parent / "lib"
 
 
+def library(name: str) -> ctypes.CDLL:
+    """One of ggml's libraries. Raises ImportError."""
+    path = _folder() / name
+    if not path.exists():
+        raise ImportError(f"no {path}")
+    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
 class _Ggml:
     """The functions of ggml and its CPU backend; each pointer is an integer."""
 
     def __init__(self) -> None:
-        libraries = []
-        for name in ("libggml-base.so", "libggml-cpu.so"):
-            path = _folder() / name
-            if not path.exists():
-                raise ImportError(f"no {path}")
-            libraries.append(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))
+        libraries = [library(name) for name in ("libggml-base.so", "libggml-cpu.so")]
         for name, arguments in ARGUMENTS.items():
             function = next(getattr(lib, name) for lib in libraries if hasattr(lib, name))
             function.argtypes, function.restype = arguments, c_void_p
