@@ -17,7 +17,7 @@ from lvllm.checkpoint import Checkpoint, CheckpointError, model_files
 from lvllm.checkpoint.gguf.architectures import METHOD
 from lvllm.checkpoint.gguf.finding import gguf_of
 from lvllm.checkpoint.gguf.folder import is_presented, present
-from lvllm.errors import LvllmError
+from lvllm.errors import LvllmError, quoted
 from lvllm.faults import compiled, process, scratch
 from lvllm.formats import gguf
 from lvllm.handover import banks
@@ -75,6 +75,7 @@ def prepare(vllm_config: Any) -> None:
         vllm_config, cpus.this_machine(), gpu_distance.of_gpus(), limits.cpu_quota()
     )
     _check_checkpoint(vllm_config)
+    _check_sampling(vllm_config.model_config)
     room.check_open_files()
     _check_shared_memory(vllm_config.parallel_config)
     process.prepare()
@@ -141,10 +142,24 @@ def _given_config(path: str | None) -> dict[str, Any] | None:
 
 
 def check_files(arguments: Any) -> None:
-    """Check the small files in the local folders that vLLM's `EngineArgs` name.
+    """Check the local folders that vLLM's `EngineArgs` name, and the small files in them.
 
-    Raises CheckpointError.
+    Raises SettingError or CheckpointError.
     """
+    _check_folder("model", arguments.model)
+    _check_folder("hf-config-path", arguments.hf_config_path, "config.json", "params.json")
+    if arguments.generation_config not in ("auto", "vllm"):
+        _check_folder(
+            "generation-config",
+            arguments.generation_config,
+            *model_files.GENERATION,
+            model_files.CONFIG,
+        )
+    if arguments.tokenizer_mode != "mistral":
+        _check_folder("tokenizer", arguments.tokenizer)
+    speculative = arguments.speculative_config
+    draft = speculative.get("model") if isinstance(speculative, dict) else None
+    _check_folder("speculative-config.model", draft)
     overrides = arguments.hf_overrides
     overridden = overrides.keys() if isinstance(overrides, dict) else ()
     files = {arguments.hf_config_path or arguments.model: [model_files.CONFIG]}
@@ -155,9 +170,29 @@ def check_files(arguments: Any) -> None:
     if not arguments.skip_tokenizer_init:
         where = arguments.tokenizer or arguments.model
         files.setdefault(where, []).extend(model_files.TOKENIZER)
+    if isinstance(draft, str):
+        files.setdefault(draft, []).append(model_files.CONFIG)
     for folder, names in files.items():
         if Path(folder).is_dir():
             model_files.check(Path(folder), names, overridden)
+
+
+def _check_folder(option: str, given: object, *wanted: str) -> None:
+    """Raise SettingError if `given` is no folder, or one without any of the `wanted` files.
+
+    A name that is not on this machine is one of the hub, unless it is an absolute path. What is no
+    text is left to vLLM.
+    """
+    if not isinstance(given, str):
+        return
+    folder = Path(given)
+    if not os.path.lexists(folder):
+        if folder.is_absolute():
+            raise SettingError(f"{option}={quoted(given)}: No such file or directory")
+    elif not folder.is_dir():
+        raise SettingError(f"{option}={quoted(given)}: is no folder")
+    elif wanted and not any((folder / name).is_file() for name in wanted):
+        raise SettingError(f"{option}={quoted(given)}: has no {' or '.join(wanted)}")
 
 
 def check_compilation(arguments: Any) -> None:
@@ -256,6 +291,32 @@ def final_settings(
         bank=os.environ.get(banks.LOADS_FOR),
         prefill_engine=prefill,
     )
+
+
+def _check_sampling(model: Any) -> None:
+    """Raise SettingError for a default sampling parameter that is out of range.
+
+    With it, vLLM refuses each request that does not give a value of its own.
+    """
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    if model.runner_type != "generate":
+        return
+    for name, value in model.get_diff_sampling_param().items():
+        fault = "a number is wanted"
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                SamplingParams(**{name: value})
+                continue
+            except (VLLMValidationError, ValueError) as error:
+                fault = " ".join(str(error).split())
+        given = "max_new_tokens" if name == "max_tokens" else name
+        of = model.generation_config
+        source = "override-generation-config"
+        if given not in model.override_generation_config:
+            source = f"{model.model if of == 'auto' else of}: {model_files.GENERATION[0]}"
+        raise SettingError(f"{source}: {given}={quoted(value)} is not allowed: {fault}")
 
 
 def divide_host(vllm_config: Any, ranks: int) -> None:

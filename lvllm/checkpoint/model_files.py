@@ -16,7 +16,7 @@ from lvllm.checkpoint.files import open_regular
 from lvllm.checkpoint.headers import CheckpointError
 from lvllm.errors import quoted
 
-__all__ = ["CONFIG", "GENERATION", "TOKENIZER", "check", "config_of"]
+__all__ = ["CONFIG", "GENERATION", "TOKENIZER", "check", "config_of", "template_fault"]
 
 CONFIG = "config.json"
 TEMPLATE = "chat_template.jinja"
@@ -30,6 +30,8 @@ TOKENIZER = (
     "chat_template.json",
     TEMPLATE,
 )
+MOST_BYTES = 1 << 28
+"""A tokenizer.json of 256k tokens takes an eighth of it."""
 SECTIONS = ("quantization_config", "compression_config")
 """Where a config.json says how weights are quantised; the second is a former name of the first."""
 
@@ -99,7 +101,10 @@ def _text(file: Path) -> str | None:
     """The text in the file, or None if there is no file of that name."""
     try:
         with os.fdopen(open_regular(file), "rb") as opened:
-            return opened.read().decode()
+            data = opened.read(MOST_BYTES + 1)
+            if len(data) > MOST_BYTES:
+                raise CheckpointError(f"{file}: has more than {MOST_BYTES >> 20} MiB")
+            return data.decode()
     except FileNotFoundError:
         if file.is_symlink():
             raise CheckpointError(f"{file}: is a link to a file that is not there") from None
@@ -184,7 +189,14 @@ def _check_templates(file: Path, found: Any) -> None:
 
 
 def _check_template(file: Path, key: str, text: str) -> None:
-    """Refuse a chat template that transformers, which vLLM asks, cannot compile."""
+    if (fault := template_fault(text)) is not None:
+        raise CheckpointError(
+            f"{file}: {key}is no valid Jinja: {fault}; chats need it: correct it, or remove it"
+        )
+
+
+def template_fault(text: str) -> str | None:
+    """Why transformers, which vLLM asks, cannot compile a chat template; None: it can."""
     from jinja2 import TemplateError, TemplateSyntaxError
     from transformers.utils import chat_template_utils
 
@@ -192,10 +204,8 @@ def _check_template(file: Path, key: str, text: str) -> None:
         chat_template_utils._compile_jinja_template(text)
     except (TemplateError, RecursionError) as error:
         line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{file}: {key}is no valid Jinja: {line}{said}; chats need it: correct it, or remove it"
-        ) from None
+        return line + " ".join(str(error).split())[:200]
+    return None
 
 
 def _refuse(file: Path, key: str, value: Any, wanted: str) -> CheckpointError:

@@ -15,7 +15,16 @@ from typing import Any, NoReturn
 
 from lvllm.errors import LvllmError
 
-__all__ = ["end", "end_now", "follow", "in_one_line", "prepare", "refusal", "refusing"]
+__all__ = [
+    "end",
+    "end_now",
+    "follow",
+    "in_one_line",
+    "is_command",
+    "prepare",
+    "refusal",
+    "refusing",
+]
 
 _VARIABLE = "_LVLLM_FAILURE"
 """The environment variable with PROCESS:FILE DESCRIPTOR of the front process."""
@@ -29,17 +38,20 @@ def prepare() -> None:
     os.truncate(_path(), 0)  # an earlier model of this process may have failed
 
 
+def is_command() -> bool:
+    """Whether this process runs a command of vLLM, and not a program that uses it as a library."""
+    program = sys.argv[0] if sys.argv else ""
+    # The second is `python -m vllm.entrypoints...`.
+    return Path(program).name == "vllm" or "/vllm/entrypoints/" in program
+
+
 def refusal(line: str) -> BaseException:
     """What to raise where the front process cannot go on because of what `line` says.
 
     A command of vLLM prints the line and ends with exit code 1. A program that uses vLLM as a
     library gets an LvllmError, which is a ValueError.
     """
-    program = sys.argv[0] if sys.argv else ""
-    # The second is `python -m vllm.entrypoints...`.
-    if Path(program).name == "vllm" or "/vllm/entrypoints/" in program:
-        return SystemExit(f"lvllm: {line}")
-    return LvllmError(line)
+    return SystemExit(f"lvllm: {line}") if is_command() else LvllmError(line)
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from typing import Any
 
 import yaml
 
+from lvllm.errors import quoted
 from lvllm.patches.registry import patch
 
 __all__ = [
     "check_every_configuration",
     "check_heads_first",
+    "check_the_files_of_options",
     "pass_refusals_on",
     "read_the_file_exactly",
 ]
@@ -93,6 +95,31 @@ def read_the_file_exactly(original: Any) -> Any:
 
 
 @patch(
+    "vllm.utils.argparse_utils:FlexibleArgumentParser.parse_args",
+    signature="(self, args=None, namespace=None)",
+    why="A chat template, a certificate, an adapter or a plugin that cannot be read ends"
+    " `vllm serve` in a traceback, mostly once the model is loaded. A pipe in its place is waited"
+    " for, and of a plugin vLLM only logs that it is missing.",
+    upstream="none, because nothing was proposed yet",
+    until="vLLM looks at these files before it loads the model",
+)
+def check_the_files_of_options(original: Any) -> Any:
+    from lvllm.errors import LvllmError
+    from lvllm.settings import option_files
+
+    def parse_args(self: Any, args: Any = None, namespace: Any = None) -> Any:
+        parsed = original(self, args, namespace)
+        if hasattr(parsed, "api_server_count"):  # It serves.
+            try:
+                option_files.check(vars(parsed))
+            except LvllmError as error:
+                raise SystemExit(f"lvllm: {error}") from None
+        return parsed
+
+    return parse_args
+
+
+@patch(
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
     signature="(self, usage_context=None, headless=False)",
     why="vLLM's configuration is a class of pydantic, which wraps a refusal of LvLLM in lines about"
@@ -133,6 +160,16 @@ def pass_refusals_on(original: Any) -> Any:
             line = model_names.explain(folder, self.hf_overrides, str(refusal))
             if line is not None:
                 raise process.refusal(line) from None
+            if process.is_command():
+                raise process.refusal(_in_one_line(error)) from None
             raise
 
     return create_engine_config
+
+
+def _in_one_line(error: Any) -> str:
+    """What a ValidationError says first, without the values of all other fields."""
+    found = error.errors()[0]
+    said = " ".join(found["msg"].removeprefix("Value error, ").split())
+    where = ".".join(map(str, found["loc"]))
+    return f"{where}={quoted(found['input'])} is not allowed: {said}" if where else said

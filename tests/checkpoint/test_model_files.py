@@ -46,6 +46,14 @@ def refused(folder: Path, file: str, fault: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_files_without_an_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_files, "MOST_BYTES", 1 << 20)
+    write(tmp_path)
+    os.truncate(tmp_path / name, 1 << 40)  # no block of it is on the disk
+    refused(tmp_path, name, "has more than 1 MiB")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_files_that_are_damaged(name: str, tmp_path: Path) -> None:
     write(tmp_path)
     model_files.check(tmp_path, NAMES)

@@ -82,6 +82,37 @@ def test_a_truncated_file_is_found_before_anything_starts(plain: Path, tmp_path:
     assert "truncated" in line
 
 
+@pytest.mark.parametrize(
+    ("option", "made", "said"),
+    [
+        ("--chat-template", os.mkfifo, "not a regular file"),
+        ("--tokenizer", os.mkfifo, "is no folder"),
+        ("--generation-config", os.mkdir, "has no generation_config.json or config.json"),
+        ("--hf-config-path", os.mkdir, "has no config.json or params.json"),
+    ],
+)
+def test_files_of_options(
+    option: str, made: Callable[[Path], None], said: str, plain: Path, tmp_path: Path
+) -> None:
+    given = tmp_path / "given"
+    made(given)
+    line = refused(plain, option, str(given))
+    assert str(given) in line
+    assert line.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ('{"temperature": "hot"}', "temperature='hot' is not allowed: a number is wanted"),
+        ('{"top_p": 7}', "top_p=7 is not allowed: top_p must be in (0, 1]"),
+        ("[1]", "override_generation_config=[1] is not allowed: Input should be a valid dict"),
+    ],
+)
+def test_sampling_parameters_by_default(given: str, said: str, plain: Path) -> None:
+    assert said in refused(plain, "--override-generation-config", given)
+
+
 def test_an_unknown_model_ends_before_anything_starts(plain: Path, tmp_path: Path) -> None:
     model, _ = copy(plain, tmp_path / "model", lambda file: None)
     config = model / "config.json"
