@@ -4,14 +4,18 @@ vLLM's processes wait for messages of their parent. If that one is killed with S
 for ever, and with them the memory of the experts stays in use. Linux can send a signal at a
 parent's end (PR_SET_PDEATHSIG), but it takes the thread that made the process for the parent: an
 engine that a program makes in a thread would end with that thread. So a thread of each process
-waits for the end of the pipe that multiprocessing keeps open in the parent.
+waits for the end of the pipe that multiprocessing keeps open in the parent. While a process is
+stopped (SIGSTOP), that thread does nothing. So the kernel is asked as well where the parent's main
+thread made the process, as in vLLM's own commands: that thread lives as long as its process.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 from multiprocessing.util import register_after_fork
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -19,6 +23,9 @@ __all__ = ["GuardedTarget", "end_with_the_parent"]
 
 PROCESSES = ("EngineCore", "VllmWorker", "ApiServer", "VLLM_DP_Coordinator")
 """How the names begin that vLLM gives its processes. Those of a user's own program are his."""
+
+SIGNAL_AT_PARENTS_END = 1
+"""PR_SET_PDEATHSIG of prctl."""
 
 _guarded: int | None = None
 """The process that was asked last; a forked process has none of its parent's threads."""
@@ -37,11 +44,27 @@ def end_with_the_parent() -> None:
     if parent is None or not multiprocessing.current_process().name.startswith(PROCESSES):
         return
 
+    if parent.pid is not None:
+        _end_with_the_main_thread(parent.pid)
+
     def wait() -> None:
         parent.join()  # This returns at once if the parent has ended before.
         os.kill(os.getpid(), signal.SIGKILL)
 
     Thread(target=wait, name="lvllm-parent", daemon=True).start()
+
+
+def _end_with_the_main_thread(parent: int) -> None:
+    """Let the kernel kill this process when its parent has ended, if its main thread made this one.
+
+    If the parent has ended before, the pipe says so.
+    """
+    try:
+        made = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:  # The parent has ended, or the kernel has no such file.
+        return
+    if str(os.getpid()) in made:
+        ctypes.CDLL(None).prctl(SIGNAL_AT_PARENTS_END, signal.SIGKILL, 0, 0, 0)
 
 
 class GuardedTarget:

@@ -5,9 +5,11 @@
 FD is the reading end of a pipe whose writing end the caller keeps open. The kernel closes it
 however the caller ends, with SIGKILL too. The guardian leads a session of its own, so that one
 signal reaches every process of the server: vLLM's engine processes outlive a server that is killed
-while it starts, and a SIGTERM that comes at that time is lost.
+while it starts, and a SIGTERM that comes at that time is lost. If the guardian itself is killed,
+the kernel kills the server.
 """
 
+import ctypes
 import os
 import select
 import signal
@@ -15,21 +17,35 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 
 STOP_SECONDS = 20
 """How long the server has to end by itself."""
+
+SIGNAL_AT_PARENTS_END = 1
+"""PR_SET_PDEATHSIG of prctl. It means the thread that made the process: the guardian's only one."""
+
+LIBC = ctypes.CDLL(None)
 
 
 def guard(pipe: int, command: list[str]) -> int:
     """Run `command` until it ends or `pipe` is closed. Returns its exit code."""
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(one, lambda *_: None)  # The server would inherit SIG_IGN.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    ending = partial(_end_with, os.getpid())
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=ending)
     while process.poll() is None:
         readable, _, _ = select.select([pipe], [], [], 0.2)
         if readable:
             _stop(process)
     return process.returncode
+
+
+def _end_with(parent: int) -> None:
+    """In the child: let the kernel kill this process when its `parent` has ended."""
+    LIBC.prctl(SIGNAL_AT_PARENTS_END, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # It ended before.
+        os._exit(1)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

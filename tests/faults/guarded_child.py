@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from threading import Thread
 
 from lvllm.faults.orphans import GuardedTarget, end_with_the_parent
 
@@ -29,7 +30,12 @@ if __name__ == "__main__":
     method, name, how = sys.argv[1:]
     multiprocessing.set_start_method(method)
     end_with_the_parent()  # In the front process, it does nothing but prepare for forks.
-    target = live_as_a_worker if how == "plugin" else GuardedTarget(find, live)
+    target = GuardedTarget(find, live) if how == "target" else live_as_a_worker
     process = multiprocessing.Process(target=target, name=name)
-    process.start()
+    if how == "thread":
+        thread = Thread(target=process.start)
+        thread.start()
+        thread.join()
+    else:
+        process.start()
     process.join()

@@ -67,6 +67,38 @@ def test_a_child_ends_with_a_killed_parent(
     assert until(lambda: starts(child) != began)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [("spawn", "EngineCore_DP1", "plugin"), ("fork", "VllmWorker-0", "plugin")],
+    indirect=True,
+)
+def test_a_stopped_child_ends_with_a_killed_parent(
+    family: tuple["subprocess.Popen[str]", int],
+) -> None:
+    parent, child = family
+    began = starts(child)
+    os.kill(child, signal.SIGSTOP)
+    parent.kill()
+    parent.wait()
+    assert until(lambda: starts(child) != began)
+
+
+@pytest.mark.parametrize("family", [("spawn", "EngineCore", "thread")], indirect=True)
+def test_a_child_outlives_the_thread_that_made_it(
+    family: tuple["subprocess.Popen[str]", int],
+) -> None:
+    """A program may make its engine in a thread that ends."""
+    parent, child = family
+    began = starts(child)
+    threads = Path(f"/proc/{parent.pid}/task")
+    assert until(lambda: len([*threads.iterdir()]) == 1)
+    time.sleep(0.5)
+    assert starts(child) == began
+    parent.kill()
+    parent.wait()
+    assert until(lambda: starts(child) != began)
+
+
 @pytest.mark.parametrize("family", [("fork", "Process-1", "plugin")], indirect=True)
 def test_processes_of_a_users_program_are_left_alone(
     family: tuple["subprocess.Popen[str]", int],

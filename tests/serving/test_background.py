@@ -82,6 +82,27 @@ def test_it_ends_when_the_chat_is_killed(signal: str, tmp_path: Path) -> None:
     assert ends(child_of(log))
 
 
+def test_a_server_ends_with_a_killed_guardian() -> None:
+    from lvllm.serving import guardian
+
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, guardian.__file__, str(reading), sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=(reading,),
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        server = int(process.stdout.readline())
+        process.kill()
+        assert ends(server)
+    os.close(reading)
+    os.close(writing)
+
+
 def test_a_server_that_ignores_sigterm_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
