@@ -4,17 +4,20 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from http import HTTPStatus
 from multiprocessing import connection
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm.exceptions import GenerationError, GracefulHTTPError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from lvllm.faults import scratch
 
 __all__ = [
     "ServerStopped",
+    "end_calls_with_the_engine",
     "end_open_requests",
     "end_with_the_coordinator",
     "note_a_death",
@@ -27,6 +30,7 @@ ENDING_SECONDS = 5
 """How long a process may take from the end of its pipes to its own."""
 
 _death: str | None = None
+_was_shut_down = False
 
 
 class ServerStopped(GracefulHTTPError, GenerationError):
@@ -56,15 +60,31 @@ def end_open_requests(engine: Any) -> None:
 
 
 def note_a_death(engine: Any) -> None:
-    """Note the process of vLLM's `AsyncLLM` that has died without having been asked to end."""
-    global _death
+    """Note why vLLM's `AsyncLLM` is shut down, unless this process was asked for it by a signal.
+
+    After a signal, vLLM shuts it down in another thread than the main one. The engine may have got
+    the signal as well, and have ended before.
+    """
+    global _death, _was_shut_down
     # An AsyncLLM whose construction failed has no engine core.
-    resources = getattr(getattr(engine, "engine_core", None), "resources", None)
+    resources: Any = getattr(getattr(engine, "engine_core", None), "resources", None)
     manager = getattr(resources, "engine_manager", None)
-    name = getattr(manager, "failed_proc_name", None)
-    if manager is None or name is None or _death is not None:
+    if manager is None or _was_shut_down or _death is not None:
         return
-    _death = _line(name, manager.finished_procs().get(name))
+    _was_shut_down = True  # From now on, vLLM calls its engine dead.
+    ended: dict[str, int] = getattr(manager, "finished_procs", dict)()  # Ray's manager has none.
+    name = manager.failed_proc_name
+    if name is None and resources.engine_dead and _in_main_thread():
+        # An engine that was sent SIGTERM ends with status 0, which vLLM calls no failure. One that
+        # has lost a worker tells its client, and may still be there.
+        name = next(iter(ended), None)
+        _death = "the engine has met an error, which the log names, so the server ends"
+    if name is not None:
+        _death = _line(name, ended.get(name))
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def end_with_the_coordinator(client: Any) -> None:
@@ -90,21 +110,53 @@ def end_with_the_coordinator(client: Any) -> None:
     threading.Thread(target=wait, name="lvllm-coordinator", daemon=True).start()
 
 
-def wait_for_a_death(processes: Sequence[Any]) -> None:
-    """Wait until all API servers, engines and coordinators of a server have ended.
+def end_calls_with_the_engine(client: Any) -> None:
+    """Let open calls of vLLM's `MPClient` to its engine fail once the engine has ended.
 
-    When one dies, the others are killed, and SystemExit says which one it was. With SIGTERM they
-    would wait for each other for some seconds.
+    vLLM refuses calls from then on, and waits for ever for the results of earlier ones. A server
+    makes its last ones shortly before it answers requests.
+    """
+    resources, calls = client.resources, client.utility_results
+    processes = getattr(resources.engine_manager, "processes", None)
+    if not processes:  # Ray's actors are no processes of this host.
+        return
+
+    def wait() -> None:
+        connection.wait([process.sentinel for process in processes])
+        while not resources.engine_dead:  # A thread of vLLM sets it; until then, calls may come.
+            time.sleep(0.05)
+        for call in list(calls.values()):
+            _fail(call)
+
+    threading.Thread(target=wait, name="lvllm-calls", daemon=True).start()
+
+
+def _fail(call: Any) -> None:
+    """End a future of asyncio or, in a client without an event loop, of concurrent.futures."""
+
+    def fail() -> None:
+        if not call.done():
+            call.set_exception(EngineDeadError())
+
+    if not isinstance(call, asyncio.Future):
+        fail()
+    elif not call.get_loop().is_closed():
+        call.get_loop().call_soon_threadsafe(fail)
+
+
+def wait_for_a_death(processes: Sequence[Any]) -> NoReturn:
+    """Wait until one of a server's API servers, engines and coordinators has ended.
+
+    None of them ends by itself, and one that was sent SIGTERM ends with status 0. The others are
+    killed, and SystemExit says which one it was. With SIGTERM they would wait for each other for
+    some seconds.
     """
     waiting: dict[Any, Any] = {process.sentinel: process for process in processes}
-    while waiting:
-        for sentinel in connection.wait(list(waiting)):
-            ended = waiting.pop(sentinel)
-            if (status := _status(ended)) == 0:
-                continue
-            for process in waiting.values():
-                process.kill()
-            raise SystemExit(f"lvllm: {_line(ended.name, status)}")
+    ended = waiting.pop(connection.wait(list(waiting))[0])
+    status = _status(ended)
+    for process in waiting.values():
+        process.kill()
+    raise SystemExit(f"lvllm: {_line(ended.name, status)}")
 
 
 def _status(process: Any) -> int | None:
@@ -138,7 +190,7 @@ def stop_at_once() -> None:
     vLLM raises KeyboardInterrupt for them, which is lost where Python calls back from C code, and
     the server goes on. The other processes end with this one.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         return  # Only the main thread may set handlers, and only it gets signals.
 
     def stop(number: int, _frame: object) -> None:

@@ -139,6 +139,8 @@ def end_open_requests(original: Any) -> Any:
     until="vLLM ends with another status, and handles signals before it builds the engine",
 )
 def say_who_died(original: Any) -> Any:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     from lvllm.faults import shutdown as stopping
 
     async def run_server_worker(
@@ -150,7 +152,11 @@ def say_who_died(original: Any) -> Any:
     ) -> None:
         if client_config is None:  # Of several API servers, the process that started them decides.
             stopping.stop_at_once()
-        await original(listen_address, sock, args, client_config, **uvicorn_kwargs)
+        try:
+            await original(listen_address, sock, args, client_config, **uvicorn_kwargs)
+        except EngineDeadError:
+            if stopping.noted_death() is None:
+                raise
         if (death := stopping.noted_death()) is not None:
             raise SystemExit(f"lvllm: {death}")
 
@@ -186,9 +192,10 @@ def say_who_died_of_several(original: Any) -> Any:
     "vllm.v1.engine.core_client:MPClient.start_engine_core_monitor",
     signature="(self)",
     why="With one API server, nobody notices when the process that coordinates data-parallel"
-    " replicas was killed, and replicas wait for it for ever.",
+    " replicas was killed, and replicas wait for it for ever. And a call to an engine that has"
+    " ended meanwhile never returns, so that a server hangs whose engine dies late in its start.",
     upstream="none, because nothing was proposed yet",
-    until="vLLM watches its coordinator as it does its engines",
+    until="vLLM watches its coordinator as it does its engines, and ends open calls with them",
 )
 def end_with_the_coordinator(original: Any) -> Any:
     from lvllm.faults import shutdown as stopping
@@ -196,5 +203,6 @@ def end_with_the_coordinator(original: Any) -> Any:
     def start_engine_core_monitor(self: Any) -> None:
         original(self)
         stopping.end_with_the_coordinator(self)
+        stopping.end_calls_with_the_engine(self)
 
     return start_engine_core_monitor

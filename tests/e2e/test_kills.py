@@ -2,11 +2,13 @@
 
 import os
 import random
+import re
 import signal
 import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -69,6 +71,41 @@ def test_a_killed_engine_is_named(temporary: Path, tmp_path: Path) -> None:
         assert server.process.wait() == 1
         said = server.log.read_text()
         assert said.count("lvllm: the process EngineCore was ended by SIGKILL") == 1, said
+    assert not left(temporary)
+
+
+@pytest.mark.parametrize(
+    ("process", "number", "said"),
+    [
+        # The engine ends a little later than its client hears of the worker.
+        (
+            "Worker",
+            signal.SIGKILL,
+            r"the (engine has met an error, which the log names|process EngineCore has ended with"
+            r" status 1)",
+        ),
+        ("EngineCore", signal.SIGTERM, "the process EngineCore has ended with status 0"),
+    ],
+)
+def test_a_server_without_its_engine_fails(
+    process: str, number: int, said: str, temporary: Path, tmp_path: Path
+) -> None:
+    """However the engine ends, a supervisor has to know that nobody asked for it."""
+    with start(tmp_path / "log", temporary).ready() as server:
+        with ThreadPoolExecutor(1) as pool:
+            worker = named(server, "Worker")
+            os.kill(worker, signal.SIGSTOP)  # Otherwise a fast CPU has answered by then.
+            vain = pool.submit(server.ask, [[5, 6, 7]], 480)
+            time.sleep(1)
+            os.kill(named(server, process), number)
+            os.kill(worker, signal.SIGCONT)
+            with suppress(openai.APIError):  # The engine may answer before it ends.
+                vain.result()
+        server.ended()
+        assert server.process.wait() == 1
+        lines = [line for line in server.log.read_text().splitlines() if "lvllm: " in line]
+        assert len(lines) == 1, server.said()
+        assert re.fullmatch(f"lvllm: {said}, so the server ends", lines[0]), lines
     assert not left(temporary)
 
 

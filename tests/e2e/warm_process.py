@@ -25,6 +25,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import IO, Any
 
+import setproctitle
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -260,6 +261,7 @@ def _fork_workers() -> None:
 
 def main() -> None:
     """The process that imports vLLM, and the processes that it forks."""
+    setproctitle.getproctitle()  # It looks for its place while the environment is still there.
     _import_vllm()
     environment, before, call = pickle.loads(_serve(socket.socket(fileno=int(sys.argv[1]))))
     _set_environment(environment)

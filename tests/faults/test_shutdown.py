@@ -1,15 +1,28 @@
 """Requests that are open when a server stops."""
 
 import asyncio
+import multiprocessing
+import time
+from concurrent.futures import Future
+from threading import Thread
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from lvllm.faults.shutdown import ServerStopped, end_open_requests
+from lvllm.faults import shutdown
+from lvllm.faults.shutdown import (
+    ServerStopped,
+    end_calls_with_the_engine,
+    end_open_requests,
+    note_a_death,
+    noted_death,
+)
 
 
 def test_the_client_sees_status_503() -> None:
@@ -40,3 +53,68 @@ def test_open_requests_are_told_in_the_thread_of_the_event_loop() -> None:
     end_open_requests(SimpleNamespace(output_handler=task, output_processor=None))
     end_open_requests(SimpleNamespace(output_handler=None))
     assert len(told) == 1
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutdown, "_death", None)
+    monkeypatch.setattr(shutdown, "_was_shut_down", False)
+
+
+def engine(dead: bool, failed: str | None = None, **ended: int) -> SimpleNamespace:
+    """What is looked at of vLLM's AsyncLLM."""
+    manager = SimpleNamespace(failed_proc_name=failed, finished_procs=lambda: ended)
+    resources = SimpleNamespace(engine_dead=dead, engine_manager=manager)
+    return SimpleNamespace(engine_core=SimpleNamespace(resources=resources))
+
+
+@pytest.mark.parametrize(
+    ("stopped", "said"),
+    [
+        (engine(False), None),
+        (engine(True), "the engine has met an error, which the log names, so the server ends"),
+        (engine(True, E=0), "the process E has ended with status 0, so the server ends"),
+        (engine(True, "E", E=-9), "the process E was ended by SIGKILL, so the server ends"),
+        (SimpleNamespace(), None),
+    ],
+)
+def test_who_died(stopped: SimpleNamespace, said: str | None) -> None:
+    note_a_death(stopped)
+    assert noted_death() == said
+    if hasattr(stopped, "engine_core"):
+        note_a_death(engine(True))  # It may be shut down twice.
+        assert noted_death() == said
+
+
+def test_an_engine_that_gets_the_servers_signal_has_not_died() -> None:
+    """A terminal and systemd send it to all processes, and vLLM stops in another thread then."""
+    thread = Thread(target=note_a_death, args=(engine(True, E=0),))
+    thread.start()
+    thread.join()
+    assert noted_death() is None
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_calls_fail_with_the_engine(asynchronous: bool) -> None:
+    """Calls that are open when the engine's process ends."""
+
+    async def ask() -> Exception | None:
+        loop = asyncio.get_running_loop()
+        call: Any = loop.create_future() if asynchronous else Future()
+        answered: Any = loop.create_future() if asynchronous else Future()
+        answered.set_result(1)
+        process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0.1,))
+        process.start()
+        manager = SimpleNamespace(processes=[process])
+        resources = SimpleNamespace(engine_manager=manager, engine_dead=False)
+        calls = {1: answered, 2: call}
+        end_calls_with_the_engine(SimpleNamespace(resources=resources, utility_results=calls))
+        await asyncio.to_thread(process.join)
+        assert not call.done()
+        resources.engine_dead = True
+        await asyncio.wait([call if asynchronous else asyncio.wrap_future(call)], timeout=60)
+        assert answered.result() == 1
+        found: Exception | None = call.exception()
+        return found
+
+    assert isinstance(asyncio.run(ask()), EngineDeadError)
