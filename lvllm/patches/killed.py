@@ -4,7 +4,7 @@ from typing import Any
 
 from lvllm.patches.registry import patch
 
-__all__ = ["end_the_coordinator", "several_ranks_meet", "single_rank_meets"]
+__all__ = ["end_the_coordinator", "end_the_engine", "several_ranks_meet", "single_rank_meets"]
 
 LEFT_BEHIND = "The file by which ranks find each other stays in /tmp if their process is killed."
 UPSTREAM = "none, because nothing was proposed yet"
@@ -62,3 +62,24 @@ def _run_coordinator() -> Any:
     from vllm.v1.engine.coordinator import DPCoordinatorProc
 
     return DPCoordinatorProc.run_coordinator
+
+
+@patch(
+    "vllm.v1.engine.core:EngineCoreProc.run_engine_core",
+    signature="(*args, dp_rank=0, local_dp_rank=0, **kwargs)",
+    why="An engine loads the plugins, in which it learns to end, after the front process has"
+    " answered its first message. It waits for that answer for 5 minutes, also where the front"
+    " process has ended.",
+    upstream=UPSTREAM,
+    until="vLLM's processes end with their parent",
+)
+def end_the_engine(original: Any) -> Any:
+    from lvllm.faults.orphans import GuardedTarget
+
+    return GuardedTarget(_run_engine, original)
+
+
+def _run_engine() -> Any:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    return EngineCoreProc.run_engine_core

@@ -38,11 +38,15 @@ def left(temporary: Path) -> list[Path]:
     return found + [path for path in temporary.iterdir() if stat.S_ISSOCK(path.stat().st_mode)]
 
 
+def title(process: int) -> str:
+    with suppress(OSError):  # It has ended.
+        return Path(f"/proc/{process}/cmdline").read_text()
+    return ""
+
+
 def named(server: Server, name: str) -> int:
     """The process that vLLM calls so."""
-    (found,) = (
-        pid for pid in server.processes() if name in Path(f"/proc/{pid}/cmdline").read_text()
-    )
+    (found,) = (pid for pid in server.processes() if name in title(pid))
     return found
 
 
@@ -51,6 +55,16 @@ def test_all_processes_end_with_a_killed_front_process(temporary: Path, tmp_path
         assert named(server, "EngineCore")
         assert named(server, "Worker")
         assert len(left(temporary)) == 1
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.ended()
+
+
+def test_an_engine_ends_before_it_knows_its_front_process(temporary: Path, tmp_path: Path) -> None:
+    """It has a title, and waits for an answer that tells it what to load."""
+    with start(tmp_path / "log", temporary) as server:
+        while not any("VLLM::EngineCore" in title(pid) for pid in server.processes()):
+            assert server.process.poll() is None, server.said()
+            time.sleep(0.01)
         os.kill(server.process.pid, signal.SIGKILL)
         server.ended()
 
