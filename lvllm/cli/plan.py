@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -49,8 +48,14 @@ AllowFp8 = Annotated[
 def plan(
     model: Annotated[str, typer.Argument(help=MODEL)],
     users: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 2048,
-    answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 256,
+    prompt: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a prompt; 2048 unless the context is shorter."),
+    ] = None,
+    answer: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of an answer; 256 unless the context is shorter."),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(min=1, help="The longest context in tokens; 8192 unless the model has less."),
@@ -97,7 +102,7 @@ def plan(
     try:
         found = _model(model)
         machine = machine_of(given, lambda: of_report(_report(machine_file)))
-        load = _load(found, Load(prompt=prompt, answer=answer, users=users), context)
+        load = _load(found, users, prompt, answer, context)
         experts = (UseWeight.KEEP, *allowed_experts(allow_int4, allow_int8, allow_fp8))
         result = choose(found, machine, load, experts=experts, int8_linear=allow_int8)
     except LvllmError as error:
@@ -123,16 +128,28 @@ def _model(model: str) -> shape.ModelShape:
     return shape.of_folder(source.folder_of(model), model)
 
 
-def _load(model: shape.ModelShape, load: Load, context: int | None) -> Load:
-    """The load with its context, which holds a prompt and an answer."""
-    needed = load.prompt + load.answer
+def _load(
+    model: shape.ModelShape,
+    users: int,
+    prompt: int | None,
+    answer: int | None,
+    context: int | None,
+) -> Load:
+    """The load, whose context holds a prompt and an answer."""
+    longest = context or model.context
+    if answer is None:
+        left = longest - prompt if prompt else longest // 8
+        answer = max(1, min(Load.answer, left))
+    if prompt is None:
+        prompt = max(1, min(Load.prompt, longest - answer))
+    needed = prompt + answer
     wanted = context or max(needed, min(Load.context, model.context))
     if wanted > model.context:
         named = "--context" if context else "--prompt and --answer"
         raise PlanError(f"{named}: {wanted} tokens; {model.name} was made for {model.context}")
     if wanted < needed:
         raise PlanError(f"--context {wanted}: --prompt and --answer are {needed} tokens together")
-    return replace(load, context=wanted)
+    return Load(prompt=prompt, answer=answer, users=users, context=wanted)
 
 
 def _report(path: Path | None) -> MachineReport:

@@ -33,12 +33,27 @@ def refusal(result: Result) -> str:
     return message
 
 
+def max_model_len(result: Result) -> int:
+    """That of the configuration that a plan prints."""
+    text = result.output.split("config.yaml\n\n", 1)[1].split("\n\n", 1)[0]
+    return int(yaml.safe_load(text)["max-model-len"])
+
+
 def test_a_described_machine() -> None:
     result = plan(TINY, *SMALL, *SERVER)
     assert result.exit_code == 0, result.output
     assert "everything on the CPU" in result.output
-    text = result.output.split("config.yaml\n\n", 1)[1].split("\n\n", 1)[0]
-    assert yaml.safe_load(text)["max-model-len"] == 512
+    assert max_model_len(result) == 512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "context"), [([], 1024), (["--context", "300"], 300), (["--prompt", "900"], 1024)]
+)
+def test_what_is_not_given_fits_a_short_context(arguments: list[str], context: int) -> None:
+    """The model was made for 1024 tokens, and a prompt has 2048 by default."""
+    result = plan(TINY, *arguments, *SERVER)
+    assert result.exit_code == 0, result.output
+    assert max_model_len(result) == context
 
 
 def test_this_machine_is_measured() -> None:
@@ -89,9 +104,12 @@ def test_without_a_way_to_use_the_gpu_it_needs_the_build_for_cpus() -> None:
         ([str(REPOSITORY)], f"{REPOSITORY}: the folder has no config.json"),
         ([f"{TINY}/config.json"], "config.json: a file; a folder with config.json"),
         (["no/such.gguf"], "no/such.gguf: no such file"),
-        ([TINY], "--prompt and --answer: 2304 tokens; "),
+        ([TINY, "--prompt", "1000", "--answer", "30"], "--prompt and --answer: 1030 tokens; "),
         ([TINY, "--context", "4096"], "--context: 4096 tokens; "),
-        ([TINY, "--context", "100"], "--context 100: --prompt and --answer are 2304 tokens"),
+        (
+            [TINY, "--context", "100", "--prompt", "100"],
+            "--context 100: --prompt and --answer are 101 tokens",
+        ),
         ([TINY, *SMALL, "--machine", "/no/file"], "--machine /no/file: No such file or directory"),
         ([TINY, *SMALL, "--isa", "neon"], "--isa neon: allowed are"),
     ],
