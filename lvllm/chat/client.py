@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 
 from lvllm.errors import LvllmError
+from lvllm.loopback import is_here
 
-__all__ = ["LOOPBACK", "Call", "ChatError", "Chunk", "Client"]
+__all__ = ["Call", "ChatError", "Chunk", "Client"]
 
 CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 1800.0
 """How long a server may say nothing: a prompt of 128 Ki tokens can take a CPU ten minutes."""
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 START = "`lvllm serve` starts one"
 
 
@@ -73,8 +73,7 @@ class Client:
             "timeout": httpx.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS),
             # Servers close idle connections after seconds, perhaps while a question is sent.
             "limits": httpx.Limits(max_keepalive_connections=0),
-            # A proxy of the environment cannot reach a server on this machine.
-            "trust_env": parsed.host not in LOOPBACK,
+            "trust_env": not is_here(url),
         }
         try:
             self._http = httpx.Client(**self._connection)

@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 
 from lvllm.api_key import VARIABLE
-from lvllm.chat.client import LOOPBACK, Client
+from lvllm.chat.client import Client
 from lvllm.cli.chat import ApiKey, System
 from lvllm.cli.serving_arguments import CONTEXT, Arguments, ExpertsPerToken, Verify, environment
 from lvllm.errors import LvllmError
+from lvllm.loopback import LOOPBACK
 
 if TYPE_CHECKING:
     from lvllm.webui.site import Site

@@ -8,6 +8,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from lvllm.errors import LvllmError
+from lvllm.loopback import is_here
 
 __all__ = ["Scrape", "TopError", "parse", "scrape"]
 
@@ -63,7 +64,7 @@ def scrape(url: str) -> Scrape:
     """
     address = f"{url.rstrip('/')}/metrics"
     try:
-        answer = httpx.get(address, timeout=SECONDS)
+        answer = httpx.get(address, timeout=SECONDS, trust_env=not is_here(address))
         answer.raise_for_status()
         found = parse(answer.text, time.monotonic())
     except httpx.HTTPStatusError as error:

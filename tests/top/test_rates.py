@@ -71,6 +71,14 @@ def test_a_server_that_began_anew(two: tuple[Scrape, Scrape]) -> None:
     assert rates.paths[0].gb_per_s is None
 
 
+def test_the_environments_proxy_is_not_asked_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with serving() as server:
+        assert scrape(server.url).sum("lvllm_bank_bytes") == 0
+
+
 def test_other_servers_are_refused_in_one_line() -> None:
     with serving() as server:
         assert scrape(server.url + "/").sum("lvllm_bank_bytes") == 0
