@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 import torch
 
 from lvllm.checkpoint.files import open_regular
-from lvllm.errors import LvllmError
+from lvllm.errors import LvllmError, readable
 
 __all__ = [
     "INDEX",
@@ -110,7 +110,8 @@ class Checkpoint:
             for name, file in placed.items():
                 if file not in files:
                     raise CheckpointError(
-                        f"{folder / index}: tensor {name!r} is in {file.name}, which is not there"
+                        f"{folder / index}: tensor {name!r} is in {readable(file.name)}, which"
+                        " is not there"
                     )
             files = sorted(set(placed.values()))
         if not files:
