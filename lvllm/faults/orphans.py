@@ -9,7 +9,6 @@ stopped (SIGSTOP), that thread does nothing. So the kernel is asked as well wher
 thread made the process, as in vLLM's own commands: that thread lives as long as its process.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,13 +18,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from lvllm.faults.parents_end import die_with_the_parent
+
 __all__ = ["GuardedTarget", "end_with_the_parent"]
 
 PROCESSES = ("EngineCore", "VllmWorker", "ApiServer", "VLLM_DP_Coordinator")
 """How the names begin that vLLM gives its processes. Those of a user's own program are his."""
-
-SIGNAL_AT_PARENTS_END = 1
-"""PR_SET_PDEATHSIG of prctl."""
 
 _guarded: int | None = None
 """The process that was asked last; a forked process has none of its parent's threads."""
@@ -64,7 +62,7 @@ def _end_with_the_main_thread(parent: int) -> None:
     except OSError:  # The parent has ended, or the kernel has no such file.
         return
     if str(os.getpid()) in made:
-        ctypes.CDLL(None).prctl(SIGNAL_AT_PARENTS_END, signal.SIGKILL, 0, 0, 0)
+        die_with_the_parent()
 
 
 class GuardedTarget:

@@ -9,7 +9,6 @@ while it starts, and a SIGTERM that comes at that time is lost. If the guardian 
 the kernel kills the server.
 """
 
-import ctypes
 import os
 import select
 import signal
@@ -19,13 +18,10 @@ import time
 from contextlib import suppress
 from functools import partial
 
+from lvllm.faults.parents_end import die_with_the_parent
+
 STOP_SECONDS = 20
 """How long the server has to end by itself."""
-
-SIGNAL_AT_PARENTS_END = 1
-"""PR_SET_PDEATHSIG of prctl. It means the thread that made the process: the guardian's only one."""
-
-LIBC = ctypes.CDLL(None)
 
 
 def guard(pipe: int, command: list[str]) -> int:
@@ -43,7 +39,7 @@ def guard(pipe: int, command: list[str]) -> int:
 
 def _end_with(parent: int) -> None:
     """In the child: let the kernel kill this process when its `parent` has ended."""
-    LIBC.prctl(SIGNAL_AT_PARENTS_END, signal.SIGKILL, 0, 0, 0)
+    die_with_the_parent()  # The guardian has one thread, which made this process.
     if os.getppid() != parent:  # It ended before.
         os._exit(1)
 
