@@ -3,6 +3,7 @@
 import struct
 from typing import Any
 
+from lvllm.checkpoint.files import OpenFile
 from lvllm.checkpoint.gguf.architecture import Architecture
 from lvllm.checkpoint.gguf.families.common import ATTENTION, NORMS, basics, experts, heads
 from lvllm.checkpoint.gguf.families.mixtral import ROUTED
@@ -56,12 +57,14 @@ def _factors(fields: Fields, name: str, count: int) -> list[float]:
         raise CheckpointError(f"{fields.header.file}: has no tensor {name!r}")
     if tensor.type != "F32" or tensor.shape != (count,):
         raise tensor.refuse(f"is {tensor.type} {list(tensor.shape)}, wanted is F32 [{count}]")
+    data = bytearray(tensor.nbytes)
     try:
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.start)
-            found = struct.unpack(f"<{count}f", file.read(tensor.nbytes))
+        OpenFile(tensor.file).fill(memoryview(data), tensor.start)
+    except EOFError:
+        raise tensor.refuse("truncated") from None
     except OSError as error:
         raise tensor.refuse(error.strerror or str(error)) from None
+    found = struct.unpack(f"<{count}f", data)
     if not all(0 < one < float("inf") for one in found):
         raise tensor.refuse("numbers greater than 0 are wanted")
     return list(found)
