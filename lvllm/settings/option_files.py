@@ -5,6 +5,7 @@ of a pipe, or goes on without the file. `checkpoint.model_files` checks those in
 """
 
 import json
+import os
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,18 +62,9 @@ def _text(option: str, path: str) -> str:
         raise _refuse(option, path, str(error)) from None
 
 
-def _exists(path: str) -> bool:
-    """Whether something has that name, be it a link to nothing or to itself."""
-    try:
-        Path(path).lstat()
-    except (OSError, ValueError):  # The text of a template may be too long for a name.
-        return False
-    return True
-
-
 def _check_template(template: str) -> None:
     text, option = template, "chat_template"
-    if _exists(template):
+    if os.path.lexists(template):  # False also for a text that is too long for a name.
         text = _text(option, template)
     elif not set(template) & set(MARKS):
         from vllm.transformers_utils.chat_templates.registry import CHAT_TEMPLATES_DIR
@@ -152,7 +144,7 @@ def _said(error: OSError) -> str:
 def _check_adapter(option: str, path: str) -> None:
     """An adapter is a local folder or, if nothing here has its name, one of the hub."""
     folder = Path(path).expanduser()
-    if not _exists(str(folder)):
+    if not os.path.lexists(folder):
         if folder.is_absolute():
             raise _refuse(option, path, "No such file or directory")
         return
