@@ -18,13 +18,11 @@ The servers are forked from a process that has imported vLLM. With --command the
 which take 30 s of CPU time each.
 """
 
-import ctypes
 import itertools
 import os
 import random
 import signal
 import stat
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,11 +40,10 @@ import typer
 from lvllm.errors import LvllmError
 from lvllm.evaluation import ask_server, load_questions, score
 from tests.e2e.generate import TINY
-from tests.e2e.server import CommandServer, Server
+from tests.e2e.mounts import mount_for_itself
+from tests.e2e.server import CommandServer, Server, title
 
 SHARED_MEMORY = Path("/dev/shm")
-NEW_MOUNTS = 0x20000
-"""CLONE_NEWNS."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
 MOMENTS = ("loading", "idle", "answering")
 SERVES = (str(TINY), "--max-model-len", "512", "--enforce-eager", "--served-model-name", "tiny")
@@ -105,17 +102,11 @@ def all_cells(kind: str) -> list[Cell]:
 
 def own_shared_memory() -> bool:
     """Give this process and its children a /dev/shm of their own; False: it may not."""
-    if ctypes.CDLL(None).unshare(NEW_MOUNTS) != 0:
+    try:
+        mount_for_itself(SHARED_MEMORY, "4g")
+    except OSError:
         return False
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4g", "none", SHARED_MEMORY], check=True)
     return True
-
-
-def title(process: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
-    return ""
 
 
 class Matrix:
@@ -130,6 +121,8 @@ class Matrix:
         self.slowest = 0.0
         self.server: Server | None = None
         self.kind = ""
+        self.said = ""
+        """What the last server that was ended had said."""
 
     def run(self, cell: Cell) -> None:
         """Raises Wrong, or AssertionError of a server that does not start."""
@@ -191,9 +184,7 @@ class Matrix:
         return [
             pid
             for pid in self.server.processes()
-            if pid != front
-            and title(pid).strip().startswith("VLLM::")
-            and cell.process in title(pid)
+            if pid != front and title(pid).startswith("VLLM::") and cell.process in title(pid)
         ]
 
     def _victim(self, cell: Cell) -> int:

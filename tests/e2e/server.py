@@ -56,6 +56,13 @@ def fail_to_serve(*arguments: str, command: bool = False, **environment: str) ->
         return code, errors.read()
 
 
+def title(process: int) -> str:
+    """What `ps` shows of a process; nothing once it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip()
+    return ""
+
+
 class Server:
     """A server in a session of its own, whose processes are killed when the block ends.
 

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.e2e.generate import TINY
-from tests.e2e.server import END_SECONDS, CommandServer, Server
+from tests.e2e.server import END_SECONDS, CommandServer, Server, title
 
 ARGUMENTS = (str(TINY), "--max-model-len", "512", "--enforce-eager")
 
@@ -36,12 +36,6 @@ def left(temporary: Path) -> list[Path]:
     """What processes use to find each other."""
     found = [*temporary.glob("vllm_dist_*"), *temporary.glob("lvllm-server-*")]
     return found + [path for path in temporary.iterdir() if stat.S_ISSOCK(path.stat().st_mode)]
-
-
-def title(process: int) -> str:
-    with suppress(OSError):  # It has ended.
-        return Path(f"/proc/{process}/cmdline").read_text()
-    return ""
 
 
 def named(server: Server, name: str) -> int:

@@ -22,14 +22,15 @@ import pytest
 
 from tests.e2e import hostile
 from tests.e2e.generate import TINY
+from tests.e2e.mounts import mount_for_itself
 from tests.e2e.server import END_SECONDS, Server, fail_to_serve
 from tests.e2e.test_hostile_requests import MODEL, VOCABULARY
 from tests.e2e.warm_process import Before, beginning_with
 
 ARGUMENTS = (str(TINY), "--served-model-name", MODEL, "--max-model-len", "512", "--enforce-eager")
 KV_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-NEW_MOUNTS, NO_HUGE_PAGES = 0x20000, 41
-"""CLONE_NEWNS, and PR_SET_THP_DISABLE of prctl."""
+NO_HUGE_PAGES = 41
+"""PR_SET_THP_DISABLE of prctl."""
 NO_NEW_PRIVILEGES, SECCOMP, FILTER = 38, 22, 2
 """PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP and SECCOMP_MODE_FILTER of prctl."""
 LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
@@ -47,10 +48,7 @@ def limit(number: int, most: int) -> None:
 
 def fill(folder: str) -> None:
     """Let this process and its children see a full file system in the place of `folder`."""
-    if LIBC.unshare(NEW_MOUNTS) != 0:
-        raise OSError(ctypes.get_errno(), "unshare")
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=True)
+    mount_for_itself(folder, "64k")
     # A few bytes are left, as on most full disks.
     (Path(folder) / "full").write_bytes(bytes(60 << 10))
 
