@@ -31,8 +31,8 @@ constexpr FormatKernels format_kernels(const char* isa) {
 #if defined(__AMX_TILE__)
   if constexpr (kAmx<F>) {
     kernels.gather_from = kAmxOnly<F> ? 1 : R.few_tokens + 1;
-    kernels.gather = amx_gather<F>;
-    kernels.gathered_bytes = amx_gathered_bytes<F>;
+    kernels.gather = amx_gather<Unpacked<F>>;
+    kernels.gathered_bytes = amx_gathered_bytes<Unpacked<F>>;
   }
 #endif
   return kernels;
