@@ -14,8 +14,7 @@ bool has_avx2() {
          __builtin_cpu_supports("f16c");
 }
 
-#if !defined(LK_BEYOND_AVX2)
-#elif defined(LK_EMULATE)
+#if defined(LK_BEYOND_AVX2) && defined(LK_EMULATE)
 
 bool has_avx2_vnni() { return has_avx2(); }
 bool has_avx512() { return has_avx2(); }
@@ -24,7 +23,7 @@ bool has_avx512_vbmi() { return has_avx2(); }
 bool has_avx512_bf16() { return has_avx2(); }
 bool has_amx() { return has_avx2(); }
 
-#else
+#elif defined(LK_BEYOND_AVX2)
 
 bool has_avx2_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 
