@@ -287,6 +287,31 @@ inline U32x16 gather(const uint32_t* table, U32x16 index) {
   return index;
 }
 
+// The two words of entry i of a table, for each lane i. With AVX2, lanes are loaded one by one,
+// which takes half as long as two instructions that gather, on Zen 3.
+inline void gather_pairs(const uint32_t* table, U32x16 index, U32x16* first, U32x16* second) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  uint32_t at[kLanes];
+  std::memcpy(at, &index, sizeof at);
+  const auto two_entries = [&](int lane) {
+    const auto* const entries = reinterpret_cast<const double*>(table);
+    return _mm_loadh_pd(_mm_load_sd(entries + at[lane]), entries + at[lane + 1]);
+  };
+  for (int i = 0; i < kVectors; ++i) {
+    const auto four_entries = [&](int lane) {
+      lane += i * kVectorLanes;
+      return _mm256_castpd_ps(_mm256_set_m128d(two_entries(lane + 4), two_entries(lane)));
+    };
+    const __m256 a = four_entries(0), b = four_entries(2);
+    first->v[i] = (UintVector)_mm256_shuffle_ps(a, b, 0x88);
+    second->v[i] = (UintVector)_mm256_shuffle_ps(a, b, 0xdd);
+  }
+#else
+  *first = gather(table, index << 1);
+  *second = gather(table + 1, index << 1);
+#endif
+}
+
 // Bits 4 n to 4 n + 3 of each lane, each as a byte of ones or of zeros.
 inline U32x16 bits_to_bytes(U32x16 a, int n) {
 #if defined(__AVX2__)

@@ -1,8 +1,8 @@
 // IQ1, IQ2 and IQ3 of GGUF (blocks.h): a code is the number of an entry of a table, which has four
 // or eight weights or their magnitudes.
 //
-// Entries are gathered, four weights of 16 rows at a time, which takes longer than all else. The
-// words of a unit are, in this order, its own and its bits of the block's words.
+// To find the entries of 16 rows takes about half of the time. The words of a unit are, in this
+// order, its own and its bits of the block's words.
 #pragma once
 
 #include "lk/kernels/formats/in_blocks.h"
@@ -48,8 +48,10 @@ struct Entries {
 // An entry of eight weights, in steps 2 k and 2 k + 1, with byte k of the signs.
 template <int kOffset>
 inline void signed_entry(const uint32_t* table, U32x16 index, U32x16 signs, int k, U32x16* step) {
-  step[2 * k] = with_signs<kOffset>(gather(table, index << 1), signs, 2 * k);
-  step[2 * k + 1] = with_signs<kOffset>(gather(table + 1, index << 1), signs, 2 * k + 1);
+  U32x16 first, second;
+  gather_pairs(table, index, &first, &second);
+  step[2 * k] = with_signs<kOffset>(first, signs, 2 * k);
+  step[2 * k + 1] = with_signs<kOffset>(second, signs, 2 * k + 1);
 }
 
 // Four bytes of entries; the block's word has four signs of seven bits.
@@ -116,10 +118,9 @@ struct Iq1 {
   static void entry(U32x16 index, U32x16 minus, int k, U32x16* step) {
     // No byte overflows.
     const U32x16 twice = (U32x16{} - minus) & 0x02020202;
-    for (int i = 0; i < 2; ++i) {
-      const U32x16 bytes = gather(codebooks::kIq1Times8Plus16 + i, index << 1);
-      step[2 * k + i] = bytes + 0x01010101 - twice;
-    }
+    U32x16 bytes[2];
+    gather_pairs(codebooks::kIq1Times8Plus16, index, &bytes[0], &bytes[1]);
+    for (int i = 0; i < 2; ++i) step[2 * k + i] = bytes[i] + 0x01010101 - twice;
   }
 };
 
