@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import hypothesis
 import pytest
+import torch
 
 from tests import seeds
 from tests.e2e import results
@@ -19,8 +20,10 @@ for name in list(os.environ):
         del os.environ[name]
 if "PYTEST_XDIST_WORKER" in os.environ:
     # As many tests run side by side as there are cores. PyTorch's threads spin while they wait for
-    # each other, and with two for each test on two cores the tests took a sixth longer.
+    # each other: with two for each test on two cores, answers of a small model that take 1 s took
+    # 70 s. The variable is for the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # By default an example that takes more than 200 ms fails, but no test here asserts a time.
 hypothesis.settings.register_profile("untimed", deadline=None)
