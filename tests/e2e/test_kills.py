@@ -45,7 +45,7 @@ def named(server: Server, name: str) -> int:
 
 
 def test_all_processes_end_with_a_killed_front_process(temporary: Path, tmp_path: Path) -> None:
-    with start(tmp_path / "log", temporary, CommandServer).ready() as server:
+    with start(tmp_path / "log", temporary).ready() as server:
         assert named(server, "EngineCore")
         assert named(server, "Worker")
         assert len(left(temporary)) == 1
@@ -122,7 +122,7 @@ def test_a_killed_coordinator_is_named(servers: int, temporary: Path, tmp_path: 
     """Of two replicas, with one process that answers requests and with one for each replica."""
     replicas = ("--data-parallel-size", "2", "--api-server-count", str(servers))
     variables = {"TMPDIR": str(temporary), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with CommandServer(tmp_path / "log", *ARGUMENTS, *replicas, **variables).ready() as server:
+    with Server(tmp_path / "log", *ARGUMENTS, *replicas, **variables).ready() as server:
         os.kill(named(server, "DPCoordinator"), signal.SIGKILL)
         server.ended()
         assert server.process.wait() == 1

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from examples.demo import server
+from tests.e2e.server import Server
 from tests.models.make import VOCABULARY, make
 
 # (layer, expert, projection, row, column): the first rank holds the first half of the columns of
@@ -83,8 +83,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         *("--kv-cache-memory-bytes", str(16 << 20)),
     )
     log = tmp / "log"
-    with server(log, str(broken), *arguments, TORCHDYNAMO_DISABLE="1") as url:
-        yield plain, f"{url}/v1", broken, log
+    with Server(log, str(broken), *arguments, TORCHDYNAMO_DISABLE="1").ready() as server:
+        yield plain, f"{server.url}/v1", broken, log
 
 
 def test_only_requests_that_meet_a_nan_fail(served: tuple[Path, str, Path, Path]) -> None:

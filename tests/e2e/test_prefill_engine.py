@@ -19,8 +19,8 @@ import httpx
 import openai
 import pytest
 
-from examples.demo import server
 from tests.e2e.generate import DEFAULTS, ONE_PROCESS, call
+from tests.e2e.server import Server, title
 from tests.models.make import VOCABULARY, make
 
 LONG = 64
@@ -79,26 +79,33 @@ def run(options: dict[str, Any], prompts: list[list[int]], result: str) -> None:
 class Pair:
     """A server of two engines."""
 
-    url: str
-    log: Path
+    server: Server
 
     @property
     def prefill_engine(self) -> int:
         """Its process."""
-        found = re.search(r"are prefilled by process (\d+)", self.log.read_text())
+        found = re.search(r"are prefilled by process (\d+)", self.server.log.read_text())
         assert found is not None
         return int(found[1])
 
     @property
     def decoding_engine(self) -> int:
-        return _parent(self.prefill_engine)
+        """The other engine's process."""
+        (found,) = (
+            process
+            for process in self.server.processes()
+            if "EngineCore" in title(process) and process != self.prefill_engine
+        )
+        return found
 
     def ask(self, prompt: list[int], **options: Any) -> list[Asked]:
         """The answers to a prompt, without what other prompts left in the caches."""
         asked: dict[str, Any] = {"max_tokens": 12, "logprobs": 1, "temperature": 0} | options
         extra = {name: asked.pop(name) for name in ("prompt_logprobs",) if name in asked}
         salt = {"cache_salt": asked.pop("salt", str(random.random()))}
-        with openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as client:
+        with openai.OpenAI(
+            base_url=f"{self.server.url}/v1", api_key="none", max_retries=0
+        ) as client:
             answer: Any = client.completions.create(
                 model="m",
                 prompt=prompt,
@@ -114,7 +121,9 @@ class Pair:
         body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "stream": True}
         body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
         found: list[int] = []
-        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=120) as answer:
+        with httpx.stream(
+            "POST", f"{self.server.url}/v1/completions", json=body, timeout=120
+        ) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     found += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
@@ -122,7 +131,7 @@ class Pair:
 
     def begin(self, prompt: list[int]) -> socket.socket:
         """Ask, and wait for no answer: closed, the client is gone."""
-        address = urlsplit(self.url)
+        address = urlsplit(self.server.url)
         body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": 3})
         head = "POST /v1/completions HTTP/1.1\r\nHost: m\r\nContent-Type: application/json\r\n"
         client = socket.create_connection((address.hostname, address.port))
@@ -130,7 +139,7 @@ class Pair:
         return client
 
     def count(self, metric: str) -> int:
-        metrics = httpx.get(f"{self.url}/metrics").text
+        metrics = httpx.get(f"{self.server.url}/metrics").text
         found = re.findall(rf"^vllm:{metric}{{.*}} (\S+)$", metrics, re.M)
         return int(float(found[0]))
 
@@ -147,16 +156,6 @@ def wait_for(reached: Callable[[], bool], what: str) -> None:
     while not reached():
         assert time.monotonic() < end, what
         time.sleep(0.05)
-
-
-def _parent(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def descendants(process: int) -> list[int]:
-    """Of a process, with it."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [process, *(found for child in children for found in descendants(int(child)))]
 
 
 def memory_of_prompts(process: int) -> int:
@@ -200,10 +199,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Grouped attention; a step takes 96 tokens, a block of the caches 32."""
     log = tmp_path_factory.mktemp("pair") / "log"
     options = ["--max-model-len", "640", "--max-num-batched-tokens", "96", "--block-size", "32"]
-    with server(
-        log, "--config", "config.yaml", "--served-model-name", "m", *options, **SETTINGS
-    ) as url:
-        yield Pair(url, log)
+    arguments = ("--config", "config.yaml", "--served-model-name", "m", *options)
+    with Server(log, *arguments, **SETTINGS).ready() as server:
+        yield Pair(server)
 
 
 def test_the_same_tokens_as_one_engine(pair: Pair) -> None:
@@ -268,10 +266,9 @@ def test_aborts(pair: Pair) -> None:
 
 
 def test_the_servers_end(pair: Pair) -> None:
-    front, *others = descendants(_parent(pair.decoding_engine))
-    assert pair.prefill_engine in others
-    os.kill(front, signal.SIGTERM)
-    wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in others), "end")
+    assert pair.prefill_engine in pair.server.processes()
+    pair.server.process.send_signal(signal.SIGTERM)
+    pair.server.ended()
 
 
 def test_latent_attention_and_the_end_of_the_prefill_engine(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lvllm.top.scrape import Scrape, scrape
 from tests.e2e import reference
 from tests.e2e.generate import TINY
 from tests.e2e.hanging_copies import HangingCopies
-from tests.e2e.server import CommandServer, Server
+from tests.e2e.server import Server
 from tests.examples import test_grafana
 
 TOKENS = 8
@@ -151,7 +151,7 @@ def test_all_ways_at_once_and_an_end_in_the_middle(known: Known, tmp_path: Path)
     hang = HangingCopies(tmp_path / "plugin")
     environment = STREAMED | {"LVLLM_GPU_RESIDENT_MOE_LAYERS": "0"} | hang.environment
     arguments = (*ARGUMENTS, "--block-size", "32", "--speculative-config", DRAFTS)
-    with CommandServer(tmp_path / "log", *arguments, **environment) as server:
+    with Server(tmp_path / "log", *arguments, **environment) as server:
         assert server.ready().ask(known.prompts, TOKENS) == known.answers
         assert server.ask(known.prompts, TOKENS) == known.answers
         for name in ("spec_decode_num_accepted_tokens", "prefix_cache_hits"):

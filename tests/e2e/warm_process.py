@@ -23,10 +23,12 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import setproctitle
 import torch
+from prometheus_client import values
 
 ROOT = Path(__file__).parents[2]
 # What processes of vLLM import in any case, or with LvLLM's plugin, before they know the model.
@@ -204,7 +206,7 @@ def _serve(control: socket.socket) -> bytes:
 
 
 class Worker(ForkServerProcess):
-    """One of vLLM's worker processes, forked and with the environment that its parent has then."""
+    """One of vLLM's other processes, forked and with the environment that its parent has then."""
 
     def __reduce__(self) -> Any:
         return _worker, (dict(os.environ),), self.__dict__
@@ -221,16 +223,18 @@ def _set_environment(environment: dict[str, str]) -> None:
     os.environ.update(environment)
     tempfile.tempdir = None  # It is looked up once in a process.
     sys.path += [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    # PyTorch and OpenMP have read these two while they were imported.
+    # These libraries have read their variables while they were imported.
+    values.ValueClass = values.get_value_class()
     torch._dynamo.config.disable = environment.get("TORCHDYNAMO_DISABLE") == "1"
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
 
 
 def _fork_workers() -> None:
-    """Let vLLM's worker processes be forked from a copy of this one, which has no threads yet."""
+    """Let vLLM's other processes be forked from a copy of this one, which has no threads yet."""
     if sys.version_info >= (3, 14):
-        return  # whose fork server wants a key: the workers import vLLM themselves
+        return  # whose fork server wants a key: the others import vLLM themselves
+    from vllm.v1 import utils as api_servers
     from vllm.v1.engine import coordinator, utils
     from vllm.v1.executor import multiproc_executor
 
@@ -240,6 +244,7 @@ def _fork_workers() -> None:
     context = Context()
     for module in (coordinator, utils, multiproc_executor):
         module.get_mp_context = lambda: context
+    api_servers.multiprocessing = SimpleNamespace(get_context=lambda method: context)  # type: ignore[assignment]
     # This does what multiprocessing does, with a fork in the place of a new Python.
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     server.ensure_running = resource_tracker.ensure_running
