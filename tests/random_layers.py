@@ -10,12 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType, dequantize
 from torch.nn import functional as F
 
+from benchmarks.weights import random_blocks
 from lvllm.engine import DTYPES, ExpertLayer
+from lvllm.engine.weight_formats import BLOCK_FORMATS
 
 FORMATS = tuple(DTYPES)
+"""The formats but those of blocks, whose rows may have any number of weights, or any even one."""
 FOUR_BIT = ("int4", "mxfp4", "nvfp4")
 GATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -56,6 +61,9 @@ def dequantise(
     """
     if format in ("bf16", "fp16"):
         return weight.float()
+    if format in BLOCK_FORMATS:
+        kind = GGMLQuantizationType[format.upper()]
+        return torch.from_numpy(np.stack([dequantize(expert, kind) for expert in weight.numpy()]))
     assert scale is not None
     if format == "int8":
         if scale.dim() == 2:
@@ -109,8 +117,9 @@ class Layer:
     def dequantised(self, name: str) -> torch.Tensor:
         """The float32 weights of "w13" or "w2". Their rows keep the order they were given in."""
         a = self.arguments
+        format = a.get("w2_format", a["format"]) if name == "w2" else a["format"]
         return dequantise(
-            a["format"],
+            format,
             a[name],
             a.get(f"{name}_scale"),
             a.get(f"{name}_zero"),
@@ -201,6 +210,10 @@ def random_projection(
     size = k**-0.5
     if format in ("bf16", "fp16"):
         return {name: (random.normal(experts, rows, k) * size).to(DTYPES[format])}
+    if format in BLOCK_FORMATS:
+        count = experts * rows * k // BLOCK_FORMATS[format].block_weights
+        blocks = random_blocks(format, count, size, random.generator)
+        return {name: blocks.view(experts, rows, -1)}
     scale = f"{name}_scale"
     if format == "int8":
         codes = {name: random.integers(-128, 128, experts, rows, k).to(torch.int8)}
@@ -246,6 +259,7 @@ def random_layer(
     hidden: int,
     intermediate: int,
     *,
+    w2_format: str | None = None,
     activation: str = "silu",
     bias: bool = False,
     bias_dtype: torch.dtype = torch.bfloat16,
@@ -269,12 +283,14 @@ def random_layer(
     }
     tensors = random_projection(
         random, "w13", format, experts, rows, hidden, parts=parts, **how
-    ) | random_projection(random, "w2", format, experts, hidden, intermediate, **how)
+    ) | random_projection(random, "w2", w2_format or format, experts, hidden, intermediate, **how)
     if bias:
         tensors["w13_bias"] = random.normal(experts, rows).to(bias_dtype)
         tensors["w2_bias"] = random.normal(experts, hidden).to(bias_dtype)
-    if format == "int4":
+    if w2_format is not None:
+        arguments["w2_format"] = w2_format
+    if "int4" in (format, w2_format):
         arguments["group_size"] = 32 if group_size is None else group_size
-    if format == "int8":
+    elif "int8" in (format, w2_format):
         arguments["group_size"] = group_size
     return Layer({"format": format, "activation": activation} | tensors | arguments)

@@ -9,18 +9,20 @@ from tests.random_layers import Random, random_layer
 
 __all__ = ["launches"]
 
-HIDDEN, INTERMEDIATE = 512, 384
-"""Compiled kernels do not depend on these, if both are multiples of 16."""
+HIDDEN, INTERMEDIATE = 512, 768
+"""Compiled kernels do not depend on these, if both are multiples of 16. Blocks have 256 weights."""
 
 
-def launches(format: str, tokens_per_expert: int) -> list[Launch]:
+def launches(format: str, tokens_per_expert: int, w2_format: str | None = None) -> list[Launch]:
     """Return the launches for a layer of `format` with so many tokens for each expert.
+
+    The format of w2 is `w2_format`, if it is another one.
 
     First come those for a streamed group, then those for experts in a cache. The last two divide a
     batch for the cache and bring it to the host.
     """
     count, random = 3, Random(1)
-    layer = random_layer(random, format, count, HIDDEN, INTERMEDIATE).make()
+    layer = random_layer(random, format, count, HIDDEN, INTERMEDIATE, w2_format=w2_format).make()
     x = torch.zeros(tokens_per_expert, HIDDEN, dtype=torch.bfloat16)
     ids = torch.arange(count).repeat(tokens_per_expert, 1)
     pairs = Pairs.sort(ids, torch.ones(ids.shape), count)

@@ -14,7 +14,7 @@ import torch
 from lvllm.engine.activations import activate
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.engine.tiles import WEIGHT_UNIT
-from lvllm.engine.weight_formats import FORMATS
+from lvllm.engine.weight_formats import ALL_FORMATS
 from lvllm.gpu.convert import convert
 from lvllm.gpu.pairs import Pairs
 
@@ -83,11 +83,24 @@ def multiply(
 def has_whole_words(layer: ExpertLayer) -> bool:
     """Tell whether all rows of the layer's matrices are whole words, as the kernels want them.
 
-    Those of all published models are.
+    Those of all published models are. Rows of blocks may have half a word more, but then there is
+    an even number of them.
     """
-    stored = FORMATS[layer.format]
-    values = WEIGHT_UNIT // stored.weight.itemsize * stored.values
-    return layer.hidden_size % values == 0 and layer.intermediate_size % values == 0
+    return all(
+        columns % _values_of_word(format) == 0
+        for format, columns in (
+            (layer.format, layer.hidden_size),
+            (layer.w2_format, layer.intermediate_size),
+        )
+    )
+
+
+def _values_of_word(format: str) -> int:
+    """Return how many weights of a row a word has; in formats of blocks, those of a block."""
+    stored = ALL_FORMATS[format]
+    return (
+        stored.unit if stored.block_bytes else WEIGHT_UNIT // stored.weight.itemsize * stored.values
+    )
 
 
 def _row_bytes(layer: ExpertLayer) -> int:

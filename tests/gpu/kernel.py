@@ -7,9 +7,13 @@ import sys
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
-from lvllm.gpu.kernels import exchange, experts, split
+from lvllm.engine.weight_formats import BLOCK_FORMATS
+from lvllm.gpu.kernels import block_weights, exchange, experts, split
 from lvllm.gpu.pairs import Pairs
+from lvllm.units import ceil_div
 from tests.random_layers import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
 
 WAYS: dict[str, list[dict[str, Any]]] = {
@@ -25,7 +29,13 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     "int8": [{}, {"group_size": 64, "scale_dtype": torch.float16}],
 }
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    (format, how) for format in FORMATS for how in WAYS.get(format, [{}])
+    *((format, how) for format in FORMATS for how in WAYS.get(format, [{}])),
+    # The interpreter takes long for rows of whole blocks of 256, so one matrix of a layer has them.
+    ("q4_k", {"w2_format": "bf16"}),
+    ("bf16", {"w2_format": "q6_k"}),
+    ("q5_1", {"w2_format": "iq4_nl"}),
+    ("int8", {"w2_format": "q5_0", "group_size": 32}),
+    ("mxfp4", {"w2_format": "q4_1"}),
 ]
 
 
@@ -33,6 +43,8 @@ def main() -> None:
     random = Random(int(sys.argv[1]))
     for number, (format, how) in enumerate(VARIANTS):
         check(random, format, how, ACTIVATIONS[number % len(ACTIVATIONS)], number)
+    for format in block_weights.FORMATS:
+        check_blocks(random, format)
     check_exchange(random)
     print(f"{len(VARIANTS)} variants")
 
@@ -50,12 +62,50 @@ def check_exchange(random: Random) -> None:
             raise SystemExit(f"{[tuple(source.shape) for source in sources]}: a copy differs")
 
 
+@triton.jit
+def _read(  # type: ignore[no-untyped-def]
+    words,
+    halves,
+    out,  # float32 [matrices, columns, rows]
+    rows,
+    columns,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Read a block of a tile. The grid is (matrices, tiles, blocks of columns)."""
+    matrix, tile, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
+    value = block_weights.read(
+        words, halves, matrix.to(tl.int64), tile, column, rows, columns, FORMAT, ROWS, COLUMNS
+    )
+    k, row = column + tl.arange(0, COLUMNS)[:, None], tile * ROWS + tl.arange(0, ROWS)[None, :]
+    to = out + (matrix * columns + k) * rows + row
+    tl.store(to, value, mask=(k < columns) & (row < rows))
+
+
+def check_blocks(random: Random, format: str) -> None:
+    """Read gate and up of an expert. Tiles and blocks of columns may be cut."""
+    blocks, pairs = random.integers(1, 3, 1).tolist() + random.integers(1, 60, 1).tolist()
+    columns, rows = blocks * BLOCK_FORMATS[format].block_weights, 2 * pairs
+    layer = random_layer(random, format, 1, columns, rows, w2_format="bf16")
+    stored = layer.make().tensors["w13"].view(-1)
+    out = torch.full((2, columns, rows), torch.nan)
+    _read[2, ceil_div(rows, 64), ceil_div(columns, 64)](
+        stored.view(torch.int32), stored.view(torch.int16), out, rows, columns, format, 64, 64
+    )
+    want = layer.dequantised("w13").view(2, rows, columns).transpose(1, 2)
+    compare(out, want, f"{format}, {rows} rows of {blocks} blocks")
+
+
 def check(random: Random, format: str, how: dict[str, Any], activation: str, number: int) -> None:
     """Compute groups and slots of experts of a random layer, and compare with the reference."""
     # Rows are whole words of four bytes, as the kernels want them. Tiles and blocks may be cut.
-    step = 8 if format in FOUR_BIT else 4
-    hidden, intermediate = (step * random.integers(1, 140 // step, 2)).tolist()
-    bias, on_input, tokens = number % 2 == 0, number % 3 == 0, 1 + number * 3
+    steps = [_step(format), _step(how.get("w2_format", format))]
+    most = 140 if max(steps) < 256 else 80
+    hidden, intermediate = [
+        step * int(random.integers(1, max(most // step, 2), 1)) for step in steps
+    ]
+    bias, on_input, tokens = number % 2 == 0, number % 3 == 0, 1 + number % 12 * 3
     layer = random_layer(
         random, format, 5, hidden, intermediate,
         activation=activation, bias=bias, apply_router_weight_on_input=on_input, **how,
@@ -82,6 +132,13 @@ def check(random: Random, format: str, how: dict[str, Any], activation: str, num
     if not torch.equal(rest, ids.where((ids == 1) | (ids == 2), -1).int()):
         raise SystemExit(f"{ids} are split to {rest}")
     compare(total, layer.reference(x, ids.where(rest < 0, -1), weights), f"in slots: {said}")
+
+
+def _step(format: str) -> int:
+    """The columns of a matrix are a multiple of this."""
+    if format in BLOCK_FORMATS:
+        return BLOCK_FORMATS[format].block_weights
+    return 8 if format in FOUR_BIT else 4
 
 
 def compare(got: torch.Tensor, want: torch.Tensor, what: str) -> None:

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.engine.tiles import TILE_ROWS, WEIGHT_UNIT
-from lvllm.engine.weight_formats import BLOCK, FORMATS
+from lvllm.engine.weight_formats import ALL_FORMATS, BLOCK, BLOCK_FORMATS
 from lvllm.gpu.kernels import activation, blocks, weights
 from lvllm.gpu.pairs import Pairs
 from lvllm.units import ceil_div
@@ -316,7 +316,7 @@ class _Batch:
         alpha, beta, limit = layer.swiglu
         _gate_up[row_blocks, ceil_div(intermediate, TILE_ROWS)](
             x, pairs.slots, pairs.weights, pairs.starts_on_device, *window,
-            *_arguments(tensors, "w13"), h, hidden, intermediate,
+            *_arguments(layer, tensors, "w13"), h, hidden, intermediate,
             _groups(tensors, "w13"), alpha, beta, limit,
             TOPK=pairs.topk,
             ON_INPUT=layer.apply_router_weight_on_input,
@@ -327,7 +327,7 @@ class _Batch:
         )  # fmt: skip
         _down[row_blocks, ceil_div(hidden, TILE_ROWS)](
             h, pairs.starts_on_device, *window,
-            *_arguments(tensors, "w2"), y, hidden, intermediate,
+            *_arguments(layer, tensors, "w2"), y, hidden, intermediate,
             _groups(tensors, "w2"),
             **_constants(layer, tensors, "w2"),
             **shape,
@@ -343,10 +343,18 @@ class _Batch:
         )  # fmt: skip
 
 
-def _arguments(tensors: Mapping[str, torch.Tensor], name: str) -> list[torch.Tensor]:
-    """Return the weights, scales, zero points, global scales and bias of w13 or w2."""
-    words = tensors[name].view(torch.int32)
-    scale = tensors.get(f"{name}_scale", words)  # `words` stands for what the format has not.
+def _arguments(
+    layer: ExpertLayer, tensors: Mapping[str, torch.Tensor], name: str
+) -> list[torch.Tensor]:
+    """Return the weights, scales, zero points, global scales and bias of w13 or w2.
+
+    Blocks have their scales among the weights, and some of both are halves of words.
+    """
+    stored = tensors[name].view(-1)
+    words = stored.view(torch.int32)  # This stands for what the format has not.
+    scale = tensors.get(f"{name}_scale", words)
+    if _format(layer, name) in BLOCK_FORMATS:
+        scale = stored.view(torch.int16)
     return [
         words,
         scale.view(torch.uint8) if scale.element_size() == 1 else scale,
@@ -362,23 +370,30 @@ def _groups(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     return 1 if scale is None or scale.dim() < 3 else scale.shape[2]
 
 
-def _scale_kind(scale: torch.Tensor | None, group_size: int) -> str:
+def _format(layer: ExpertLayer, name: str) -> str:
+    return layer.w2_format if name == "w2" else layer.format
+
+
+def _scale_kind(format: str, scale: torch.Tensor | None) -> str:
     """Tell which weights share a scale: those of a group, a row, a block, a tensor, or none."""
+    if format in BLOCK_FORMATS:
+        return "in blocks"
     if scale is None:
         return "none"
-    return "group" if group_size else {1: "tensor", 2: "row", 3: "block"}[scale.dim()]
+    return {1: "tensor", 2: "row", 3: "block" if format == "fp8" else "group"}[scale.dim()]
 
 
 def _constants(
     layer: ExpertLayer, tensors: Mapping[str, torch.Tensor], name: str
 ) -> dict[str, Any]:
-    """Return the compile-time constants that belong to the layer's format."""
-    stored = FORMATS[layer.format]
+    """Return the compile-time constants that belong to the matrix's format."""
+    format = _format(layer, name)
+    stored = ALL_FORMATS[format]
     return {
         "BIAS": f"{name}_bias" in tensors,
-        "FORMAT": layer.format,
+        "FORMAT": format,
         "VALUES": WEIGHT_UNIT // stored.weight.itemsize * stored.values,
-        "SCALE": _scale_kind(tensors.get(f"{name}_scale"), layer.group_size),
+        "SCALE": _scale_kind(format, tensors.get(f"{name}_scale")),
         "GROUP": layer.group_size,
         "ZERO": f"{name}_zero" in tensors,
         "TILE": TILE_ROWS,

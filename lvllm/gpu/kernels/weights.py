@@ -8,6 +8,8 @@ words. A word is unpacked in registers: no converted matrix is ever written to m
 import triton
 import triton.language as tl
 
+from lvllm.gpu.kernels import block_weights
+
 __all__ = ["read"]
 
 
@@ -101,6 +103,10 @@ def read(  # type: ignore[no-untyped-def]
     finite, but need not be 0.
     """
     matrix = expert.to(tl.int64) * PARTS + part  # Offsets in a layer exceed 32 bits.
+    if SCALE == "in blocks":
+        return block_weights.read(
+            words, scale, matrix, tile, column, rows, columns, FORMAT, ROWS, COLUMNS
+        ).to(DTYPE)
     first = tile * ROWS
     row = tl.arange(0, ROWS)[None, :]
     n = tl.minimum(rows - first, ROWS)
