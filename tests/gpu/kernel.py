@@ -12,6 +12,7 @@ import triton.language as tl
 
 from lvllm.engine.weight_formats import BLOCK_FORMATS
 from lvllm.gpu.kernels import block_weights, exchange, experts, split
+from lvllm.gpu.kernels.codebooks import LOOKED_UP, codebook
 from lvllm.gpu.pairs import Pairs
 from lvllm.units import ceil_div
 from tests.random_layers import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
@@ -36,6 +37,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("q5_1", {"w2_format": "iq4_nl"}),
     ("int8", {"w2_format": "q5_0", "group_size": 32}),
     ("mxfp4", {"w2_format": "q4_1"}),
+    ("iq2_s", {"w2_format": "bf16"}),
 ]
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     random = Random(int(sys.argv[1]))
     for number, (format, how) in enumerate(VARIANTS):
         check(random, format, how, ACTIVATIONS[number % len(ACTIVATIONS)], number)
-    for format in block_weights.FORMATS:
+    for format in BLOCK_FORMATS:
         check_blocks(random, format)
     check_exchange(random)
     print(f"{len(VARIANTS)} variants")
@@ -66,6 +68,7 @@ def check_exchange(random: Random) -> None:
 def _read(  # type: ignore[no-untyped-def]
     words,
     halves,
+    codebook,
     out,  # float32 [matrices, columns, rows]
     rows,
     columns,
@@ -76,7 +79,17 @@ def _read(  # type: ignore[no-untyped-def]
     """Read a block of a tile. The grid is (matrices, tiles, blocks of columns)."""
     matrix, tile, column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
     value = block_weights.read(
-        words, halves, matrix.to(tl.int64), tile, column, rows, columns, FORMAT, ROWS, COLUMNS
+        words,
+        halves,
+        codebook,
+        matrix.to(tl.int64),
+        tile,
+        column,
+        rows,
+        columns,
+        FORMAT,
+        ROWS,
+        COLUMNS,
     )
     k, row = column + tl.arange(0, COLUMNS)[:, None], tile * ROWS + tl.arange(0, ROWS)[None, :]
     to = out + (matrix * columns + k) * rows + row
@@ -90,8 +103,10 @@ def check_blocks(random: Random, format: str) -> None:
     layer = random_layer(random, format, 1, columns, rows, w2_format="bf16")
     stored = layer.make().tensors["w13"].view(-1)
     out = torch.full((2, columns, rows), torch.nan)
+    words, halves = stored.view(torch.int32), stored.view(torch.int16)
+    table = codebook(format, stored.device) if format in LOOKED_UP else words
     _read[2, ceil_div(rows, 64), ceil_div(columns, 64)](
-        stored.view(torch.int32), stored.view(torch.int16), out, rows, columns, format, 64, 64
+        words, halves, table, out, rows, columns, format, 64, 64
     )
     want = layer.dequantised("w13").view(2, rows, columns).transpose(1, 2)
     compare(out, want, f"{format}, {rows} rows of {blocks} blocks")

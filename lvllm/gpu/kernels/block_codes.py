@@ -1,28 +1,14 @@
 """Weights of GGUF's types whose codes are numbers: K-quants, Q4_1, Q5_0, Q5_1, IQ4_NL and IQ4_XS.
 
-The order of codes in a unit, and what scales are made from, is that of csrc/lk/blocks.h. `read`
-returns what 16 weights of each row are made from. Scales of a group are computed for each unit, so
-that they are in the threads that have the unit's codes, and threads exchange nothing.
+The order of codes in a unit of 16, and what scales are made from, is that of csrc/lk/blocks.h.
+Scales of a group are computed for each unit, so that they are in the threads that have the unit's
+codes, and threads exchange nothing.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["FORMATS", "half_to_float", "read"]
-
-FORMATS = {
-    "q2_k": (2, 20),
-    "q3_k": (3, 12),
-    "q4_k": (4, 16),
-    "q5_k": (5, 16),
-    "q6_k": (6, 16),
-    "q4_1": (4, 4),
-    "q5_0": (5, 0),
-    "q5_1": (5, 4),
-    "iq4_nl": (4, 0),
-    "iq4_xs": (4, 8),
-}
-"""The bits of a code, and the bytes of a block's words that scales and minimums are made from."""
+__all__ = ["half_to_float", "read"]
 
 
 def _packed(*values: int) -> tl.constexpr:
@@ -45,7 +31,7 @@ def half_to_float(bits):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _codes(words, halves, n, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Unpack codes of 2 to 6 bits -> int32 [units, 16, rows]."""
+    """Unpack codes of 2 to 6 bits -> int32 [sixteens, 16, rows]."""
     weight = tl.arange(0, 16)[None, :, None]
     pair = 8 * (weight // 2 % 4) + 4 * (weight // 8) + 2 * (weight % 2)  # its two bits of a word
     first = tl.load(words, mask=inside, other=0)[:, None, :]
@@ -125,43 +111,41 @@ def _split_six_bits(words, n, inside, group):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def read(  # type: ignore[no-untyped-def]
-    unit_words,
-    unit_halves,
-    words,
-    halves,
-    unit,
-    n,
-    inside,
-    FORMAT: tl.constexpr,
+    unit_words, unit_halves, words, halves, sixteen, n, inside, FORMAT: tl.constexpr,
     BITS: tl.constexpr,
-):
-    """Read units of 16 weights, float32 -> their values, scales, and what is to be subtracted.
+):  # fmt: skip
+    """Read 16 weights of each row -> their values, scales, and what is subtracted, in float32.
 
     Args:
-        unit_words: where the first word of each unit is, [units, rows].
-        unit_halves: where its first half is.
-        words: where the first word is that its block's scales are made from.
+        unit_words: where the first word of the weights is, [sixteens, rows].
+        unit_halves: where their first half is.
+        words: where the first word is that scales of their block are made from.
         halves: the same, of halves.
-        unit: the numbers of the units in a row, [units, 1].
+        sixteen: the number of the 16 weights in a row, [sixteens, 1].
         n: the distance between two words of one row.
-        inside: which units there are, [units, rows].
+        inside: which of the weights there are, [sixteens, rows].
+        FORMAT: the format.
+        BITS: of a code.
+
+    Returns:
+        [sixteens, 16, rows], and twice [sixteens, rows].
     """
     codes = _codes(unit_words, unit_halves, n, inside, BITS)
     low = tl.zeros(inside.shape, tl.float32)
     if FORMAT == "q4_k" or FORMAT == "q5_k":
-        scale, low = _six_bits(words, n, inside, unit // 2 % 8)
+        scale, low = _six_bits(words, n, inside, sixteen // 2 % 8)
         values = codes.to(tl.float32)
     elif FORMAT == "q2_k":
-        scale, low = _nibble_pairs(words, n, inside, unit % 16)
+        scale, low = _nibble_pairs(words, n, inside, sixteen % 16)
         values = codes.to(tl.float32)
     elif FORMAT == "q3_k":
-        scale = _signed_six_bits(words, halves, n, inside, unit % 16)
+        scale = _signed_six_bits(words, halves, n, inside, sixteen % 16)
         values = (codes - 4).to(tl.float32)
     elif FORMAT == "q6_k":
-        scale = _signed_bytes(words, halves, n, inside, unit % 16)
+        scale = _signed_bytes(words, halves, n, inside, sixteen % 16)
         values = (codes - 32).to(tl.float32)
     elif FORMAT == "iq4_xs":
-        scale = _split_six_bits(words, n, inside, unit // 2 % 8)
+        scale = _split_six_bits(words, n, inside, sixteen // 2 % 8)
         values = _iq4(codes)
     elif FORMAT == "iq4_nl":
         scale = half_to_float(tl.load(halves, mask=inside, other=0))

@@ -5,46 +5,92 @@ then the halves. Each of these is transposed in words of four bytes and halves o
 neighbouring threads read neighbouring words.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from lvllm.engine.weight_formats import BLOCK_FORMATS
-from lvllm.gpu.kernels import block_codes
+from lvllm.gpu.kernels import block_codes, block_entries
+from lvllm.gpu.kernels.codebooks import LOOKED_UP
 
-__all__ = ["FORMATS", "read"]
+__all__ = ["read"]
 
-FORMATS = tuple(block_codes.FORMATS)
-"""The block formats that can be read."""
-UNIT: tl.constexpr = tl.constexpr(16)
-"""The weights of a unit."""
+
+@dataclass(frozen=True)
+class _Layout:
+    """How lk keeps a block."""
+
+    unit: int
+    """How many weights a unit has."""
+    unit_bytes: int
+    word_bytes: int
+    """The bytes of the words that scales are made from. The rest of a block is in halves."""
+
+
+LAYOUTS = tl.constexpr(
+    {
+        "q2_k": _Layout(16, 4, 20),
+        "q3_k": _Layout(16, 6, 12),
+        "q4_k": _Layout(16, 8, 16),
+        "q5_k": _Layout(16, 10, 16),
+        "q6_k": _Layout(16, 12, 16),
+        "q4_1": _Layout(16, 8, 4),
+        "q5_0": _Layout(16, 10, 0),
+        "q5_1": _Layout(16, 10, 4),
+        "iq4_nl": _Layout(16, 8, 0),
+        "iq4_xs": _Layout(16, 8, 8),
+        "iq1_s": _Layout(32, 4, 16),
+        "iq1_m": _Layout(16, 2, 24),
+        "iq2_xxs": _Layout(32, 4, 32),
+        "iq2_xs": _Layout(16, 4, 8),
+        "iq2_s": _Layout(16, 4, 16),
+        "iq3_xxs": _Layout(32, 8, 32),
+        "iq3_s": _Layout(32, 12, 12),
+    }
+)
+"""A constant of Triton, so that a change makes it compile the kernels anew."""
 
 
 @triton.constexpr_function
-def _bits(format):  # type: ignore[no-untyped-def]
-    """The bits of a weight among its unit's codes."""
-    return block_codes.FORMATS[format][0]
+def _is_looked_up(format):  # type: ignore[no-untyped-def]
+    return format in LOOKED_UP
 
 
 @triton.constexpr_function
-def _block_weights(format):  # type: ignore[no-untyped-def]
+def _weights(format):  # type: ignore[no-untyped-def]
+    """The weights of a block."""
     return BLOCK_FORMATS[format].block_weights
 
 
 @triton.constexpr_function
-def _block_bytes(format):  # type: ignore[no-untyped-def]
-    return BLOCK_FORMATS[format].block_bytes
+def _unit(format):  # type: ignore[no-untyped-def]
+    """The weights of a unit."""
+    return LAYOUTS.value[format].unit
+
+
+@triton.constexpr_function
+def _unit_bytes(format):  # type: ignore[no-untyped-def]
+    return LAYOUTS.value[format].unit_bytes
 
 
 @triton.constexpr_function
 def _word_bytes(format):  # type: ignore[no-untyped-def]
-    """The bytes of a block in words that scales are made from."""
-    return block_codes.FORMATS[format][1]
+    return LAYOUTS.value[format].word_bytes
+
+
+@triton.constexpr_function
+def _half_bytes(format):  # type: ignore[no-untyped-def]
+    stored, layout = BLOCK_FORMATS[format], LAYOUTS.value[format]
+    units = stored.block_weights // layout.unit
+    return stored.block_bytes - units * layout.unit_bytes - layout.word_bytes
 
 
 @triton.jit
 def read(  # type: ignore[no-untyped-def]
     words,  # int32 [experts * PARTS * rows * bytes of a row / 4], in tiles
     halves,  # the same as int16
+    codebook,  # int32, of types whose codes are entries of a table
     matrix,  # int64: how many matrices of `rows` lie before this one
     tile,
     column,  # the first one of the block
@@ -58,37 +104,40 @@ def read(  # type: ignore[no-untyped-def]
 
     What lies beyond the matrix is 0.
     """
-    BITS: tl.constexpr = _bits(FORMAT)
-    BLOCK: tl.constexpr = _block_weights(FORMAT)
-    WORDS: tl.constexpr = _word_bytes(FORMAT)
-    UNIT_BYTES: tl.constexpr = UNIT * BITS // 8
-    HALVES: tl.constexpr = _block_bytes(FORMAT) - WORDS - BLOCK * BITS // 8
+    WEIGHTS: tl.constexpr = _weights(FORMAT)
+    UNIT: tl.constexpr = _unit(FORMAT)
+    UNIT_BYTES: tl.constexpr = _unit_bytes(FORMAT)
+    WORD_BYTES: tl.constexpr = _word_bytes(FORMAT)
+    HALF_BYTES: tl.constexpr = _half_bytes(FORMAT)
+    CODE_BYTES: tl.constexpr = WEIGHTS // UNIT * UNIT_BYTES  # of a block
     first = tile * ROWS
     n = tl.minimum(rows - first, ROWS)
     row = tl.arange(0, ROWS)[None, :]
-    unit = column // UNIT + tl.arange(0, COLUMNS // UNIT)[:, None]
-    block = unit // (BLOCK // UNIT)
-    blocks = columns // BLOCK
+    # Whatever the format, 16 weights are unpacked at a time.
+    sixteen = column // 16 + tl.arange(0, COLUMNS // 16)[:, None]
+    blocks = columns // WEIGHTS
+    block = sixteen // (WEIGHTS // 16)
     inside = (row < n) & (block < blocks)
-    # Rows are an even number, and so are the bytes of all parts of a block. Hence pairs of rows are
-    # whole words.
-    pair = n // 2
-    start = (matrix * rows + first) // 2 * (blocks * (_block_bytes(FORMAT) // 2))
-    codes = unit * (UNIT_BYTES // 2) * pair
-    at = (blocks * (BLOCK * BITS // 16) + block * (WORDS // 2)) * pair
-    ends = (blocks * ((BLOCK * BITS // 8 + WORDS) // 2) + block * (HALVES // 2)) * pair
+    # All parts of a block have even numbers of bytes, and tiles have even numbers of rows. So two
+    # rows of a part are whole words.
+    pairs = n // 2
+    start = (matrix * rows + first) // 2 * (blocks * ((CODE_BYTES + WORD_BYTES + HALF_BYTES) // 2))
+    code = sixteen // (UNIT // 16) * (UNIT_BYTES // 2) * pairs
+    word = (blocks * (CODE_BYTES // 2) + block * (WORD_BYTES // 2)) * pairs
+    half = (blocks * ((CODE_BYTES + WORD_BYTES) // 2) + block * (HALF_BYTES // 2)) * pairs
     words += start
     halves += 2 * start
-    values, scale, low = block_codes.read(
-        words + codes + row,
-        halves + 2 * codes + row,
-        words + at + row,
-        halves + 2 * ends + row,
-        unit,
-        n,
-        inside,
-        FORMAT,
-        BITS,
-    )
-    values = values * scale[:, None, :] - low[:, None, :]
+    unit_words, unit_halves = words + code + row, halves + 2 * code + row
+    block_words, block_halves = words + word + row, halves + 2 * half + row
+    if _is_looked_up(FORMAT):
+        values, scale = block_entries.read(
+            unit_words, unit_halves, block_words, block_halves, codebook, sixteen, n, inside, FORMAT
+        )
+        values *= scale[:, None, :]
+    else:
+        values, scale, low = block_codes.read(
+            unit_words, unit_halves, block_words, block_halves, sixteen, n, inside, FORMAT,
+            UNIT_BYTES // 2,
+        )  # fmt: skip
+        values = values * scale[:, None, :] - low[:, None, :]
     return tl.reshape(values, (COLUMNS, ROWS))

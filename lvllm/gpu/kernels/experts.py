@@ -23,6 +23,7 @@ from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.engine.tiles import TILE_ROWS, WEIGHT_UNIT
 from lvllm.engine.weight_formats import ALL_FORMATS, BLOCK, BLOCK_FORMATS
 from lvllm.gpu.kernels import activation, blocks, weights
+from lvllm.gpu.kernels.codebooks import LOOKED_UP, codebook
 from lvllm.gpu.pairs import Pairs
 from lvllm.units import ceil_div
 
@@ -348,17 +349,22 @@ def _arguments(
 ) -> list[torch.Tensor]:
     """Return the weights, scales, zero points, global scales and bias of w13 or w2.
 
-    Blocks have their scales among the weights, and some of both are halves of words.
+    Blocks have their scales among the weights, and some of both are halves of words: these take the
+    place of the scales, and a table of the format that of the zero points.
     """
     stored = tensors[name].view(-1)
     words = stored.view(torch.int32)  # This stands for what the format has not.
     scale = tensors.get(f"{name}_scale", words)
-    if _format(layer, name) in BLOCK_FORMATS:
+    zero = tensors.get(f"{name}_zero", words)
+    format = _format(layer, name)
+    if format in BLOCK_FORMATS:
         scale = stored.view(torch.int16)
+    if format in LOOKED_UP:
+        zero = codebook(format, stored.device)
     return [
         words,
         scale.view(torch.uint8) if scale.element_size() == 1 else scale,
-        tensors.get(f"{name}_zero", words),
+        zero,
         tensors.get(f"{name}_global_scale", words),
         tensors.get(f"{name}_bias", words),
     ]

@@ -105,7 +105,7 @@ def read(  # type: ignore[no-untyped-def]
     matrix = expert.to(tl.int64) * PARTS + part  # Offsets in a layer exceed 32 bits.
     if SCALE == "in blocks":
         return block_weights.read(
-            words, scale, matrix, tile, column, rows, columns, FORMAT, ROWS, COLUMNS
+            words, scale, zero, matrix, tile, column, rows, columns, FORMAT, ROWS, COLUMNS
         ).to(DTYPE)
     first = tile * ROWS
     row = tl.arange(0, ROWS)[None, :]
