@@ -20,7 +20,7 @@ from lvllm.engine.weight_formats import BLOCK_FORMATS, GROUPED
 from lvllm.formats.base import ExpertFormat, Shape, add_parameter, wrong_shape
 from lvllm.formats.descriptor import PLAIN, Descriptor, Section, Stored
 
-__all__ = ["DESCRIPTOR", "TYPES", "Gguf", "Held", "check_types", "find", "held", "on_cpu_alone"]
+__all__ = ["DESCRIPTOR", "TYPES", "Gguf", "Held", "check_types", "find", "held"]
 
 Split = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes blocks apart: uint8 [rows, blocks, bytes of a block] -> codes [rows, ...] as lk has them,
@@ -183,16 +183,6 @@ def check_types(section: Section, where: str) -> None:
                 f"{where}: tensor 'blk.{layer}.{EXPERTS[1]}.weight': is {types[1]}, and"
                 f" {EXPERTS[0]} is {types[0]}: lk computes experts whose gate and up have one type"
             )
-
-
-def on_cpu_alone(section: Section) -> str | None:
-    """The first experts that no kernel of a GPU computes, in a few words; None: they all do."""
-    for layer, (gate, _, down) in section.get("experts", {}).items():
-        if gate != down:
-            return f"experts of layer {layer} are {gate} and {down}"
-        if TYPES[gate].format in BLOCK_FORMATS:
-            return f"experts of layer {layer} are {gate}"
-    return None
 
 
 def _stored(section: Section, module: str) -> Stored:

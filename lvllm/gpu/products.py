@@ -18,7 +18,7 @@ from lvllm.engine.weight_formats import ALL_FORMATS
 from lvllm.gpu.convert import convert
 from lvllm.gpu.pairs import Pairs
 
-__all__ = ["SCRATCH_BYTES", "has_whole_words", "multiply"]
+__all__ = ["SCRATCH_BYTES", "has_whole_words", "multiply", "prepare"]
 
 SCRATCH_BYTES = 512 << 20
 """The limit of converted matrices at a time, and that of rows at a time. Writing this much takes
@@ -78,6 +78,14 @@ def multiply(
             if not layer.apply_router_weight_on_input:
                 y *= weights
             _add_rows(total, tokens, y)
+
+
+def prepare(layer: ExpertLayer, device: torch.device) -> None:
+    """Bring the tables of the layer's formats to the device, which a graph cannot do later."""
+    if device.type == "cuda" and has_whole_words(layer):
+        from lvllm.gpu.kernels import experts
+
+        experts.prepare(layer, device)
 
 
 def has_whole_words(layer: ExpertLayer) -> bool:

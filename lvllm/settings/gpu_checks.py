@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lvllm.checkpoint.moe_layers import moe_layers
-from lvllm.formats import gguf
 from lvllm.settings.configuration import Accelerator
 from lvllm.settings.resolving import Setting
-from lvllm.settings.use_weight import UseWeight
 from lvllm.settings.variables import SettingError
 from lvllm.units import ranges
 
@@ -84,15 +82,6 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
             )
     if defer.value:
         _check_deferral(defer, len(set(layers) - set(resident.value)), vllm_config)
-    use = settings["moe_use_weight"].value
-    kept = use is None or use.everywhere in (None, UseWeight.KEEP)
-    section = getattr(vllm_config.quant_config, "section", {})
-    if accelerator != "none" and kept and (found := gguf.on_cpu_alone(section)):
-        raise SettingError(
-            f"{model.model}: {found}, which no kernel of a GPU computes yet: allowed beside a GPU"
-            " are one type of experts in each layer, of Q8_0, Q4_0, MXFP4 and floats; or"
-            " LVLLM_MOE_USE_WEIGHT=INT4, INT8, FP8 or TO_DTYPE"
-        )
     if accelerator == "cuda" and layers:
         _check_omp(settings["omp_num_threads"])
         _check_cuda(vllm_config)

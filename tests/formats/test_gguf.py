@@ -14,7 +14,7 @@ from torch.nn import Module
 from lvllm.checkpoint.headers import CheckpointError, TensorInfo
 from lvllm.engine.dequantize import values
 from lvllm.formats.base import Shape
-from lvllm.formats.gguf import DESCRIPTOR, TYPES, Gguf, Held, check_types, on_cpu_alone
+from lvllm.formats.gguf import DESCRIPTOR, TYPES, Gguf, Held, check_types
 from tests.models.gguf import quantise
 
 EXPERTS, HIDDEN, SIZE = 3, 512, 512
@@ -121,15 +121,6 @@ def test_types_that_lk_does_not_compute() -> None:
     with pytest.raises(CheckpointError, match=r"^x.gguf: tensor 'blk.4.ffn_up_exps.weight': is "):
         check("Q8_0", "Q4_0", "Q8_0")
     check("Q4_K", "Q4_K", "Q6_K")
-
-
-def test_types_that_no_gpu_computes() -> None:
-    def first(*types: str) -> str | None:
-        return on_cpu_alone({"experts": {"0": ["Q8_0"] * 3, "4": list(types)}})
-
-    assert first("MXFP4", "MXFP4", "MXFP4") is None
-    assert first("Q4_K", "Q4_K", "Q4_K") == "experts of layer 4 are Q4_K"
-    assert first("Q8_0", "Q8_0", "Q4_0") == "experts of layer 4 are Q8_0 and Q4_0"
 
 
 @pytest.mark.parametrize("name", list(TYPES))

@@ -40,7 +40,7 @@ def test_they_fit_with_every_type_of_gguf(number: int) -> None:
         assert w13 in launch.arguments.values() or w2 in launch.arguments.values()
         taken = compile_launch(launch, architecture)
         assert taken.shared <= SHARED_KIB[architecture] << 10
-        assert taken.spilled <= 16
+        assert taken.spilled <= 32
 
 
 @pytest.mark.slow

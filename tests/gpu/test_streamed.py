@@ -1,5 +1,6 @@
 """Tests experts on copied weights, against float32 on dequantised weights."""
 
+from random import randrange
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lvllm.engine.weight_formats import BLOCK_FORMATS
 from lvllm.gpu import groups, streamed
 from lvllm.gpu.convert import convert
 from lvllm.gpu.ring import StagingRing
@@ -114,6 +116,26 @@ def test_it_agrees_with_the_engine(format: str) -> None:
     assert torch.linalg.norm(got - want) <= 6e-3 * torch.linalg.norm(want)
 
 
+@pytest.mark.parametrize(
+    ("w13_format", "w2_format"),
+    [("q4_k", "q6_k"), ("iq2_xxs", "q3_k"), ("q5_0", "int8"), ("mxfp4", "q5_1"), ("bf16", "q4_k")],
+)
+def test_it_computes_the_types_of_gguf(w13_format: str, w2_format: str) -> None:
+    draw = Random(randrange(1 << 30))
+    formats = {w13_format, w2_format}
+    step = max(BLOCK_FORMATS[of].block_weights for of in formats & BLOCK_FORMATS.keys())
+    hidden, intermediate = (step * draw.integers(1, 512 // step, 2)).tolist()
+    layer = random_layer(
+        draw, w13_format, 4, hidden, intermediate, w2_format=w2_format, group_size=32
+    )
+    engine_layer = layer.make()
+    x = draw.normal(30, hidden).to(torch.bfloat16)
+    ids, weights = draw.integers(-1, 4, 30, 2), draw.uniform(0.1, 1, 30, 2)
+    got = run(engine_layer, x, ids.int(), weights).float()
+    want = layer.reference(x, ids, weights)
+    assert torch.linalg.norm(got - want) <= 8e-3 * torch.linalg.norm(want)
+
+
 @pytest.mark.parametrize("wrong", [-2, 4, 1000])
 def test_an_id_that_is_no_expert_is_refused(wrong: int) -> None:
     random, layer = made("bf16", "silu", (16, 24), experts=4, seed=3)
@@ -137,3 +159,14 @@ def test_conversion_gives_the_products_of_weights_and_scales(
         got = convert(engine_layer, engine_layer.tensors, name, some, torch.bfloat16)
         want = layer.dequantised(name)[some.start :].to(torch.bfloat16)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_conversion_gives_the_values_of_blocks(format: str) -> None:
+    draw, step = Random(randrange(1 << 30)), BLOCK_FORMATS[format].block_weights
+    hidden, intermediate = (step * draw.integers(1, 640 // step, 2)).tolist()
+    layer = random_layer(draw, format, 3, hidden, intermediate)
+    engine_layer = layer.make()
+    for name in ("w13", "w2"):
+        got = convert(engine_layer, engine_layer.tensors, name, range(1, 3), torch.bfloat16)
+        assert torch.equal(got, layer.dequantised(name)[1:].to(torch.bfloat16))

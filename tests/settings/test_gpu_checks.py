@@ -30,7 +30,6 @@ def config(
     drafts: int | None = None,
     offload: tuple[float, int] = (0, 0),
     sleep: bool = False,
-    gguf: dict[str, list[str]] | None = None,
     **parallel: Any,
 ) -> SimpleNamespace:
     """The parts of a VllmConfig that are checked. The first `first_dense` layers are dense."""
@@ -46,7 +45,6 @@ def config(
             get_num_experts=lambda: experts,
             enable_sleep_mode=sleep,
         ),
-        quant_config=gguf and SimpleNamespace(section={"experts": gguf}),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=256),
         speculative_config=speculative,
         parallel_config=SimpleNamespace(**CUDA_DEFAULTS | parallel),
@@ -69,16 +67,6 @@ def refusal(call: Callable[..., object], /, *arguments: Any, **named: Any) -> st
         call(*arguments, **named)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_experts_that_no_gpu_computes() -> None:
-    model = config(gguf={"3": ["Q8_0"] * 3, "4": ["Q4_K", "Q4_K", "Q6_K"]})
-    check("none", model)
-    assert refusal(check, "cuda", model).startswith(
-        "M: experts of layer 4 are Q4_K and Q6_K, which"
-    )
-    check("cuda", model, {"moe_use_weight": "INT4"})
-    check("cuda", config(gguf={"3": ["Q8_0"] * 3}))
 
 
 def test_allowed_settings() -> None:

@@ -8,6 +8,7 @@ from lvllm.gpu.cache import products
 from lvllm.gpu.cache.slots import Slots
 from lvllm.gpu.ids import without
 from lvllm.gpu.pairs import Pairs
+from lvllm.gpu.products import prepare
 
 __all__ = ["CachedLayer"]
 
@@ -40,6 +41,7 @@ class CachedLayer:
         self._accelerator, self._experts, self._slots = accelerator, experts, slots
         self._table, self._reads, self._stream = table, reads, stream
         self._given: Event | None = None
+        prepare(experts, accelerator.device)
 
     def split(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return topk_ids [M, k] as int32, with -1 in the place of experts that have slots."""

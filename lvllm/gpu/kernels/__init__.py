@@ -3,7 +3,9 @@
 They are imported only where they run.
 
 - blocks.py finds which expert and which rows a program computes.
-- weights.py reads a block of weights in any of the formats.
+- weights.py reads a block of weights in any of the formats, and block_weights.py in GGUF's types:
+  block_codes.py unpacks codes that are numbers, block_entries.py those that are entries of tables,
+  which codebooks.py has.
 - activation.py applies the activation.
 - experts.py has the three kernels and starts them.
 """

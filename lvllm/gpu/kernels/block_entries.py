@@ -16,6 +16,9 @@ from lvllm.gpu.kernels.block_codes import half_to_float
 
 __all__ = ["read"]
 
+SIGN = tl.constexpr(-(1 << 31))
+"""The sign of a float32."""
+
 
 @triton.jit
 def _signs(sevens):  # type: ignore[no-untyped-def]
@@ -38,9 +41,9 @@ def _numbers(table):  # type: ignore[no-untyped-def]
 def _signed(table, signs):  # type: ignore[no-untyped-def]
     """Magnitudes with the signs of bits 0 to 15 -> float32 [sixteens, 4, 4, rows]."""
     four, byte = tl.arange(0, 4)[None, :, None, None], tl.arange(0, 4)[None, None, :, None]
-    minus = (signs[:, None, None, :] >> (4 * four + byte)) & 1
-    value = _numbers(table).to(tl.float32)
-    return tl.where(minus != 0, -value, value)
+    minus = (signs[:, None, None, :] << (31 - 4 * four - byte)) & SIGN
+    value = _numbers(table).to(tl.float32).to(tl.int32, bitcast=True)
+    return (value ^ minus).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -172,25 +175,21 @@ def read(  # type: ignore[no-untyped-def]
     """
     if FORMAT == "iq1_m":
         numbers, scale, factor = _iq1_m(unit_halves, words, codebook, sixteen, n, inside)
-        factor *= 1 / 8
     else:
         factor = half_to_float(tl.load(halves, mask=inside, other=0))
-        if FORMAT == "iq1_s":
-            numbers, scale = _iq1_s(unit_words, words, codebook, sixteen, n, inside)
-            factor *= 1 / 8
-        elif FORMAT == "iq2_xxs":
-            numbers, scale = _iq2_xxs(unit_words, words, codebook, sixteen, n, inside)
-            factor *= 1 / 8
-        elif FORMAT == "iq2_xs":
-            numbers, scale = _iq2_xs(unit_words, words, codebook, sixteen, n, inside)
-            factor *= 1 / 8
-        elif FORMAT == "iq2_s":
-            numbers, scale = _iq2_s(unit_words, words, codebook, sixteen, n, inside)
-            factor *= 1 / 8
-        elif FORMAT == "iq3_xxs":
-            numbers, scale = _iq3_xxs(unit_words, words, codebook, sixteen, n, inside)
-            factor *= 1 / 4
-        else:
-            numbers, scale = _iq3_s(unit_words, words, codebook, sixteen, n, inside)
+    if FORMAT == "iq1_s":
+        numbers, scale = _iq1_s(unit_words, words, codebook, sixteen, n, inside)
+    elif FORMAT == "iq2_xxs":
+        numbers, scale = _iq2_xxs(unit_words, words, codebook, sixteen, n, inside)
+    elif FORMAT == "iq2_xs":
+        numbers, scale = _iq2_xs(unit_words, words, codebook, sixteen, n, inside)
+    elif FORMAT == "iq2_s":
+        numbers, scale = _iq2_s(unit_words, words, codebook, sixteen, n, inside)
+    elif FORMAT == "iq3_xxs":
+        numbers, scale = _iq3_xxs(unit_words, words, codebook, sixteen, n, inside)
+    elif FORMAT == "iq3_s":
+        numbers, scale = _iq3_s(unit_words, words, codebook, sixteen, n, inside)
+    if FORMAT != "iq3_s":
+        factor *= 1 / 4 if FORMAT == "iq3_xxs" else 1 / 8
     values = tl.reshape(numbers, (numbers.shape[0], 16, numbers.shape[3]))
     return values, factor * (2 * scale + 1).to(tl.float32)

@@ -27,7 +27,7 @@ from lvllm.gpu.kernels.codebooks import LOOKED_UP, codebook
 from lvllm.gpu.pairs import Pairs
 from lvllm.units import ceil_div
 
-__all__ = ["multiply", "multiply_cached"]
+__all__ = ["multiply", "multiply_cached", "prepare"]
 
 ROWS = (16, 64, 128)
 """The rows of a block: the fewest that hold an expert's rows, since tensor cores compute all of
@@ -228,6 +228,12 @@ def _add_up(  # type: ignore[no-untyped-def]
                     y *= tl.load(router_weights + place)
                 sums += y
         tl.store(total + token * hidden + column, sums, mask=within)
+
+
+def prepare(layer: ExpertLayer, device: torch.device) -> None:
+    """Do what `lvllm.gpu.products.prepare` does."""
+    for format in {layer.format, layer.w2_format} & LOOKED_UP.keys():
+        codebook(format, device)
 
 
 def multiply(

@@ -38,10 +38,24 @@ def accelerator() -> Iterator[StandInAccelerator]:
 def make(
     accelerator: StandInAccelerator, formats: list[str], slots: int, **settings: object
 ) -> tuple[list[Layer], list[OffloadedLayer]]:
-    """Make a model with room for so many experts of the first layer's kind."""
+    """Make a model with room for so many experts of the first layer's kind.
+
+    Formats of w13 and w2 that differ are written as "q4_1 q5_0".
+    """
     draw, one = Random(randrange(1 << 30)), Model()
-    given = [random_layer(draw, of, EXPERTS, HIDDEN, INTERMEDIATE) for of in formats]
-    made = [layer.make(activation_bits=16) for layer in given]
+    given = [
+        random_layer(
+            draw,
+            of.split()[0],
+            EXPERTS,
+            HIDDEN,
+            INTERMEDIATE,
+            w2_format=of.split()[-1],
+            group_size=32 if "int8 " in of else None,
+        )
+        for of in formats
+    ]
+    made = [layer.make(activation_bits=16, w2_activation_bits=16) for layer in given]
     size = slots * expert_bytes(signature(made[0].tensors))
     settings = {"cache_bytes": size, "call": "hostfunc"} | settings
     joined = [
@@ -110,6 +124,16 @@ def test_results_are_right_while_experts_are_replaced(
             check(given, layers, 1, few)  # Experts are still coming.
         assert sum(map(sum, slots)) == 6
         assert all(held[expert] for held in slots for expert in few)
+
+
+@pytest.mark.parametrize("formats", ["q4_1 q5_0", "int8 iq4_nl"])
+def test_types_of_gguf_have_slots(accelerator: StandInAccelerator, formats: str) -> None:
+    """Some batches are streamed."""
+    given, layers = make(accelerator, [formats, formats], 6, threshold=10, ahead=1)
+    for tokens in (1, 5, 12):
+        check(given, layers, tokens, [1, 7])
+    slots = [opened(layers[0]).holds(number) or [] for number in (0, 1)]
+    assert sum(map(sum, slots)) == 6
 
 
 def test_the_operator_without_tokens(accelerator: StandInAccelerator) -> None:
