@@ -124,7 +124,7 @@ def test_it_computes_the_types_of_gguf(w13_format: str, w2_format: str) -> None:
     draw = Random(randrange(1 << 30))
     formats = {w13_format, w2_format}
     step = max(BLOCK_FORMATS[of].block_weights for of in formats & BLOCK_FORMATS.keys())
-    hidden, intermediate = (step * draw.integers(1, 512 // step, 2)).tolist()
+    hidden, intermediate = (step * draw.integers(1, 512 // step + 1, 2)).tolist()
     layer = random_layer(
         draw, w13_format, 4, hidden, intermediate, w2_format=w2_format, group_size=32
     )
@@ -164,7 +164,7 @@ def test_conversion_gives_the_products_of_weights_and_scales(
 @pytest.mark.parametrize("format", BLOCK_FORMATS)
 def test_conversion_gives_the_values_of_blocks(format: str) -> None:
     draw, step = Random(randrange(1 << 30)), BLOCK_FORMATS[format].block_weights
-    hidden, intermediate = (step * draw.integers(1, 640 // step, 2)).tolist()
+    hidden, intermediate = (step * draw.integers(1, 512 // step + 1, 2)).tolist()
     layer = random_layer(draw, format, 3, hidden, intermediate)
     engine_layer = layer.make()
     for name in ("w13", "w2"):

@@ -11,6 +11,7 @@ import torch
 
 from lvllm import engine
 from lvllm.engine import ExpertLayer, bank
+from lvllm.engine.weight_formats import ALL_FORMATS, BLOCK_FORMATS
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.cache import expert_cache, placement, reads
@@ -67,10 +68,11 @@ def hybrid(accelerator: Accelerator, made: list[ExpertLayer], tokens: int) -> li
     return [HybridCall(buffers, layer, TOP_K) for layer in made]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ALL_FORMATS)
 def test_streamed_against_float32(accelerator: Accelerator, format: str) -> None:
     random = Random(7)
-    layer = random_layer(random, format, EXPERTS, HIDDEN, INTERMEDIATE, bias=True)
+    intermediate = 256 if format in BLOCK_FORMATS else INTERMEDIATE
+    layer = random_layer(random, format, EXPERTS, HIDDEN, intermediate, bias=True)
     engine_layer = layer.make()
     for tensor in engine_layer.tensors.values():
         accelerator.pin(tensor)
