@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lvllm.engine.ops import raw_ops
-from lvllm.engine.weight_formats import FORMATS
+from lvllm.engine.weight_formats import ALL_FORMATS
 
 __all__ = ["Arithmetic", "arithmetic_of", "available_isas", "explain", "format_arithmetics"]
 
@@ -36,7 +36,7 @@ class Arithmetic:
 def arithmetic_of(format: str, activation_bits: int) -> Arithmetic:
     """How the engine multiplies experts of `format` with activations of 8 or of 16 bits.
 
-    Raises ValueError for a format that is none of `FORMATS`.
+    Raises ValueError for a format that is none of `ALL_FORMATS`.
     """
     return Arithmetic(*raw_ops.arithmetic(format, activation_bits))
 
@@ -50,7 +50,7 @@ def format_arithmetics() -> list[tuple[str, int, Arithmetic]]:
     """Each format, with each number of bits of activations that it allows, and its arithmetic."""
     return [
         (name, bits, arithmetic_of(name, bits))
-        for name, stored in FORMATS.items()
+        for name, stored in ALL_FORMATS.items()
         for bits in stored.activation_bits
     ]
 

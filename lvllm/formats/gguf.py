@@ -59,6 +59,11 @@ class Held:
         """Whether the file has blocks of bytes, and not plain numbers."""
         return self.weights > 1
 
+    @property
+    def memory_bits(self) -> float:
+        """Bits that a weight takes in memory, with its share of the scales."""
+        return 8 * self.nbytes / self.weights if self.is_raw else self.bits
+
     def columns(self, weights: int) -> int:
         """Elements of the file's tensor that hold so many weights of a row."""
         return weights // self.weights * self.nbytes if self.is_raw else weights

@@ -10,13 +10,25 @@ from lvllm.errors import quoted
 from lvllm.formats import gpt_oss
 from lvllm.planning.errors import PlanError
 
-__all__ = ["PLAIN", "Bits", "of_section"]
+__all__ = ["PLAIN", "Bits", "FormatShare", "of_section"]
 
 GROUP_SCALES = {"mxfp4": 8 / 32, "nvfp4": 8 / 16}
 """Bits of scales for each weight in formats that fix the size of their groups."""
 EXPERT = "model.layers.99.mlp.experts.0.up_proj"
 OTHER = "model.layers.99.self_attn.o_proj"
 """Modules whose entries in a section stand for all of their kind."""
+
+
+@dataclass(frozen=True)
+class FormatShare:
+    """The part of the experts' weights that is in one format."""
+
+    format: str
+    """As the engine calls it."""
+    share: float
+    """Of all experts' weights."""
+    bits: float
+    """Of a weight in memory, with its share of the scales."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +39,8 @@ class Bits:
     """The experts' number format, as the engine calls it."""
     experts: float
     others: float
-    read: float = 0
-    """To read an expert's weight takes at least as long as so many bits in other formats take."""
+    parts: tuple[FormatShare, ...] = ()
+    """The formats of experts that GGUF files store, if the engine computes them; else none."""
 
 
 PLAIN = Bits("bf16", 16, 16)

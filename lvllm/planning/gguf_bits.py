@@ -9,7 +9,7 @@ from lvllm.checkpoint.gguf_headers import GgufTensor
 from lvllm.errors import quoted
 from lvllm.formats.gguf import TYPES
 from lvllm.formats.integers import INT4_BITS
-from lvllm.planning.bits import GROUP_SCALES, Bits
+from lvllm.planning.bits import GROUP_SCALES, Bits, FormatShare
 
 __all__ = ["Stored", "bits_of", "size_of"]
 
@@ -20,10 +20,10 @@ SAME = {
     "F16": "fp16",
     **dict.fromkeys(("BF16", "F32", "F64"), "bf16"),
 }
-"""The engine's formats that hold the values of a type."""
+"""The formats of checkpoints that hold the values of a type."""
 MOST_FOR_INT4 = 5.0
-"""Types of up to so many bits become int4: Q4_1 has 5 with a scale and a minimum of each block, and
-the types with 5 bits of codes have 5.5."""
+"""Other types of up to so many bits become int4: Q4_1 has 5 with a scale and a minimum of each
+block, and the types with 5 bits of codes have 5.5."""
 LEAST = {
     "int4": INT4_BITS,
     "int8": 8.0,
@@ -67,10 +67,9 @@ def bits_of(
 ) -> tuple[Bits, Stored]:
     """The bits to plan with, and what the files have.
 
-    The experts' format is that of the type that most of their weights have. A checkpoint in that
-    format has at least LEAST bits a weight, which stands for files that are not served. Where they
-    are, experts have the bits of the file in memory, but nobody has found them to be read faster
-    than those of the format.
+    The experts' format is that of the type that most of their weights have. Experts that are served
+    have the bits that they take in memory. For others, a checkpoint in the nearest format is
+    planned, which has at least LEAST bits a weight.
 
     Args:
         routed: how many weights the experts have.
@@ -82,13 +81,18 @@ def bits_of(
     for tensor in [x for x in experts if x.name.endswith(".weight")] or experts:
         count[tensor.type] += tensor.weights
     types = tuple(name for name, _ in count.most_common())
-    most = next(x for x in experts if x.type == types[0])
-    format = SAME.get(types[0])
-    if format is None:
-        format = "int4" if 8 * most.nbytes / most.weights <= MOST_FOR_INT4 else "int8"
     stored = 8 * size_of(experts) / routed
     of_file = Stored(types, stored, architecture)
-    # Where the file is served, all but the experts become 16 bits.
-    held = size_of(others) if of_file.unserved else 2 * sum(x.weights for x in others)
-    bits = max(stored, LEAST[format]) if of_file.unserved else stored
-    return Bits(format, bits, 8 * held / rest, LEAST[format]), of_file
+    if of_file.unserved:
+        most = next(x for x in experts if x.type == types[0])
+        nearest = "int4" if 8 * most.nbytes / most.weights <= MOST_FOR_INT4 else "int8"
+        format = SAME.get(most.type, nearest)
+        return Bits(format, max(stored, LEAST[format]), 8 * size_of(others) / rest), of_file
+    held = sum(TYPES[x.type].memory_bits * x.weights for x in experts) / routed
+    parts = tuple(
+        FormatShare(TYPES[name].format or "bf16", weights / count.total(), TYPES[name].memory_bits)
+        for name, weights in count.most_common()
+    )
+    # All but the experts become 16 bits.
+    others_bits = 16 * sum(x.weights for x in others) / rest
+    return Bits(parts[0].format, held, others_bits, parts), of_file

@@ -1,12 +1,12 @@
 """The machine that a plan is for, and how fast parts that people have are."""
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lvllm.units import GIB
 
-__all__ = ["CPUS", "GPUS", "Gpu", "Machine", "gpu_like"]
+__all__ = ["CPUS", "GPUS", "Gpu", "Machine", "gpu_like", "least_bits"]
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -47,8 +47,50 @@ class Machine(BaseModel):
 
     def products(self, format: str) -> float:
         """Products a second of all cores."""
-        return 1e9 * self.cores * self.giga_products_per_core[format]
+        rate = self.giga_products_per_core.get(format)
+        if rate is None:  # blocks of GGUF
+            rate = BLOCKS[format].products * self.giga_products_per_core["int4"]
+        return 1e9 * self.cores * rate
 
+
+def least_bits(format: str) -> float:
+    """To read a weight takes at least as long as so many bits of int4 take."""
+    return BLOCKS[format].least_bits if format in BLOCKS else 0
+
+
+class Blocks(NamedTuple):
+    """How fast a type of GGUF is, compared with int4 in groups of 32."""
+
+    products: float
+    """The share of int4's rate of products that is reached with many tokens."""
+    least_bits: float
+    """With one token, unpacking limits a core to the weights that so many bits of int4 are."""
+
+
+# benchmarks/moe_block.py in the shape of Qwen3-30B-A3B with 2048 tokens and with one, on Zen 3
+# (avx2), the only CPU where all types were timed.
+BLOCKS = {
+    name: Blocks(*rates)
+    for name, rates in {
+        "q2_k": (0.55, 4.4),
+        "q3_k": (0.84, 5.8),
+        "q4_k": (0.9, 4.5),
+        "q5_k": (0.79, 5.5),
+        "q6_k": (0.57, 7.7),
+        "q4_1": (0.86, 5),
+        "q5_0": (0.84, 5.5),
+        "q5_1": (0.83, 6),
+        "iq4_nl": (0.67, 5.1),
+        "iq4_xs": (0.63, 5),
+        "iq1_s": (0.85, 14),
+        "iq1_m": (0.68, 16),
+        "iq2_xxs": (0.62, 20),
+        "iq2_xs": (0.54, 22),
+        "iq2_s": (0.45, 19),
+        "iq3_xxs": (0.6, 34),
+        "iq3_s": (0.95, 22),
+    }.items()
+}
 
 # benchmarks/moe_block.py with 2048 tokens in the shape of Qwen3-30B-A3B and the default bits of
 # activations: half of what two cores did, on Zen 3 (avx2), Zen 4 (avx512_vnni), Zen 5 (avx512_bf16)

@@ -2,7 +2,7 @@
 
 import re
 
-from lvllm.engine.weight_formats import activation_bits
+from lvllm.engine.weight_formats import FORMATS, activation_bits
 from lvllm.machine.report import Gpu as GpuFacts
 from lvllm.machine.report import MachineReport, Product
 from lvllm.planning.errors import PlanError
@@ -61,8 +61,8 @@ def _products(products: list[Product]) -> dict[str, float]:
     rates = {}
     for product in products:
         bits = activation_bits(product.format, None)
-        if product.activation_bits != bits:
-            continue
+        if product.activation_bits != bits or product.format not in FORMATS:
+            continue  # `Machine` knows what blocks of GGUF reach of another format's rate.
         if product.giga_weights_per_s_and_core is None:
             rates[product.format] = CPUS[product.isa][product.format]
         else:

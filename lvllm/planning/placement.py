@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lvllm.planning import rounding
+from lvllm.planning.bits import FormatShare
 from lvllm.planning.machine import Machine
 from lvllm.planning.shape import LayerShape, ModelShape
 from lvllm.settings.use_weight import UseWeight
@@ -57,13 +58,11 @@ class Placement:
     def expert_bits(self, model: ModelShape) -> float:
         return rounding.bits(model, self.use_weight)
 
-    def read_bits(self, model: ModelShape) -> float:
-        """Bits that take as long to read as an expert's weight in memory."""
-        bits = self.expert_bits(model)
-        return bits if rounding.is_rounded(model, self.use_weight) else max(bits, model.bits.read)
-
-    def expert_format(self, model: ModelShape) -> str:
-        return rounding.format(model, self.use_weight)
+    def expert_parts(self, model: ModelShape) -> tuple[FormatShare, ...]:
+        """The formats that the engine computes."""
+        if model.bits.parts and not rounding.is_rounded(model, self.use_weight):
+            return model.bits.parts
+        return (FormatShare(rounding.format(model, self.use_weight), 1, self.expert_bits(model)),)
 
     def other_bits(self, model: ModelShape) -> float:
         """On a CPU, weights outside the experts are computed in 16 bits, or in 8 if asked for."""

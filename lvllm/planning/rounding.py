@@ -1,6 +1,7 @@
 """What experts become in memory with LVLLM_MOE_USE_WEIGHT (`lvllm.moe.converted`)."""
 
 from lvllm.engine.weight_formats import FORMATS
+from lvllm.formats import gguf
 from lvllm.formats.integers import INT4_BITS
 from lvllm.planning.shape import ModelShape
 from lvllm.settings.use_weight import UseWeight
@@ -15,8 +16,14 @@ SCALE_BITS = 32
 
 def is_rounded(model: ModelShape, use: UseWeight) -> bool:
     """Whether the setting changes the model's experts: those of as few bits stay as they are."""
-    stored = FORMATS[model.bits.format]
-    return use in ROUNDED and 8 * stored.weight.itemsize / stored.values > ROUNDED[use]
+    return use in ROUNDED and _code_bits(model.bits.format) > ROUNDED[use]
+
+
+def _code_bits(format: str) -> float:
+    """Bits of a weight of a format, without scales."""
+    if (stored := FORMATS.get(format)) is not None:
+        return 8 * stored.weight.itemsize / stored.values
+    return next(held.bits for held in gguf.TYPES.values() if held.format == format)
 
 
 def format(model: ModelShape, use: UseWeight) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lvllm.engine.weight_formats import FORMATS, activation_bits
+from lvllm.engine.weight_formats import ALL_FORMATS, activation_bits
 from lvllm.machine.cpus import default_threads, this_machine
 from lvllm.machine.facts import limits
 from lvllm.planning import rounding
@@ -49,11 +49,13 @@ def _rounding(plan: Defaults, best: Candidate, allowed: Allowed) -> list[Knob]:
     if allowed.int8_linear and not best.how.on_gpu:
         found.append(Knob("LVLLM_DENSE_WEIGHT", ("INT8",), changes_results=True))
     if allowed.activation_bits:
-        formats = [use.lower() for use in uses] or [best.how.expert_format(plan.model)]
+        formats = [use.lower() for use in uses] or [
+            part.format for part in best.how.expert_parts(plan.model)
+        ]
         others = {
             number
             for format in formats
-            for number in FORMATS[format].activation_bits
+            for number in ALL_FORMATS[format].activation_bits
             if number != activation_bits(format, None)
         }
         values = tuple(str(number) for number in sorted(others))

@@ -40,7 +40,9 @@ def write(
     return path
 
 
-def small(path: Path, expert: Type = Type.Q4_K, **fields: Any) -> Path:
+def small(
+    path: Path, expert: Type = Type.Q4_K, architecture: str = "qwen3moe", **fields: Any
+) -> Path:
     """A model of two layers, the second of which has 8 experts of 3 * 256 * 512 weights.
 
     A field of None is left out.
@@ -73,7 +75,7 @@ def small(path: Path, expert: Type = Type.Q4_K, **fields: Any) -> Path:
         "blk.1.ffn_down_exps.weight": ((8, 512, 256), expert),
     }
     given = {name: value for name, value in (common | fields).items() if value is not None}
-    return write(path, "qwen3moe", given, tensors)
+    return write(path, architecture, given, tensors)
 
 
 def of_checkpoint(folder: Path, path: Path, architecture: str, fields: Mapping[str, Any]) -> Path:

@@ -5,13 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from lvllm.checkpoint.headers import Checkpoint
 from lvllm.checkpoint.moe_layers import layer_number
+from lvllm.formats.gguf import TYPES
 from lvllm.planning import gguf_shape, shape
+from lvllm.planning.bits import FormatShare
 from lvllm.planning.errors import PlanError
 from lvllm.planning.gguf_bits import Stored
+from lvllm.planning.settings import unserved
 from lvllm.planning.shape import UNLIMITED
 from tests.models.make import make
 from tests.planning.gguf_files import of_checkpoint, small, write
@@ -81,7 +86,7 @@ def test_a_gguf_file_has_the_shape_of_its_config(
 
 
 def test_the_written_sizes(tmp_path: Path) -> None:
-    model = gguf_shape.of_file(small(tmp_path / "x.gguf", Type.TQ1_0), "x")
+    model = gguf_shape.of_file(small(tmp_path / "x.gguf", architecture="dbrx"), "x")
     dense, sparse = model.layers
     attention = 2 * 512 * 512 + 2 * 128 * 512
     assert (dense.experts, dense.others) == (0, attention + 1024 * 512)
@@ -95,41 +100,51 @@ def test_the_written_sizes(tmp_path: Path) -> None:
     assert model.others * model.bits.others == pytest.approx(8.5 * eights + 16 * (router + norm))
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_experts_that_are_served_are_planned_as_the_engine_holds_them(
+    name: str, tmp_path: Path
+) -> None:
+    kind = Type[name]
+    held = TYPES[name]
+    model = gguf_shape.of_file(small(tmp_path / "x.gguf", kind), "x")
+    block, nbytes = GGML_QUANT_SIZES[kind]
+    stored = 16 if kind == Type.F32 else 8 * nbytes / block
+    assert model.stored == Stored((name,), stored, "qwen3moe")
+    format = held.format or "bf16"
+    (part,) = model.bits.parts
+    assert part == FormatShare(format, 1, stored)
+    assert (model.bits.format, model.bits.experts) == (format, pytest.approx(stored))
+    assert model.others * model.bits.others == pytest.approx(16 * (model.others + 512))
+    # What a layer of the engine really takes.
+    if held.split is not None:
+        codes, scale = held.split(torch.randint(0, 256, (3, 4, nbytes), dtype=torch.uint8))
+        assert part.bits * 3 * 4 * block == 8 * (codes.nbytes + scale.nbytes)
+
+
 @pytest.mark.parametrize(
-    ("kind", "format", "bits", "read"),
+    ("kind", "format", "bits", "stored"),
     [
         (Type.Q4_K, "int4", 4.5, 4.5),
-        (Type.Q4_0, "int4", 4.5, 4.5),
-        (Type.Q4_1, "int4", 5, 4.5),
-        (Type.IQ4_NL, "int4", 4.5, 4.5),
-        (Type.IQ4_XS, "int4", 4.25, 4.5),
-        (Type.Q2_K, "int4", 2.625, 4.5),
-        (Type.Q3_K, "int4", 3.4375, 4.5),
-        (Type.IQ2_XXS, "int4", 2.0625, 4.5),
-        (Type.IQ3_S, "int4", 3.4375, 4.5),
-        (Type.Q5_0, "int8", 5.5, 8),
-        (Type.Q5_K, "int8", 5.5, 8),
-        (Type.Q6_K, "int8", 6.5625, 8),
-        (Type.Q8_0, "int8", 8.5, 8),
+        (Type.TQ1_0, "int4", 4.5, 1.6875),
+        (Type.Q4_1, "int4", 5, 5),
+        (Type.IQ4_XS, "int4", 4.5, 4.25),
+        (Type.Q2_K, "int4", 4.5, 2.625),
+        (Type.Q5_0, "int8", 8, 5.5),
+        (Type.Q6_K, "int8", 8, 6.5625),
+        (Type.Q8_0, "int8", 8.5, 8.5),
         (Type.MXFP4, "mxfp4", 4.25, 4.25),
         (Type.F16, "fp16", 16, 16),
-        (Type.BF16, "bf16", 16, 16),
         (Type.F32, "bf16", 16, 16),
     ],
 )
-def test_the_nearest_format(
-    kind: Type, format: str, bits: float, read: float, tmp_path: Path
+def test_the_nearest_format_of_a_model_that_is_not_served(
+    kind: Type, format: str, bits: float, stored: float, tmp_path: Path
 ) -> None:
-    """Experts of types that are served have the bits of the file."""
-    model = gguf_shape.of_file(small(tmp_path / "x.gguf", kind), "x")
-    assert (model.bits.format, model.bits.experts, model.bits.read) == (format, bits, read)
-    assert model.stored == Stored((kind.name,), bits, "qwen3moe")
-
-
-def test_a_type_that_is_not_served_has_the_bits_of_the_nearest_format(tmp_path: Path) -> None:
-    model = gguf_shape.of_file(small(tmp_path / "x.gguf", Type.TQ1_0), "x")
-    assert (model.bits.format, model.bits.experts) == ("int4", 4.5)
-    assert model.stored == Stored(("TQ1_0",), 1.6875, "qwen3moe")
+    file = small(tmp_path / "x.gguf", kind, architecture="dbrx")
+    model = gguf_shape.of_file(file, "x")
+    assert (model.bits.format, model.bits.experts) == (format, bits)
+    assert model.stored == Stored((kind.name,), stored, "dbrx")
+    assert unserved(model) is not None
 
 
 TENSORS = {
@@ -153,7 +168,8 @@ def test_most_weights_decide_about_the_format(tmp_path: Path) -> None:
     model = gguf_shape.of_file(write(tmp_path / "x.gguf", "llama", FIELDS, TENSORS), "x")
     bits = (4.5 + 4.5 + 6.5625) / 3
     assert model.stored == Stored(("Q4_K", "Q6_K"), bits, "llama")
-    assert (model.bits.format, model.bits.experts) == ("int4", bits)
+    assert (model.bits.format, model.bits.experts) == ("q4_k", pytest.approx(bits))
+    assert model.bits.parts == (FormatShare("q4_k", 2 / 3, 4.5), FormatShare("q6_k", 1 / 3, 6.5625))
     assert not model.tied
     assert model.context == 4096
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lvllm.planning.bits import FormatShare
 from lvllm.planning.placement import Load, Placement, memory
 from lvllm.settings.use_weight import UseWeight
 from lvllm.units import GIB
@@ -49,6 +50,8 @@ BY_ROWS = 8 + 32 * (1536 + 2048) / (3 * 2048 * 768)
         ("FP8", "fp16", 16, BY_ROWS, "fp8"),
         ("FP8", "int8", 8.125, 8.125, "int8"),
         ("INT8", "int4", 4.125, 4.125, "int4"),
+        ("INT4", "q4_k", 4.5, 4.5, "q4_k"),
+        ("INT4", "q6_k", 6.5625, 4.5, "int4"),
         ("KEEP", "bf16", 16, 16, "bf16"),
     ],
 )
@@ -59,7 +62,7 @@ def test_rounding_only_shrinks(
     how = Placement(False, use_weight=UseWeight(use))
     needs = memory(small, machine(), how, Load())
     assert needs.host["experts"] == pytest.approx(small.routed * experts / 8)
-    assert how.expert_format(small) == becomes
+    assert how.expert_parts(small) == (FormatShare(becomes, 1, how.expert_bits(small)),)
 
 
 @given(st.floats(1, 200), st.integers(0, 4), st.integers(0, 7), st.sampled_from([None, 1, 512]))

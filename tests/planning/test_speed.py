@@ -1,12 +1,15 @@
 """Predicted speed, against arithmetic by hand and against what was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lvllm.engine.weight_formats import BLOCK_FORMATS
 from lvllm.planning import shape
-from lvllm.planning.machine import CPUS, Machine
+from lvllm.planning.bits import Bits, FormatShare
+from lvllm.planning.machine import BLOCKS, CPUS, Machine
 from lvllm.planning.placement import Load, Placement
 from lvllm.planning.speed import limit, predict
 from lvllm.settings.use_weight import UseWeight
@@ -96,6 +99,27 @@ def test_reading_limits_a_token_and_arithmetic_a_prompt() -> None:
     assert limit(speed.decode) == "experts: memory bandwidth"
     products = 7 * 2048 * 6 * 10_000_000 / (16 * 170e9) + 7 * 20e-6
     assert speed.prefill["experts: arithmetic"] == pytest.approx(products)
+
+
+def test_experts_in_blocks_are_as_slow_as_their_shares() -> None:
+    """As Q4_K_M has them: half of the down projections in Q6_K."""
+    here, load = machine(gb_per_s=100), Load(prompt=2048)
+    parts = (FormatShare("q4_k", 5 / 6, 4.5), FormatShare("iq1_s", 1 / 6, 1.5625))
+    mixed = replace(model(), bits=Bits("q4_k", 4.01, 16, parts))
+    found = predict(mixed, here, Placement(False), load)
+    rates = [here.cores * 1e9 * BLOCKS[part.format].products * 249 for part in parts]
+    products = 7 * 2048 * 6 * 10_000_000
+    seconds = products * (5 / 6 / rates[0] + 1 / 6 / rates[1]) + 7 * 20e-6
+    assert found.prefill["experts: arithmetic"] == pytest.approx(seconds)
+    # Unpacking one type takes longer than reading its few bits.
+    assert BLOCKS["iq1_s"].least_bits > 1.5625
+    read = max(4.5, BLOCKS["q4_k"].least_bits) * 5 / 6 + BLOCKS["iq1_s"].least_bits / 6
+    seconds = 7 * 6 * 10_000_000 * read / 8 / (0.88 * 100e9) + 7 * 20e-6
+    assert found.decode["experts: memory bandwidth"] == pytest.approx(seconds)
+
+
+def test_every_type_has_a_rate() -> None:
+    assert set(BLOCKS) == set(BLOCK_FORMATS)
 
 
 def test_users_share_the_experts_that_they_choose() -> None:

@@ -111,7 +111,8 @@ def test_the_plan_has_the_experts_as_they_are_in_memory(use: str, bits: float, f
     assert plan is not None
     assert plan.best is not None
     assert plan.best.how.expert_bits(plan.model) == pytest.approx(bits)
-    assert plan.best.how.expert_format(plan.model) == format
+    (part,) = plan.best.how.expert_parts(plan.model)
+    assert part.format == format
     assert not any(one.key.endswith("moe_use_weight") for one in plan.settings)
 
 
