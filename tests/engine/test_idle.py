@@ -42,9 +42,10 @@ def test_idle_threads_burn_less_than_one_percent_of_a_core(options: dict[str, bo
 
 
 # The caller stays on one CPU: when it is moved, the worker whose core it takes is moved too, which
-# is a sched_setaffinity.
+# is a sched_setaffinity. A thread that has slept has done what threads do when they begin.
 HOT_LOOP = """
-import gc, os
+import gc, os, time
+from pathlib import Path
 import torch
 from tests.engine.test_idle import tiny_layer
 from lvllm import engine
@@ -55,6 +56,12 @@ ids, weights = torch.tensor([[0, 1], [2, 3], [3, -1]]), torch.rand(3, 2)
 def calls():
     for _ in range(200):
         layer(x, ids, weights)
+def slept(thread):
+    status = (thread / "status").read_text()
+    return int(status.partition("nonvoluntary_ctxt_switches")[0].split()[-1]) > 0
+calls()
+while not all(slept(thread) for thread in Path("/proc/self/task").iterdir()):
+    time.sleep(0.01)
 calls()
 gc.disable()
 os.getppid()
