@@ -26,7 +26,7 @@ from benchmarks import gpu_callback, gpu_timeline
 from lvllm.engine import ExpertLayer, info
 from lvllm.gpu import streamed
 from lvllm.gpu.accelerator import Accelerator
-from lvllm.gpu.cache.expert_cache import ExpertCache
+from lvllm.gpu.cache.expert_cache import open_caches
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.pairs import Pairs
@@ -181,7 +181,7 @@ def decode_cached(
     """Return seconds per layer of `decode`, with this share of each layer's experts in slots."""
     x, ids, router = inputs
     size = sum(tensor.nbytes for layer in layers for tensor in layer.tensors.values())
-    cache = ExpertCache(accelerator, dict(enumerate(layers)), round(share * size))
+    (cache,) = open_caches(accelerator, dict(enumerate(layers)), round(share * size))
     calls = calls_of(accelerator, layers, inputs)
 
     def step() -> None:

@@ -11,7 +11,7 @@ from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.gpu import break_even
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.break_even import MeasuredThreshold
-from lvllm.gpu.cache.expert_cache import ExpertCache
+from lvllm.gpu.cache.expert_cache import ExpertCache, open_caches
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers, raise_host_call_error, running_host_call
 from lvllm.gpu.offloaded_layer import OffloadedLayer
 from lvllm.gpu.ring import StagingRing
@@ -76,8 +76,8 @@ class Offload:
         self._pinned, self._pinning = 0, 0.0  # bytes, and the seconds that they took
         self._steps: StreamSteps | None = None
         self._ring: StagingRing | None = None
-        self.cache: ExpertCache | None = None
-        """The cache, once it is open."""
+        self.caches: list[ExpertCache] = []
+        """The caches, once they are open."""
         self._complete = False
 
     @staticmethod
@@ -166,16 +166,17 @@ class Offload:
             self.open_cache(self.cache_bytes)
 
     def open_cache(self, size: int) -> None:
-        """Open the cache of experts with so many bytes. All layers have been added by now.
+        """Open the caches of experts with so many bytes. All layers have been added by now.
 
         Raises ValueError if they hold no expert, and MemoryError if the device has no room.
         """
         layers = {number: self._added[number].experts for number in sorted(self._announced)}
-        self.cache = ExpertCache(self.accelerator, layers, size, self._reads_path)
-        for number, cached in self.cache.layers.items():
-            self._added[number].cache = cached
+        self.caches = open_caches(self.accelerator, layers, size, self._reads_path)
+        of_layers = {number: cache for cache in self.caches for number in cache.layers}
+        for number, cache in of_layers.items():
+            self._added[number].cache = cache.layers[number]
         if self._ring is not None:
-            self._ring.leave_out(self.cache.holds)
+            self._ring.leave_out(lambda n: of_layers[n].holds(n) if n in of_layers else None)
 
     def _open_ring(self, layers: list[OffloadedLayer]) -> None:
         """Allocate the ring, and measure the threshold if that is asked for."""
@@ -202,7 +203,8 @@ class Offload:
     def _mark_step(self) -> None:
         if self._ring is not None:
             self._ring.tally()
-        if self.cache is not None and self.cache.step() and self._ring is not None:
+        lost = [cache.step() for cache in self.caches]
+        if any(lost) and self._ring is not None:
             self._ring.abort()
         if self._watchdog is not None:
             if self._steps is None:
@@ -218,12 +220,12 @@ _live: weakref.WeakSet[Offload] = weakref.WeakSet()
 
 def caches() -> list[ExpertCache]:
     """Return the caches of this process."""
-    return [one.cache for one in _live if one.cache is not None]
+    return [cache for one in _live for cache in one.caches]
 
 
 def waiting_for_cache() -> list[Offload]:
     """Return the models of this process whose caches have yet to be opened (`cache_bytes`)."""
-    return [one for one in _live if one.cache_bytes == "auto" and one.cache is None]
+    return [one for one in _live if one.cache_bytes == "auto" and not one.caches]
 
 
 def mark_step() -> None:

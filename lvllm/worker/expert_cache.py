@@ -41,8 +41,6 @@ def leave_room(worker: Any, available: int) -> int:
     except ValueError:
         logger.warning("%s %s, so no expert has room", said, amount(available))
         return available
-    cache = waiting[0].cache
-    assert cache is not None, "it has just been opened"
-    left = available - cache.nbytes - SCRATCH
+    left = available - sum(cache.nbytes for cache in waiting[0].caches) - SCRATCH
     logger.info("%s %s", said, amount(left))
     return left

@@ -1,15 +1,15 @@
-"""The cache of a model: which layers have it, and what happens between two steps."""
+"""The caches of a model: which layers have them, and what happens between two steps."""
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from lvllm.engine.expert_layer import ExpertLayer
-from lvllm.gpu.accelerator import Accelerator
+from lvllm.gpu.accelerator import Accelerator, Stream
 from lvllm.gpu.cache import saved
 from lvllm.gpu.cache.cached_layer import CachedLayer
 from lvllm.gpu.cache.counters import CacheCounters
@@ -17,10 +17,10 @@ from lvllm.gpu.cache.placement import Placement
 from lvllm.gpu.cache.reads import EVERY, Reads
 from lvllm.gpu.cache.replacing import STEP_BYTES, Replacing
 from lvllm.gpu.cache.slots import Slots
-from lvllm.gpu.packing import expert_bytes, signature
+from lvllm.gpu.packing import Signature, expert_bytes, signature
 from lvllm.units import amount
 
-__all__ = ["ExpertCache"]
+__all__ = ["ExpertCache", "open_caches"]
 
 # vLLM shows the loggers of this name. This package works without vLLM.
 logger = logging.getLogger("vllm.plugins.lvllm")
@@ -31,19 +31,64 @@ SAVE_EVERY = 64
 """How many looks at the counts lie between two times that they are saved: some twenty seconds."""
 
 
-class ExpertCache:
-    """The slots of a model's offloaded layers. Only the thread that queues the steps uses it.
+def open_caches(
+    accelerator: Accelerator,
+    layers: Mapping[int, ExpertLayer],
+    size: int,
+    path: Path | None = None,
+) -> list["ExpertCache"]:
+    """Open a cache for each size and format of experts, as large as their share of all weights.
 
-    Layers whose experts differ in size or format from those of most layers have no slots.
+    A GGUF file in Q4_K_M has two: Q6_K in some down projections, and Q4_K in the others.
 
     Args:
         accelerator: the device with the slots.
         layers: the offloaded layers by their numbers. Their tensors are pinned.
         size: the bytes for slots. There are at most as many slots as there are experts.
-        path: where the counts are saved; None: nowhere.
+        path: where the counts are saved, with a number for each cache but the first; None: nowhere.
 
     Raises:
         ValueError: if `size` holds no expert.
+        MemoryError: if the device has too little memory.
+    """
+    kinds = defaultdict[tuple[int, Signature], dict[int, ExpertLayer]](dict)
+    for number, layer in layers.items():
+        kinds[layer.num_experts, signature(layer.tensors)][number] = layer
+    experts = {kind: len(some) * kind[0] for kind, some in kinds.items()}
+    each = {kind: expert_bytes(kind[1]) for kind in kinds}
+    whole = {kind: experts[kind] * each[kind] for kind in kinds}
+    # All kinds have the same share of their experts in slots.
+    counts = {kind: min(size * n // sum(whole.values()), n) for kind, n in experts.items()}
+    if not any(counts.values()):
+        # No kind's share holds an expert, but perhaps the whole does.
+        most = max(whole, key=whole.__getitem__)
+        counts = {most: size // each[most]}
+        if not counts[most]:
+            raise ValueError(
+                f"LVLLM_GPU_EXPERT_CACHE of {amount(size)} holds no expert of {amount(each[most])}"
+            )
+    streams = accelerator.stream(), accelerator.stream()
+    opened: list[ExpertCache] = []
+    for kind, count in counts.items():
+        if count:
+            own = path.with_stem(f"{path.stem}-{len(opened)}") if path and opened else path
+            opened.append(ExpertCache(accelerator, kinds[kind], count, own, streams))
+    if left := len(layers) - sum(len(cache.layers) for cache in opened):
+        logger.info("LvLLM: %d layers of other sizes have no part of the GPU's cache", left)
+    return opened
+
+
+class ExpertCache:
+    """The slots of offloaded layers of one kind. Only the thread that queues the steps uses it.
+
+    Args:
+        accelerator: the device with the slots.
+        layers: the layers by their numbers, whose experts have one signature.
+        count: how many slots there are.
+        path: where the counts are saved; None: nowhere.
+        streams: for copies, and for products.
+
+    Raises:
         MemoryError: if the device has too little memory.
     """
 
@@ -51,29 +96,20 @@ class ExpertCache:
         self,
         accelerator: Accelerator,
         layers: Mapping[int, ExpertLayer],
-        size: int,
-        path: Path | None = None,
+        count: int,
+        path: Path | None,
+        streams: tuple[Stream, Stream],
     ) -> None:
-        kinds = {
-            number: (layer.num_experts, signature(layer.tensors))
-            for number, layer in layers.items()
-        }
-        ((experts, of), _), *others = Counter(kinds.values()).most_common()
-        chosen = {n: layer for n, layer in layers.items() if kinds[n] == (experts, of)}
-        each = expert_bytes(of)
-        count = min(size // each, len(chosen) * experts)
-        if count < 1:
-            raise ValueError(
-                f"LVLLM_GPU_EXPERT_CACHE of {amount(size)} holds no expert of {amount(each)}"
-            )
-        copies, computing = accelerator.stream(), accelerator.stream()
+        copies, computing = streams
+        first = next(iter(layers.values()))
+        of, experts = signature(first.tensors), first.num_experts
         self._slots = Slots(accelerator, of, count, copies)
-        self._numbers, self._path = list(chosen), path
-        self._placement = Placement(len(chosen), experts, count)
-        self._reads = Reads(accelerator, (len(chosen), experts))
-        weights = [layer.tensors for layer in chosen.values()]
+        self._numbers, self._path = list(layers), path
+        self._placement = Placement(len(layers), experts, count)
+        self._reads = Reads(accelerator, (len(layers), experts))
+        weights = [layer.tensors for layer in layers.values()]
         self._replacing = Replacing(accelerator, weights, experts, self._slots, copies)
-        self._most = max(1, STEP_BYTES // each) * EVERY
+        self._most = max(1, STEP_BYTES // expert_bytes(of)) * EVERY
         self._until_saved = SAVE_EVERY
         self._counters: CacheCounters | None = None
         tables, reads = self._replacing.on_device, self._reads.on_device
@@ -81,10 +117,10 @@ class ExpertCache:
             number: CachedLayer(
                 accelerator, layer, self._slots, tables[place], reads[place], computing
             )
-            for place, (number, layer) in enumerate(chosen.items())
+            for place, (number, layer) in enumerate(layers.items())
         }
         """The layers that have the cache, by their numbers."""
-        self._begin(sum(kind for _, kind in others))
+        self._begin()
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +161,7 @@ class ExpertCache:
             self._until_saved = SAVE_EVERY
             saved.write(self._path, self._numbers, self._placement.scores)
 
-    def _begin(self, left_out: int) -> None:
+    def _begin(self) -> None:
         """Fill all slots, by what an earlier server has counted, and say so."""
         begin = time.perf_counter()
         shape = self._placement.table.shape
@@ -138,12 +174,11 @@ class ExpertCache:
         self._replacing.add(self._placement.moves(self._slots.count))
         self._replacing.settle()
         logger.info(
-            "LvLLM: %s of the GPU hold %d of %d experts (%.0f%%), chosen %s, filled in %.1f s%s",
+            "LvLLM: %s of the GPU hold %d of %d experts (%.0f%%), chosen %s, filled in %.1f s",
             amount(self.nbytes),
             self._slots.count,
             shape.numel(),
             100 * self._slots.count / shape.numel(),
             "by what was read before" if known else "evenly, as nothing was counted",
             time.perf_counter() - begin,
-            f"; {left_out} layers of other sizes have none" if left_out else "",
         )

@@ -15,6 +15,7 @@ from lvllm.gpu.offload import Offload, mark_step, waiting_for_cache
 from lvllm.gpu.offloaded_layer import OffloadedLayer, concentrated_routing
 from lvllm.gpu.packing import expert_bytes, signature
 from lvllm.gpu.stand_in import StandInAccelerator
+from lvllm.units import ceil_div
 from tests.gpu.streams import uneven
 from tests.random_layers import Layer, Random, random_layer
 
@@ -38,7 +39,7 @@ def accelerator() -> Iterator[StandInAccelerator]:
 def make(
     accelerator: StandInAccelerator, formats: list[str], slots: int, **settings: object
 ) -> tuple[list[Layer], list[OffloadedLayer]]:
-    """Make a model with room for so many experts of the first layer's kind.
+    """Make a model with room for so many of its experts.
 
     Formats of w13 and w2 that differ are written as "q4_1 q5_0".
     """
@@ -56,7 +57,8 @@ def make(
         for of in formats
     ]
     made = [layer.make(activation_bits=16, w2_activation_bits=16) for layer in given]
-    size = slots * expert_bytes(signature(made[0].tensors))
+    whole = sum(EXPERTS * expert_bytes(signature(layer.tensors)) for layer in made)
+    size = ceil_div(slots * whole, EXPERTS * len(made))
     settings = {"cache_bytes": size, "call": "hostfunc"} | settings
     joined = [
         Offload.announce(n, one, lambda: Offload(accelerator, MOST, **settings))  # type: ignore[arg-type]
@@ -93,9 +95,10 @@ def check(given: list[Layer], layers: list[OffloadedLayer], tokens: int, few: li
 
 
 def opened(layer: OffloadedLayer) -> expert_cache.ExpertCache:
+    """The cache that has slots for a layer."""
     assert isinstance(layer.offload, Offload)
-    assert layer.offload.cache is not None
-    return layer.offload.cache
+    (found,) = (cache for cache in layer.offload.caches if layer.number in cache.layers)
+    return found
 
 
 @pytest.mark.parametrize("threshold", [0, 10])
@@ -107,23 +110,26 @@ def test_results_are_right_while_experts_are_replaced(
     monkeypatch.setattr(expert_cache, "EVERY", 3)
     monkeypatch.setattr(placement, "HALF_LIFE", 6)
     kind = random.choice(["bf16", "int4", "fp8"])
-    # The second layer's experts are larger or smaller, and have no slots.
+    # The second layer's experts are larger or smaller, and have slots of their own.
     other = "int8" if kind == "bf16" else "bf16"
-    given, layers = make(accelerator, [kind, other, kind], 6, threshold=threshold, ahead=1)
+    given, layers = make(accelerator, [kind, other, kind], 9, threshold=threshold, ahead=1)
     cache = opened(layers[0])
     assert list(cache.layers) == [0, 2]
-    assert layers[1].cache is None
-    assert cache.holds(1) is None
+    assert opened(layers[2]) is cache
+    second = opened(layers[1])
+    assert list(second.layers) == [1]
+    assert cache.holds(1) is second.holds(0) is None
     for few in ([1, 2], [7, 4], [0, 8]):
         for _ in range(25):
             check(given, layers, random.choice([1, 2, 5, 12, MOST]), few)
         for _ in range(100):
-            slots = [cache.holds(number) or [] for number in (0, 2)]
-            if sum(map(sum, slots)) == 6:
+            slots = [opened(layer).holds(layer.number) or [] for layer in layers]
+            held = sum(slots[0] + slots[2]), sum(slots[1])
+            if held == (6, 3):
                 break
             check(given, layers, 1, few)  # Experts are still coming.
-        assert sum(map(sum, slots)) == 6
-        assert all(held[expert] for held in slots for expert in few)
+        assert held == (6, 3)
+        assert all(of_layer[expert] for of_layer in slots for expert in few)
 
 
 @pytest.mark.parametrize("formats", ["q4_1 q5_0", "int8 iq4_nl"])
@@ -204,6 +210,37 @@ def test_a_cache_that_is_opened_later(accelerator: StandInAccelerator) -> None:
     first, second = (opened(layers[0]).holds(number) for number in (0, 1))
     assert (first, second) == ([e < 2 for e in range(EXPERTS)], [e < 1 for e in range(EXPERTS)])
     check(given, layers, 4, [1])
+
+
+def test_a_size_that_is_rare_has_no_slots(accelerator: StandInAccelerator) -> None:
+    """Its share of a small cache holds none of its experts. If that goes for all, one has all."""
+    given, layers = make(accelerator, ["int4", "int4", "int4", "bf16"], 3)
+    assert sum(map(sum, (opened(layer).holds(layer.number) or [] for layer in layers[:3]))) >= 1
+    assert layers[3].cache is None
+    check(given, layers, 4, [1])
+    size = layers[3].size() // EXPERTS
+    given, layers = make(accelerator, ["int4", "bf16"], 0, cache_bytes=size)
+    assert layers[0].cache is None
+    assert opened(layers[1]).holds(1) == [True] + [False] * (EXPERTS - 1)
+    check(given, layers, 4, [0])
+
+
+def test_counts_of_every_size_are_saved(
+    accelerator: StandInAccelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, value in ((reads, 2), (expert_cache, 2)):
+        monkeypatch.setattr(module, "EVERY", value)
+    monkeypatch.setattr(expert_cache, "SAVE_EVERY", 3)
+    path = tmp_path / "reads.safetensors"
+    given, layers = make(accelerator, ["int4", "bf16"], 4, reads_path=path)
+    for _ in range(40):
+        check(given, layers, 2, [5, 6])
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["reads-1.safetensors", "reads.safetensors"]
+    del layers
+    _, layers = make(accelerator, ["int4", "bf16"], 4, reads_path=path)
+    for layer in layers:
+        assert opened(layer).holds(layer.number) == [e in (5, 6) for e in range(EXPERTS)]
 
 
 def test_no_room(accelerator: StandInAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:

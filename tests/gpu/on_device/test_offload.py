@@ -249,7 +249,7 @@ def test_graphs_read_the_slots_of_now(cuda: Accelerator, monkeypatch: pytest.Mon
     for number in range(3):
         Offload.announce(number, offload, lambda: offload)
     added = [offload.add(n, f"layer {n}", layer, TOP_K) for n, layer in enumerate(made)]
-    assert offload.cache is not None
+    (cache,) = offload.caches
     graphs = []
     for tokens in (32, 5, 1):
         inputs = batch(random, tokens, cuda.device)
@@ -273,5 +273,5 @@ def test_graphs_read_the_slots_of_now(cuda: Accelerator, monkeypatch: pytest.Mon
             error = torch.linalg.norm(got.cpu().float() - want)
             # On the CPU, 4-bit experts round activations to 8 bits.
             assert error <= 2e-2 * torch.linalg.norm(want)
-        seen.add(tuple(tuple(offload.cache.holds(n) or ()) for n in range(3)))
+        seen.add(tuple(tuple(cache.holds(n) or ()) for n in range(3)))
     assert len(seen) > 5
