@@ -336,7 +336,7 @@ def _tell_sizes(labels: Mapping[str, str], layers: Sequence[_Layer]) -> None:
         told.append(("lvllm_staging_bytes", {"memory": "ring"}, ring))
         told.append(("lvllm_staging_bytes", {"memory": "pinned"}, pinned))
         if found := caches():
-            told += [("lvllm_cache_bytes", {}, sum(cache.nbytes for cache in found))]
+            told.append(("lvllm_cache_bytes", {}, sum(cache.nbytes for cache in found)))
         told.append(("lvllm_streaming_threshold_tokens", {}, first.threshold))
     series = [Series(name, own, [place]) for place, (name, own, _) in enumerate(told)]
     numbers = open_block(labels, series, len(told))

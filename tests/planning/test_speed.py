@@ -102,7 +102,7 @@ def test_reading_limits_a_token_and_arithmetic_a_prompt() -> None:
 
 
 def test_experts_in_blocks_are_as_slow_as_their_shares() -> None:
-    """As Q4_K_M has them: half of the down projections in Q6_K."""
+    """Half of the down projections are in another type."""
     here, load = machine(gb_per_s=100), Load(prompt=2048)
     parts = (FormatShare("q4_k", 5 / 6, 4.5), FormatShare("iq1_s", 1 / 6, 1.5625))
     mixed = replace(model(), bits=Bits("q4_k", 4.01, 16, parts))

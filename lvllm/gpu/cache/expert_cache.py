@@ -57,8 +57,9 @@ def open_caches(
     experts = {kind: len(some) * kind[0] for kind, some in kinds.items()}
     each = {kind: expert_bytes(kind[1]) for kind in kinds}
     whole = {kind: experts[kind] * each[kind] for kind in kinds}
+    total = sum(whole.values())
     # All kinds have the same share of their experts in slots.
-    counts = {kind: min(size * n // sum(whole.values()), n) for kind, n in experts.items()}
+    counts = {kind: min(size * n // total, n) for kind, n in experts.items()}
     if not any(counts.values()):
         # No kind's share holds an expert, but perhaps the whole does.
         most = max(whole, key=whole.__getitem__)
