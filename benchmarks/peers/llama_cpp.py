@@ -35,6 +35,18 @@ TYPES = {
     "q4_k": (12, True),
     "q5_k": (13, False),
     "q6_k": (14, False),
+    "q4_1": (3, False),
+    "q5_0": (6, False),
+    "q5_1": (7, False),
+    "iq4_nl": (20, True),
+    "iq4_xs": (23, False),
+    "iq1_s": (19, False),
+    "iq1_m": (29, False),
+    "iq2_xxs": (16, False),
+    "iq2_xs": (17, False),
+    "iq2_s": (22, False),
+    "iq3_xxs": (18, False),
+    "iq3_s": (21, False),
 }
 FORMATS = tuple(TYPES)
 BLOCK = 32
