@@ -381,6 +381,13 @@ inline I32x16 shift_halves(U32x16 a, int left, int right) {
   return result;
 }
 
+// Bytes 1 and 3 of each lane, as 16-bit integers.
+inline U32x16 odd_bytes(U32x16 a) {
+  typedef uint16_t ShortVector __attribute__((vector_size(kVectorBytes)));
+  for (auto& v : a.v) v = (UintVector)((ShortVector)v >> 8);
+  return a;
+}
+
 inline U32x16 operator^(U32x16 a, uint32_t b) {
   for (auto& v : a.v) v ^= b;
   return a;

@@ -3,7 +3,10 @@
 // Weights are integers of at most 8 bits. Activations have a scale for each block and 16 bits: the
 // error of an activation is at most 2^-16 of the largest in its block, far less than x has from
 // being bf16. An instruction multiplies twice as many weights as one on floats. The sum of 128
-// products of 8 and 16 bits stays below 2^29.
+// products of 8 and 16 bits stays below 2^30.
+//
+// Weights may be higher by kOffset than what they stand for. The sum over a block begins with
+// -kOffset times the sum of its activations. Int16Products is what does not depend on kOffset.
 #pragma once
 
 #include "lk/kernels/arithmetic/activations.h"
@@ -12,8 +15,7 @@
 
 namespace lk::LK_ISA {
 
-struct Int16Pairs : QuantisedActs<2> {
-  using Products = Int16Pairs;
+struct Int16Products : QuantisedActs<2> {
   using Weights = I32x16;
   using Sum = I32x16;
   using Act = IntVector;
@@ -22,8 +24,15 @@ struct Int16Pairs : QuantisedActs<2> {
   static constexpr int kMostBlockLog2 = 7;  // as long as the blocks of many_tokens.h
   static constexpr int kOutlierBlockLog2 = 6;
 
-  static Sum begin(const char*) { return {}; }
-  static Sum copy(Sum start) { return start; }
+  static Sum begin(const char* info) {
+    Sum sum;
+    for (auto& v : sum.v) v = IntVector{} + info_at(info).begin;
+    return sum;
+  }
+  static Sum copy(Sum start) {
+    for (auto& v : start.v) v = opaque(v);
+    return start;
+  }
   static Act act(const char* p) { return broadcast_bits(p); }
   static Sum multiply_add(Sum sum, Weights w, Act a) {
 #if defined(LK_VPDPBUSD)
@@ -44,6 +53,11 @@ struct Int16Pairs : QuantisedActs<2> {
     return multiply_add(sum, w, act(p));
 #endif
   }
+};
+
+template <int kOffset>
+struct Int16Pairs : Int16Products {
+  using Products = Int16Products;
 
   // Packs a block of activations. Returns their sum, as they were rounded.
   template <class F>
@@ -63,7 +77,7 @@ struct Int16Pairs : QuantisedActs<2> {
     const int32_t sum = sum_of_lanes(
         _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1)));
     const float scale = top / 32767.0f;
-    const BlockInfo info{scale * weight_unit<F>(), 0};
+    const BlockInfo info{scale * weight_unit<F>(), -kOffset * sum};
     std::memcpy(row + block_info_offset(k, block), &info, sizeof(info));
     return scale * static_cast<float>(sum);
   }

@@ -68,7 +68,7 @@ struct TableCodes : Codes<4> {
 // With activations of 16 bits. The even bytes of a step come first.
 template <class C>
 struct In16Bits : C {
-  using Math = Int16Pairs;
+  using Math = Int16Pairs<C::kOffset>;
   static constexpr uint8_t kOrder[8] = {C::kByteOrder[0], C::kByteOrder[2], C::kByteOrder[1],
                                         C::kByteOrder[3], C::kByteOrder[4], C::kByteOrder[6],
                                         C::kByteOrder[5], C::kByteOrder[7]};
@@ -78,19 +78,9 @@ struct In16Bits : C {
     C::steps(words, step);
 #pragma GCC unroll 8
     for (int t = 0; t < kSteps; ++t) {
-      w[2 * t] = less_offset(step[t] & 0x00ff00ff);
-      w[2 * t + 1] = less_offset(step[t] >> 8 & 0x00ff00ff);
+      w[2 * t] = as_integers(step[t] & 0x00ff00ff);
+      w[2 * t + 1] = as_integers(odd_bytes(step[t]));
     }
-  }
-
- private:
-  static I32x16 less_offset(U32x16 pairs) {
-    typedef int16_t ShortVector __attribute__((vector_size(kVectorBytes)));
-    I32x16 result;
-    for (int i = 0; i < kVectors; ++i) {
-      result.v[i] = (IntVector)((ShortVector)pairs.v[i] - C::kOffset);
-    }
-    return result;
   }
 };
 

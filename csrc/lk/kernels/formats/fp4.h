@@ -29,7 +29,7 @@ struct TwiceE2m1 {
 #if defined(__AVX2__) && !defined(__AVX512BF16__)
 
 struct Fp4 {
-  using Math = Int16Pairs;
+  using Math = Int16Pairs<0>;
   static constexpr float kWeightUnit = 0.5f;
   static constexpr int kUnitWeights = 8;
   // Low nibbles come first, then high ones; of each, the even bytes first.

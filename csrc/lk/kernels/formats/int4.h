@@ -19,7 +19,7 @@ constexpr float kInt4ZeroPoint = 8;  // of the tables above
 #if defined(__AVX2__) && !defined(__AVX512BF16__)
 
 struct Int4 {
-  using Math = Int16Pairs;
+  using Math = Int16Pairs<0>;
   static constexpr int kUnitWeights = 8;
   // Pair i is nibble i of both halves of the unit.
   static constexpr uint8_t kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};

@@ -23,7 +23,7 @@ struct Int8Groups {
   // Also where pairs of bf16 are as fast, because an integer is unpacked by 3 instructions for 64
   // weights, and a bf16 by 15: on Zen 5, 64 tokens in all take 0.93 of the time, 512 take 0.81, and
   // 2048 take 1.02.
-  using Math = Int16Pairs;
+  using Math = Int16Pairs<0>;
   static constexpr uint8_t kOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
   static void unpack(U32x16 bits, I32x16* w) {
     w[0] = shift_halves(bits, 8, 8);
