@@ -32,17 +32,20 @@ def _text() -> str:
             "gguf is not installed, which has the tables of its types: "
             "pip install -r requirements/build.txt"
         ) from None
-    books = [
-        _array("uint32_t", f"k{name}", _words(table, scale, offset))
-        for name, table, scale, offset in (
-            ("Iq2Xxs", IQ2_XXS, 1, 0),
-            ("Iq2Xs", IQ2_XS, 1, 0),
-            ("Iq2S", IQ2_S, 1, 0),
-            ("Iq3Xxs", IQ3_XXS, 1, 0),
-            ("Iq3S", IQ3_S, 1, 0),
-            ("Iq1Times8Plus16", IQ1_S, 8, 16),
-        )
-    ]
+    books = [_words("Iq1Times8Plus16", _grid(IQ1_S) * 8 + 16)]
+    for name, table, offset in (
+        ("Iq2Xxs", IQ2_XXS, 64),
+        ("Iq2Xs", IQ2_XS, 64),
+        ("Iq2S", IQ2_S, 64),
+        ("Iq3Xxs", IQ3_XXS, 64),
+        ("Iq3S", IQ3_S, 16),
+    ):
+        grid = _grid(table)
+        books += [
+            _words(name, grid),
+            _words(f"{name}Plus{offset}", grid + offset),
+            *_levels(name, grid, offset),
+        ]
     return f"""// Written by build_tools/codebooks.py from the gguf package.
 #pragma once
 
@@ -53,17 +56,37 @@ namespace lk::codebooks {{
 // The integers of IQ4_NL and IQ4_XS, made unsigned.
 {_array("uint8_t", "kIq4NlPlus128", (value + 128 for value in IQ4_NL.kvalues))}
 // The entries of the other types, four numbers a word, the first one in its low byte. An entry of
-// IQ1 and IQ2 has two words. Those of IQ2 and IQ3 are magnitudes: signs are with the weights.
+// IQ1 and IQ2 has two words. Those of IQ2 and IQ3 are magnitudes: signs are with the weights. Each
+// number is higher by as much as the array's name says.
+//
+// IQ2 and IQ3 have few different magnitudes, the levels. In 16 bits, an entry has the number of the
+// level of each of its magnitudes: four bits for each of IQ3's, the first in the lowest ones; two
+// bits for each of IQ2's eight, the even ones in the low byte, the odd ones in the high byte.
 {"".join(books)}
 }}  // namespace lk::codebooks
 """
 
 
-def _words(table: Any, scale: int, offset: int) -> list[int]:
-    """The entries of a type's table, each number times `scale` plus `offset`, as words."""
+def _grid(table: Any) -> Any:
+    """The entries of a type's table, as integers: [entries, 4 or 8]."""
     table.init_grid()
-    numbers = (table.grid * scale + offset).astype("<u1")
-    return list(numbers.reshape(-1).view("<u4"))
+    return table.grid.reshape(table.grid_shape).astype(int)
+
+
+def _words(name: str, entries: Any) -> str:
+    return _array("uint32_t", f"k{name}", entries.astype("<u1").reshape(-1).view("<u4"))
+
+
+def _levels(name: str, grid: Any, offset: int) -> Iterable[str]:
+    """The levels of a table's magnitudes, and its entries as numbers of levels."""
+    levels = sorted({int(magnitude) for magnitude in grid.flat})
+    places = range(0, 16, 4) if grid.shape[1] == 4 else [i % 2 * 8 + i // 2 * 2 for i in range(8)]
+    numbers = [
+        sum(levels.index(entry[i]) << place for i, place in enumerate(places)) for entry in grid
+    ]
+    filled = levels + [0] * (16 - len(levels))
+    yield _array("uint8_t", f"k{name}LevelsPlus{offset}", (level + offset for level in filled))
+    yield _array("uint16_t", f"k{name}InLevels", numbers)
 
 
 def _array(of: str, name: str, values: Iterable[int]) -> str:

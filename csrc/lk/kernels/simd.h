@@ -281,59 +281,73 @@ inline U32x16 gather(const uint32_t* table, U32x16 index) {
 #elif defined(__AVX2__)
     v = (UintVector)_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), (__m256i)v, 4);
 #else
-    for (int lane = 0; lane < kVectorLanes; ++lane) v[lane] = table[v[lane]];
+    UintVector entries{};
+    for (int lane = 0; lane < kVectorLanes; ++lane) entries[lane] = table[v[lane]];
+    v = entries;
 #endif
   }
   return index;
 }
 
-// The two words of entry i of a table, for each lane i. With AVX2, lanes are loaded one by one,
-// which takes half as long as two instructions that gather, on Zen 3.
+// The two words of entry i of a table, for each lane i. Lanes are loaded one by one, which takes
+// half as long as two instructions that gather, on Zen 3 and Zen 4.
 inline void gather_pairs(const uint32_t* table, U32x16 index, U32x16* first, U32x16* second) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
   uint32_t at[kLanes];
   std::memcpy(at, &index, sizeof at);
   const auto two_entries = [&](int lane) {
     const auto* const entries = reinterpret_cast<const double*>(table);
     return _mm_loadh_pd(_mm_load_sd(entries + at[lane]), entries + at[lane + 1]);
   };
+  const auto four_entries = [&](int lane) {
+    return _mm256_set_m128d(two_entries(lane + 4), two_entries(lane));
+  };
+#if defined(__AVX512F__)
+  const auto eight_entries = [&](int lane) {
+    const auto low = (__m256i)four_entries(lane), high = (__m256i)four_entries(lane + 8);
+    return (__m512)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  };
+  const __m512 a = eight_entries(0), b = eight_entries(2);
+  first->v[0] = (UintVector)_mm512_shuffle_ps(a, b, 0x88);
+  second->v[0] = (UintVector)_mm512_shuffle_ps(a, b, 0xdd);
+#else
   for (int i = 0; i < kVectors; ++i) {
-    const auto four_entries = [&](int lane) {
-      lane += i * kVectorLanes;
-      return _mm256_castpd_ps(_mm256_set_m128d(two_entries(lane + 4), two_entries(lane)));
-    };
-    const __m256 a = four_entries(0), b = four_entries(2);
+    const __m256 a = _mm256_castpd_ps(four_entries(i * kVectorLanes));
+    const __m256 b = _mm256_castpd_ps(four_entries(i * kVectorLanes + 2));
     first->v[i] = (UintVector)_mm256_shuffle_ps(a, b, 0x88);
     second->v[i] = (UintVector)_mm256_shuffle_ps(a, b, 0xdd);
   }
+#endif
 #else
   *first = gather(table, index << 1);
   *second = gather(table + 1, index << 1);
 #endif
 }
 
-// Bits 4 n to 4 n + 3 of each lane, each as a byte of ones or of zeros.
-inline U32x16 bits_to_bytes(U32x16 a, int n) {
+// Replaces byte b of each lane by `from` less that byte where byte `byte` of the lane in `bits` has
+// the bit that is set in byte b of `places`.
+inline U32x16 subtract_bytes_from(int from, U32x16 a, U32x16 bits, int byte, uint32_t places) {
 #if defined(__AVX2__)
-  typedef int8_t ByteVector __attribute__((vector_size(kVectorBytes)));
+  // That byte, four times in each lane.
   const __m128i lane = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
-  const __m128i from = _mm_add_epi8(lane, _mm_set1_epi8(static_cast<char>(n / 2)));
-  const UintVector bit = UintVector{} + (0x08040201u << n % 2 * 4);
-  for (auto& v : a.v) {
-#if defined(__AVX512F__)
-    v = (UintVector)_mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(from));
-#else
-    v = (UintVector)_mm256_shuffle_epi8((__m256i)v, _mm256_broadcastsi128_si256(from));
+  const __m128i at = _mm_add_epi8(lane, _mm_set1_epi8(static_cast<char>(byte)));
 #endif
-    v = (UintVector)((ByteVector)(v & bit) == (ByteVector)bit);
+  typedef uint8_t ByteVector __attribute__((vector_size(kVectorBytes)));
+  for (int i = 0; i < kVectors; ++i) {
+    const auto place = (ByteVector)(UintVector{} + places);
+#if defined(__AVX512F__)
+    const auto four =
+        (ByteVector)_mm512_shuffle_epi8((__m512i)bits.v[i], _mm512_broadcast_i32x4(at));
+#elif defined(__AVX2__)
+    const auto four =
+        (ByteVector)_mm256_shuffle_epi8((__m256i)bits.v[i], _mm256_broadcastsi128_si256(at));
+#else
+    const auto four = (ByteVector)((bits.v[i] >> 8 * byte & 0xff) * 0x01010101u);
+#endif
+    const auto from_a = static_cast<uint8_t>(from) - (ByteVector)a.v[i];
+    a.v[i] = (UintVector)((four & place) != 0 ? from_a : (ByteVector)a.v[i]);
   }
   return a;
-#else
-  a = a >> 4 * n & 15;
-  a = (a | a << 14) & 0x00030003;
-  a = (a | a << 7) & 0x01010101;
-  return (a << 8) - a;
-#endif
 }
 
 inline I32x16 as_integers(U32x16 a) {

@@ -20,8 +20,10 @@
 #define __AVX512BW__ 1
 #define __AVX512DQ__ 1
 #define __AVX512VL__ 1
-#undef _mm512_setr_epi32       // a macro
-#undef _mm512_i32gather_epi32  // a macro without optimisation
+#undef _mm512_setr_epi32   // a macro
+#undef _mm512_inserti64x4  // macros without optimisation
+#undef _mm512_shuffle_ps
+#undef _mm512_i32gather_epi32
 
 namespace lk {
 namespace {
@@ -95,6 +97,8 @@ inline __m512i _mm512_broadcast_i32x4(__m128i a) {
   return joined<__m512i>(twice, twice);
 }
 inline __m512i _mm512_broadcast_i64x4(__m256i a) { return joined<__m512i>(a, a); }
+// The upper half is undefined.
+inline __m512i _mm512_castsi256_si512(__m256i a) { return joined<__m512i>(a, __m256i{}); }
 
 template <class Vector>
 inline Vector loaded(const void* p) {
@@ -217,6 +221,17 @@ inline __m512i _mm512_i32gather_epi32(__m512i index, const void* base, int scale
 inline __m512i _mm512_shuffle_epi8(__m512i a, __m512i b) {
   return by_halves(a, b, [](__m256i x, __m256i y) { return _mm256_shuffle_epi8(x, y); });
 }
+inline __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int from) {
+  __m512 result;
+  for (int i = 0; i < 16; ++i) {
+    result[i] = (i % 4 < 2 ? a : b)[i / 4 * 4 + (from >> i % 4 * 2 & 3)];
+  }
+  return result;
+}
+inline __m512i _mm512_inserti64x4(__m512i a, __m256i b, int half) {
+  return half == 0 ? joined<__m512i>(b, half_of<__m256i>(a, 1))
+                   : joined<__m512i>(half_of<__m256i>(a, 0), b);
+}
 inline __m512i _mm512_unpacklo_epi8(__m512i a, __m512i b) {
   return by_halves(a, b, [](__m256i x, __m256i y) { return _mm256_unpacklo_epi8(x, y); });
 }
@@ -233,6 +248,10 @@ inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) {
 // have 16 to 64 lanes, each of which is moved by itself.
 __attribute__((noinline)) inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
   return (__m512i)__builtin_shuffle((Words32)a, (Words32)index);
+}
+__attribute__((noinline)) inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i index,
+                                                                   __m512i b) {
+  return (__m512i)__builtin_shuffle((Words32)a, (Words32)b, (Words32)index);
 }
 __attribute__((noinline)) inline __m512i _mm512_permutexvar_epi32(__m512i index, __m512i a) {
   return (__m512i)__builtin_shuffle((Dwords16)a, (Dwords16)index);

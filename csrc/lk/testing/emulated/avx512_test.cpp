@@ -181,6 +181,18 @@ const std::map<std::string, Definition> kDefinitions = {
     {"shuffle_epi8",
      lanes<char>(64,
                  [](auto& o, int i) { return o.b[i] < 0 ? 0 : o.a[i / 16 * 16 + (o.b[i] & 15)]; })},
+    {"shuffle_ps 0x88", lanes<uint32_t>(16,
+                                        [](auto& o, int i) {
+                                          return lane<uint32_t>(i % 4 < 2 ? o.a : o.b,
+                                                                i / 4 * 4 + i % 2 * 2);
+                                        })},
+    {"shuffle_ps 0xdd", lanes<uint32_t>(16,
+                                        [](auto& o, int i) {
+                                          return lane<uint32_t>(i % 4 < 2 ? o.a : o.b,
+                                                                i / 4 * 4 + i % 2 * 2 + 1);
+                                        })},
+    {"inserti64x4 1",
+     lanes<char>(64, [](auto& o, int i) { return i < 32 ? o.a[i] : o.b[i - 32]; })},
     {"unpacklo_epi8",
      lanes<uint8_t>(64, [](auto& o, int i) { return interleaved<uint8_t>(o, i, false); })},
     {"unpackhi_epi8",
@@ -192,6 +204,12 @@ const std::map<std::string, Definition> kDefinitions = {
     {"permutexvar_epi16",
      lanes<uint16_t>(
          32, [](auto& o, int i) { return lane<uint16_t>(o.b, lane<uint16_t>(o.a, i) & 31); })},
+    {"permutex2var_epi16", lanes<uint16_t>(32,
+                                           [](auto& o, int i) {
+                                             const int from = lane<uint16_t>(o.b, i);
+                                             return lane<uint16_t>(from & 32 ? o.c : o.a,
+                                                                   from & 31);
+                                           })},
     {"permutexvar_epi32",
      lanes<uint32_t>(
          16, [](auto& o, int i) { return lane<uint32_t>(o.b, lane<uint32_t>(o.a, i) & 15); })},

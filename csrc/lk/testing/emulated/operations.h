@@ -114,6 +114,18 @@ constexpr Operation kOperations[] = {
      [](const Operands& o, char* out) {
        put(out, _mm512_shuffle_epi8(integers(o.a), integers(o.b)));
      }},
+    {"shuffle_ps 0x88",
+     [](const Operands& o, char* out) {
+       put(out, _mm512_shuffle_ps(floats(o.a), floats(o.b), 0x88));
+     }},
+    {"shuffle_ps 0xdd",
+     [](const Operands& o, char* out) {
+       put(out, _mm512_shuffle_ps(floats(o.a), floats(o.b), 0xdd));
+     }},
+    {"inserti64x4 1",
+     [](const Operands& o, char* out) {
+       put(out, _mm512_inserti64x4(_mm512_castsi256_si512(half(o.a)), half(o.b), 1));
+     }},
     {"unpacklo_epi8",
      [](const Operands& o, char* out) {
        put(out, _mm512_unpacklo_epi8(integers(o.a), integers(o.b)));
@@ -133,6 +145,10 @@ constexpr Operation kOperations[] = {
     {"permutexvar_epi16",
      [](const Operands& o, char* out) {
        put(out, _mm512_permutexvar_epi16(integers(o.a), integers(o.b)));
+     }},
+    {"permutex2var_epi16",
+     [](const Operands& o, char* out) {
+       put(out, _mm512_permutex2var_epi16(integers(o.a), integers(o.b), integers(o.c)));
      }},
     {"permutexvar_epi32",
      [](const Operands& o, char* out) {
