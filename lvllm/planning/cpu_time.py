@@ -3,7 +3,7 @@
 A part takes as long as the slower of two: reading its weights, and multiplying.
 """
 
-from lvllm.planning.machine import Machine, least_bits
+from lvllm.planning.machine import Machine
 from lvllm.planning.placement import Placement
 from lvllm.planning.shape import LayerShape, ModelShape
 
@@ -51,7 +51,7 @@ def experts(
 ) -> Seconds:
     """The routed experts of one layer, by the engine."""
     parts = how.expert_parts(model)
-    bits = sum(part.share * max(part.bits, least_bits(part.format)) for part in parts)
+    bits = sum(part.share * max(part.bits, machine.least_bits(part.format)) for part in parts)
     reading = layer.read(tokens) * bits / 8 / _read(machine)
     rate = 1 / sum(part.share / machine.products(part.format) for part in parts)
     rate *= _width(model.hidden, layer.inner(model.hidden))

@@ -54,7 +54,7 @@ def machine_of(given: Description, here: Callable[[], Machine]) -> Machine:
         if (value := getattr(given, name)) is not None
     }
     if given.isa is not None:
-        changes["giga_products_per_core"] = CPUS[given.isa]
+        changes |= {"giga_products_per_core": CPUS[given.isa], "isa": given.isa}
     changes |= _gpu(given, base)
     return Machine(**(dict(base) | changes))
 

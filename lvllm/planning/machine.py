@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lvllm.units import GIB
 
-__all__ = ["CPUS", "GPUS", "Gpu", "Machine", "gpu_like", "least_bits"]
+__all__ = ["BLOCKS", "CPUS", "GPUS", "Gpu", "Machine", "gpu_like"]
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -41,6 +41,8 @@ class Machine(BaseModel):
     giga_products_per_core: dict[str, float]
     """Products of a weight and an activation that a core computes a second with many tokens, by the
     format of the weights."""
+    isa: str = "avx2"
+    """Whose rates its types of GGUF have."""
     gpus: int = Field(default=0, ge=0)
     gpu: Gpu | None = None
     """None: there is no GPU."""
@@ -49,13 +51,16 @@ class Machine(BaseModel):
         """Products a second of all cores."""
         rate = self.giga_products_per_core.get(format)
         if rate is None:  # blocks of GGUF
-            rate = BLOCKS[format].products * self.giga_products_per_core["int4"]
+            rate = self._blocks[format].products * self.giga_products_per_core["int4"]
         return 1e9 * self.cores * rate
 
+    def least_bits(self, format: str) -> float:
+        """To read a weight takes at least as long as so many bits of int4 take."""
+        return self._blocks[format].least_bits if format in self._blocks else 0
 
-def least_bits(format: str) -> float:
-    """To read a weight takes at least as long as so many bits of int4 take."""
-    return BLOCKS[format].least_bits if format in BLOCKS else 0
+    @property
+    def _blocks(self) -> "dict[str, Blocks]":
+        return BLOCKS["avx512_vnni" if self.isa in AVX512_VNNI else "avx2"]
 
 
 class Blocks(NamedTuple):
@@ -67,30 +72,51 @@ class Blocks(NamedTuple):
     """With one token, unpacking limits a core to the weights that so many bits of int4 are."""
 
 
-# benchmarks/moe_block.py in the shape of Qwen3-30B-A3B with 2048 tokens and with one, on Zen 3
-# (avx2), the only CPU where all types were timed.
-BLOCKS = {
-    name: Blocks(*rates)
-    for name, rates in {
-        "q2_k": (0.55, 4.4),
-        "q3_k": (0.84, 5.8),
-        "q4_k": (0.9, 4.5),
-        "q5_k": (0.79, 5.5),
-        "q6_k": (0.57, 7.7),
-        "q4_1": (0.86, 5),
-        "q5_0": (0.84, 5.5),
-        "q5_1": (0.83, 6),
-        "iq4_nl": (0.67, 5.1),
-        "iq4_xs": (0.63, 5),
-        "iq1_s": (0.85, 14),
-        "iq1_m": (0.68, 16),
-        "iq2_xxs": (0.62, 20),
-        "iq2_xs": (0.54, 22),
-        "iq2_s": (0.45, 19),
-        "iq3_xxs": (0.6, 34),
-        "iq3_s": (0.95, 22),
-    }.items()
+# Timed beside int4 in the shape of Qwen3-30B-A3B, with 2048 tokens and with one, on Zen 3 (avx2)
+# and on Zen 4 (avx512_bf16, which has the kernels of avx512_vnni for these types). For instruction
+# sets that were not timed, the rates of avx2 are an estimate.
+BLOCKS: dict[str, dict[str, Blocks]] = {
+    "avx2": {
+        "q2_k": Blocks(0.55, 4.4),
+        "q3_k": Blocks(0.84, 5.8),
+        "q4_k": Blocks(0.9, 4.5),
+        "q5_k": Blocks(0.79, 5.5),
+        "q6_k": Blocks(0.57, 7.7),
+        "q4_1": Blocks(0.86, 5),
+        "q5_0": Blocks(0.84, 5.5),
+        "q5_1": Blocks(0.83, 6),
+        "iq4_nl": Blocks(0.67, 5.1),
+        "iq4_xs": Blocks(0.63, 5),
+        "iq1_s": Blocks(0.85, 14),
+        "iq1_m": Blocks(0.68, 16),
+        "iq2_xxs": Blocks(0.62, 20),
+        "iq2_xs": Blocks(0.54, 22),
+        "iq2_s": Blocks(0.45, 19),
+        "iq3_xxs": Blocks(0.6, 34),
+        "iq3_s": Blocks(0.95, 22),
+    },
+    "avx512_vnni": {
+        "q2_k": Blocks(0.71, 4.3),
+        "q3_k": Blocks(0.88, 5),
+        "q4_k": Blocks(0.82, 5.6),
+        "q5_k": Blocks(0.82, 7.3),
+        "q6_k": Blocks(0.51, 9.1),
+        "q4_1": Blocks(0.83, 5.6),
+        "q5_0": Blocks(0.98, 7.3),
+        "q5_1": Blocks(0.83, 8.4),
+        "iq4_nl": Blocks(1.01, 5.7),
+        "iq4_xs": Blocks(0.99, 5.2),
+        "iq1_s": Blocks(0.91, 11),
+        "iq1_m": Blocks(0.8, 15),
+        "iq2_xxs": Blocks(0.94, 7.6),
+        "iq2_xs": Blocks(0.78, 13),
+        "iq2_s": Blocks(0.72, 16),
+        "iq3_xxs": Blocks(0.92, 8.6),
+        "iq3_s": Blocks(0.89, 10.5),
+    },
 }
+AVX512_VNNI = ("avx512_vnni", "avx512_vbmi", "avx512_bf16", "amx")
+"""The instruction sets whose rates are those of avx512_vnni."""
 
 # benchmarks/moe_block.py with 2048 tokens in the shape of Qwen3-30B-A3B and the default bits of
 # activations: half of what two cores did, on Zen 3 (avx2), Zen 4 (avx512_vnni), Zen 5 (avx512_bf16)

@@ -48,6 +48,7 @@ def of_report(report: MachineReport) -> Machine:
         memory_bytes=memory,
         read_gb_per_s=measured.read_gb_per_s,
         giga_products_per_core=_products(started.products),
+        isa=started.isa or "avx2",
         gpus=len(gpus),
         gpu=_gpu(min(gpus, key=lambda gpu: gpu.memory_bytes or 0), bus) if gpus else None,
     )

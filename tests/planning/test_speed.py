@@ -101,25 +101,28 @@ def test_reading_limits_a_token_and_arithmetic_a_prompt() -> None:
     assert speed.prefill["experts: arithmetic"] == pytest.approx(products)
 
 
-def test_experts_in_blocks_are_as_slow_as_their_shares() -> None:
+@pytest.mark.parametrize(("isa", "timed"), [("avx2", "avx2"), ("avx512_bf16", "avx512_vnni")])
+def test_experts_in_blocks_are_as_slow_as_their_shares(isa: str, timed: str) -> None:
     """Half of the down projections are in another type."""
-    here, load = machine(gb_per_s=100), Load(prompt=2048)
+    here, load = machine(gb_per_s=100).model_copy(update={"isa": isa}), Load(prompt=2048)
+    blocks = BLOCKS[timed]
     parts = (FormatShare("q4_k", 5 / 6, 4.5), FormatShare("iq1_s", 1 / 6, 1.5625))
     mixed = replace(model(), bits=Bits("q4_k", 4.01, 16, parts))
     found = predict(mixed, here, Placement(False), load)
-    rates = [here.cores * 1e9 * BLOCKS[part.format].products * 249 for part in parts]
+    rates = [here.cores * 1e9 * blocks[part.format].products * 249 for part in parts]
     products = 7 * 2048 * 6 * 10_000_000
     seconds = products * (5 / 6 / rates[0] + 1 / 6 / rates[1]) + 7 * 20e-6
     assert found.prefill["experts: arithmetic"] == pytest.approx(seconds)
     # Unpacking one type takes longer than reading its few bits.
-    assert BLOCKS["iq1_s"].least_bits > 1.5625
-    read = max(4.5, BLOCKS["q4_k"].least_bits) * 5 / 6 + BLOCKS["iq1_s"].least_bits / 6
+    assert blocks["iq1_s"].least_bits > 1.5625
+    read = max(4.5, blocks["q4_k"].least_bits) * 5 / 6 + blocks["iq1_s"].least_bits / 6
     seconds = 7 * 6 * 10_000_000 * read / 8 / (0.88 * 100e9) + 7 * 20e-6
     assert found.decode["experts: memory bandwidth"] == pytest.approx(seconds)
 
 
 def test_every_type_has_a_rate() -> None:
-    assert set(BLOCKS) == set(BLOCK_FORMATS)
+    for blocks in BLOCKS.values():
+        assert set(blocks) == set(BLOCK_FORMATS)
 
 
 def test_users_share_the_experts_that_they_choose() -> None:
