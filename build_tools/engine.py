@@ -4,7 +4,8 @@
 `python -m build_tools.engine test` builds and runs the C++ tests; `test asan` and `test tsan` do so
 under sanitizers. `test emulated` runs the kernels of every instruction set on emulated
 instructions, and `test emulated-asan` does so under sanitizers. `test aarch64` cross-compiles the
-portable kernels for 64-bit ARM, and runs their tests on an emulated CPU.
+portable kernels for 64-bit ARM, and runs their tests on an emulated CPU. `build-tests asan tsan`
+builds those tests and runs none.
 """
 
 import importlib
@@ -85,10 +86,10 @@ def build_engine(destination: Path) -> None:
     new.rename(target)
 
 
-def run_tests(variant: str | None = None) -> None:
-    """Build the C++ tests below build/ and run them, if asked as one of VARIANTS.
+def build_tests(variant: str | None = None) -> Path:
+    """Build the C++ tests, if asked as one of VARIANTS, and return their folder below build/.
 
-    Raises BuildError if a test fails.
+    Raises BuildError.
     """
     # The plain tests share the engine's object files, half of which take over 20 s to compile.
     build = BUILD / (f"tests-{variant}" if variant else "engine")
@@ -101,6 +102,12 @@ def run_tests(variant: str | None = None) -> None:
         sanitizer = SANITIZERS.get(part)
         options += [f"-DLK_SANITIZE={sanitizer}" if sanitizer else "-DLK_EMULATE=ON"]
     _compile(build, *options)
+    return build
+
+
+def run_tests(variant: str | None = None) -> None:
+    """Build the C++ tests and run them. Raises BuildError if a test fails."""
+    build = build_tests(variant)
     # Tests run side by side: most of a test's time is the comparison in plain C++, on one thread.
     at_once = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     how = ["--parallel", at_once, "--output-on-failure", "--no-tests=error"]
@@ -209,5 +216,11 @@ if __name__ == "__main__":
             run_tests()
         case ["test", variant] if variant in VARIANTS:
             run_tests(variant)
+        case ["build-tests", *variants] if variants and set(variants) <= set(VARIANTS):
+            for variant in variants:
+                build_tests(variant)
         case _:
-            sys.exit(f"usage: python -m build_tools.engine [test [{'|'.join(VARIANTS)}]]")
+            sys.exit(
+                "usage: python -m build_tools.engine [test [VARIANT] | build-tests VARIANT ...]; "
+                f"a VARIANT is one of {', '.join(VARIANTS)}"
+            )
