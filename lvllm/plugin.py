@@ -12,7 +12,7 @@ from packaging.version import InvalidVersion, Version
 import lvllm
 from lvllm import api_key
 from lvllm.errors import LvllmError
-from lvllm.faults import orphans, process
+from lvllm.faults import leaving, orphans, process
 from lvllm.settings import variables
 from lvllm.supported import VLLM
 
@@ -36,6 +36,7 @@ def _register() -> None:
     if multiprocessing.parent_process() is None:
         api_key.hide()
     orphans.end_with_the_parent()
+    leaving.leave_after_the_work()
 
     from vllm.platforms import current_platform
 

@@ -14,6 +14,7 @@ from vllm.exceptions import GenerationError, GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from lvllm.faults import scratch
+from lvllm.faults.leaving import end_in_a_line
 
 __all__ = [
     "ServerStopped",
@@ -148,7 +149,7 @@ def wait_for_a_death(processes: Sequence[Any]) -> NoReturn:
     """Wait until one of a server's API servers, engines and coordinators has ended.
 
     None of them ends by itself, and one that was sent SIGTERM ends with status 0. The others are
-    killed, and SystemExit says which one it was. With SIGTERM they would wait for each other for
+    killed, and the line says which one it was. With SIGTERM they would wait for each other for
     some seconds.
     """
     waiting: dict[Any, Any] = {process.sentinel: process for process in processes}
@@ -156,7 +157,7 @@ def wait_for_a_death(processes: Sequence[Any]) -> NoReturn:
     status = _status(ended)
     for process in waiting.values():
         process.kill()
-    raise SystemExit(f"lvllm: {_line(ended.name, status)}")
+    end_in_a_line(f"lvllm: {_line(ended.name, status)}")
 
 
 def _status(process: Any) -> int | None:

@@ -141,6 +141,7 @@ def end_open_requests(original: Any) -> Any:
 def say_who_died(original: Any) -> Any:
     from vllm.v1.engine.exceptions import EngineDeadError
 
+    from lvllm.faults import leaving
     from lvllm.faults import shutdown as stopping
 
     async def run_server_worker(
@@ -158,7 +159,7 @@ def say_who_died(original: Any) -> Any:
             if stopping.noted_death() is None:
                 raise
         if (death := stopping.noted_death()) is not None:
-            raise SystemExit(f"lvllm: {death}")
+            leaving.end_in_a_line(f"lvllm: {death}")
 
     return run_server_worker
 

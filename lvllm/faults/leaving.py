@@ -1,0 +1,66 @@
+"""Processes of vLLM that end without taking their interpreter apart.
+
+At its end, Python visits the 700,000 objects that vLLM and PyTorch have made, several times. This
+takes 1 to 3 s of a core in each process, and one after the other: the engine waits for its workers,
+and the front process for the engine. Meanwhile the memory of a server that a supervisor wants to
+start again is in use.
+"""
+
+import atexit
+import multiprocessing
+import os
+import sys
+import traceback
+from contextlib import suppress
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import NoReturn
+
+from lvllm.faults.orphans import PROCESSES
+
+__all__ = ["end_in_a_line", "leave_after_the_work"]
+
+COMMANDS = ("vllm", "lvllm")
+
+LAST = -1000
+"""The priority of what multiprocessing calls last at the end of a process."""
+
+
+def leave_after_the_work() -> None:
+    """Let this process end right after its work and its exit handlers, if vLLM has spawned it.
+
+    A forked process ends so by itself, without the exit handlers, which are its parent's.
+    """
+    spawned = "--multiprocessing-fork" in sys.orig_argv
+    if spawned and multiprocessing.current_process().name.startswith(PROCESSES):
+        Finalize(None, _leave, exitpriority=LAST)
+
+
+def end_in_a_line(line: str) -> NoReturn:
+    """End with status 1 and this line: a command at once, another program by SystemExit."""
+    if Path(sys.argv[0]).name in COMMANDS and multiprocessing.parent_process() is None:
+        sys.stderr.write(f"{line}\n")
+        _leave_with(1)
+    raise SystemExit(line)
+
+
+def _leave() -> None:
+    """End this process with the status that multiprocessing would give it, and with its words."""
+    error = sys.exc_info()[1]  # what has ended the work
+    if error is None:
+        _leave_with(0)
+    elif not isinstance(error, SystemExit):
+        sys.stderr.write(f"Process {multiprocessing.current_process().name}:\n")
+        traceback.print_exception(error)
+        _leave_with(1)
+    elif error.code is None or isinstance(error.code, int):
+        _leave_with(error.code or 0)
+    # else multiprocessing prints the code
+
+
+def _leave_with(status: int) -> NoReturn:
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(status)
