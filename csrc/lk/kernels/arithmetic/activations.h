@@ -53,6 +53,16 @@ struct QuantisedActs {
   };
   static const BlockInfo& info_at(const char* p) { return *reinterpret_cast<const BlockInfo*>(p); }
   static float scale(const char* info) { return info_at(info).scale; }
+  // The sums that a block begins with, and a copy in registers of its own.
+  static I32x16 begin(const char* info) {
+    I32x16 sum;
+    for (auto& v : sum.v) v = IntVector{} + info_at(info).begin;
+    return sum;
+  }
+  static I32x16 copy(I32x16 start) {
+    for (auto& v : start.v) v = opaque(v);
+    return start;
+  }
   static int64_t block_info_offset(int64_t k, int64_t block) {
     return act_blocks(k) * kActBlock * kBytes + block * static_cast<int64_t>(sizeof(BlockInfo));
   }

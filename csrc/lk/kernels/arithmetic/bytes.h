@@ -40,15 +40,6 @@ struct ByteProducts : QuantisedActs<1> {
 #endif
   static constexpr int kStepWeights = 4;
 
-  static Sum begin(const char* info) {
-    Sum sum;
-    for (auto& v : sum.v) v = IntVector{} + info_at(info).begin;
-    return sum;
-  }
-  static Sum copy(Sum start) {
-    for (auto& v : start.v) v = opaque(v);
-    return start;
-  }
   static Act act(const char* p) { return broadcast_bits(p); }
   static Sum multiply_add(Sum sum, Weights w, Act a) {
     for (int i = 0; i < kVectors; ++i) sum.v[i] = add_byte_products(sum.v[i], w.v[i], a);

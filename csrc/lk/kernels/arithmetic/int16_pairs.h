@@ -24,15 +24,6 @@ struct Int16Products : QuantisedActs<2> {
   static constexpr int kMostBlockLog2 = 7;  // as long as the blocks of many_tokens.h
   static constexpr int kOutlierBlockLog2 = 6;
 
-  static Sum begin(const char* info) {
-    Sum sum;
-    for (auto& v : sum.v) v = IntVector{} + info_at(info).begin;
-    return sum;
-  }
-  static Sum copy(Sum start) {
-    for (auto& v : start.v) v = opaque(v);
-    return start;
-  }
   static Act act(const char* p) { return broadcast_bits(p); }
   static Sum multiply_add(Sum sum, Weights w, Act a) {
 #if defined(LK_VPDPBUSD)
