@@ -25,12 +25,20 @@ Choice choose(const std::vector<const Kernels*>& candidates,
               const std::function<double(const FormatKernels&)>& rate) {
   Choice choice{*candidates.back(), {}};
   std::vector<decltype(FormatKernels::multiply_in_registers)> measured;
+  // A newer instruction set may have the function of an older one, which is measured once.
   const auto rate_of = [&](const FormatKernels& format) {
+    for (const Rate& known : choice.rates) {
+      if (std::strcmp(known.isa, format.isa) == 0 &&
+          std::strcmp(known.arithmetic, format.arithmetic) == 0) {
+        return known.weights;
+      }
+    }
     const auto found = std::find(measured.begin(), measured.end(), format.multiply_in_registers);
-    if (found != measured.end()) return choice.rates[found - measured.begin()].weights;
+    const double weights =
+        found != measured.end() ? choice.rates[found - measured.begin()].weights : rate(format);
     measured.push_back(format.multiply_in_registers);
-    choice.rates.push_back({format.isa, format.arithmetic, rate(format)});
-    return choice.rates.back().weights;
+    choice.rates.push_back({format.isa, format.arithmetic, weights});
+    return weights;
   };
   for (int i = 0; i < kFormats; ++i) {
     FormatKernels& chosen = choice.kernels.formats[i];
