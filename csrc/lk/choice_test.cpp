@@ -66,6 +66,17 @@ TEST_F(Chosen, MeasuresEachArithmeticOnce) {
   EXPECT_STREQ(choice.rates[1].isa, "newer");
 }
 
+TEST_F(Chosen, KnowsTheRateOfAFunctionByEachNameThatItHas) {
+  older_.formats[static_cast<int>(Format::kFp16)].multiply_in_registers = second_float;
+  const Choice choice = this->choice(1.0, 2.0);
+  EXPECT_EQ(calls_, 3);
+  std::map<std::string, double> floats;
+  for (const Rate& rate : choice.rates) {
+    if (std::string(rate.arithmetic) == "float") floats[rate.isa] = rate.weights;
+  }
+  EXPECT_EQ(floats, (std::map<std::string, double>{{"newer", 1}, {"older", 1}}));
+}
+
 TEST(FastestKernels, AreThoseOfThisCpu) {
   const Choice& choice = fastest_kernels();
   EXPECT_EQ(choice.kernels.isa, available_kernels().back());
