@@ -26,6 +26,15 @@ class Gpu(BaseModel):
     """How fast it reads pinned memory of the host."""
 
 
+class Blocks(NamedTuple):
+    """How fast a type of GGUF is, compared with int4 in groups of 32."""
+
+    products: float
+    """The share of int4's rate of products that is reached with many tokens."""
+    least_bits: float
+    """With one token, unpacking limits a core to the weights that so many bits of int4 are."""
+
+
 class Machine(BaseModel):
     """What limits the speed of a model. One GB is 1e9 bytes."""
 
@@ -42,7 +51,7 @@ class Machine(BaseModel):
     """Products of a weight and an activation that a core computes a second with many tokens, by the
     format of the weights."""
     isa: str = "avx2"
-    """Whose rates its types of GGUF have."""
+    """The instruction set of its kernels, by which GGUF's types have other rates."""
     gpus: int = Field(default=0, ge=0)
     gpu: Gpu | None = None
     """None: there is no GPU."""
@@ -59,17 +68,8 @@ class Machine(BaseModel):
         return self._blocks[format].least_bits if format in self._blocks else 0
 
     @property
-    def _blocks(self) -> "dict[str, Blocks]":
+    def _blocks(self) -> dict[str, Blocks]:
         return BLOCKS["avx512_vnni" if self.isa in AVX512_VNNI else "avx2"]
-
-
-class Blocks(NamedTuple):
-    """How fast a type of GGUF is, compared with int4 in groups of 32."""
-
-    products: float
-    """The share of int4's rate of products that is reached with many tokens."""
-    least_bits: float
-    """With one token, unpacking limits a core to the weights that so many bits of int4 are."""
 
 
 # Timed beside int4 in the shape of Qwen3-30B-A3B, with 2048 tokens and with one, on Zen 3 (avx2)

@@ -20,6 +20,8 @@ def test_a_whole_description_asks_nobody() -> None:
     made = machine_of(Description(**WHOLE), never)  # type: ignore[arg-type]
     assert (made.cores, made.nodes, made.read_gb_per_s, made.gpus) == (8, 1, 50, 0)
     assert made.giga_products_per_core == CPUS["avx2"]
+    other = machine_of(Description(**WHOLE | {"isa": "amx"}), never)  # type: ignore[arg-type]
+    assert (made.isa, other.isa) == ("avx2", "amx")
 
 
 def test_the_rest_is_as_it_is_here() -> None:

@@ -38,7 +38,7 @@ def report() -> MachineReport:
     return MachineReport(
         kernel=Kernel(memory_bytes=64 * GIB),
         versions=Versions(python="3.11", lvllm="1"),
-        engine=Engine(threads=12, nodes=[0, 1], products=products),
+        engine=Engine(isa="avx512_bf16", threads=12, nodes=[0, 1], products=products),
         measured=Measured(read_gb_per_s=80),
     )
 
@@ -47,7 +47,7 @@ def test_a_machine_without_a_gpu() -> None:
     made = of_report(report())
     assert (made.cores, made.nodes, made.read_gb_per_s) == (12, 2, 80)
     assert made.memory_bytes == 64 * GIB
-    assert made.gpu is None
+    assert (made.isa, made.gpu) == ("avx512_bf16", None)
     # int4 has 8-bit activations by default, whose products reach 48% of the rate in registers.
     assert made.giga_products_per_core["int4"] == pytest.approx(0.48 * 400)
     assert made.giga_products_per_core["bf16"] == pytest.approx(0.72 * 100)
