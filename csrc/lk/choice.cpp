@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <map>
 
 namespace lk {
 namespace {
@@ -24,7 +25,7 @@ double measured_rate(const FormatKernels& format) {
 Choice choose(const std::vector<const Kernels*>& candidates,
               const std::function<double(const FormatKernels&)>& rate) {
   Choice choice{*candidates.back(), {}};
-  std::vector<decltype(FormatKernels::multiply_in_registers)> measured;
+  std::map<decltype(FormatKernels::multiply_in_registers), double> measured;
   // A newer instruction set may have the function of an older one, which is measured once.
   const auto rate_of = [&](const FormatKernels& format) {
     for (const Rate& known : choice.rates) {
@@ -33,12 +34,10 @@ Choice choose(const std::vector<const Kernels*>& candidates,
         return known.weights;
       }
     }
-    const auto found = std::find(measured.begin(), measured.end(), format.multiply_in_registers);
-    const double weights =
-        found != measured.end() ? choice.rates[found - measured.begin()].weights : rate(format);
-    measured.push_back(format.multiply_in_registers);
-    choice.rates.push_back({format.isa, format.arithmetic, weights});
-    return weights;
+    const auto [found, is_new] = measured.try_emplace(format.multiply_in_registers);
+    if (is_new) found->second = rate(format);
+    choice.rates.push_back({format.isa, format.arithmetic, found->second});
+    return found->second;
   };
   for (int i = 0; i < kFormats; ++i) {
     FormatKernels& chosen = choice.kernels.formats[i];

@@ -23,7 +23,8 @@ inline U32x16 eight_signs(U32x16 sevens) {
                      (sevens << 3 & 0x7f000000));
 }
 
-// Four magnitudes plus kOffset, with the signs of bits 4 n to 4 n + 3, plus kOffset again.
+// Gives four magnitudes, each plus kOffset, the signs of bits 4 n to 4 n + 3. The results are
+// higher by kOffset, too.
 template <int kOffset>
 inline U32x16 with_signs(U32x16 magnitudes, U32x16 signs, int n) {
   return subtract_bytes_from(2 * kOffset, magnitudes, signs, n / 2, 0x08040201u << n % 2 * 4);

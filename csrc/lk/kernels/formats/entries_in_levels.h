@@ -52,8 +52,7 @@ inline void signed_levels_of_eight(const uint8_t* levels, U32x16 entries, int h,
   for (int i = 0; i < 2; ++i) {
     const auto shift = (HalfVector)(UintVector{} + (i == 0 ? 0x00020000u : 0x00060004u));
     const U32x16 numbers{(UintVector)((HalfVector)twice.v[0] >> shift) & 0x03030303};
-    step[i] = subtract_bytes_from(2 * kOffset, lookup_bytes(levels, numbers), signs, byte,
-                                  0x08040201u << 4 * i);
+    step[i] = with_signs<kOffset>(lookup_bytes(levels, numbers), signs, 2 * byte + i);
   }
 }
 

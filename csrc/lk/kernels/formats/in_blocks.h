@@ -82,14 +82,15 @@ struct ScalesOf {
     for (int64_t row = 0; row < a.rows; row += kLanes) {
       const BlockScales prefetched = kept(a, jump, later, row);
       const Of of(kept(a, 0, block, row));
+      const int64_t lanes = min(a.rows - row, kLanes);
       float* to = out + row;
 #pragma GCC unroll 16
       for (int j = begin; j < end; ++j, to += (1 + Of::kLow) * kTileRows) {
         prefetched.prefetch(j, kGroupsInBlock, Of::kWords, Of::kHalves);
         F32x16 scale, low{};
         of.group(j, scale, low);
-        store_some(to, scale, min(a.rows - row, kLanes));
-        if constexpr (Of::kLow) store_some(to + kTileRows, low, min(a.rows - row, kLanes));
+        store_some(to, scale, lanes);
+        if constexpr (Of::kLow) store_some(to + kTileRows, low, lanes);
       }
     }
   }
