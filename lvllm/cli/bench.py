@@ -4,7 +4,6 @@ import importlib.util
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.markup import escape
 
 from lvllm.bench.comparison import RIGHT, Report, Row, misses, planned
 from lvllm.bench.load import BenchError, Endpoint, LoadGenerator
+from lvllm.bench.logs import log_folder
 from lvllm.bench.measure import Grid, measure
 from lvllm.bench.plot import plot as draw
 from lvllm.bench.servers import launch_for, measured
@@ -75,30 +75,31 @@ def bench(
         raise SystemExit("lvllm: with --url, a server runs already: name the model at most")
     counts, prompts = cast(tuple[int, ...], users), cast(tuple[int, ...] | None, prompt)
     console = Console(stderr=True, highlight=False)
-    logs = Path(tempfile.mkdtemp(prefix="lvllm-bench-"))
     try:
-        if url is not None:
-            grid = Grid(prompts or PROMPTS, counts, answer, rounds)
-            to = Endpoint(url.rstrip("/").removesuffix("/v1"), next(iter(words), None))
-            with LoadGenerator(logs / "load.log", _key({})) as load, _progress(console) as say:
-                rows = [Row(measured=one) for one in measure(load, to, grid, say)]
-            report = Report(model=to.model or "", server=to.url, way=None, machine=None, rows=rows)
-        else:
-            launch = launch_for(words, os.environ, this_machine, max(counts))
-            for note in launch.notes:
-                _say(console, note)
-            _say(console, f"logs are in {logs}")
-            grid = Grid(prompts or _fitting(launch, answer), counts, answer, rounds)
-            with LoadGenerator(logs / "load.log", _key(launch.given.options)) as load:
-                rows = _compared(console, load, launch, grid, logs, stock, stock_arguments)
-            best = launch.plan and launch.plan.best
-            report = Report(
-                model=str(launch.given.model),
-                server=shlex.join(launch.command),
-                way=best.name if best else None,
-                machine=launch.plan.machine if launch.plan else None,
-                rows=rows,
-            )
+        with log_folder("lvllm-bench-") as logs:
+            if url is not None:
+                grid = Grid(prompts or PROMPTS, counts, answer, rounds)
+                to = Endpoint(url.rstrip("/").removesuffix("/v1"), next(iter(words), None))
+                with LoadGenerator(logs / "load.log", _key({})) as load, _progress(console) as say:
+                    rows = [Row(measured=one) for one in measure(load, to, grid, say)]
+                name = to.model or ""
+                report = Report(model=name, server=to.url, way=None, machine=None, rows=rows)
+            else:
+                launch = launch_for(words, os.environ, this_machine, max(counts))
+                for note in launch.notes:
+                    _say(console, note)
+                _say(console, f"logs are in {logs}")
+                grid = Grid(prompts or _fitting(launch, answer), counts, answer, rounds)
+                with LoadGenerator(logs / "load.log", _key(launch.given.options)) as load:
+                    rows = _compared(console, load, launch, grid, logs, stock, stock_arguments)
+                best = launch.plan and launch.plan.best
+                report = Report(
+                    model=str(launch.given.model),
+                    server=shlex.join(launch.command),
+                    way=best.name if best else None,
+                    machine=launch.plan.machine if launch.plan else None,
+                    rows=rows,
+                )
         _show(report, as_json)
         if plot is not None:
             _draw(report, plot)

@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import shlex
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lvllm.bench.load import Endpoint, LoadGenerator
+from lvllm.bench.logs import log_folder
 from lvllm.bench.measure import Grid
 from lvllm.bench.servers import launch_for, measured
 from lvllm.cli.measuring import this_machine
@@ -81,7 +81,8 @@ def tune(
             console.print(f"lvllm: {note}", markup=False, soft_wrap=True)
         tried = knobs(launch.given, launch.plan, launch.plan.best, allowed)
         grid = Grid((prompt,), (users,), answer, rounds)
-        found, cost = _search(console, launch, tried, grid, 60 * minutes)
+        with log_folder("lvllm-tune-") as logs:
+            found, cost = _search(console, launch, tried, grid, 60 * minutes, logs)
         _show(found, cost)
         text = config_yaml(launch, found.best, found.gain)
         command = _command(launch, found.best, output)
@@ -94,10 +95,14 @@ def tune(
 
 
 def _search(
-    console: Console, launch: Launch, tried: Sequence[Knob], grid: Grid, seconds: float
+    console: Console,
+    launch: Launch,
+    tried: Sequence[Knob],
+    grid: Grid,
+    seconds: float,
+    logs: Path,
 ) -> tuple[Outcome, Comparison | None]:
     """What a search finds, and what its best settings cost in quality if they change results."""
-    logs = Path(tempfile.mkdtemp(prefix="lvllm-tune-"))
     console.print(f"lvllm: logs are in {logs}", markup=False, soft_wrap=True)
     inexact = {knob.name for knob in tried if knob.changes_results}
     quality = Quality()
