@@ -189,6 +189,7 @@ def compare(
     probes: Probes | None = None
     rates = Rates()
     results: list[Result] = []
+    where = machine()  # Probes leave this thread one core of it.
     threads = engine.info().threads
     for shape in shapes:
         for format in formats:
@@ -211,7 +212,7 @@ def compare(
                 for name, words in died.items():
                     del able[name]
                     engines.drop(name, words)
-    return Report(machine(), engines.notes, results, rates)
+    return Report(where, engines.notes, results, rates)
 
 
 def main(
