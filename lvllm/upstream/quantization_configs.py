@@ -189,7 +189,8 @@ class GgufConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             raise LayerError(
                 f"{prefix}: experts of a GGUF file are for lk alone:"
-                " LVLLM_GPU_RESIDENT_MOE_LAYERS must not list their layer"
+                " LVLLM_GPU_RESIDENT_MOE_LAYERS must not list their layer, but"
+                " LVLLM_GPU_EXPERT_CACHE keeps the most used experts on the GPU"
             )
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
