@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from lvllm.checkpoint.gguf.folder import folder_of
 from lvllm.errors import LvllmError
+from lvllm.loopback import around_proxies
 
 __all__ = ["BenchError", "Endpoint", "LoadGenerator", "Request", "requests_of"]
 
@@ -70,7 +71,7 @@ class LoadGenerator:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=os.environ | ({"OPENAI_API_KEY": key} if key else {}),
+                env=around_proxies(os.environ) | ({"OPENAI_API_KEY": key} if key else {}),
             )
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lvllm import engine, evaluation
 from lvllm.checkpoint.gguf_headers import is_gguf
+from lvllm.cli.chat import ApiKey
 from lvllm.evaluation import measure, passages, report
 from lvllm.evaluation import reference as reference_runs
 from lvllm.evaluation.likelihood import check_vocabularies
@@ -74,6 +75,7 @@ def evaluate(
     server: Annotated[
         str, typer.Option(help="Ask this OpenAI-compatible server: http://host:port/v1.")
     ] = "",
+    api_key: ApiKey = "",
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -100,7 +102,7 @@ def evaluate(
         asked = evaluation.load_questions(questions or TINY_MOE) if questions or not text else []
         tested: Model
         if server:
-            tested = ServedModel(server, model)
+            tested = ServedModel(server, model, api_key)
         else:
             tested = LocalModel(model, dtype, _name(model), own_tokenizer=tokenizer or None)
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lvllm.evaluation.connection import openai_client
 from lvllm.evaluation.errors import server_errors
 from lvllm.evaluation.questions import Question
 
@@ -20,7 +21,7 @@ def ask_server(
     base_url: str,
     *,
     model: str | None = None,
-    api_key: str = "EMPTY",
+    api_key: str = "",
     concurrency: int = 16,
 ) -> list[str]:
     """Ask an OpenAI-compatible server, `concurrency` questions at a time.
@@ -28,9 +29,7 @@ def ask_server(
     `base_url` ends in `/v1`. `model` is the served name; without it the server's first model
     answers. Raises EvaluationError if the server cannot be reached or refuses a request.
     """
-    import openai
-
-    client = openai.OpenAI(base_url=base_url, api_key=api_key)
+    client = openai_client(base_url, api_key)
 
     def ask(question: Question) -> str:
         completion = client.chat.completions.create(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from lvllm.evaluation.connection import openai_client
 from lvllm.evaluation.errors import EvaluationError, server_errors
 from lvllm.evaluation.likelihood import Likelihoods
 from lvllm.evaluation.passages import Passages
@@ -94,7 +95,7 @@ def logprobs_from_server(
     top: int,
     *,
     model: str,
-    api_key: str = "EMPTY",
+    api_key: str = "",
     concurrency: int = 8,
     shown: bool = True,
 ) -> Likelihoods:
@@ -104,9 +105,7 @@ def logprobs_from_server(
     if it is to be `shown`. Raises
     EvaluationError if the server cannot be reached, refuses, or is not vLLM.
     """
-    import openai
-
-    client = openai.OpenAI(base_url=base_url, api_key=api_key)
+    client = openai_client(base_url, api_key)
 
     def read(ids: NDArray[np.int32]) -> PassageLogprobs:
         completion = client.completions.create(

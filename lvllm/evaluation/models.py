@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,7 @@ from lvllm.checkpoint.gguf.folder import folder_of, is_presented
 from lvllm.checkpoint.headers import TensorInfo, read_header
 from lvllm.checkpoint.opening import open_checkpoint
 from lvllm.evaluation.answers import ask_server
+from lvllm.evaluation.connection import http_client, openai_client
 from lvllm.evaluation.errors import EvaluationError, server_errors
 from lvllm.evaluation.logprobs import LOGPROBS_OF_A_PASSAGE, logprobs_from_server
 from lvllm.evaluation.passages import LocalTokenizer, Tokenizer
@@ -171,12 +172,11 @@ class ServedModel:
     Raises EvaluationError if no server answers.
     """
 
-    def __init__(self, base_url: str, model: str = "") -> None:
-        import openai
-
+    def __init__(self, base_url: str, model: str = "", api_key: str = "") -> None:
         self.base_url = base_url
+        self._api_key = api_key
+        client = openai_client(base_url, api_key)
         with server_errors(base_url, "names no model"):
-            client = openai.OpenAI(base_url=base_url, api_key="EMPTY")
             self.name = model or client.models.list().data[0].id
 
     @property
@@ -185,7 +185,7 @@ class ServedModel:
         return False
 
     def tokenizer(self) -> Tokenizer:
-        return ServerTokenizer(self.base_url, self.name)
+        return ServerTokenizer(self.base_url, self.name, self._api_key)
 
     def check(self, work: Work) -> None:
         """Nothing to check here: the server refuses what is too much for it."""
@@ -196,10 +196,12 @@ class ServedModel:
     def measure(self, work: Work) -> Measured:
         answers, likelihoods = [], None
         if work.questions:
-            answers = ask_server(work.questions, self.base_url, model=self.name)
+            answers = ask_server(
+                work.questions, self.base_url, model=self.name, api_key=self._api_key
+            )
         if work.passages:
             likelihoods = logprobs_from_server(
-                work.passages, self.base_url, work.top, model=self.name
+                work.passages, self.base_url, work.top, model=self.name, api_key=self._api_key
             )
         return Measured(Outcome(answers, likelihoods), None)
 
@@ -210,6 +212,7 @@ class ServerTokenizer:
 
     base_url: str
     model: str
+    api_key: str = field(default="", repr=False)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self._ask({"prompt": text, "add_special_tokens": special})
@@ -222,7 +225,8 @@ class ServerTokenizer:
 
         url = self.base_url.rstrip("/").removesuffix("/v1") + "/tokenize"
         try:
-            answer = httpx.post(url, json={"model": self.model, **body}, timeout=600)
+            with http_client(self.base_url, self.api_key) as client:
+                answer = client.post(url, json={"model": self.model, **body})
             answer.raise_for_status()
             return list(answer.json()["tokens"])
         except httpx.TransportError:

@@ -59,7 +59,11 @@ def test_the_demo_model(tmp_path: Path) -> None:
     picture = tmp_path / "speed.svg"
     command = [*BENCH, "--users", "1,3", "--prompt", "40", "--answer", "24", "--json"]
     done = subprocess.run(
-        [*command, "--plot", str(picture)], cwd=REPOSITORY, capture_output=True, text=True
+        [*command, "--plot", str(picture)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HTTP_PROXY": "http://127.0.0.1:9"},  # Nothing answers there.
     )
     assert done.returncode == 0, done.stderr
     report = Report.model_validate(json.loads(done.stdout))

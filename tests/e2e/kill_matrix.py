@@ -121,6 +121,8 @@ class Matrix:
         self.slowest = 0.0
         self.server: Server | None = None
         self.kind = ""
+        self.abandoned = 0
+        """Folders that servers before this one had left when it began, for it to remove."""
         self.said = ""
         """What the last server that was ended had said."""
 
@@ -154,6 +156,7 @@ class Matrix:
             **KINDS[kind].variables,
         }
         log = self.folder / "log"
+        self.abandoned = len(self._folders())
         self.server, self.kind = made(log, *SERVES, *KINDS[kind].arguments, **variables), kind
 
     def end(self) -> None:
@@ -260,12 +263,16 @@ class Matrix:
             for path in self.folder.iterdir()
             if path.name.startswith("vllm_dist_") or stat.S_ISSOCK(path.stat().st_mode)
         ]
-        folders = len([*self.folder.glob("lvllm-server-*")])
-        if left or folders > killed:
+        folders = len(self._folders())
+        # A server that is stopped while it loads may not have come to remove those of others.
+        if left or folders > killed + (self.abandoned if cell.moment == "loading" else 0):
             raise Wrong(f"left in the folder for temporary files: {left}, {folders} folders")
         if self.alone and (left := os.listdir(SHARED_MEMORY)):
             raise Wrong(f"left in /dev/shm: {left}")
         self.end()
+
+    def _folders(self) -> list[Path]:
+        return [*self.folder.glob("lvllm-server-*")]
 
     def _goes_on(self, cell: Cell, before: list[int]) -> None:
         assert self.server is not None

@@ -85,6 +85,9 @@ class _Parrot(BaseHTTPRequestHandler):
     one of 1; of each it thinks as `_row` says, and it refuses to read a text with a `!`.
     """
 
+    key = ""
+    """The key that it asks for, if it asks for one."""
+
     @staticmethod
     def _row(token: int, top: int) -> dict[str, dict[str, float]]:
         """vLLM's `prompt_logprobs` in one place. The token is first, and its value is its rank."""
@@ -117,11 +120,21 @@ class _Parrot(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def _is_refused(self) -> bool:
+        refused = bool(self.key) and self.headers["Authorization"] != f"Bearer {self.key}"
+        if refused:
+            self._reply(401, {"error": {"message": "Unauthorized"}})
+        return refused
+
     def do_GET(self) -> None:
+        if self._is_refused():
+            return
         self._reply(200, {"object": "list", "data": [{"id": "parrot", "object": "model"}]})
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self._is_refused():
+            return
         assert request["model"] == "parrot"
         if self.path == "/tokenize":
             ids = [1] * request["add_special_tokens"] + list(request["prompt"].encode())
@@ -148,7 +161,9 @@ class _Parrot(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server() -> Iterator[str]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A proxy is named that does not answer; it is none of this server's business."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with ThreadingHTTPServer(("127.0.0.1", 0), _Parrot) as http:
         Thread(target=http.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}/v1"
@@ -167,9 +182,30 @@ def test_what_goes_wrong_with_a_server_is_one_line(server: str) -> None:
         ask_server([_question("add", "1")], "http://127.0.0.1:9/v1", model="parrot")
 
 
-def _read(server: str, path: Path, text: str, top: int) -> Likelihoods:
+def test_a_server_that_asks_for_a_key(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Parrot, "key", "sesame")
+    read = _read(server, tmp_path / "text", "some text", top=5, api_key="sesame")
+    assert len(read.logprobs) == len("some text")
+    served = ServedModel(server, api_key="sesame")
+    assert served.measure(Work([_question("add", "7")])).outcome.answers == ["7"]
+    with pytest.raises(EvaluationError, match=r"/v1 names no model: .*Unauthorized"):
+        ServedModel(server)
+    with pytest.raises(EvaluationError, match=r"/tokenize makes no tokens: .*401"):
+        ServerTokenizer(server, "parrot", "other").encode("a", special=False)
+    assert "sesame" not in repr(ServerTokenizer(server, "parrot", "sesame"))
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:port/v1"])
+def test_what_is_no_url_is_one_line(url: str) -> None:
+    with pytest.raises(EvaluationError, match=r"^\S.* is no URL: .*$"):
+        ServedModel(url, "parrot")
+
+
+def _read(server: str, path: Path, text: str, top: int, api_key: str = "") -> Likelihoods:
     path.write_text(text)
-    served = ServedModel(server)
+    served = ServedModel(server, api_key=api_key)
     work = Work(passages=passages.of_text(path, served.tokenizer(), 8, 4), top=top)
     likelihoods = served.measure(work).outcome.likelihoods
     assert likelihoods is not None

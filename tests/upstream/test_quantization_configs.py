@@ -9,5 +9,5 @@ from lvllm.upstream.quantization_configs import GgufConfig
 
 def test_resident_experts_of_a_gguf_file() -> None:
     experts = RoutedExperts.__new__(RoutedExperts)
-    with pytest.raises(LvllmError, match="RESIDENT_MOE_LAYERS must not .* LVLLM_GPU_EXPERT_CACHE"):
+    with pytest.raises(LvllmError, match=r"RESIDENT_MOE_LAYERS must not .* LVLLM_GPU_EXPERT_CACHE"):
         GgufConfig({}).get_quant_method(experts, "model.layers.3.mlp.experts")
