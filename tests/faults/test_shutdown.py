@@ -23,6 +23,7 @@ from lvllm.faults.shutdown import (
     note_a_death,
     noted_death,
 )
+from lvllm.patches.failures import notice_a_death_soon
 
 
 def test_the_client_sees_status_503() -> None:
@@ -118,3 +119,21 @@ def test_calls_fail_with_the_engine(asynchronous: bool) -> None:
         return found
 
     assert isinstance(asyncio.run(ask()), EngineDeadError)
+
+
+def test_an_idle_server_notices_that_its_engine_has_died() -> None:
+    """Before vLLM's own loop would look for the first time, after 5 s."""
+    server = SimpleNamespace(should_exit=False)
+    engine = SimpleNamespace(errored=False, is_running=True)
+    watch = notice_a_death_soon.make(None)
+
+    async def die() -> None:
+        watching = asyncio.create_task(watch(server, engine))
+        await asyncio.sleep(0.6)
+        assert not server.should_exit
+        engine.errored, engine.is_running = True, False
+        while not server.should_exit:
+            await asyncio.sleep(0.05)
+        watching.cancel()
+
+    asyncio.run(asyncio.wait_for(die(), 4))
