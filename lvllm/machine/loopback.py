@@ -4,10 +4,10 @@ import ipaddress
 import os
 from typing import Any
 
-__all__ = ["is_loopback", "keep_ranks_on_loopback"]
+__all__ = ["INTERFACE", "is_loopback", "keep_ranks_on_loopback"]
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
-"""PyTorch's variable for the network interface of its gloo groups."""
+"""PyTorch's variable for the network interfaces of its gloo groups, separated by commas."""
 
 
 def keep_ranks_on_loopback(parallel: Any) -> None:

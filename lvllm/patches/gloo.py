@@ -4,18 +4,15 @@ vLLM makes some fifteen groups in each worker, even in one without other ranks. 
 group of Gloo a device of its own, whose thread wakes up every 10 ms to see whether it is to end.
 """
 
+import functools
 import os
 from datetime import timedelta
 from typing import Any
 
+from lvllm.machine.loopback import INTERFACE
 from lvllm.patches.registry import patch
 
 __all__ = ["share_devices"]
-
-INTERFACES = "GLOO_SOCKET_IFNAME"
-"""PyTorch's variable for the interfaces of Gloo, separated by commas."""
-DEFAULT = timedelta(minutes=30)
-"""PyTorch's own timeout."""
 
 
 @patch(
@@ -30,24 +27,23 @@ DEFAULT = timedelta(minutes=30)
     platform="cpu",
 )
 def share_devices(original: Any) -> Any:
-    known: dict[tuple[int, str], list[Any]] = {}
+    from torch.distributed.distributed_c10d import default_pg_timeout
 
-    def devices() -> list[Any]:
-        """Those of this process: a forked one has none of its parent's threads."""
-        names = os.environ.get(INTERFACES, "")
-        key = os.getpid(), names
-        if key not in known:
-            known[key] = [
-                original.create_device(interface=name) for name in names.split(",") if name
-            ] or [original.create_default_device()]
-        return known[key]
+    @functools.cache
+    def devices(process: int, interfaces: str) -> list[Any]:
+        """Those of a process: a forked one has none of its parent's threads."""
+        names = filter(None, interfaces.split(","))
+        made = [original.create_device(interface=name) for name in names]
+        return made or [original.create_default_device()]
 
     class ProcessGroupGloo(original):  # type: ignore[misc]
-        def __init__(self, store: Any, rank: int, size: int, timeout: Any = DEFAULT) -> None:
+        def __init__(
+            self, store: Any, rank: int, size: int, timeout: Any = default_pg_timeout
+        ) -> None:
             options = timeout
             if isinstance(timeout, timedelta):  # There may be options in its place.
                 options = original._Options()
-                options._devices = devices()
+                options._devices = devices(os.getpid(), os.environ.get(INTERFACE, ""))
                 options._threads = 2 * len(options._devices)  # as in PyTorch
                 options._timeout = timeout
             super().__init__(store, rank, size, options)

@@ -5,12 +5,11 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import os, sys
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
 from torch import distributed
-from torch.distributed import distributed_c10d
 from lvllm.patches.gloo import share_devices
 
 share_devices.install()
