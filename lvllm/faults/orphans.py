@@ -7,26 +7,46 @@ engine that a program makes in a thread would end with that thread. So a thread 
 waits for the end of the pipe that multiprocessing keeps open in the parent. While a process is
 stopped (SIGSTOP), that thread does nothing. So the kernel is asked as well where the parent's main
 thread made the process, as in vLLM's own commands: that thread lives as long as its process.
+
+A process that is spawned imports vLLM for 5 to 15 s before it loads any plugin. Its parent sends it
+a `Birth` ahead of all that it imports, so that it asks the kernel first of all.
 """
 
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
+from multiprocessing.context import get_spawning_popen
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from threading import Thread
+from types import NoneType
 from typing import Any
 
 from lvllm.faults.parents_end import die_with_the_parent
 
-__all__ = ["GuardedTarget", "end_with_the_parent"]
+__all__ = ["Birth", "GuardedTarget", "end_with_the_parent", "is_vllms"]
 
 PROCESSES = ("EngineCore", "VllmWorker", "ApiServer", "VLLM_DP_Coordinator")
 """How the names begin that vLLM gives its processes. Those of a user's own program are his."""
 
+AT_BIRTH = """
+try:
+    from lvllm.faults.parents_end import die_with_the_parent
+except ImportError:  # sys.path is not yet as it is in the parent
+    pass
+else:
+    die_with_the_parent({parent})
+"""
+
 _guarded: int | None = None
 """The process that was asked last; a forked process has none of its parent's threads."""
+
+
+def is_vllms(name: str) -> bool:
+    """Whether a process of this name is one of vLLM's."""
+    return name.startswith(PROCESSES)
 
 
 def end_with_the_parent() -> None:
@@ -39,7 +59,7 @@ def end_with_the_parent() -> None:
         return
     _guarded = os.getpid()
     parent = multiprocessing.parent_process()
-    if parent is None or not multiprocessing.current_process().name.startswith(PROCESSES):
+    if parent is None or not is_vllms(multiprocessing.current_process().name):
         return
 
     if parent.pid is not None:
@@ -63,6 +83,20 @@ def _end_with_the_main_thread(parent: int) -> None:
         return
     if str(os.getpid()) in made:
         die_with_the_parent()
+
+
+class Birth:
+    """Lets a process that is spawned, and gets this from its parent, end with that.
+
+    It does nothing in a process that another thread than the main one makes, or Python's fork
+    server.
+    """
+
+    def __reduce__(self) -> Any:
+        main = threading.current_thread() is threading.main_thread()
+        if not main or getattr(get_spawning_popen(), "method", "") != "spawn":
+            return NoneType, ()
+        return exec, (AT_BIRTH.format(parent=os.getpid()), {})
 
 
 class GuardedTarget:

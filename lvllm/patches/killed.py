@@ -4,7 +4,13 @@ from typing import Any
 
 from lvllm.patches.registry import patch
 
-__all__ = ["end_the_coordinator", "end_the_engine", "several_ranks_meet", "single_rank_meets"]
+__all__ = [
+    "end_the_coordinator",
+    "end_the_engine",
+    "end_while_importing",
+    "several_ranks_meet",
+    "single_rank_meets",
+]
 
 LEFT_BEHIND = "The file by which ranks find each other stays in /tmp if their process is killed."
 UPSTREAM = "none, because nothing was proposed yet"
@@ -83,3 +89,23 @@ def _run_engine() -> Any:
     from vllm.v1.engine.core import EngineCoreProc
 
     return EngineCoreProc.run_engine_core
+
+
+@patch(
+    "multiprocessing.spawn:get_preparation_data",
+    signature="(name)",
+    why="A process that is spawned imports vLLM for 5 to 15 s before it loads plugins, and goes on"
+    " for as long where its parent was killed meanwhile. It gets ahead of all imports what lets it"
+    " end with its parent.",
+    upstream=UPSTREAM,
+    until="vLLM's processes end with their parent",
+    checked=("3.11",),
+)
+def end_while_importing(original: Any) -> Any:
+    from lvllm.faults.orphans import Birth, is_vllms
+
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        data: dict[str, Any] = original(name)
+        return {"lvllm": Birth(), **data} if is_vllms(name) else data
+
+    return get_preparation_data

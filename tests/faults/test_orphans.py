@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 SECONDS = 30
-CHILD = f"{__name__.rpartition('.')[0]}.guarded_child"
+CHILD, IMPORTING = (
+    f"{__name__.rpartition('.')[0]}.{name}" for name in ("guarded_child", "importing_child")
+)
 
 
 def starts(pid: int) -> str | None:
@@ -33,8 +35,9 @@ def until(condition: Callable[[], bool]) -> bool:
 @pytest.fixture
 def family(request: pytest.FixtureRequest) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """A parent and its child, which was started by the parameters."""
+    module, *arguments = request.param
     parent = subprocess.Popen(
-        [sys.executable, "-m", CHILD, *request.param], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
@@ -49,10 +52,11 @@ def family(request: pytest.FixtureRequest) -> Iterator[tuple["subprocess.Popen[s
 @pytest.mark.parametrize(
     "family",
     [
-        ("spawn", "EngineCore_DP1", "plugin"),
-        ("fork", "VllmWorker-0", "plugin"),
-        ("spawn", "VLLM_DP_Coordinator", "target"),
-        ("fork", "VLLM_DP_Coordinator", "target"),
+        (CHILD, "spawn", "EngineCore_DP1", "plugin"),
+        (CHILD, "fork", "VllmWorker-0", "plugin"),
+        (CHILD, "spawn", "VLLM_DP_Coordinator", "target"),
+        (CHILD, "fork", "VLLM_DP_Coordinator", "target"),
+        (IMPORTING, "VllmWorker-0"),
     ],
     indirect=True,
 )
@@ -69,7 +73,7 @@ def test_a_child_ends_with_a_killed_parent(
 
 @pytest.mark.parametrize(
     "family",
-    [("spawn", "EngineCore_DP1", "plugin"), ("fork", "VllmWorker-0", "plugin")],
+    [(CHILD, "spawn", "EngineCore_DP1", "plugin"), (CHILD, "fork", "VllmWorker-0", "plugin")],
     indirect=True,
 )
 def test_a_stopped_child_ends_with_a_killed_parent(
@@ -83,7 +87,7 @@ def test_a_stopped_child_ends_with_a_killed_parent(
     assert until(lambda: starts(child) != began)
 
 
-@pytest.mark.parametrize("family", [("spawn", "EngineCore", "thread")], indirect=True)
+@pytest.mark.parametrize("family", [(CHILD, "spawn", "EngineCore", "thread")], indirect=True)
 def test_a_child_outlives_the_thread_that_made_it(
     family: tuple["subprocess.Popen[str]", int],
 ) -> None:
@@ -99,7 +103,9 @@ def test_a_child_outlives_the_thread_that_made_it(
     assert until(lambda: starts(child) != began)
 
 
-@pytest.mark.parametrize("family", [("fork", "Process-1", "plugin")], indirect=True)
+@pytest.mark.parametrize(
+    "family", [(CHILD, "fork", "Process-1", "plugin"), (IMPORTING, "Process-1")], indirect=True
+)
 def test_processes_of_a_users_program_are_left_alone(
     family: tuple["subprocess.Popen[str]", int],
 ) -> None:
