@@ -12,7 +12,7 @@ from packaging.version import InvalidVersion, Version
 import lvllm
 from lvllm import api_key
 from lvllm.errors import LvllmError
-from lvllm.faults import leaving, orphans, process
+from lvllm.faults import crashes, leaving, orphans, process
 from lvllm.settings import variables
 from lvllm.supported import VLLM
 
@@ -37,6 +37,7 @@ def _register() -> None:
         api_key.hide()
     orphans.end_with_the_parent()
     leaving.leave_after_the_work()
+    crashes.end_at_once_on_a_crash()
 
     from vllm.platforms import current_platform
 
