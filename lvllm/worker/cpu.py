@@ -9,7 +9,7 @@ from vllm.distributed import get_pp_group, get_world_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from lvllm.errors import LvllmError
-from lvllm.faults import process
+from lvllm.faults import leaving, process
 from lvllm.faults.nonfinite import Watch, layers_of, open_watch
 from lvllm.faults.request import set_faults
 from lvllm.gpu import mark_step
@@ -81,6 +81,10 @@ class HybridCPUWorker(CPUWorker):
         times = super().compile_or_warm_up_model()
         self._steps = count_worker(self)
         return times
+
+    def shutdown(self) -> None:
+        leaving.collect_nothing_more()
+        super().shutdown()
 
     def reload_weights(self, *_: Any, **__: Any) -> None:
         """Refuse what vLLM's workers can do."""

@@ -6,6 +6,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from lvllm.errors import LvllmError
+from lvllm.faults import leaving
 from lvllm.gpu import concentrated_routing, mark_step, raise_host_call_error
 from lvllm.moe.arrivals import NOT_AGAIN
 from lvllm.worker import expert_cache, experts, verification
@@ -36,6 +37,10 @@ class HybridGPUWorker(Worker):
         times = super().compile_or_warm_up_model()
         self._steps = count_worker(self)
         return times
+
+    def shutdown(self) -> None:
+        leaving.collect_nothing_more()
+        super().shutdown()
 
     def reload_weights(self, *_: Any, **__: Any) -> None:
         """Refuse what vLLM's workers can do."""
