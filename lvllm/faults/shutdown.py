@@ -21,6 +21,7 @@ __all__ = [
     "end_calls_with_the_engine",
     "end_open_requests",
     "end_with_the_coordinator",
+    "end_workers",
     "note_a_death",
     "noted_death",
     "stop_at_once",
@@ -158,6 +159,18 @@ def wait_for_a_death(processes: Sequence[Any]) -> NoReturn:
     for process in waiting.values():
         process.kill()
     end_in_a_line(f"lvllm: {_line(ended.name, status)}")
+
+
+def end_workers(processes: Sequence[Any], seconds: float) -> None:
+    """Wait until workers that were asked to end have ended, and kill the others.
+
+    A worker that waits for another one, in a call of C++, does not see that it was asked.
+    """
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+    for process in processes:
+        process.kill()  # This does nothing to one that has ended.
 
 
 def _status(process: Any) -> int | None:

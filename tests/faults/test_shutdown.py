@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import signal
 import time
 from concurrent.futures import Future
 from threading import Thread
@@ -20,6 +21,7 @@ from lvllm.faults.shutdown import (
     ServerStopped,
     end_calls_with_the_engine,
     end_open_requests,
+    end_workers,
     note_a_death,
     noted_death,
 )
@@ -137,3 +139,15 @@ def test_an_idle_server_notices_that_its_engine_has_died() -> None:
         watching.cancel()
 
     asyncio.run(asyncio.wait_for(die(), 4))
+
+
+def test_a_worker_that_stays_is_killed_and_one_that_ends_is_waited_for() -> None:
+    context = multiprocessing.get_context("fork")
+    ending = context.Process(target=time.sleep, args=(1,))
+    staying = context.Process(target=time.sleep, args=(60,))
+    for process in (staying, ending):
+        process.start()
+    end_workers([staying, ending], 3)
+    for process in (staying, ending):
+        process.join()
+    assert (staying.exitcode, ending.exitcode) == (-signal.SIGKILL, 0)
