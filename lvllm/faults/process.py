@@ -24,6 +24,8 @@ __all__ = [
     "prepare",
     "refusal",
     "refusing",
+    "report",
+    "reported",
 ]
 
 _VARIABLE = "_LVLLM_FAILURE"
@@ -71,7 +73,7 @@ def end(line: str) -> NoReturn:
     line = " ".join(line.split())
     if _front() in (None, os.getpid()):
         raise refusal(line) from None
-    raise SystemExit(1 if _report(line) else f"lvllm: {line}")
+    raise SystemExit(1 if report(line) else f"lvllm: {line}")
 
 
 def end_now(line: str) -> NoReturn:
@@ -80,14 +82,14 @@ def end_now(line: str) -> NoReturn:
     The line is printed here as well, because the front process prints it only during the start.
     """
     line = " ".join(line.split())
-    _report(line)
+    report(line)
     os.write(2, f"lvllm: {line}\n".encode())
     os._exit(1)
 
 
 def follow() -> None:
     """End this process quietly if another one has said why it ended."""
-    if _reported() is not None:
+    if reported() is not None:
         raise SystemExit(1)
 
 
@@ -102,7 +104,7 @@ def in_one_line(wait: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return wait(*arguments, **options)
         except Exception:
-            line = _reported()
+            line = reported()
             if line is None:
                 raise
             if _front() == os.getpid():
@@ -117,7 +119,7 @@ def _front() -> int | None:
     return int(value.partition(":")[0]) if value else None
 
 
-def _report(line: str) -> bool:
+def report(line: str) -> bool:
     """Leave the line for the front process; False if this is it, or it is out of reach."""
     if _front() in (None, os.getpid()):
         return False
@@ -135,7 +137,8 @@ def _path() -> str:
     return f"/proc/{process}/fd/{descriptor}"
 
 
-def _reported() -> str | None:
+def reported() -> str | None:
+    """The first line that a process has left since `prepare`, or None."""
     try:
         with open(_path()) as file:
             return file.readline().rstrip("\n") or None

@@ -5,7 +5,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from multiprocessing import connection
 from typing import Any, NoReturn
@@ -15,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from lvllm.faults import scratch
 from lvllm.faults.leaving import end_in_a_line
+from lvllm.faults.process import report, reported
 
 __all__ = [
     "ServerStopped",
@@ -22,9 +25,12 @@ __all__ = [
     "end_open_requests",
     "end_with_the_coordinator",
     "end_workers",
+    "ended_by_a_signal",
     "note_a_death",
     "noted_death",
+    "report_a_death",
     "stop_at_once",
+    "stopped_by_signals",
     "wait_for_a_death",
 ]
 
@@ -83,6 +89,8 @@ def note_a_death(engine: Any) -> None:
         _death = "the engine has met an error, which the log names, so the server ends"
     if name is not None:
         _death = _line(name, ended.get(name))
+    if _death is not None:
+        _death = reported() or _death  # The engine may have ended for a worker's death.
 
 
 def _in_main_thread() -> bool:
@@ -173,6 +181,35 @@ def end_workers(processes: Sequence[Any], seconds: float) -> None:
         process.kill()  # This does nothing to one that has ended.
 
 
+def report_a_death(executor: Any) -> None:
+    """Let the front process name the first worker of an executor that a signal ends.
+
+    vLLM's own watch of the workers marks the executor as failed and shuts it down meanwhile.
+    """
+    processes = [worker.proc for worker in executor.workers]
+    weak = weakref.ref(executor)
+
+    def wait() -> None:
+        connection.wait([process.sentinel for process in processes])
+        death, executor = ended_by_a_signal(processes), weak()
+        if death is None or executor is None:
+            return
+        if executor.is_failed or not getattr(executor, "shutting_down", False):
+            report(death)
+
+    threading.Thread(target=wait, name="lvllm-workers", daemon=True).start()
+
+
+def ended_by_a_signal(processes: Sequence[Any]) -> str | None:
+    """Once one of the processes has ended, a line about it if a signal has ended it, else None."""
+    of_sentinels = {process.sentinel: process for process in processes}
+    for sentinel in connection.wait(of_sentinels, ENDING_SECONDS):
+        process = of_sentinels[sentinel]
+        if (_status(process) or 0) < 0:
+            return _line(process.name, process.exitcode)
+    return None
+
+
 def _status(process: Any) -> int | None:
     """How a process has ended whose sentinel, a pipe that closes a little earlier, says so."""
     process.join(ENDING_SECONDS)
@@ -215,3 +252,18 @@ def stop_at_once() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let the kernel end this process by SIGTERM and SIGINT, as those that it has started then do.
+
+    vLLM's handlers for an engine note a signal, and have it end once the model is loaded.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT) if _in_main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,6 +4,7 @@ What the lines say, and how they travel, is in `lvllm.faults`.
 """
 
 import asyncio
+import inspect
 from typing import Any
 
 from lvllm.patches.registry import patch
@@ -14,7 +15,9 @@ __all__ = [
     "end_in_the_engines_line",
     "end_in_the_workers_line",
     "end_open_requests",
+    "end_while_loading",
     "end_with_the_coordinator",
+    "name_the_worker",
     "notice_a_death_soon",
     "say_who_died",
     "say_who_died_of_several",
@@ -26,28 +29,93 @@ __all__ = [
     signature="(handshake_socket, core_engines, parallel_config, coordinated_dp, cache_config,"
     " launch)",
     why="vLLM's front process says of an engine that failed to start no more than that it did."
-    " It ends in the line of the process that met the error instead.",
+    " It ends in the line of the process that met the error instead, or in one that names the"
+    " engine and the signal that has ended it.",
     upstream="none, because nothing was proposed yet; draft: docs/upstream/startup-errors.md",
     until="vLLM carries the text of an error at the start to its front process",
 )
 def end_in_the_engines_line(original: Any) -> Any:
-    from lvllm.faults.process import in_one_line
+    from lvllm.faults import shutdown as stopping
+    from lvllm.faults.process import in_one_line, refusal
 
-    return in_one_line(original)
+    wait = in_one_line(original)
+
+    def wait_for_engine_startup(*arguments: Any, **options: Any) -> Any:
+        try:
+            return wait(*arguments, **options)
+        except RuntimeError:
+            launch = inspect.signature(original).bind(*arguments, **options).arguments["launch"]
+            engines = getattr(launch.engine_manager, "processes", ())  # Ray's actors are none
+            death = stopping.ended_by_a_signal(engines)
+            if death is None:
+                raise
+            raise refusal(death) from None
+
+    return wait_for_engine_startup
 
 
 @patch(
     "vllm.v1.executor.multiproc_executor:WorkerProc.wait_for_ready",
     signature="(unready_proc_handles)",
     why="The engine's process prints a traceback when a worker fails to start. It leaves quietly"
-    " instead, since the front process prints the worker's line.",
+    " instead, since the front process prints the worker's line, or one that names the worker and"
+    " the signal that has ended it.",
     upstream="none, because nothing was proposed yet; draft: docs/upstream/startup-errors.md",
     until="vLLM carries the text of an error at the start to its front process",
 )
 def end_in_the_workers_line(original: Any) -> Any:
-    from lvllm.faults.process import in_one_line
+    from lvllm.faults import process
+    from lvllm.faults import shutdown as stopping
 
-    return in_one_line(original)
+    wait = process.in_one_line(original)
+
+    def wait_for_ready(unready_proc_handles: Any) -> Any:
+        try:
+            return wait(unready_proc_handles)
+        except Exception:
+            death = stopping.ended_by_a_signal([handle.proc for handle in unready_proc_handles])
+            if death is None:
+                raise
+            process.end(death)
+
+    return wait_for_ready
+
+
+@patch(
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor.start_worker_monitor",
+    signature="(self, inline=False)",
+    why="A server whose worker was killed, by the system for want of memory, say, says only that"
+    " its engine has failed. It names the worker and the signal.",
+    upstream="none, because nothing was proposed yet",
+    until="vLLM carries the end of a worker to its front process",
+)
+def name_the_worker(original: Any) -> Any:
+    from lvllm.faults import shutdown as stopping
+
+    def start_worker_monitor(self: Any, inline: bool = False) -> None:
+        stopping.report_a_death(self)
+        original(self, inline)
+
+    return start_worker_monitor
+
+
+@patch(
+    "vllm.v1.engine.core:EngineCoreProc.__init__",
+    signature="(self, vllm_config, local_client, handshake_address, executor_class, log_stats,"
+    " client_handshake_address=None, tensor_queue=None, *, engine_index=0)",
+    why="An engine that gets SIGTERM while it loads a model ends once that is loaded, which may"
+    " take minutes. It ends at once.",
+    upstream="none, because nothing was proposed yet",
+    until="vLLM's engine ends at once",
+)
+def end_while_loading(original: Any) -> Any:
+    from lvllm.faults import shutdown as stopping
+
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
+        with stopping.stopped_by_signals():
+            original(self, *arguments, **options)
+
+    return __init__
 
 
 @patch(

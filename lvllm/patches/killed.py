@@ -88,8 +88,10 @@ def end_the_engine(original: Any) -> Any:
 
 
 def _run_engine() -> Any:
+    from vllm.plugins import load_general_plugins
     from vllm.v1.engine.core import EngineCoreProc
 
+    load_general_plugins()  # An engine's constructor does so, which is too late to replace that.
     return EngineCoreProc.run_engine_core
 
 

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import stat
 import time
@@ -85,13 +84,7 @@ def test_a_killed_engine_is_named(temporary: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("process", "number", "said"),
     [
-        # The engine ends a little later than its client hears of the worker.
-        (
-            "Worker",
-            signal.SIGKILL,
-            r"the (engine has met an error, which the log names|process EngineCore has ended with"
-            r" status 1)",
-        ),
+        ("Worker", signal.SIGKILL, "the process VllmWorker-0 was ended by SIGKILL"),
         ("EngineCore", signal.SIGTERM, "the process EngineCore has ended with status 0"),
     ],
 )
@@ -113,7 +106,27 @@ def test_a_server_without_its_engine_fails(
         assert server.process.wait() == 1
         lines = [line for line in server.log.read_text().splitlines() if "lvllm: " in line]
         assert len(lines) == 1, server.said()
-        assert re.fullmatch(f"lvllm: {said}, so the server ends", lines[0]), lines
+        assert lines[0] == f"lvllm: {said}, so the server ends"
+    assert not left(temporary)
+
+
+@pytest.mark.parametrize(
+    ("process", "number", "name"),
+    [("Worker", signal.SIGKILL, "VllmWorker-0"), ("EngineCore", signal.SIGTERM, "EngineCore")],
+)
+def test_a_process_that_is_killed_while_it_loads_is_named(
+    process: str, number: signal.Signals, name: str, temporary: Path, tmp_path: Path
+) -> None:
+    with start(tmp_path / "log", temporary, CommandServer) as server:
+        while not any(f"VLLM::{process}" in title(pid) for pid in server.processes()):
+            assert server.process.poll() is None, server.said()
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 1))
+        os.kill(named(server, f"VLLM::{process}"), number)
+        server.ended()
+        said = server.log.read_text()
+        assert f"lvllm: the process {name} was ended by {number.name}, so the server ends" in said
+        assert server.process.wait() == 1
     assert not left(temporary)
 
 

@@ -233,4 +233,4 @@ def test_the_process_ends_in_one_line(front: bool, monkeypatch: pytest.MonkeyPat
         " ends"
     )
     assert (done.returncode, done.stdout) == (1, f"lvllm: {said}\n")
-    assert process._reported() == (said if front else None)
+    assert process.reported() == (said if front else None)
