@@ -13,10 +13,6 @@ __all__ = ["HEADER", "write"]
 
 HEADER = Path("lk", "codebooks.h")
 
-MOST_IN_LEVELS = 512
-"""The kernels load the entries of larger tables: to permute those of IQ2_S gained 2 to 6%."""
-
-
 def write(folder: Path) -> None:
     """Write HEADER below `folder`, unless it is there already. Raises BuildError without gguf."""
     text = _text()
@@ -45,8 +41,7 @@ def _text() -> str:
     ):
         grid = _grid(table)
         books += [_words(name, grid), _words(f"{name}Plus{offset}", grid + offset)]
-        if len(grid) <= MOST_IN_LEVELS:
-            books += _levels(name, grid, offset)
+        books += _levels(name, grid, offset)
     return f"""// Written by build_tools/codebooks.py from the gguf package.
 #pragma once
 
@@ -60,10 +55,10 @@ namespace lk::codebooks {{
 // IQ1 and IQ2 has two words. Those of IQ2 and IQ3 are magnitudes: signs are with the weights. Each
 // number is higher by as much as the array's name says.
 //
-// IQ2 and IQ3 have few different magnitudes, the levels. In 16 bits, an entry of a table that is
-// not too large has the number of the level of each of its magnitudes: four bits for each of IQ3's,
-// the first in the lowest ones; two bits for each of IQ2's eight, the even ones in the low byte,
-// the odd ones in the high byte.
+// IQ2 and IQ3 have few different magnitudes, the levels. In 16 bits, an entry has the number of the
+// level of each of its magnitudes: four bits for each of IQ3's, the first in the lowest ones; two
+// bits for each of IQ2's eight, the even ones in the low byte, the odd ones in the high byte. Those
+// of IQ2's larger tables are there as bytes, first the low ones of all entries.
 {"".join(books)}
 }}  // namespace lk::codebooks
 """
@@ -88,7 +83,11 @@ def _levels(name: str, grid: Any, offset: int) -> Iterable[str]:
     ]
     filled = levels + [0] * (16 - len(levels))
     yield _array("uint8_t", f"k{name}LevelsPlus{offset}", (level + offset for level in filled))
-    yield _array("uint16_t", f"k{name}InLevels", numbers)
+    if grid.shape[1] == 8 and len(grid) > 256:
+        halves = [number >> shift & 255 for shift in (0, 8) for number in numbers]
+        yield _array("uint8_t", f"k{name}InLevelBytes", halves)
+    if len(grid) <= 512:
+        yield _array("uint16_t", f"k{name}InLevels", numbers)
 
 
 def _array(of: str, name: str, values: Iterable[int]) -> str:

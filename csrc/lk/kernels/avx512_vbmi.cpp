@@ -8,11 +8,13 @@
 namespace lk {
 namespace avx512_vbmi {
 
-// VBMI looks codes of fp8 up, and scales of mxfp4 and nvfp4.
+// VBMI looks codes of fp8 up, scales of mxfp4 and nvfp4, and entries of IQ2_XS and IQ2_S.
 struct New {
   template <class F>
   static constexpr bool kFormat =
-      std::is_same_v<F, Fp8> || std::is_same_v<F, Fp4> || std::is_same_v<F, Fp4Act8>;
+      std::is_same_v<F, Fp8> || std::is_same_v<F, Fp4> || std::is_same_v<F, Fp4Act8> ||
+      std::is_same_v<F, Iq2Xs> || std::is_same_v<F, Iq2XsAct8> || std::is_same_v<F, Iq2S> ||
+      std::is_same_v<F, Iq2SAct8>;
 };
 
 }  // namespace avx512_vbmi

@@ -104,7 +104,12 @@ inline __attribute__((always_inline)) void multiply(typename F::Math::Sum (&sum)
           if (kHalfWord<F> && (first + r) % 2 == 0) {
             __builtin_prefetch(later + place.half + (first + r) * 32, 0, kPrefetchInto<F>);
           }
-          unpack_unit<F>(weights, place, first_unit + u, first + r, lanes, w[r]);
+          if constexpr (!kTogether<F> || kShare == 1) {
+            unpack_unit<F>(weights, place, first_unit + u, first + r, lanes, w[r]);
+          }
+        }
+        if constexpr (kTogether<F> && kShare == 2) {
+          unpack_two<F>(weights, place, first_unit + u, first, {lanes, lanes}, w);
         }
 #pragma GCC unroll 32
         for (int step = 0; step < kSteps<F>; ++step) {

@@ -13,6 +13,8 @@
 // F::kHalf. They unpack an array of vectors (codes.h), and read their scales themselves:
 // F::load_scales those of F::kGroupsAtOnce groups (in_blocks.h). With F::kSharedBits, so many bits
 // of each unit are in its block's first words, and follow the unit's own words when it is unpacked.
+// One that unpacks two vectors of rows in less time together than one by one has F::steps_of_two,
+// and F::unpack_two for them.
 #pragma once
 
 #include "lk/kernels.h"
@@ -54,6 +56,8 @@ constexpr int kSharedBits = 0;
 template <class F>
   requires requires { F::kSharedBits; }
 constexpr int kSharedBits<F> = F::kSharedBits;
+template <class F>
+constexpr bool kTogether = requires { &F::steps_of_two; };
 template <class F>
 constexpr bool kOwnScales = requires { &F::load_scales; };
 // How many groups' scales are loaded at a time.

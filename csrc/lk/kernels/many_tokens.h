@@ -168,6 +168,7 @@ __attribute__((noinline)) void block_times_tokens(const Block& block, int64_t ro
 template <class F>
 __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int64_t u1,
                                             const char* last_unit, char* out) {
+  constexpr int kAtOnce = kTogether<F> ? 2 : 1;
   const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
   const UnitPlace place = unit_place<F>(a, 0);
   LaneMask lanes[kTileRows / kLanes];
@@ -176,18 +177,25 @@ __attribute__((noinline)) void unpack_block(const MatmulArgs& a, int64_t u0, int
   }
   for (int64_t u = u0; u < u1; ++u, out += kSteps<F> / kVectorSteps<F> * kTileRows * kUnitBytes) {
     const char* from = u < whole ? a.tile + u * a.rows * kUnitRowBytes<F> : last_unit;
-    for (int64_t v = 0; v < kTileRows / kLanes; ++v) {
-      const LaneMask present = u < whole ? lanes[v] : first_lanes(kLanes);
+    const auto present = [&](int64_t v) { return u < whole ? lanes[v] : first_lanes(kLanes); };
+    for (int64_t v = 0; v < kTileRows / kLanes; v += kAtOnce) {
       if constexpr (kUnpackLate<F>) {
-        const U32x16 units = load_units(from + v * 64, present);
+        const U32x16 units = load_units(from + v * 64, present(v));
         std::memcpy(out + v * 64, &units, sizeof(units));
       } else {
-        typename F::Math::Weights w[kSteps<F>];
-        unpack_unit<F>(from, place, u, v, present, w);
+        typename F::Math::Weights w[kAtOnce][kSteps<F>];
+        if constexpr (kAtOnce == 2) {
+          unpack_two<F>(from, place, u, v, {present(v), present(v + 1)}, w);
+        } else {
+          unpack_unit<F>(from, place, u, v, present(v), w[0]);
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < kAtOnce; ++r) {
 #pragma GCC unroll 32
-        for (int step = 0; step < kSteps<F>; ++step) {
-          if constexpr (kAmx<F>) w[step] = F::Math::for_tiles(w[step]);
-          std::memcpy(out + step * kTileRows * kUnitBytes + v * 64, &w[step], 64);
+          for (int step = 0; step < kSteps<F>; ++step) {
+            if constexpr (kAmx<F>) w[r][step] = F::Math::for_tiles(w[r][step]);
+            std::memcpy(out + step * kTileRows * kUnitBytes + (v + r) * 64, &w[r][step], 64);
+          }
         }
       }
     }

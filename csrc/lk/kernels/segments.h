@@ -39,32 +39,52 @@ UnitPlace unit_place(const MatmulArgs& a, int64_t row) {
   return place;
 }
 
-// Unpacks unit `index` of each of 16 rows. `vector` counts vectors of rows from `unit` on.
+// The words of unit `index` of each of 16 rows of a format of blocks. `vector` counts vectors of
+// rows from `unit` on.
+template <class F>
+inline __attribute__((always_inline)) void load_words(const char* unit, UnitPlace place,
+                                                      int64_t index, int64_t vector, LaneMask lanes,
+                                                      U32x16* words) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kWords<F>; ++i) {
+    words[i] = load_units(unit + i * place.word_stride + vector * 64, lanes);
+  }
+  if constexpr (kHalfWord<F>) {
+    words[kWords<F>] = load_half_units(unit + place.half + vector * 32, lanes);
+  }
+  if constexpr (kSharedBits<F> != 0) {
+    const int64_t bit = index % F::kUnitsInBlock * kSharedBits<F>;
+    const int64_t word = index / F::kUnitsInBlock * F::kBlockWords + bit / 32;
+    words[kUnitVectors<F>] =
+        load_units(place.shared + word * place.word_stride + vector * 64, lanes) >>
+        static_cast<int>(bit % 32);
+  }
+}
+template <class F>
+constexpr int kLoadedWords = kUnitVectors<F> + (kSharedBits<F> != 0);
+
+// Unpacks unit `index` of each of 16 rows.
 template <class F>
 inline __attribute__((always_inline)) void unpack_unit(const char* unit, UnitPlace place,
                                                        int64_t index, int64_t vector,
                                                        LaneMask lanes,
                                                        typename F::Math::Weights* w) {
-  if constexpr (!kOwnScales<F>) {
-    F::unpack(load_units(unit + vector * 64, lanes), w);
-  } else {
-    U32x16 words[kUnitVectors<F> + (kSharedBits<F> != 0)];
-#pragma GCC unroll 8
-    for (int i = 0; i < kWords<F>; ++i) {
-      words[i] = load_units(unit + i * place.word_stride + vector * 64, lanes);
-    }
-    if constexpr (kHalfWord<F>) {
-      words[kWords<F>] = load_half_units(unit + place.half + vector * 32, lanes);
-    }
-    if constexpr (kSharedBits<F> != 0) {
-      const int64_t bit = index % F::kUnitsInBlock * kSharedBits<F>;
-      const int64_t word = index / F::kUnitsInBlock * F::kBlockWords + bit / 32;
-      words[kUnitVectors<F>] =
-          load_units(place.shared + word * place.word_stride + vector * 64, lanes) >>
-          static_cast<int>(bit % 32);
-    }
+  if constexpr (kOwnScales<F>) {
+    U32x16 words[kLoadedWords<F>];
+    load_words<F>(unit, place, index, vector, lanes, words);
     F::unpack(words, w);
+  } else {
+    F::unpack(load_units(unit + vector * 64, lanes), w);
   }
+}
+// Unpacks that unit of two vectors of rows, for a format with kTogether<F>.
+template <class F>
+inline __attribute__((always_inline)) void unpack_two(
+    const char* unit, UnitPlace place, int64_t index, int64_t vector, const LaneMask (&lanes)[2],
+    typename F::Math::Weights (&w)[2][kSteps<F>]) {
+  U32x16 words[2][kLoadedWords<F>];
+  for (int v = 0; v < 2; ++v) load_words<F>(unit, place, index, vector + v, lanes[v], words[v]);
+  F::unpack_two(words[0], words[1], w[0], w[1]);
 }
 
 // The scales of a group of weights, [kTileRows], followed for formats with zero points by what all

@@ -3,7 +3,8 @@
 // A type C of weights has C::steps, which turns the words of a unit into vectors of four bytes for
 // each row, one for each four weights. The bytes are unsigned: a weight is its byte less
 // C::kOffset. Byte b of step t is the weight C::kByteOrder[b + t % 2 * 4] of the eight that steps t
-// and t ^ 1 have. In16Bits and In8Bits make a format of C for activations of so many bits.
+// and t ^ 1 have. C::steps_of_two does so for two vectors of rows. In16Bits and In8Bits make a
+// format of C for activations of so many bits.
 #pragma once
 
 #include <type_traits>
@@ -65,23 +66,45 @@ struct TableCodes : Codes<4> {
 
 #if defined(__AVX2__)
 
-// With activations of 16 bits. The even bytes of a step come first.
+// Steps of four bytes, as they are or, kVectorsOfStep being 2, as their even bytes and their odd
+// ones, each in 16 bits.
+template <class C, int kVectorsOfStep>
+struct InIntegers : C {
+  static constexpr int kByteSteps = C::kUnitWeights / 4;
+
+  static void unpack(const U32x16* words, I32x16* w) {
+    U32x16 step[kByteSteps];
+    C::steps(words, step);
+    widen(step, w);
+  }
+  static void unpack_two(const U32x16* words, const U32x16* words2, I32x16* w, I32x16* w2) {
+    U32x16 step[kByteSteps], step2[kByteSteps];
+    C::steps_of_two(words, words2, step, step2);
+    widen(step, w);
+    widen(step2, w2);
+  }
+
+ private:
+  static void widen(const U32x16* step, I32x16* w) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kByteSteps; ++t) {
+      if constexpr (kVectorsOfStep == 1) {
+        w[t] = as_integers(step[t]);
+      } else {
+        w[2 * t] = as_integers(step[t] & 0x00ff00ff);
+        w[2 * t + 1] = as_integers(odd_bytes(step[t]));
+      }
+    }
+  }
+};
+
+// With activations of 16 bits.
 template <class C>
-struct In16Bits : C {
+struct In16Bits : InIntegers<C, 2> {
   using Math = Int16Pairs<C::kOffset>;
   static constexpr uint8_t kOrder[8] = {C::kByteOrder[0], C::kByteOrder[2], C::kByteOrder[1],
                                         C::kByteOrder[3], C::kByteOrder[4], C::kByteOrder[6],
                                         C::kByteOrder[5], C::kByteOrder[7]};
-  static void unpack(const U32x16* words, I32x16* w) {
-    constexpr int kSteps = C::kUnitWeights / 4;
-    U32x16 step[kSteps];
-    C::steps(words, step);
-#pragma GCC unroll 8
-    for (int t = 0; t < kSteps; ++t) {
-      w[2 * t] = as_integers(step[t] & 0x00ff00ff);
-      w[2 * t + 1] = as_integers(odd_bytes(step[t]));
-    }
-  }
 };
 
 // Whether sums of products of bytes are exact. Without vpdpbusd they have to fit into 16 bits
@@ -95,16 +118,9 @@ constexpr bool kBytesFit = C::kOffset <= 32;
 #endif
 
 template <class C>
-struct InBytes : C {
+struct InBytes : InIntegers<C, 1> {
   using Math = Bytes<C::kOffset>;
   static constexpr const uint8_t (&kOrder)[8] = C::kByteOrder;
-  static void unpack(const U32x16* words, I32x16* w) {
-    constexpr int kSteps = C::kUnitWeights / 4;
-    U32x16 step[kSteps];
-    C::steps(words, step);
-#pragma GCC unroll 8
-    for (int t = 0; t < kSteps; ++t) w[t] = as_integers(step[t]);
-  }
 };
 // With activations of 8 bits where that is exact.
 template <class C>

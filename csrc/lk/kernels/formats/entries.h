@@ -38,26 +38,6 @@ struct Entries {
   static constexpr uint8_t kByteOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 };
 
-// An entry of eight weights, in steps 2 k and 2 k + 1, with byte k of the signs.
-template <int kOffset>
-inline void signed_entry(const uint32_t* table, U32x16 index, U32x16 signs, int k, U32x16* step) {
-  U32x16 first, second;
-  gather_pairs(table, index, &first, &second);
-  step[2 * k] = with_signs<kOffset>(first, signs, 2 * k);
-  step[2 * k + 1] = with_signs<kOffset>(second, signs, 2 * k + 1);
-}
-
-// Two bytes of entries and two of signs; the block's words have two more bits of each entry.
-struct Iq2SEntries : Entries<16, 1, 4> {
-  static constexpr int kOffset = 64;
-  static __attribute__((noinline)) void steps(const U32x16* words, U32x16* step) {
-    for (int k = 0; k < 2; ++k) {
-      const U32x16 index = byte_of(words[0], k) | (words[1] >> 2 * k & 3) << 8;
-      signed_entry<kOffset>(codebooks::kIq2SPlus64, index, words[0] >> 16, k, step);
-    }
-  }
-};
-
 // IQ1 has weights of -1, 0 and 1, and 1/8 is added to eight of them or subtracted. The table has
 // eight times the weights, plus the offset, so that 1 is what is added.
 struct Iq1 {
@@ -94,7 +74,31 @@ struct Iq1MEntries : Entries<16, 0, 8>, Iq1 {
   }
 };
 
-// AVX-512 finds the entries of these in registers (entries_in_levels.h).
+// AVX-512 finds the entries of the others in registers (entries_in_bytes.h, entries_in_levels.h).
+
+// An entry of eight weights, in steps 2 k and 2 k + 1, with byte k of the signs.
+template <int kOffset>
+inline void signed_entry(const uint32_t* table, U32x16 index, U32x16 signs, int k, U32x16* step) {
+  U32x16 first, second;
+  gather_pairs(table, index, &first, &second);
+  step[2 * k] = with_signs<kOffset>(first, signs, 2 * k);
+  step[2 * k + 1] = with_signs<kOffset>(second, signs, 2 * k + 1);
+}
+
+#if !defined(__AVX512VBMI__)
+
+// Two bytes of entries and two of signs; the block's words have two more bits of each entry.
+struct Iq2SEntries : Entries<16, 1, 4> {
+  static constexpr int kOffset = 64;
+  static __attribute__((noinline)) void steps(const U32x16* words, U32x16* step) {
+    for (int k = 0; k < 2; ++k) {
+      const U32x16 index = byte_of(words[0], k) | (words[1] >> 2 * k & 3) << 8;
+      signed_entry<kOffset>(codebooks::kIq2SPlus64, index, words[0] >> 16, k, step);
+    }
+  }
+};
+
+#endif
 #if !defined(__AVX512F__)
 
 // Four bytes of entries; the block's word has four signs of seven bits.

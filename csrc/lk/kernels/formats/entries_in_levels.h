@@ -67,8 +67,8 @@ inline void signed_levels_of_four(const uint8_t* levels, U32x16 entries, U32x16 
                                   0x40100401u << i);
   }
 }
-template <int kUnitWords, int kShared>
-struct PairedEntries : Entries<32, kUnitWords, kShared> {
+template <int kUnitWords, int kShared, int kWeights = 32>
+struct PairedEntries : Entries<kWeights, kUnitWords, kShared> {
   static constexpr uint8_t kByteOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 };
 
@@ -90,6 +90,7 @@ struct Iq2XxsEntries : Entries<32, 1, 32> {
   }
 };
 
+#if !defined(__AVX512VBMI__)  // entries_in_bytes.h
 struct Iq2XsEntries : Entries<16, 1, 0> {
   static constexpr int kOffset = 64;
   static __attribute__((noinline)) void steps(const U32x16* words, U32x16* step) {
@@ -102,6 +103,7 @@ struct Iq2XsEntries : Entries<16, 1, 0> {
     }
   }
 };
+#endif
 
 struct Iq3XxsEntries : PairedEntries<2, 32> {
   static constexpr int kOffset = 64;

@@ -37,15 +37,14 @@ struct BlockScales {
 // Scales and minimums of blocks, by what one block keeps for 16 rows: Of. It is made once for all
 // groups that are loaded at once, because its conversions take as long as those of several groups.
 // Of::kWeights is the size of a block, Of::kGroup of a group, and Of::kWords and Of::kHalves count
-// what the block keeps. Half of the groups of the same block that are unpacked at once, kWeights
-// weights long, are loaded at once. All of them take longer than the misses that are in flight, and
-// then memory waits: Q4_K took 1.08 times as long at 1 token on Zen 4.
+// what the block keeps. The groups of the same block that are unpacked at once, kWeights weights
+// long, are also loaded at once.
 //
 // What is loaded for a group is [kTileRows] scales, and as many minimums if Of::kLow.
 template <class Of, int64_t kWeights>
 struct ScalesOf {
   static constexpr int kGroupsInBlock = Of::kWeights / Of::kGroup;
-  static constexpr int kGroupsAtOnce = max(min(Of::kWeights, kWeights) / Of::kGroup / 2, 1);
+  static constexpr int kGroupsAtOnce = max(min(Of::kWeights, kWeights) / Of::kGroup, 1);
 
   // Those of kGroupsAtOnce groups from `group` on, which is a multiple of that.
   static __attribute__((noinline)) void load_scales(const MatmulArgs& a, int64_t group,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "lk/kernels/formats/entries.h"
+#include "lk/kernels/formats/entries_in_bytes.h"
 #include "lk/kernels/formats/entries_in_levels.h"
 #include "lk/kernels/formats/in_blocks.h"
 

@@ -32,6 +32,7 @@ namespace {
 typedef uint8_t Bytes64 __attribute__((vector_size(64)));
 typedef uint16_t Words32 __attribute__((vector_size(64)));
 typedef uint32_t Dwords16 __attribute__((vector_size(64)));
+typedef uint64_t Quads8 __attribute__((vector_size(64)));
 
 // Half 0 or 1 of a vector of 64 bytes, and a vector of two halves.
 template <class Half, class Whole>

@@ -215,6 +215,16 @@ const std::map<std::string, Definition> kDefinitions = {
          16, [](auto& o, int i) { return lane<uint32_t>(o.b, lane<uint32_t>(o.a, i) & 15); })},
     {"permutex2var_epi8",
      lanes<char>(64, [](auto& o, int i) { return (o.b[i] & 64 ? o.c : o.a)[o.b[i] & 63]; })},
+    {"multishift_epi64_epi8", lanes<uint8_t>(64,
+                                             [](auto& o, int i) {
+                                               int byte = 0;
+                                               for (int bit = 0; bit < 8; ++bit) {
+                                                 const int from = (o.a[i] + bit) & 63;
+                                                 const int in = i / 8 * 8 + from / 8;
+                                                 byte |= (o.b[in] >> from % 8 & 1) << bit;
+                                               }
+                                               return static_cast<uint8_t>(byte);
+                                             })},
     {"dpbusd_epi32", lanes<int32_t>(16, byte_products)},
     {"dpbusd_epi32 of 128 bits", lanes<int32_t>(4, byte_products)},
     {"dpwssd_epi32", lanes<int32_t>(16,

@@ -158,6 +158,10 @@ constexpr Operation kOperations[] = {
      [](const Operands& o, char* out) {
        put(out, _mm512_permutex2var_epi8(integers(o.a), integers(o.b), integers(o.c)));
      }},
+    {"multishift_epi64_epi8",
+     [](const Operands& o, char* out) {
+       put(out, _mm512_multishift_epi64_epi8(integers(o.a), integers(o.b)));
+     }},
     {"dpbusd_epi32",
      [](const Operands& o, char* out) {
        put(out, _mm512_dpbusd_epi32(integers(o.a), integers(o.b), integers(o.c)));
