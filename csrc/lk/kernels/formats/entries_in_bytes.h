@@ -40,7 +40,8 @@ inline U32x16 spread_pairs(U32x16 a, int byte) {
   // Where the eight bits of each byte begin, in a lane and in the lane after it.
   const uint64_t from = (0x06040200u + 0x08080808u * static_cast<uint64_t>(byte)) * 0x100000001u +
                         0x2020202000000000u;
-  const __m512i begin = _mm512_set1_epi64(static_cast<long long>(from));
+  typedef uint64_t QuadVector __attribute__((vector_size(64)));
+  const auto begin = (__m512i)(QuadVector{} + from);
   return {(UintVector)_mm512_multishift_epi64_epi8(begin, (__m512i)a.v[0])};
 }
 
