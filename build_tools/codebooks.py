@@ -31,7 +31,8 @@ def _text() -> str:
             "gguf is not installed, which has the tables of its types: "
             "pip install -r requirements/build.txt"
         ) from None
-    books = [_words("Iq1Times8Plus16", _grid(IQ1_S) * 8 + 16)]
+    of_iq1 = _grid(IQ1_S) * 8 + 16
+    books = [_words("Iq1Times8Plus16", of_iq1), *_levels("Iq1", of_iq1, "Times8Plus16")]
     for name, table, offset in (
         ("Iq2Xxs", IQ2_XXS, 64),
         ("Iq2Xs", IQ2_XS, 64),
@@ -41,7 +42,7 @@ def _text() -> str:
     ):
         grid = _grid(table)
         books += [_words(name, grid), _words(f"{name}Plus{offset}", grid + offset)]
-        books += _levels(name, grid, offset)
+        books += _levels(name, grid + offset, f"Plus{offset}")
     return f"""// Written by build_tools/codebooks.py from the gguf package.
 #pragma once
 
@@ -55,10 +56,10 @@ namespace lk::codebooks {{
 // IQ1 and IQ2 has two words. Those of IQ2 and IQ3 are magnitudes: signs are with the weights. Each
 // number is higher by as much as the array's name says.
 //
-// IQ2 and IQ3 have few different magnitudes, the levels. In 16 bits, an entry has the number of the
-// level of each of its magnitudes: four bits for each of IQ3's, the first in the lowest ones; two
-// bits for each of IQ2's eight, the even ones in the low byte, the odd ones in the high byte. Those
-// of IQ2's larger tables are there as bytes, first the low ones of all entries.
+// A table has few different numbers, the levels. In 16 bits, an entry has the level of each of its
+// numbers: four bits for each of IQ3's, the first in the lowest ones; two bits for each of the
+// eight of IQ1 and IQ2, the even ones in the low byte, the odd ones in the high byte. Those of
+// larger tables are there as bytes, first the low ones of all entries.
 {"".join(books)}
 }}  // namespace lk::codebooks
 """
@@ -74,15 +75,14 @@ def _words(name: str, entries: Any) -> str:
     return _array("uint32_t", f"k{name}", entries.astype("<u1").reshape(-1).view("<u4"))
 
 
-def _levels(name: str, grid: Any, offset: int) -> Iterable[str]:
-    """The levels of a table's magnitudes, and its entries as numbers of levels."""
-    levels = sorted({int(magnitude) for magnitude in grid.flat})
+def _levels(name: str, grid: Any, made: str) -> Iterable[str]:
+    """The levels of a table, whose numbers are `made` as that says, and its entries in levels."""
+    levels = sorted({int(number) for number in grid.flat})
     places = range(0, 16, 4) if grid.shape[1] == 4 else [i % 2 * 8 + i // 2 * 2 for i in range(8)]
     numbers = [
         sum(levels.index(entry[i]) << place for i, place in enumerate(places)) for entry in grid
     ]
-    filled = levels + [0] * (16 - len(levels))
-    yield _array("uint8_t", f"k{name}LevelsPlus{offset}", (level + offset for level in filled))
+    yield _array("uint8_t", f"k{name}Levels{made}", levels + [0] * (16 - len(levels)))
     if grid.shape[1] == 8 and len(grid) > 256:
         halves = [number >> shift & 255 for shift in (0, 8) for number in numbers]
         yield _array("uint8_t", f"k{name}InLevelBytes", halves)

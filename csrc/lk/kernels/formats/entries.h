@@ -38,18 +38,26 @@ struct Entries {
   static constexpr uint8_t kByteOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 };
 
-// IQ1 has weights of -1, 0 and 1, and 1/8 is added to eight of them or subtracted. The table has
+// IQ1 has weights of -1, 0 and 1, and 1/8 is added to eight of them or subtracted. The tables have
 // eight times the weights, plus the offset, so that 1 is what is added.
 struct Iq1 {
   static constexpr int kOffset = 16;
-  static void entry(U32x16 index, U32x16 minus, int k, U32x16* step) {
-    // No byte overflows.
-    const U32x16 twice = (U32x16{} - minus) & 0x02020202;
-    U32x16 bytes[2];
-    gather_pairs(codebooks::kIq1Times8Plus16, index, &bytes[0], &bytes[1]);
-    for (int i = 0; i < 2; ++i) step[2 * k + i] = bytes[i] + 0x01010101 - twice;
+  // No byte overflows.
+  static U32x16 moved(U32x16 weights, U32x16 minus) {
+    return weights + 0x01010101 - ((U32x16{} - minus) & 0x02020202);
   }
 };
+
+// AVX-512 finds entries in registers, of these types with VBMI (entries_in_bytes.h).
+#if !defined(__AVX512VBMI__)
+
+// An entry of IQ1, in steps 2 k and 2 k + 1.
+inline void moved_entry(U32x16 index, U32x16 minus, int k, U32x16* step) {
+  U32x16 first, second;
+  gather_pairs(codebooks::kIq1Times8Plus16, index, &first, &second);
+  step[2 * k] = Iq1::moved(first, minus);
+  step[2 * k + 1] = Iq1::moved(second, minus);
+}
 
 // Four bytes of entries; the block's words have three more bits of each entry, a scale, and whether
 // 1/8 is subtracted.
@@ -57,7 +65,7 @@ struct Iq1SEntries : Entries<32, 1, 16>, Iq1 {
   static __attribute__((noinline)) void steps(const U32x16* words, U32x16* step) {
     for (int k = 0; k < 4; ++k) {
       const U32x16 index = byte_of(words[0], k) | (words[1] >> 3 * k & 7) << 8;
-      entry(index, words[1] >> 15 & 1, k, step);
+      moved_entry(index, words[1] >> 15 & 1, k, step);
     }
   }
 };
@@ -69,12 +77,10 @@ struct Iq1MEntries : Entries<16, 0, 8>, Iq1 {
   static __attribute__((noinline)) void steps(const U32x16* words, U32x16* step) {
     for (int k = 0; k < 2; ++k) {
       const U32x16 index = byte_of(words[0], k) | (words[1] >> 4 * k & 7) << 8;
-      entry(index, words[1] >> (4 * k + 3) & 1, k, step);
+      moved_entry(index, words[1] >> (4 * k + 3) & 1, k, step);
     }
   }
 };
-
-// AVX-512 finds the entries of the others in registers (entries_in_bytes.h, entries_in_levels.h).
 
 // An entry of eight weights, in steps 2 k and 2 k + 1, with byte k of the signs.
 template <int kOffset>
@@ -84,8 +90,6 @@ inline void signed_entry(const uint32_t* table, U32x16 index, U32x16 signs, int 
   step[2 * k] = with_signs<kOffset>(first, signs, 2 * k);
   step[2 * k + 1] = with_signs<kOffset>(second, signs, 2 * k + 1);
 }
-
-#if !defined(__AVX512VBMI__)
 
 // Two bytes of entries and two of signs; the block's words have two more bits of each entry.
 struct Iq2SEntries : Entries<16, 1, 4> {
@@ -99,6 +103,8 @@ struct Iq2SEntries : Entries<16, 1, 4> {
 };
 
 #endif
+
+// And of these without (entries_in_levels.h).
 #if !defined(__AVX512F__)
 
 // Four bytes of entries; the block's word has four signs of seven bits.

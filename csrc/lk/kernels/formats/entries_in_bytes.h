@@ -1,9 +1,10 @@
-// Entries of IQ2_XS and IQ2_S on AVX-512 with VBMI, by numbers of levels (codebooks.h), a byte at a
-// time.
+// Entries of IQ1, IQ2_XS and IQ2_S on AVX-512 with VBMI, by numbers of levels (codebooks.h), a byte
+// at a time.
 //
-// A permutation of bytes looks 64 of them up among 128. That is both entries of a unit for two
-// vectors of rows, so these are unpacked together: what takes longest then is to load the table, of
-// 1 or 2 KiB. Loaded one by one, the 64 entries of IQ2_S took four times as long on Zen 4.
+// A permutation of bytes looks 64 of them up among 128. Where a unit has two entries, that is those
+// of two vectors of rows, so these are unpacked together: what takes longest then is to load the
+// table, of 1 to 4 KiB. Loaded one by one, the 64 entries of IQ2_S took four times as long on
+// Zen 4.
 #pragma once
 
 #include "lk/kernels/formats/entries_in_levels.h"
@@ -45,26 +46,29 @@ inline U32x16 spread_pairs(U32x16 a, int byte) {
   return {(UintVector)_mm512_multishift_epi64_epi8(begin, (__m512i)a.v[0])};
 }
 
-// Types with units of two entries of eight weights. Type::split puts the 64 entries of two vectors
-// of rows into bytes: the low eight bits of their numbers, the bits above them, and their signs.
-// Entry k of vector v is in byte Type::place(v, k) of a lane.
-template <class Type, int kEntries, int kShared>
-struct EntriesInBytes : PairedEntries<1, kShared, 16> {
-  static constexpr int kOffset = 64;
+// The numbers of the levels of 64 entries of eight weights, which are in the bytes of lanes.
+template <int kEntries>
+struct Numbers {
+  U32x16 of_step[2];
 
+  // `index` has the low eight bits of the numbers of the entries, `high` those above them.
+  Numbers(const uint8_t* table, U32x16 index, U32x16 high)
+      : of_step{bytes_of<kEntries>(table, index, high),
+                bytes_of<kEntries>(table + kEntries, index, high)} {}
+
+  // Those of step i of the entry in byte `byte` of each lane.
+  U32x16 of(int i, int byte) const { return spread_pairs(of_step[i], byte) & 0x03030303; }
+};
+
+// Types with units of two entries. Type::step_of_entry gives a step of an entry of one of two
+// vectors of rows, out of what Type::Both makes of both vectors' words.
+template <class Type, int kUnitWords, int kShared>
+struct EntriesInBytes : PairedEntries<kUnitWords, kShared, 16> {
   static __attribute__((noinline)) void steps_of_two(const U32x16* words, const U32x16* words2,
                                                      U32x16* step, U32x16* step2) {
-    U32x16 index, high, signs;
-    Type::split(words, words2, index, high, signs);
-    const U32x16 of_step[2] = {bytes_of<kEntries>(Type::kLevelBytes, index, high),
-                               bytes_of<kEntries>(Type::kLevelBytes + kEntries, index, high)};
+    const typename Type::Both both(words, words2);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const int k = i / 2 % 2, byte = Type::place(i / 4, k);
-      const U32x16 numbers = spread_pairs(of_step[i % 2], byte) & 0x03030303;
-      (i < 4 ? step : step2)[i % 4] = subtract_bytes_from(
-          2 * kOffset, lookup_bytes(Type::kLevels, numbers), signs, byte, 0x40100401u << i % 2);
-    }
+    for (int i = 0; i < 8; ++i) (i < 4 ? step : step2)[i % 4] = both.step(i / 4, i / 2 % 2, i % 2);
   }
   static void steps(const U32x16* words, U32x16* step) {
     U32x16 same[4];
@@ -72,28 +76,79 @@ struct EntriesInBytes : PairedEntries<1, kShared, 16> {
   }
 };
 
-struct Iq2SEntries : EntriesInBytes<Iq2SEntries, 1024, 4> {
-  static constexpr const uint8_t* kLevelBytes = codebooks::kIq2SInLevelBytes;
-  static constexpr const uint8_t* kLevels = codebooks::kIq2SLevelsPlus64;
-  static constexpr int place(int vector, int k) { return 2 * vector + k; }
-  static void split(const U32x16* words, const U32x16* words2, U32x16& index, U32x16& high,
-                    U32x16& signs) {
-    index = (words[0] & 0xffff) | words2[0] << 16;
-    signs = words[0] >> 16 | (words2[0] & 0xffff0000);
-    const U32x16 both = (words[1] & 0xf) | (words2[1] & 0xf) << 16;
-    high = both | both << 6;  // Two bits above those of the first entry are those of the second.
-  }
+struct Iq2SEntries : EntriesInBytes<Iq2SEntries, 1, 4> {
+  static constexpr int kOffset = 64;
+  struct Both {
+    U32x16 signs;
+    Numbers<1024> numbers;
+
+    Both(const U32x16* words, const U32x16* words2)
+        : signs(words[0] >> 16 | (words2[0] & 0xffff0000)),
+          numbers(codebooks::kIq2SInLevelBytes, (words[0] & 0xffff) | words2[0] << 16,
+                  high((words[1] & 0xf) | (words2[1] & 0xf) << 16)) {}
+    // Two bits above those of the first entry are those of the second.
+    static U32x16 high(U32x16 both) { return both | both << 6; }
+
+    U32x16 step(int vector, int k, int i) const {
+      const int byte = 2 * vector + k;
+      const U32x16 magnitudes = lookup_bytes(codebooks::kIq2SLevelsPlus64, numbers.of(i, byte));
+      return subtract_bytes_from(2 * kOffset, magnitudes, signs, byte, 0x40100401u << i);
+    }
+  };
 };
 
-struct Iq2XsEntries : EntriesInBytes<Iq2XsEntries, 512, 0> {
-  static constexpr const uint8_t* kLevelBytes = codebooks::kIq2XsInLevelBytes;
-  static constexpr const uint8_t* kLevels = codebooks::kIq2XsLevelsPlus64;
-  static constexpr int place(int vector, int k) { return vector + 2 * k; }
-  static void split(const U32x16* words, const U32x16* words2, U32x16& index, U32x16& high,
-                    U32x16& signs) {
-    index = (words[0] & 0x00ff00ff) | (words2[0] << 8 & 0xff00ff00);
-    high = (words[0] >> 8 & 0x00ff00ff) | (words2[0] & 0xff00ff00);
-    signs = with_parity(high >> 1 & 0x7f7f7f7f);
+struct Iq2XsEntries : EntriesInBytes<Iq2XsEntries, 1, 0> {
+  static constexpr int kOffset = 64;
+  struct Both {
+    U32x16 high;  // a bit of the entry, and seven of signs
+    U32x16 signs;
+    Numbers<512> numbers;
+
+    Both(const U32x16* words, const U32x16* words2)
+        : high((words[0] >> 8 & 0x00ff00ff) | (words2[0] & 0xff00ff00)),
+          signs(with_parity(high >> 1 & 0x7f7f7f7f)),
+          numbers(codebooks::kIq2XsInLevelBytes,
+                  (words[0] & 0x00ff00ff) | (words2[0] << 8 & 0xff00ff00), high) {}
+
+    U32x16 step(int vector, int k, int i) const {
+      const int byte = vector + 2 * k;
+      const U32x16 magnitudes = lookup_bytes(codebooks::kIq2XsLevelsPlus64, numbers.of(i, byte));
+      return subtract_bytes_from(2 * kOffset, magnitudes, signs, byte, 0x40100401u << i);
+    }
+  };
+};
+
+struct Iq1MEntries : EntriesInBytes<Iq1MEntries, 0, 8>, Iq1 {
+  static constexpr bool kHalf = true;
+  struct Both {
+    U32x16 shared;
+    Numbers<2048> numbers;
+
+    Both(const U32x16* words, const U32x16* words2)
+        : shared((words[1] & 0xff) | (words2[1] & 0xff) << 16),
+          numbers(codebooks::kIq1InLevelBytes, words[0] | words2[0] << 16,
+                  (shared & 0x00070007) | (shared << 4 & 0x07000700)) {}
+
+    U32x16 step(int vector, int k, int i) const {
+      const U32x16 weights =
+          lookup_bytes(codebooks::kIq1LevelsTimes8Plus16, numbers.of(i, 2 * vector + k));
+      return moved(weights, shared >> (16 * vector + 4 * k + 3) & 1);
+    }
+  };
+};
+
+struct Iq1SEntries : PairedEntries<1, 16>, Iq1 {
+  static __attribute__((noinline)) void steps(const U32x16* words, U32x16* step) {
+    const U32x16 shared = words[1];
+    const U32x16 high = (shared & 7) | (shared << 5 & 0x700) | (shared << 10 & 0x70000) |
+                        (shared << 15 & 0x7000000);
+    const Numbers<2048> numbers(codebooks::kIq1InLevelBytes, words[0], high);
+#pragma GCC unroll 8
+    for (int t = 0; t < 8; ++t) {
+      const U32x16 weights =
+          lookup_bytes(codebooks::kIq1LevelsTimes8Plus16, numbers.of(t % 2, t / 2));
+      step[t] = moved(weights, shared >> 15 & 1);
+    }
   }
 };
 
