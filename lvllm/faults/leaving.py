@@ -37,9 +37,9 @@ def leave_after_the_work() -> None:
 
 
 def collect_nothing_more() -> None:
-    """Let the garbage collector pass over all objects, if this process is to end after its work.
+    """Hide all objects from the garbage collector, if this process is to end after its work.
 
-    vLLM's workers call it at their end, which takes 1 to 2 s.
+    vLLM's workers call the collector at their end, which takes 1 to 2 s.
     """
     if _is_spawned_by_vllm():
         gc.freeze()

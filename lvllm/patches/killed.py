@@ -103,7 +103,7 @@ def _run_engine() -> Any:
     " end with its parent.",
     upstream=UPSTREAM,
     until="vLLM's processes end with their parent",
-    checked=("3.11",),
+    checked=("3.11", "3.12", "3.13"),
 )
 def end_while_importing(original: Any) -> Any:
     from lvllm.faults.orphans import Birth, is_vllms
