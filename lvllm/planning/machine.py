@@ -73,8 +73,9 @@ class Machine(BaseModel):
 
 
 # Timed beside int4 in the shape of Qwen3-30B-A3B, with 2048 tokens and with one, on Zen 3 (avx2)
-# and on Zen 4 (avx512_bf16, which has the kernels of avx512_vnni for these types). For instruction
-# sets that were not timed, the rates of avx2 are an estimate.
+# and on Zen 4 (avx512_bf16, which has the kernels of avx512_vnni for these types, and those of
+# avx512_vbmi for IQ1, IQ2_XS and IQ2_S). For instruction sets that were not timed, the rates of
+# avx2 are an estimate.
 BLOCKS: dict[str, dict[str, Blocks]] = {
     "avx2": {
         "q2_k": Blocks(0.55, 4.4),
@@ -96,7 +97,7 @@ BLOCKS: dict[str, dict[str, Blocks]] = {
         "iq3_s": Blocks(0.95, 22),
     },
     "avx512_vnni": {
-        "q2_k": Blocks(0.71, 3.6),
+        "q2_k": Blocks(0.71, 3.2),
         "q3_k": Blocks(0.88, 4.3),
         "q4_k": Blocks(0.82, 4.7),
         "q5_k": Blocks(0.82, 5.8),
@@ -106,11 +107,11 @@ BLOCKS: dict[str, dict[str, Blocks]] = {
         "q5_1": Blocks(0.83, 5.5),
         "iq4_nl": Blocks(1.01, 4.1),
         "iq4_xs": Blocks(0.99, 4.2),
-        "iq1_s": Blocks(0.91, 11.5),
-        "iq1_m": Blocks(0.8, 14.6),
+        "iq1_s": Blocks(0.91, 9),
+        "iq1_m": Blocks(0.8, 11.5),
         "iq2_xxs": Blocks(0.94, 7.6),
-        "iq2_xs": Blocks(0.78, 10.7),
-        "iq2_s": Blocks(0.72, 15.3),
+        "iq2_xs": Blocks(0.78, 8),
+        "iq2_s": Blocks(0.72, 10),
         "iq3_xxs": Blocks(0.92, 8.1),
         "iq3_s": Blocks(0.89, 9.9),
     },
