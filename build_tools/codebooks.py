@@ -13,6 +13,7 @@ __all__ = ["HEADER", "write"]
 
 HEADER = Path("lk", "codebooks.h")
 
+
 def write(folder: Path) -> None:
     """Write HEADER below `folder`, unless it is there already. Raises BuildError without gguf."""
     text = _text()
