@@ -3,8 +3,7 @@
 //
 // A permutation of bytes looks 64 of them up among 128. Where a unit has two entries, that is those
 // of two vectors of rows, so these are unpacked together: what takes longest then is to load the
-// table, of 1 to 4 KiB. Loaded one by one, the 64 entries of IQ2_S took four times as long on
-// Zen 4.
+// table, of 1 to 4 KiB. On Zen 4, IQ2_S takes 0.70 of the time of loading its entries one by one.
 #pragma once
 
 #include "lk/kernels/formats/entries_in_levels.h"
@@ -60,8 +59,8 @@ struct Numbers {
   U32x16 of(int i, int byte) const { return spread_pairs(of_step[i], byte) & 0x03030303; }
 };
 
-// Types with units of two entries. Type::step_of_entry gives a step of an entry of one of two
-// vectors of rows, out of what Type::Both makes of both vectors' words.
+// Types with units of two entries. Type::Both is made from the words of two vectors of rows, and
+// its step(vector, k, i) is step i of entry k of one of them.
 template <class Type, int kUnitWords, int kShared>
 struct EntriesInBytes : PairedEntries<kUnitWords, kShared, 16> {
   static __attribute__((noinline)) void steps_of_two(const U32x16* words, const U32x16* words2,
