@@ -103,6 +103,7 @@ def main(
             if done * 10 // requests > len(seen):
                 seen.append(held(server))
                 print(f"{done} requests: {seen[-1]}", flush=True)
+        time.sleep(5)  # A worker spins for a second after its last step, for the next one.
         began, before = time.monotonic(), cpu_seconds(server)
         time.sleep(idle_seconds)
         share = (cpu_seconds(server) - before) / (time.monotonic() - began)
