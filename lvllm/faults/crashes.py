@@ -10,6 +10,7 @@ import faulthandler
 import importlib
 import multiprocessing
 import signal
+import sys
 import threading
 from contextlib import suppress
 
@@ -32,4 +33,5 @@ def end_at_once_on_a_crash() -> None:
     # faulthandler calls the handler that was there before it.
     faulthandler.disable()
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-    faulthandler.enable()
+    with suppress(AttributeError, OSError, ValueError):  # standard error can be closed
+        faulthandler.enable(sys.__stderr__.fileno())  # type: ignore[union-attr]
