@@ -8,13 +8,12 @@ it the server. Python's faulthandler prints its lines within a millisecond, with
 
 import faulthandler
 import importlib
-import multiprocessing
 import signal
 import sys
 import threading
 from contextlib import suppress
 
-from lvllm.faults.orphans import is_vllms
+from lvllm.faults.orphans import is_in_vllms
 from lvllm.faults.process import is_command
 
 __all__ = ["end_at_once_on_a_crash"]
@@ -25,7 +24,7 @@ def end_at_once_on_a_crash() -> None:
 
     Only the main thread may change handlers; in any other one, nothing happens.
     """
-    own = is_vllms(multiprocessing.current_process().name) or is_command()
+    own = is_in_vllms() or is_command()
     if not own or threading.current_thread() is not threading.main_thread():
         return
     with suppress(ImportError):

@@ -17,11 +17,10 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NoReturn
 
-from lvllm.faults.orphans import is_vllms
+from lvllm.faults import process
+from lvllm.faults.orphans import is_in_vllms
 
 __all__ = ["collect_nothing_more", "end_in_a_line", "leave_after_the_work", "leave_with_the_error"]
-
-COMMANDS = ("vllm", "lvllm")
 
 LAST = -1000
 """The priority of what multiprocessing calls last at the end of a process."""
@@ -60,12 +59,12 @@ def leave_with_the_error() -> None:
 
 
 def _is_spawned_by_vllm() -> bool:
-    spawned = "--multiprocessing-fork" in sys.orig_argv
-    return spawned and is_vllms(multiprocessing.current_process().name)
+    return "--multiprocessing-fork" in sys.orig_argv and is_in_vllms()
 
 
 def _is_command() -> bool:
-    return Path(sys.argv[0]).name in COMMANDS and multiprocessing.parent_process() is None
+    own = process.is_command() or Path(sys.argv[0]).name == "lvllm"
+    return own and multiprocessing.parent_process() is None
 
 
 def _leave() -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from lvllm.faults.parents_end import die_with_the_parent
 
-__all__ = ["Birth", "GuardedTarget", "end_with_the_parent", "is_vllms"]
+__all__ = ["Birth", "GuardedTarget", "end_with_the_parent", "is_in_vllms", "is_vllms"]
 
 PROCESSES = ("EngineCore", "VllmWorker", "ApiServer", "VLLM_DP_Coordinator")
 """How the names begin that vLLM gives its processes. Those of a user's own program are his."""
@@ -49,6 +49,11 @@ def is_vllms(name: str) -> bool:
     return name.startswith(PROCESSES)
 
 
+def is_in_vllms() -> bool:
+    """Whether this process is one of vLLM's."""
+    return is_vllms(multiprocessing.current_process().name)
+
+
 def end_with_the_parent() -> None:
     """Let this process end as soon as its parent has ended, if it is one of vLLM's processes."""
     global _guarded
@@ -59,7 +64,7 @@ def end_with_the_parent() -> None:
         return
     _guarded = os.getpid()
     parent = multiprocessing.parent_process()
-    if parent is None or not is_vllms(multiprocessing.current_process().name):
+    if parent is None or not is_in_vllms():
         return
 
     if parent.pid is not None:

@@ -1,6 +1,5 @@
 """The one line that an error in a worker ends the server with."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +19,8 @@ process.end(sys.argv[1])
 @pytest.fixture
 def front(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process as the front one of a server."""
-    monkeypatch.delenv(process._VARIABLE, raising=False)
+    monkeypatch.setenv(process._VARIABLE, "0:0")  # not this process, and undone after the test
     process.prepare()
-    monkeypatch.setenv(process._VARIABLE, os.environ[process._VARIABLE])
 
 
 def worker(line: str) -> subprocess.CompletedProcess[str]:
