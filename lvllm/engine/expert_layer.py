@@ -247,6 +247,14 @@ class ExpertLayer:
         """The tensors that the layer computes on, in the engine's order, by argument name."""
         return {name: tensor for name, tensor in self._tensors.items() if tensor is not None}
 
+    def drop(self) -> None:
+        """End the layer and let its tensors go, in the engine's order.
+
+        Sizes, formats and activation remain, for copies of the tensors elsewhere.
+        """
+        self._finalizer()
+        self._tensors = {}
+
     def release(self) -> None:
         """Put all tensors back into their original order, and end the layer.
 

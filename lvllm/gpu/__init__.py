@@ -5,12 +5,14 @@ from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import host_calls, raise_host_call_error
 from lvllm.gpu.offload import Offload, caches, mark_step, waiting_for_cache
 from lvllm.gpu.offloaded_layer import OffloadedLayer, concentrated_routing
+from lvllm.gpu.resident_layer import ResidentLayer
 from lvllm.gpu.watchdog import Watchdog
 
 __all__ = [
     "MeasuredThreshold",
     "Offload",
     "OffloadedLayer",
+    "ResidentLayer",
     "Watchdog",
     "caches",
     "concentrated_routing",

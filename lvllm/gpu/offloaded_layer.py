@@ -1,6 +1,5 @@
-"""One layer whose experts lie on the host, and the operator that computes it."""
+"""One layer whose experts lie on the host."""
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
@@ -9,7 +8,7 @@ import torch
 
 from lvllm.engine.counters import Reason
 from lvllm.engine.expert_layer import ExpertLayer
-from lvllm.gpu import shared, streamed
+from lvllm.gpu import operator, shared, streamed
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.cache.cached_layer import CachedLayer
 from lvllm.gpu.counters import StreamedCounters
@@ -78,7 +77,7 @@ class OffloadedLayer:
         self.offload, self.accelerator = offload, accelerator
         self.number, self.name = number, name
         self.experts, self.topk, self.routed = experts, topk, routed
-        _layers[int(experts.handle)] = self
+        operator.register(experts, self)
 
     def size(self) -> int:
         """Return the bytes of the layer's experts."""
@@ -162,25 +161,3 @@ def concentrated_routing() -> Iterator[None]:
         yield
     finally:
         _concentrated = False
-
-
-_layers: weakref.WeakValueDictionary[int, OffloadedLayer] = weakref.WeakValueDictionary()
-"""The layers of all models, by the engine's handle."""
-
-
-@torch.library.custom_op("lvllm::routed_experts", mutates_args=())
-def routed_experts(
-    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: torch.Tensor
-) -> torch.Tensor:
-    """Run an offloaded layer on its device; `layer` is its `ExpertLayer.handle`.
-
-    This is an operator so that torch.compile does not trace into the choice of a path.
-    """
-    return _layers[int(layer)].run(x, topk_ids, topk_weights)
-
-
-@routed_experts.register_fake
-def _routed_experts_fake(
-    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer: torch.Tensor
-) -> torch.Tensor:
-    return x.new_empty(x.shape)

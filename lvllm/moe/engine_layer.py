@@ -12,12 +12,17 @@ from lvllm.moe import activations
 __all__ = ["make", "make_of_shared"]
 
 
-def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> ExpertLayer:
+def make(
+    layer: Any,
+    tensors: dict[str, Any],
+    activation_bits: int | None,
+    publisher: sharing.Publisher | None,
+) -> ExpertLayer:
     """The engine's layer for the loaded weights and biases of vLLM's `layer`.
 
     `tensors` are the arguments of `ExpertLayer` that hold the weights (`ExpertFormat.tensors`);
-    `activation_bits` is the setting LK_ACTIVATION_BITS, None for `auto`. If this engine shares its
-    experts, the other engines can map the layer from now on.
+    `activation_bits` is the setting LK_ACTIVATION_BITS, None for `auto`. With a `publisher`, other
+    engines can map the layer from now on.
 
     Raises ValueError if a bias is missing or not finite.
     """
@@ -28,7 +33,6 @@ def make(layer: Any, tensors: dict[str, Any], activation_bits: int | None) -> Ex
             w2_bias.zero_()  # The outputs of all ranks are summed, so one rank alone adds the bias.
         stored |= {"w13_bias": w13_bias, "w2_bias": w2_bias}
     stored |= _activation_bits(stored, activation_bits)
-    publisher = sharing.publisher()
     if publisher is None:
         return _expert_layer(layer, stored)
     stored = publisher.in_shared_memory(stored)

@@ -1,131 +1,52 @@
-"""HybridMoEMethod: vLLM asks it to make a layer's parameters and to compute a batch of tokens."""
+"""HybridMoEMethod: the method of layers whose experts lie in the host's memory."""
 
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn import Module
-from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
-from lvllm import sharing, startup
+from lvllm import sharing
+from lvllm.engine import ExpertLayer
 from lvllm.errors import layer_errors
 from lvllm.formats import ExpertFormat
-from lvllm.formats.base import Shape, add_biases, empty
-from lvllm.log import logger
-from lvllm.moe import activations, engine_layer, offloading
-from lvllm.moe.arrivals import EXPERTS, Arrivals
-from lvllm.moe.converted import Conversion, choose
+from lvllm.formats.base import Shape
+from lvllm.moe import engine_layer, offloading
+from lvllm.moe.engine_method import EngineMoEMethod
 from lvllm.settings.configuration import HybridConfig
-from lvllm.units import ranges
+
+__all__ = ["HybridMoEMethod"]
 
 
-class HybridMoEMethod(FusedMoEMethodBase):
-    """Allocates a layer's weights in the engine's memory and computes the layer with lk.
+class HybridMoEMethod(EngineMoEMethod):
+    """Keeps a layer's weights in the engine's memory and computes the layer with lk.
 
-    `weight_format` says how the checkpoint stores the weights. The constructor raises ValueError
-    for a layer that lk cannot compute, such as one with an unknown activation.
+    Another engine may have loaded the experts, which this one then shares.
     """
 
-    # With True, vLLM would move the weights to the GPU before process_weights_after_loading, and
-    # back afterwards.
-    requires_device_loading = False
-
-    arrivals: Arrivals | None = None
-    """Counts the loaded tensors; None where the model does not load them one by one."""
-
     def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
-        super().__init__(moe)
-        self._refuse_unsupported(moe, prefix)
-        config, rank = HybridConfig.current(), startup.host_rank()
-        self.activation_bits = config.activation_bits
-        self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
-        conversion = Conversion(
-            config.use_weight.of(prefix),
-            config.quantize_on,
-            config.engine_cpus[rank],
-            self.dummy,
-        )
-        self.weight_format = choose(weight_format, conversion, prefix)
-        info = startup.start_engine(rank)
+        target = HybridConfig.current().use_weight.of(prefix)
+        super().__init__(moe, weight_format, target, prefix)
         self.follower = sharing.follower()
         self.offload = offloading.join(prefix)
-        logger.info_once(
-            "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
-            info.isa,
-            info.threads,
-            len(info.nodes),
-            ranges(sorted({cpu for worker in info.cpus for cpu in worker})),
-        )
 
-    @staticmethod
-    def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:
-        try:
-            activations.arguments(moe)
-        except ValueError as error:
-            raise ValueError(f"{prefix}: {error}") from None
-        if not 1 <= moe.experts_per_token <= moe.num_experts:
-            raise ValueError(
-                f"{prefix}: config.json says that a token takes {moe.experts_per_token} of"
-                f" {moe.num_experts} experts"
-            )
-
-    @layer_errors
-    def create_weights(  # type: ignore[override]
-        self,
-        layer: Module,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Register the layer's parameters, for vLLM's loader to fill."""
-        parts = 2 if self.moe.is_act_and_mul else 1
-        shape = Shape(num_experts, hidden_size, intermediate_size_per_partition, parts)
-        attributes = extra_weight_attrs
-        if self.follower is not None:
-            shape = replace(shape, allocate=sharing.allocate_on_meta)
-            attributes = extra_weight_attrs | {"weight_loader": sharing.ignore_weight}
-            with sharing.without_memory():
-                self._register(layer, shape, params_dtype, attributes)
-            return
-        if self.weight_format.arrives:
-            self.arrivals = Arrivals(
-                layer,
-                extra_weight_attrs["weight_loader"],
-                complete=lambda: self._hand_over(layer),
-            )
-            attributes = extra_weight_attrs | {"weight_loader": self.arrivals.load}
-        with torch.device("cpu"):  # Where vLLM uses a GPU, that GPU is the default device here.
-            self._register(layer, shape, params_dtype, attributes)
-        if self.arrivals is not None:
-            self.arrivals.expect(parts)
-
-    def _register(
+    def _create(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        self.weight_format.create_weights(layer, shape, dtype, attributes)
-        if self.moe.has_bias:
-            add_biases(layer, shape, dtype, attributes)
+        if self.follower is None:
+            super()._create(layer, shape, dtype, attributes)
+            return
+        shape = replace(shape, allocate=sharing.allocate_on_meta)
+        with sharing.without_memory():
+            ignored = attributes | {"weight_loader": sharing.ignore_weight}
+            self._register(layer, shape, dtype, ignored)
 
-    def _hand_over(self, layer: Any) -> None:
-        """Hand the loaded weights to the engine, and free the parameters.
+    def publisher(self) -> sharing.Publisher | None:
+        return sharing.publisher()
 
-        The engine has copies of some tensors, such as scales in another dtype. The float32 scales
-        of all layers would otherwise take an eighth of what 4-bit weights take.
-        """
-        # While vLLM builds and loads a model, the model's dtype is PyTorch's default dtype.
-        with set_default_torch_dtype(torch.float32):
-            layer.engine = engine_layer.make(
-                layer, self.weight_format.tensors(layer), self.activation_bits
-            )
-        layer.engine_handle = layer.engine.handle
-        parameters = layer.named_parameters(recurse=False)
-        empty(parameter for name, parameter in parameters if name.startswith(EXPERTS))
+    def keep(self, layer: Any, experts: ExpertLayer) -> None:
+        layer.engine, layer.engine_handle = experts, experts.handle
 
     @layer_errors
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -134,17 +55,14 @@ class HybridMoEMethod(FusedMoEMethodBase):
         Raises LayerError if the checkpoint lacks any of the weights. If another engine loads the
         shared experts and ends before they are complete, this raises LayerError too.
         """
-        if self.follower is not None:
-            layer.engine = engine_layer.make_of_shared(layer, self.follower, self.activation_bits)
-            layer.engine_handle = layer.engine.handle
+        if self.follower is None:
+            super().process_weights_after_loading(layer)
+        else:
+            experts = engine_layer.make_of_shared(layer, self.follower, self.activation_bits)
+            self.keep(layer, experts)
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 if parameter.is_meta:
                     delattr(layer, name)
-        if self.arrivals is not None and not self.dummy:
-            self.arrivals.require_all()
-            self.arrivals.close()
-        if not hasattr(layer, "engine"):  # Without a complete count, the handover is still due.
-            self._hand_over(layer)
         if self.offload is not None:
             offload, layer_number = self.offload
             layer.offloaded = offload.add(
@@ -154,15 +72,6 @@ class HybridMoEMethod(FusedMoEMethodBase):
                 topk=self.moe.experts_per_token,
                 routed=self.moe.num_experts,
             )
-
-    def get_fused_moe_quant_config(self, layer: Module) -> FusedMoEQuantConfig:  # type: ignore[override]
-        """No quantisation: the engine takes 16-bit activations, whatever the weights' format is."""
-        return FusedMoEQuantConfig.make()
-
-    @property
-    def topk_indices_dtype(self) -> torch.dtype:
-        """lk takes 32-bit expert ids."""
-        return torch.int32
 
     def apply(  # type: ignore[override]
         self,
@@ -178,28 +87,8 @@ class HybridMoEMethod(FusedMoEMethodBase):
         topk_ids [M, k] are the model's expert ids. An id of -1 stands for no expert, and the engine
         skips it. With expert parallelism the ids of other ranks' experts become -1 too.
         """
-        bias = layer.e_score_correction_bias
-        if bias is not None and len(bias) > self.moe.num_experts:
-            # In the places of experts that return their input (LongCat-Flash), vLLM leaves expert 0
-            # with the weight 0, for which nobody should read an expert.
-            topk_ids = topk_ids.masked_fill(topk_weights == 0, -1)
-        if self.offload is not None or self.moe.dp_size > 1:
-            topk_ids = _without_padding(topk_ids)
-        if layer.expert_map is not None:
-            # vLLM's routers give padded rows the id -1, which as an index would be the last expert.
-            topk_ids = layer.expert_map[topk_ids].where(topk_ids >= 0, -1)
+        padded = self.offload is not None or self.moe.dp_size > 1
+        ids = self.own_ids(layer, topk_ids, topk_weights, padded=padded)
         if self.offload is None:
-            return torch.ops.lvllm.expert_block(x, topk_ids, topk_weights, layer.engine_handle)
-        return torch.ops.lvllm.routed_experts(x, topk_ids, topk_weights, layer.engine_handle)
-
-
-def _without_padding(topk_ids: torch.Tensor) -> torch.Tensor:
-    """Give the rows that are padding the id -1, so that nobody reads an expert for them.
-
-    Some of vLLM's routers do so, but not those with groups of experts or of a model's own. Only
-    graphs and replicas have such rows. The mask is a tensor, which a graph reads at each replay.
-    """
-    padding = get_forward_context().is_padding if is_forward_context_available() else None
-    if padding is None or len(padding) != len(topk_ids):
-        return topk_ids
-    return topk_ids.masked_fill(padding.unsqueeze(1), -1)
+            return torch.ops.lvllm.expert_block(x, ids, topk_weights, layer.engine_handle)
+        return torch.ops.lvllm.routed_experts(x, ids, topk_weights, layer.engine_handle)

@@ -1,4 +1,4 @@
-"""Resident layers: MoE layers whose experts stay on the accelerator, with vLLM's own method."""
+"""Resident layers: MoE layers whose experts stay on the accelerator."""
 
 from typing import Any
 
@@ -8,8 +8,11 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.platforms import current_platform
 
+from lvllm import formats
 from lvllm.checkpoint.moe_layers import layer_number
 from lvllm.errors import LayerError
+from lvllm.log import logger
+from lvllm.moe.resident_method import ResidentMoEMethod
 from lvllm.settings.configuration import HybridConfig
 
 __all__ = ["is_resident", "resident_method"]
@@ -42,10 +45,12 @@ def _is_draft() -> bool:
 def resident_method(
     layer: Any, prefix: str, quant_config: Any, moe_config: FusedMoEConfig
 ) -> FusedMoEMethodBase:
-    """vLLM's own method for the experts of `layer`, called `prefix`.
+    """The method for the resident experts of `layer`, called `prefix`.
 
-    Raises LayerError where vLLM cannot compute these experts on its platform. Outside an engine,
-    vLLM's own errors pass.
+    It is vLLM's own. Where vLLM cannot compute these experts on its platform, it is LvLLM's, if
+    that reads their format. Outside an engine, vLLM's own errors pass.
+
+    Raises LayerError if neither can.
     """
     if HybridConfig.current_or_none() is None:
         return _upstream_method(layer, prefix, quant_config, moe_config)
@@ -62,11 +67,23 @@ def resident_method(
             raise NotImplementedError("of its kernels those for models with LoRA need a GPU")
         return _upstream_method(layer, prefix, quant_config, moe_config)
     except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    device = current_platform.device_name
+    try:
+        method = ResidentMoEMethod(moe_config, formats.find(quant_config, layer, prefix), prefix)
+    except ValueError as error:
         number = layer_number(prefix)
         remedy = f"leave {number} out of LVLLM_GPU_RESIDENT_MOE_LAYERS"
         if _is_draft():
             remedy = "leave speculative-config out, as a draft's layers are resident"
         raise LayerError(
-            f"{prefix}: vLLM cannot compute these experts on {current_platform.device_name}, where"
-            f" they are to be resident: {type(error).__name__}: {error}; {remedy}"
+            f"{prefix}: vLLM cannot compute these experts on {device}, where they are to be"
+            f" resident: {why}; nor can LvLLM: {error}; {remedy}"
         ) from error
+    logger.info_once(
+        "LvLLM: vLLM cannot compute this model's resident experts on %s, so that LvLLM's kernels"
+        " do (%s)",
+        device,
+        why,
+    )
+    return method

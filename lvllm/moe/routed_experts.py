@@ -26,7 +26,7 @@ class HybridExperts:
 
     The names of the weights and the way they are loaded stay vLLM's. Only the quantisation method
     differs: it allocates the parameters and computes on them. A resident layer has vLLM's own
-    method.
+    method where there is one.
     """
 
     resident: bool

@@ -78,7 +78,7 @@ class GptqConfig(AutoGPTQConfig):
         method = super().get_quant_method(layer, prefix)
         config = getattr(method, "quant_config", None)
         if isinstance(config, GptqConfig) and (config.desc_act or not config.is_sym):
-            raise ValueError(f"desc_act={config.desc_act}, sym={config.is_sym} is for lk alone")
+            raise ValueError(f"desc_act={config.desc_act}, sym={config.is_sym} is for LvLLM alone")
         return method
 
     @staticmethod
@@ -122,7 +122,7 @@ class CompressedConfig(CompressedTensorsConfig):
             schemes = filter(None, self.target_scheme_map.values())
             for weights in filter(None, (scheme.get("weights") for scheme in schemes)):
                 if weights.actorder in ORDERED:
-                    raise ValueError(f"actorder={weights.actorder!r} is for lk alone")
+                    raise ValueError(f"actorder={weights.actorder!r} is for LvLLM alone")
         if isinstance(layer, LinearBase):
             scheme = self.get_scheme_dict(layer, prefix) or {}
             weights = scheme.get("weights")
@@ -184,14 +184,10 @@ class GgufConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method of a linear layer, which is that of a checkpoint in 16 bits.
 
-        Raises LayerError for experts that a GPU is to hold.
+        Raises ValueError for experts, which LvLLM alone computes.
         """
         if isinstance(layer, RoutedExperts):
-            raise LayerError(
-                f"{prefix}: experts of a GGUF file are for lk alone:"
-                " LVLLM_GPU_RESIDENT_MOE_LAYERS must not list their layer, but"
-                " LVLLM_GPU_EXPERT_CACHE keeps the most used experts on the GPU"
-            )
+            raise ValueError("it has no kernels for the blocks of GGUF files")
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 

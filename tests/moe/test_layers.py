@@ -25,8 +25,9 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
 from lvllm.engine import bank
 from lvllm.moe import activations
+from lvllm.moe import resident as resident_layers
 from lvllm.moe.method import HybridMoEMethod
-from lvllm.moe.resident import resident_method
+from lvllm.moe.resident_method import ResidentMoEMethod
 from lvllm.settings.configuration import RESOLVED
 from lvllm.upstream.quantization_configs import CompressedConfig, GptqConfig
 from tests.random_layers import Layer, Random
@@ -83,6 +84,34 @@ def tensors(random: Random, gate: str, up: str | None, bias: bool) -> dict[str, 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) -> None:
+    check(name, bias, f"{request.node.name}.mlp.experts", vllm_config)
+
+
+@pytest.mark.usefixtures("resident", "beyond_vllm")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_resident_layers_on_our_kernels(
+    name: str, bias: bool, vllm_config: VllmConfig, request: Any
+) -> None:
+    """The host's memory has held them only while they were loaded."""
+    before = bank.allocated_bytes()
+    layer = check(name, bias, f"{request.node.name}.layers.4.mlp.experts", vllm_config)
+    assert isinstance(layer.quant_method, ResidentMoEMethod)
+    assert bank.allocated_bytes() == before
+
+
+@pytest.fixture
+def beyond_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has no kernels for resident layers."""
+
+    def refuse(*arguments: object) -> None:
+        raise NotImplementedError("no kernels")
+
+    monkeypatch.setattr(resident_layers, "_upstream_method", refuse)
+
+
+def check(name: str, bias: bool, prefix: str, vllm_config: VllmConfig) -> Any:
+    """Load a layer and compare its results with the reference; return it."""
     arguments, expected_arguments = LAYERS[name]
     random = Random(randrange(1 << 30))
     gate, _, up = arguments.get("ckpt_names", ("gate_proj", "down_proj", "up_proj"))
@@ -92,7 +121,7 @@ def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) ->
             **SIZES,
             activation=name.removesuffix("_with_limit"),
             has_bias=bias,
-            prefix=f"{request.node.name}.mlp.experts",
+            prefix=prefix,
             **arguments,
         )
         layer = runner.routed_experts
@@ -123,6 +152,7 @@ def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) ->
     # Rounding the result to bfloat16 makes an error of 1.7e-3. avx512_bf16 and amx round earlier,
     # too.
     assert (out.float() - expected).norm() <= 5e-3 * expected.norm()
+    return layer
 
 
 def test_no_expert_is_read_for_those_without_weights(vllm_config: VllmConfig) -> None:
@@ -163,15 +193,7 @@ def test_no_expert_is_read_for_those_without_weights(vllm_config: VllmConfig) ->
 
 
 def make_experts(prefix: str, **arguments: Any) -> Any:
-    return FusedMoEFactory(
-        num_experts=EXPERTS,
-        top_k=TOPK,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        params_dtype=torch.bfloat16,
-        prefix=prefix,
-        **arguments,
-    ).routed_experts
+    return FusedMoEFactory(prefix=prefix, **(SIZES | arguments)).routed_experts
 
 
 @pytest.mark.usefixtures("vllm_config")  # LvLLM's classes are in the place of vLLM's
@@ -233,10 +255,10 @@ def test_resident_layers_are_left_to_vllm() -> None:
     assert bank.allocated_bytes() > before
 
 
-# lk computes these experts. vLLM has no kernels for them on its CPU platform, or none at all.
+# vLLM has no kernels for these experts on its CPU platform, or none at all.
 ORDERED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "actorder": "group"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
-UNSUPPORTED_BY_VLLM: dict[str, Callable[[], dict[str, Any]]] = {
+BEYOND_VLLM: dict[str, Callable[[], dict[str, Any]]] = {
     "without_gate": lambda: {"activation": "relu2_no_mul", "ckpt_names": ("up", "down", None)},
     "nvfp4": lambda: {"quant_config": ModelOptNvFp4Config("NVFP4", True)},
     "gptq": lambda: {"quant_config": GptqConfig.from_config(GPTQ)},
@@ -255,35 +277,37 @@ UNSUPPORTED_BY_VLLM: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("resident")
-@pytest.mark.parametrize("why", UNSUPPORTED_BY_VLLM)
+@pytest.mark.parametrize("why", BEYOND_VLLM)
 def test_resident_layers_that_vllm_cannot_compute(why: str) -> None:
-    prefix = f"{why}.layers.4.mlp.experts"
+    layer = make_experts(f"{why}.layers.4.mlp.experts", intermediate_size=96, **BEYOND_VLLM[why]())
+    assert isinstance(layer.quant_method, ResidentMoEMethod)
+
+
+@pytest.mark.usefixtures("resident")
+def test_resident_layers_that_nobody_can_compute() -> None:
+    prefix = "nobodys.layers.4.mlp.experts"
     with pytest.raises(ValueError, match=r"where they are to be resident: ") as caught:
-        make_experts(prefix, **UNSUPPORTED_BY_VLLM[why]())
+        make_experts(prefix, activation="silu_no_mul", ckpt_names=("up", "down", None))
     said = str(caught.value)
     assert said.startswith(f"{prefix}: vLLM cannot compute these experts on cpu")
+    assert "its kernels need a gate; nor can LvLLM: " in said
+    assert "activation 'silu_no_mul' is not supported" in said
     assert said.endswith("; leave 4 out of LVLLM_GPU_RESIDENT_MOE_LAYERS")
-    print(said)
 
 
-def test_resident_layers_with_expert_parallelism(vllm_config: VllmConfig) -> None:
-    """vLLM's kernels for CPUs would read beyond the end of the weights that a rank holds."""
-    parallel = SimpleNamespace(use_ep=True)
-    moe: Any = SimpleNamespace(is_act_and_mul=True, moe_parallel_config=parallel)
-    said = r"know no expert parallelism; leave 4 out of LVLLM_GPU"
-    with set_current_vllm_config(vllm_config), pytest.raises(ValueError, match=said):
-        resident_method(None, "model.layers.4.mlp.experts", None, moe)
-
-
-def test_resident_layers_of_a_model_with_lora(vllm_config: VllmConfig) -> None:
-    """Without this error vLLM would start, and find at the first request that it has no Triton."""
-    parallel = SimpleNamespace(use_ep=False)
+@pytest.mark.usefixtures("resident")
+@pytest.mark.parametrize("wanted", ["expert parallelism", "models with LoRA"])
+def test_what_vllms_kernels_for_cpus_lack(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would read beyond the end of the weights that a rank holds, or want Triton."""
+    taken: list[str] = []
+    monkeypatch.setattr(resident_layers, "ResidentMoEMethod", lambda *_: taken.append(wanted))
     moe: Any = SimpleNamespace(
-        is_act_and_mul=True, moe_parallel_config=parallel, is_lora_enabled=True
+        is_act_and_mul=True,
+        moe_parallel_config=SimpleNamespace(use_ep=wanted == "expert parallelism"),
+        is_lora_enabled=wanted == "models with LoRA",
     )
-    said = r"models with LoRA need a GPU; leave 4 out of LVLLM_GPU"
-    with set_current_vllm_config(vllm_config), pytest.raises(ValueError, match=said):
-        resident_method(None, "model.layers.4.mlp.experts", None, moe)
+    resident_layers.resident_method(None, "model.layers.4.mlp.experts", None, moe)
+    assert taken == [wanted]
 
 
 @pytest.mark.parametrize(

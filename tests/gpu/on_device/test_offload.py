@@ -18,6 +18,7 @@ from lvllm.gpu.cache import expert_cache, placement, reads
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers
 from lvllm.gpu.offload import Offload, mark_step
+from lvllm.gpu.resident_layer import ResidentLayer
 from lvllm.gpu.ring import StagingRing
 from tests.random_layers import FORMATS, Layer, Random, random_layer
 
@@ -84,6 +85,28 @@ def test_streamed_against_float32(accelerator: Accelerator, format: str) -> None
     accelerator.synchronize(accelerator.compute())
     for tensor in engine_layer.tensors.values():
         accelerator.unpin(tensor)
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS)
+def test_resident_against_float32(accelerator: Accelerator, format: str) -> None:
+    """A graph has the same results, without a wait for the host on the way."""
+    random = Random(8)
+    intermediate = 256 if format in BLOCK_FORMATS else INTERMEDIATE
+    layer = random_layer(random, format, EXPERTS, HIDDEN, intermediate, bias=True)
+    experts = layer.make()
+    resident = ResidentLayer(accelerator, experts)
+    assert not experts.tensors
+    for tokens in (1, 301):
+        x, ids, weights = batch(random, tokens, accelerator.device)
+        got = resident.run(x, ids, weights)
+        want = layer.reference(x.cpu(), ids.cpu(), weights.cpu())
+        assert torch.linalg.norm(got.float().cpu() - want) <= 6e-3 * torch.linalg.norm(want)
+        if accelerator.name == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                again = resident.run(x, ids, weights)
+            graph.replay()
+            assert torch.equal(again, got)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,46 @@
+"""ResidentMoEMethod: the method of resident layers that vLLM has no kernels for."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+from lvllm.engine import ExpertLayer
+from lvllm.formats import ExpertFormat
+from lvllm.gpu import ResidentLayer, open_accelerator
+from lvllm.moe.engine_method import EngineMoEMethod
+from lvllm.settings.configuration import HybridConfig
+from lvllm.settings.use_weight import UseWeight
+
+__all__ = ["ResidentMoEMethod"]
+
+
+class ResidentMoEMethod(EngineMoEMethod):
+    """Keeps a layer's experts on the accelerator as lk has them, and computes them there.
+
+    The host's memory holds a layer only until it is complete.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
+        super().__init__(moe, weight_format, UseWeight.KEEP, prefix)
+
+    def keep(self, layer: Any, experts: ExpertLayer) -> None:
+        layer.engine_handle = experts.handle
+        accelerator = open_accelerator(HybridConfig.current().accelerator)
+        layer.on_device = ResidentLayer(accelerator, experts)
+
+    def apply(  # type: ignore[override]
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run the routed experts of `layer` on x [M, H]. The result is [M, H] in x's dtype.
+
+        topk_ids [M, k] are the model's expert ids; -1 stands for no expert.
+        """
+        ids = self.own_ids(layer, topk_ids, topk_weights, padded=True)
+        return torch.ops.lvllm.routed_experts(x, ids, topk_weights, layer.engine_handle)
