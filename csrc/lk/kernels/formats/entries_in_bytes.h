@@ -90,8 +90,8 @@ struct Iq2SEntries : EntriesInBytes<Iq2SEntries, 1, 4> {
 
     U32x16 step(int vector, int k, int i) const {
       const int byte = 2 * vector + k;
-      const U32x16 magnitudes = lookup_bytes(codebooks::kIq2SLevelsPlus64, numbers.of(i, byte));
-      return subtract_bytes_from(2 * kOffset, magnitudes, signs, byte, 0x40100401u << i);
+      return signed_levels<kOffset>(codebooks::kIq2SLevelsPlus64, numbers.of(i, byte), signs, byte,
+                                    i);
     }
   };
 };
@@ -111,8 +111,8 @@ struct Iq2XsEntries : EntriesInBytes<Iq2XsEntries, 1, 0> {
 
     U32x16 step(int vector, int k, int i) const {
       const int byte = vector + 2 * k;
-      const U32x16 magnitudes = lookup_bytes(codebooks::kIq2XsLevelsPlus64, numbers.of(i, byte));
-      return subtract_bytes_from(2 * kOffset, magnitudes, signs, byte, 0x40100401u << i);
+      return signed_levels<kOffset>(codebooks::kIq2XsLevelsPlus64, numbers.of(i, byte), signs, byte,
+                                    i);
     }
   };
 };

@@ -56,15 +56,21 @@ inline void signed_levels_of_eight(const uint8_t* levels, U32x16 entries, int h,
   }
 }
 
+// The magnitudes of these numbers with the signs of byte `byte` of each lane: its even bits in step
+// 0, and its odd ones in step 1 (PairedEntries).
+template <int kOffset>
+inline U32x16 signed_levels(const uint8_t* levels, U32x16 numbers, U32x16 signs, int byte, int i) {
+  return subtract_bytes_from(2 * kOffset, lookup_bytes(levels, numbers), signs, byte,
+                             0x40100401u << i);
+}
+
 // The magnitudes of two entries of four, which both halves of a lane have, with the signs of byte
-// `byte`, in two steps: first the even ones, then the odd ones (PairedEntries).
+// `byte`, in two steps.
 template <int kOffset>
 inline void signed_levels_of_four(const uint8_t* levels, U32x16 entries, U32x16 signs, int byte,
                                   U32x16* step) {
   for (int i = 0; i < 2; ++i) {
-    const U32x16 numbers = entries >> 4 * i & 0x0f0f0f0f;
-    step[i] = subtract_bytes_from(2 * kOffset, lookup_bytes(levels, numbers), signs, byte,
-                                  0x40100401u << i);
+    step[i] = signed_levels<kOffset>(levels, entries >> 4 * i & 0x0f0f0f0f, signs, byte, i);
   }
 }
 template <int kUnitWords, int kShared, int kWeights = 32>
