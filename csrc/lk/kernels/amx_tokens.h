@@ -303,7 +303,7 @@ void amx_tokens(const MatmulArgs& a, const char* last_unit) {
         .weights = a.scratch, .segments = segments, .k = a.k, .act_block_log2 = a.act_block_log2};
     // Its scales take the place of those that the last block's sums still wait for.
     waiting.add(kPairTokens);
-    u1 = list_segments<F>(a, u0, units, scales, segments, &block.count);
+    u1 = list_segments<F>(a, u0, units, kBlockUnits<F>, scales, segments, &block.count);
     const int64_t block_steps = (u1 - u0) * kSteps<F>;
     const int64_t products = (block_steps + steps - 1) / steps;
     if (in_place && u1 <= whole && products * steps == block_steps) {
