@@ -3,10 +3,9 @@
 from typing import Any
 
 from lvllm import sharing
-from lvllm.engine import ExpertLayer, explain, info
+from lvllm.engine import ExpertLayer
 from lvllm.engine.weight_formats import preferred_activation_bits
 from lvllm.formats.base import check_scales
-from lvllm.log import logger
 from lvllm.moe import activations
 
 __all__ = ["make", "make_of_shared"]
@@ -64,16 +63,9 @@ def _activation_bits(stored: dict[str, Any], wanted: int | None) -> dict[str, in
 
 
 def _expert_layer(layer: Any, stored: dict[str, Any], **options: Any) -> ExpertLayer:
-    expert_layer = ExpertLayer(
+    return ExpertLayer(
         **stored,
         **activations.arguments(layer.moe_config),
         apply_router_weight_on_input=layer.apply_router_weight_on_input,
         **options,
     )
-    logger.info_once(
-        "LvLLM: %s experts with %d-bit activations are multiplied as %s",
-        expert_layer.format,
-        expert_layer.activation_bits,
-        explain(expert_layer.format, expert_layer.activation_bits, info().rates),
-    )
-    return expert_layer

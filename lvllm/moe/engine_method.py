@@ -16,14 +16,12 @@ from lvllm.engine import ExpertLayer
 from lvllm.errors import layer_errors
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape, add_biases, empty
-from lvllm.log import logger
 from lvllm.moe import activations, engine_layer
 from lvllm.moe.arrivals import EXPERTS, Arrivals
 from lvllm.moe.converted import Conversion, choose
 from lvllm.settings.configuration import HybridConfig
 from lvllm.settings.use_weight import UseWeight
 from lvllm.sharing import Publisher
-from lvllm.units import ranges
 
 __all__ = ["EngineMoEMethod"]
 
@@ -55,14 +53,7 @@ class EngineMoEMethod(FusedMoEMethodBase):
         self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
         conversion = Conversion(target, config.quantize_on, config.engine_cpus[rank], self.dummy)
         self.weight_format = choose(weight_format, conversion, prefix)
-        info = startup.start_engine(rank)
-        logger.info_once(
-            "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
-            info.isa,
-            info.threads,
-            len(info.nodes),
-            ranges(sorted({cpu for worker in info.cpus for cpu in worker})),
-        )
+        self.info = startup.start_engine(rank)
 
     @staticmethod
     def _refuse_unsupported(moe: FusedMoEConfig, prefix: str) -> None:

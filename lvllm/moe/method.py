@@ -8,13 +8,15 @@ from torch.nn import Module
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from lvllm import sharing
-from lvllm.engine import ExpertLayer
+from lvllm.engine import ExpertLayer, explain
 from lvllm.errors import layer_errors
 from lvllm.formats import ExpertFormat
 from lvllm.formats.base import Shape
+from lvllm.log import logger
 from lvllm.moe import engine_layer, offloading
 from lvllm.moe.engine_method import EngineMoEMethod
 from lvllm.settings.configuration import HybridConfig
+from lvllm.units import ranges
 
 __all__ = ["HybridMoEMethod"]
 
@@ -30,6 +32,13 @@ class HybridMoEMethod(EngineMoEMethod):
         super().__init__(moe, weight_format, target, prefix)
         self.follower = sharing.follower()
         self.offload = offloading.join(prefix)
+        logger.info_once(
+            "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
+            self.info.isa,
+            self.info.threads,
+            len(self.info.nodes),
+            ranges(sorted({cpu for worker in self.info.cpus for cpu in worker})),
+        )
 
     def _create(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
@@ -47,6 +56,12 @@ class HybridMoEMethod(EngineMoEMethod):
 
     def keep(self, layer: Any, experts: ExpertLayer) -> None:
         layer.engine, layer.engine_handle = experts, experts.handle
+        logger.info_once(
+            "LvLLM: %s experts with %d-bit activations are multiplied as %s",
+            experts.format,
+            experts.activation_bits,
+            explain(experts.format, experts.activation_bits, self.info.rates),
+        )
 
     @layer_errors
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -84,7 +84,9 @@ def tensors(random: Random, gate: str, up: str | None, bias: bool) -> dict[str, 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str, bias: bool, vllm_config: VllmConfig, request: Any) -> None:
-    check(name, bias, f"{request.node.name}.mlp.experts", vllm_config)
+    # Rounding the result to bfloat16 makes an error of 1.7e-3. avx512_bf16 and amx round earlier,
+    # too.
+    check(name, bias, f"{request.node.name}.mlp.experts", vllm_config, 5e-3)
 
 
 @pytest.mark.usefixtures("resident", "beyond_vllm")
@@ -95,7 +97,9 @@ def test_resident_layers_on_our_kernels(
 ) -> None:
     """The host's memory has held them only while they were loaded."""
     before = bank.allocated_bytes()
-    layer = check(name, bias, f"{request.node.name}.layers.4.mlp.experts", vllm_config)
+    # On the stand-in, the sums of w13 and w2 are rounded as well, and relu2 squares the first.
+    prefix = f"{request.node.name}.layers.4.mlp.experts"
+    layer = check(name, bias, prefix, vllm_config, 7e-3)
     assert isinstance(layer.quant_method, ResidentMoEMethod)
     assert bank.allocated_bytes() == before
 
@@ -110,7 +114,7 @@ def beyond_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident_layers, "_upstream_method", refuse)
 
 
-def check(name: str, bias: bool, prefix: str, vllm_config: VllmConfig) -> Any:
+def check(name: str, bias: bool, prefix: str, vllm_config: VllmConfig, bound: float) -> Any:
     """Load a layer and compare its results with the reference; return it."""
     arguments, expected_arguments = LAYERS[name]
     random = Random(randrange(1 << 30))
@@ -149,9 +153,7 @@ def check(name: str, bias: bool, prefix: str, vllm_config: VllmConfig) -> Any:
     weights, ids = logits.float().softmax(-1).topk(TOPK)
     weights = weights / weights.sum(-1, keepdim=True)
     expected = Layer(of_layer | expected_arguments).reference(x, ids, weights)
-    # Rounding the result to bfloat16 makes an error of 1.7e-3. avx512_bf16 and amx round earlier,
-    # too.
-    assert (out.float() - expected).norm() <= 5e-3 * expected.norm()
+    assert (out.float() - expected).norm() <= bound * expected.norm()
     return layer
 
 
