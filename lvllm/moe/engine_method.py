@@ -42,11 +42,15 @@ class EngineMoEMethod(FusedMoEMethodBase):
     """Counts the loaded tensors; None where the model does not load them one by one."""
     complete = False
     """Whether the layer has been handed over."""
+    has_padding = True
+    """Whether rows of a batch may be padding."""
 
     def __init__(
         self, moe: FusedMoEConfig, weight_format: ExpertFormat, target: UseWeight, prefix: str
     ) -> None:
         super().__init__(moe)
+        # Computes the layer of a handle. The accelerator does, unless a subclass says otherwise.
+        self.operator: Any = torch.ops.lvllm.routed_experts
         self._refuse_unsupported(moe, prefix)
         config, rank = HybridConfig.current(), startup.host_rank()
         self.activation_bits = config.activation_bits
@@ -148,25 +152,31 @@ class EngineMoEMethod(FusedMoEMethodBase):
         """lk takes 32-bit expert ids."""
         return torch.int32
 
-    def own_ids(
-        self, layer: Any, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *, padded: bool
+    def apply(  # type: ignore[override]
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The numbers that this process gives the experts topk_ids [M, k] of the model.
+        """Run the routed experts of `layer` on x [M, H]. The result is [M, H] in x's dtype.
 
-        It is -1 where there is no expert, where another process has it, and with `padded` also in
-        rows that are padding.
+        topk_ids [M, k] are the model's expert ids. An id of -1 stands for no expert, and nothing is
+        computed for it. With expert parallelism the ids of other ranks' experts become -1 too.
         """
         bias = layer.e_score_correction_bias
         if bias is not None and len(bias) > self.moe.num_experts:
             # In the places of experts that return their input (LongCat-Flash), vLLM leaves expert 0
             # with the weight 0, for which nobody should read an expert.
             topk_ids = topk_ids.masked_fill(topk_weights == 0, -1)
-        if padded:
+        if self.has_padding:
             topk_ids = _without_padding(topk_ids)
         if layer.expert_map is not None:
             # vLLM's routers give padded rows the id -1, which as an index would be the last expert.
             topk_ids = layer.expert_map[topk_ids].where(topk_ids >= 0, -1)
-        return topk_ids
+        return self.operator(x, topk_ids, topk_weights, layer.engine_handle)
 
 
 def _without_padding(topk_ids: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,9 @@ class HybridMoEMethod(EngineMoEMethod):
         super().__init__(moe, weight_format, target, prefix)
         self.follower = sharing.follower()
         self.offload = offloading.join(prefix)
+        if self.offload is None:
+            self.operator = torch.ops.lvllm.expert_block
+            self.has_padding = moe.dp_size > 1
         logger.info_once(
             "LvLLM: experts on lk, %s, %d threads on %d NUMA node(s), CPUs %s",
             self.info.isa,
@@ -87,23 +90,3 @@ class HybridMoEMethod(EngineMoEMethod):
                 topk=self.moe.experts_per_token,
                 routed=self.moe.num_experts,
             )
-
-    def apply(  # type: ignore[override]
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run the routed experts of `layer` on x [M, H]. The result is [M, H] in x's dtype.
-
-        topk_ids [M, k] are the model's expert ids. An id of -1 stands for no expert, and the engine
-        skips it. With expert parallelism the ids of other ranks' experts become -1 too.
-        """
-        padded = self.offload is not None or self.moe.dp_size > 1
-        ids = self.own_ids(layer, topk_ids, topk_weights, padded=padded)
-        if self.offload is None:
-            return torch.ops.lvllm.expert_block(x, ids, topk_weights, layer.engine_handle)
-        return torch.ops.lvllm.routed_experts(x, ids, topk_weights, layer.engine_handle)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from lvllm.engine import ExpertLayer
@@ -28,19 +27,3 @@ class ResidentMoEMethod(EngineMoEMethod):
         layer.engine_handle = experts.handle
         accelerator = open_accelerator(HybridConfig.current().accelerator)
         layer.on_device = ResidentLayer(accelerator, experts)
-
-    def apply(  # type: ignore[override]
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run the routed experts of `layer` on x [M, H]. The result is [M, H] in x's dtype.
-
-        topk_ids [M, k] are the model's expert ids; -1 stands for no expert.
-        """
-        ids = self.own_ids(layer, topk_ids, topk_weights, padded=True)
-        return torch.ops.lvllm.routed_experts(x, ids, topk_weights, layer.engine_handle)

@@ -33,7 +33,7 @@ def test_ranks_compute_each_expert_once(ranks: int, placement: Any) -> None:
     ids[4], ids[7, 1] = -1, -1  # a row that pads the batch
     # The constructor needs a whole vLLM.
     method: Any = HybridMoEMethod.__new__(HybridMoEMethod)
-    method.offload, method.moe = None, SimpleNamespace(dp_size=1)
+    method.operator, method.moe = torch.ops.lvllm.expert_block, SimpleNamespace(num_experts=EXPERTS)
 
     def rank_of(expert_map: torch.Tensor | None, mine: Any) -> torch.Tensor:
         layer = ExpertLayer(format="bf16", w13=w13[mine].bfloat16(), w2=w2[mine].bfloat16())
