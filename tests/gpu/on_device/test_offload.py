@@ -96,7 +96,7 @@ def test_resident_against_float32(accelerator: Accelerator, format: str) -> None
     experts = layer.make()
     resident = ResidentLayer(accelerator, experts)
     assert not experts.tensors
-    for tokens in (1, 301):
+    for tokens in (1, 40):
         x, ids, weights = batch(random, tokens, accelerator.device)
         got = resident.run(x, ids, weights)
         want = layer.reference(x.cpu(), ids.cpu(), weights.cpu())
