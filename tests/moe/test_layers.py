@@ -29,7 +29,7 @@ from lvllm.moe import resident as resident_layers
 from lvllm.moe.method import HybridMoEMethod
 from lvllm.moe.resident_method import ResidentMoEMethod
 from lvllm.settings.configuration import RESOLVED
-from lvllm.upstream.quantization_configs import CompressedConfig, GptqConfig
+from lvllm.upstream.quantization_configs import CompressedConfig, GgufConfig, GptqConfig
 from tests.random_layers import Layer, Random
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE, TOKENS = 5, 2, 96, 72, 19
@@ -267,6 +267,7 @@ BEYOND_VLLM: dict[str, Callable[[], dict[str, Any]]] = {
     "gptq_zeros": lambda: {
         "quant_config": GptqConfig.from_config(GPTQ | {"desc_act": False, "sym": False})
     },
+    "gguf": lambda: {"quant_config": GgufConfig({"experts": {"4": ["Q8_0", "Q8_0", "Q4_0"]}})},
     "compressed": lambda: {
         "quant_config": CompressedConfig.from_config(
             {
