@@ -54,6 +54,12 @@ def expected(layer: ExpertLayer, *arguments: torch.Tensor) -> torch.Tensor:
     return layer(*(argument.cpu() for argument in arguments))
 
 
+def biased(random: Random, format: str) -> Layer:
+    """Make a layer with biases, whose rows are whole blocks."""
+    intermediate = 256 if format in BLOCK_FORMATS else INTERMEDIATE
+    return random_layer(random, format, EXPERTS, HIDDEN, intermediate, bias=True)
+
+
 def layers(random: Random, count: int) -> list[ExpertLayer]:
     """Make layers, whose formats take turns."""
     made = [
@@ -72,8 +78,7 @@ def hybrid(accelerator: Accelerator, made: list[ExpertLayer], tokens: int) -> li
 @pytest.mark.parametrize("format", ALL_FORMATS)
 def test_streamed_against_float32(accelerator: Accelerator, format: str) -> None:
     random = Random(7)
-    intermediate = 256 if format in BLOCK_FORMATS else INTERMEDIATE
-    layer = random_layer(random, format, EXPERTS, HIDDEN, intermediate, bias=True)
+    layer = biased(random, format)
     engine_layer = layer.make()
     for tensor in engine_layer.tensors.values():
         accelerator.pin(tensor)
@@ -91,8 +96,7 @@ def test_streamed_against_float32(accelerator: Accelerator, format: str) -> None
 def test_resident_against_float32(accelerator: Accelerator, format: str) -> None:
     """A graph has the same results, without a wait for the host on the way."""
     random = Random(8)
-    intermediate = 256 if format in BLOCK_FORMATS else INTERMEDIATE
-    layer = random_layer(random, format, EXPERTS, HIDDEN, intermediate, bias=True)
+    layer = biased(random, format)
     experts = layer.make()
     resident = ResidentLayer(accelerator, experts)
     assert not experts.tensors
