@@ -148,7 +148,9 @@ def open_gguf(file: Path, *, vocabulary: bool = False) -> GgufHeader:
     for header in headers:
         for name, tensor in header.tensors.items():
             if name in tensors:
-                raise CheckpointError(f"{header.file}: tensor {name!r} is in another part too")
+                raise CheckpointError(
+                    f"{header.file}: tensor {quoted(name)} is in another part too"
+                )
             tensors[name] = tensor
     wanted = first.fields.get("split.tensors.count", len(tensors))
     if wanted != len(tensors):
@@ -212,7 +214,7 @@ class _Reader:
                 raise self._refuse(f"has {tensors} tensors, allowed are {MOST_TENSORS}")
             tensor = self._tensor(sizes)
             if tensor.name in found:
-                raise self._refuse(f"tensor {tensor.name!r} is in the header twice")
+                raise self._refuse(f"tensor {quoted(tensor.name)} is in the header twice")
             found[tensor.name] = tensor
         data = self._data_start(values.get("general.alignment", ALIGNMENT))
         placed = {
@@ -245,12 +247,12 @@ class _Reader:
         if kind in SCALARS:
             return self._scalar(SCALARS[kind])
         if kind != ARRAY:
-            raise self._refuse(f"field {name!r} is of the unknown type {kind}")
+            raise self._refuse(f"field {quoted(name)} is of the unknown type {kind}")
         kind, count = self._number("I"), self._number("Q")
         whole = self._vocabulary and name in VOCABULARY
         if whole and count > MOST_WORDS:
             raise self._refuse(
-                f"field {name!r} is a list of {count} values, allowed are {MOST_WORDS}"
+                f"field {quoted(name)} is a list of {count} values, allowed are {MOST_WORDS}"
             )
         if kind == STRING:
             if whole:
@@ -259,7 +261,7 @@ class _Reader:
                 self._skip(self._number("Q"))
             return None
         if kind not in SCALARS:
-            raise self._refuse(f"field {name!r} is a list of the unknown type {kind}")
+            raise self._refuse(f"field {quoted(name)} is a list of the unknown type {kind}")
         code = SCALARS[kind]
         start, size = self._at, count * struct.calcsize(f"<{code}")
         self._skip(size)
@@ -272,20 +274,21 @@ class _Reader:
         dimensions = self._number("I")
         if not 1 <= dimensions <= DIMENSIONS:
             raise self._refuse(
-                f"tensor {name!r} has {dimensions} dimensions, allowed are 1 to {DIMENSIONS}"
+                f"tensor {quoted(name)} has {dimensions} dimensions, allowed are 1 to {DIMENSIONS}"
             )
         shape = tuple(self._number("Q") for _ in range(dimensions))
         if 0 in shape:
-            raise self._refuse(f"tensor {name!r} has the shape {shape}, which holds nothing")
+            raise self._refuse(f"tensor {quoted(name)} has the shape {shape}, which holds nothing")
         kind = self._number("I")
         start = self._number("Q")
         known = sizes(kind)
         if known is None:
-            raise self._refuse(f"tensor {name!r} is of the unknown type {kind}")
+            raise self._refuse(f"tensor {quoted(name)} is of the unknown type {kind}")
         type_name, block, block_bytes = known
         if shape[0] % block:
             raise self._refuse(
-                f"tensor {name!r} has rows of {shape[0]} weights, {type_name} has blocks of {block}"
+                f"tensor {quoted(name)} has rows of {shape[0]} weights, {type_name} has blocks of"
+                f" {block}"
             )
         nbytes = math.prod(shape) // block * block_bytes
         return GgufTensor(name, shape, type_name, nbytes, self._path, start)

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 import torch
 
 from lvllm.checkpoint.files import open_regular
-from lvllm.errors import LvllmError, readable
+from lvllm.errors import LvllmError, quoted, readable
 
 __all__ = [
     "INDEX",
@@ -57,6 +57,8 @@ DTYPES = {
 }
 LONGEST_HEADER = 100_000_000
 """The format allows at most this many bytes."""
+DIMENSIONS = 64
+"""A tensor of PyTorch has at most this many."""
 LFS_POINTER = b"version https://git-lfs"
 # The suffixes of pickles, and the load format of vLLM that reads each.
 PICKLES = {".bin": "npcache", ".pt": "pt", ".pth": None}
@@ -85,7 +87,7 @@ class TensorInfo:
 
     def refuse(self, fault: str) -> CheckpointError:
         """An error about this tensor."""
-        return CheckpointError(f"{self.file}: tensor {self.name!r}: {fault}")
+        return CheckpointError(f"{self.file}: tensor {quoted(self.name)}: {fault}")
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ class Checkpoint:
             for name, file in placed.items():
                 if file not in files:
                     raise CheckpointError(
-                        f"{folder / index}: tensor {name!r} is in {readable(file.name)}, which"
-                        " is not there"
+                        f"{folder / index}: tensor {quoted(name)} is in {readable(file.name)},"
+                        " which is not there"
                     )
             files = sorted(set(placed.values()))
         if not files:
@@ -122,7 +124,7 @@ class Checkpoint:
             if found is None or found.file != file:
                 where = "" if found is None else f" (it is in {found.file.name})"
                 raise CheckpointError(
-                    f"{file}: tensor {name!r} is not in this file{where}, but {index} says so"
+                    f"{file}: tensor {quoted(name)} is not in this file{where}, but {index} says so"
                 )
         return checkpoint
 
@@ -179,7 +181,7 @@ def _parsed(path: Path, header: bytes) -> dict[str, Any]:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in found if names.count(name) > 1)
-            raise CheckpointError(f"{path}: tensor {twice!r} is in the header twice")
+            raise CheckpointError(f"{path}: tensor {quoted(twice)} is in the header twice")
         return found
 
     try:
@@ -219,28 +221,31 @@ def _checked(path: Path, fields: dict[str, Any], data: int, size: int) -> list[T
 
 def _tensor(path: Path, name: str, field: Any, data: int) -> TensorInfo:
     def refuse(fault: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name!r}: {fault}")
+        return CheckpointError(f"{path}: tensor {quoted(name)}: {fault}")
 
     if not isinstance(field, dict):
         raise refuse("the header has no dtype, shape and data_offsets")
     dtype, shape, offsets = field.get("dtype"), field.get("shape"), field.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    if not _are_sizes(shape):
-        raise refuse(f"shape is {shape!r}, wanted a list of sizes")
+        raise refuse(f"unknown dtype {quoted(dtype)}; known are {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > DIMENSIONS:
+        raise refuse(f"shape is {quoted(shape)}, wanted a list of at most {DIMENSIONS} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"data_offsets is {offsets!r}, wanted [begin, end]")
+        raise refuse(f"data_offsets is {quoted(offsets)}, wanted [begin, end]")
     begin, end = offsets
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != wanted:
         raise refuse(
-            f"{dtype} {shape} takes {wanted} bytes, data_offsets {offsets} have {end - begin}"
+            f"{dtype} {quoted(shape)} takes {wanted} bytes, data_offsets {offsets} have"
+            f" {end - begin}"
         )
     return TensorInfo(name, path, DTYPES[dtype], tuple(shape), data + begin, data + end)
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 1 << 63 for value in values
+    )
 
 
 def _read_index(path: Path) -> dict[str, Path] | None:

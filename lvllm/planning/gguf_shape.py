@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvllm.checkpoint.gguf_headers import Field, GgufHeader, GgufTensor, open_gguf
+from lvllm.errors import quoted
 from lvllm.planning.errors import PlanError
 from lvllm.planning.gguf_bits import bits_of
 from lvllm.planning.shape import UNLIMITED, LayerShape, ModelShape, check_experts
@@ -100,7 +101,7 @@ class _Fields:
         if isinstance(value, list) and layer < len(value):
             value = value[layer]
         if value is None:
-            raise PlanError(f"{self._name}: has no field {f'{self.architecture}.{key}'!r}")
+            raise PlanError(f"{self._name}: has no field {quoted(self._full(key))}")
         if not isinstance(value, int) or value < 0:
             raise self.refuse(key, value, "a number is wanted")
         return value
@@ -112,19 +113,23 @@ class _Fields:
         return value
 
     def get(self, key: str) -> Field | None:
-        return self._fields.get(f"{self.architecture}.{key}")
+        return self._fields.get(self._full(key))
 
     def rows(self, matrix: GgufTensor) -> int:
         if len(matrix.shape) != 2:
             raise PlanError(
-                f"{self._name}: tensor {matrix.name!r} has the shape {matrix.shape}, a matrix is"
-                " wanted"
+                f"{self._name}: tensor {quoted(matrix.name)} has the shape {matrix.shape}, a matrix"
+                " is wanted"
             )
         return matrix.shape[1]
 
     def refuse(self, key: str, value: object, wanted: str) -> PlanError:
-        full = f"{self.architecture}.{key}"
-        return PlanError(f"{self._name}: field {full!r} is {value!r}, {wanted}")
+        return PlanError(
+            f"{self._name}: field {quoted(self._full(key))} is {quoted(value)}, {wanted}"
+        )
+
+    def _full(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
 
 
 def _layer(tensors: Mapping[str, GgufTensor], fields: _Fields, number: int) -> LayerShape:

@@ -87,11 +87,13 @@ class Fields:
     def refuse(self, key: str, value: object, wanted: str) -> CheckpointError:
         """An error about a field."""
         name = f"{self.architecture}.{key}"
-        return CheckpointError(f"{self.header.file}: field {name!r} is {quoted(value)}: {wanted}")
+        return CheckpointError(
+            f"{self.header.file}: field {quoted(name)} is {quoted(value)}: {wanted}"
+        )
 
     def _value(self, key: str, default: Field | None) -> Field:
         name = f"{self.architecture}.{key}"
         value = self.header.fields.get(name, default)
         if value is None:
-            raise CheckpointError(f"{self.header.file}: has no field {name!r}")
+            raise CheckpointError(f"{self.header.file}: has no field {quoted(name)}")
         return value

@@ -25,6 +25,7 @@ from lvllm.checkpoint.gguf.fields import Fields
 from lvllm.checkpoint.gguf_headers import GgufHeader, GgufTensor, open_gguf
 from lvllm.checkpoint.headers import Checkpoint, CheckpointError, TensorInfo
 from lvllm.checkpoint.moe_layers import MOST_LAYERS
+from lvllm.errors import quoted
 
 __all__ = ["FLOATS", "check_data", "checkpoint_of", "expert_types", "tensors_of"]
 
@@ -158,7 +159,7 @@ def check_data(header: GgufHeader) -> None:
             raise tensor.refuse(f"truncated: ends at byte {end}, the file has {sizes[tensor.file]}")
         same_file = last is not None and last.file == tensor.file
         if last is not None and same_file and tensor.start < last.start + last.nbytes:
-            raise tensor.refuse(f"overlaps tensor {last.name!r}")
+            raise tensor.refuse(f"overlaps tensor {quoted(last.name)}")
         last = tensor
 
 

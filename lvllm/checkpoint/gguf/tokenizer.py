@@ -211,7 +211,7 @@ class _Vocabulary:
 
     def refuse(self, key: str, value: object, wanted: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._header.file}: field {PREFIX + key!r} is {quoted(value)}: {wanted};"
+            f"{self._header.file}: field {quoted(PREFIX + key)} is {quoted(value)}: {wanted};"
             " --tokenizer DIR takes another tokenizer"
         )
 

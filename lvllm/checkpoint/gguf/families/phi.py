@@ -9,6 +9,7 @@ from lvllm.checkpoint.gguf.families.common import ATTENTION, NORMS, basics, expe
 from lvllm.checkpoint.gguf.families.mixtral import ROUTED
 from lvllm.checkpoint.gguf.fields import Fields
 from lvllm.checkpoint.headers import CheckpointError
+from lvllm.errors import quoted
 
 __all__ = ["PHI"]
 
@@ -54,7 +55,7 @@ def _factors(fields: Fields, name: str, count: int) -> list[float]:
     """The values of a tensor, which are to be `count` numbers greater than 0."""
     tensor = fields.header.tensors.get(name)
     if tensor is None:
-        raise CheckpointError(f"{fields.header.file}: has no tensor {name!r}")
+        raise CheckpointError(f"{fields.header.file}: has no tensor {quoted(name)}")
     if tensor.type != "F32" or tensor.shape != (count,):
         raise tensor.refuse(f"is {tensor.type} {list(tensor.shape)}, wanted is F32 [{count}]")
     data = bytearray(tensor.nbytes)
