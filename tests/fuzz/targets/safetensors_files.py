@@ -51,6 +51,7 @@ def _file(header: bytes, size: int) -> bytes:
 def _data_size(header: bytes) -> int:
     """The bytes of data that a header describes, as far as it can be read."""
     try:
-        return min(MOST_DATA, max(one["data_offsets"][1] for one in json.loads(header).values()))
+        ends = [one["data_offsets"][1] for one in json.loads(header).values()]
+        return min(MOST_DATA, max(0, *ends))
     except Exception:
         return 0
