@@ -146,6 +146,25 @@ inline __m128i add_byte_products(__m128i sum, __m128i w, __m128i a) {
   return _mm_dpbusd_avx_epi32(sum, w, a);
 }
 
+#elif defined(__AVX2__)
+
+// The same for weights up to 129: with signed bytes from -127 to 127, their two products fit into
+// 16 bits.
+inline __attribute__((always_inline)) IntVector add_byte_products(IntVector sum, IntVector w,
+                                                                  IntVector a) {
+#if defined(__AVX512F__)
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, (__m512i)a);
+  const auto fours = (IntVector)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#else
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)a);
+  const auto fours = (IntVector)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+  return sum + fours;
+}
+inline __m128i add_byte_products(__m128i sum, __m128i w, __m128i a) {
+  return _mm_add_epi32(sum, _mm_madd_epi16(_mm_maddubs_epi16(w, a), _mm_set1_epi16(1)));
+}
+
 #endif
 #if defined(__AVX512BF16__)
 

@@ -273,79 +273,45 @@ inline F32x16 lookup(const float* table, U32x16 index) {
   return result;
 }
 
-// table[i] for each lane i.
-inline U32x16 gather(const uint32_t* table, U32x16 index) {
-  for (auto& v : index.v) {
-#if defined(__AVX512F__)
-    v = (UintVector)_mm512_i32gather_epi32((__m512i)v, table, 4);
-#elif defined(__AVX2__)
-    v = (UintVector)_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), (__m256i)v, 4);
-#else
-    UintVector entries{};
-    for (int lane = 0; lane < kVectorLanes; ++lane) entries[lane] = table[v[lane]];
-    v = entries;
-#endif
-  }
-  return index;
-}
-
-// The two words of entry i of a table, for each lane i. Lanes are loaded one by one, which takes
-// half as long as two instructions that gather, on Zen 3 and Zen 4.
-inline void gather_pairs(const uint32_t* table, U32x16 index, U32x16* first, U32x16* second) {
+// Shuffles the bytes of each lane: byte b of a lane becomes its byte from[b], or 0 where that is
+// 128.
+inline __attribute__((always_inline)) U32x16 shuffle_lanes(U32x16 a, uint32_t from) {
 #if defined(__AVX2__)
-  uint32_t at[kLanes];
-  std::memcpy(at, &index, sizeof at);
-  const auto two_entries = [&](int lane) {
-    const auto* const entries = reinterpret_cast<const double*>(table);
-    return _mm_loadh_pd(_mm_load_sd(entries + at[lane]), entries + at[lane + 1]);
-  };
-  const auto four_entries = [&](int lane) {
-    return _mm256_set_m128d(two_entries(lane + 4), two_entries(lane));
-  };
+  const auto lane = [&](uint32_t n) { return static_cast<int>(from + n * 0x04040404u); };
+#endif
+  for (auto& v : a.v) {
 #if defined(__AVX512F__)
-  const auto eight_entries = [&](int lane) {
-    const auto low = (__m256i)four_entries(lane), high = (__m256i)four_entries(lane + 8);
-    return (__m512)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-  };
-  const __m512 a = eight_entries(0), b = eight_entries(2);
-  first->v[0] = (UintVector)_mm512_shuffle_ps(a, b, 0x88);
-  second->v[0] = (UintVector)_mm512_shuffle_ps(a, b, 0xdd);
+    const __m128i at = _mm_setr_epi32(lane(0), lane(1), lane(2), lane(3));
+    v = (UintVector)_mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(at));
+#elif defined(__AVX2__)
+    // As a constant of 32 bytes: GCC makes one of a broadcast of 16 in two instructions, each time.
+    const __m256i at = _mm256_setr_epi32(lane(0), lane(1), lane(2), lane(3),  //
+                                         lane(0), lane(1), lane(2), lane(3));
+    v = (UintVector)_mm256_shuffle_epi8((__m256i)v, at);
 #else
-  for (int i = 0; i < kVectors; ++i) {
-    const __m256 a = _mm256_castpd_ps(four_entries(i * kVectorLanes));
-    const __m256 b = _mm256_castpd_ps(four_entries(i * kVectorLanes + 2));
-    first->v[i] = (UintVector)_mm256_shuffle_ps(a, b, 0x88);
-    second->v[i] = (UintVector)_mm256_shuffle_ps(a, b, 0xdd);
+    UintVector shuffled{};
+    for (int b = 0; b < 4; ++b) {
+      const uint32_t byte = from >> 8 * b & 0xff;
+      if (byte < 4) shuffled |= (v >> 8 * byte & 0xff) << 8 * b;
+    }
+    v = shuffled;
+#endif
   }
-#endif
-#else
-  *first = gather(table, index << 1);
-  *second = gather(table + 1, index << 1);
-#endif
+  return a;
 }
+// Bytes n and n + 1 of each lane, as 16 bits.
+inline U32x16 two_bytes(U32x16 a, int n) { return shuffle_lanes(a, 0x80018000u + n * 0x00010001u); }
 
 // Replaces byte b of each lane by `from` less that byte where byte `byte` of the lane in `bits` has
 // the bit that is set in byte b of `places`.
-inline U32x16 subtract_bytes_from(int from, U32x16 a, U32x16 bits, int byte, uint32_t places) {
-#if defined(__AVX2__)
-  // That byte, four times in each lane.
-  const __m128i lane = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
-  const __m128i at = _mm_add_epi8(lane, _mm_set1_epi8(static_cast<char>(byte)));
-#endif
+inline __attribute__((always_inline)) U32x16 subtract_bytes_from(int from, U32x16 a, U32x16 bits,
+                                                                 int byte, uint32_t places) {
   typedef uint8_t ByteVector __attribute__((vector_size(kVectorBytes)));
+  const U32x16 four = shuffle_lanes(bits, byte * 0x01010101u);
   for (int i = 0; i < kVectors; ++i) {
     const auto place = (ByteVector)(UintVector{} + places);
-#if defined(__AVX512F__)
-    const auto four =
-        (ByteVector)_mm512_shuffle_epi8((__m512i)bits.v[i], _mm512_broadcast_i32x4(at));
-#elif defined(__AVX2__)
-    const auto four =
-        (ByteVector)_mm256_shuffle_epi8((__m256i)bits.v[i], _mm256_broadcastsi128_si256(at));
-#else
-    const auto four = (ByteVector)((bits.v[i] >> 8 * byte & 0xff) * 0x01010101u);
-#endif
     const auto from_a = static_cast<uint8_t>(from) - (ByteVector)a.v[i];
-    a.v[i] = (UintVector)((four & place) != 0 ? from_a : (ByteVector)a.v[i]);
+    a.v[i] = (UintVector)(((ByteVector)four.v[i] & place) != 0 ? from_a : (ByteVector)a.v[i]);
   }
   return a;
 }

@@ -26,9 +26,7 @@ float pack_bytes(const float* values, int64_t size, char* to, Each&& each) {
   return top / 127.0f;
 }
 
-#if defined(LK_VPDPBUSD)
-
-// vpdpbusd adds the products to an int32.
+// Four products are added to an int32: by vpdpbusd, or by three instructions (instructions.h).
 struct ByteProducts : QuantisedActs<1> {
   using Weights = I32x16;
   using Sum = I32x16;
@@ -90,14 +88,14 @@ struct Bytes : ByteProducts {
   }
 };
 
-#else
+#if !defined(LK_VPDPBUSD)
 
-// vpmaddubsw multiplies bytes and adds two products, in 16 bits. The products of 4-bit weights fit,
+// vpmaddubsw multiplies bytes and adds two products, in 16 bits. Those of weights of few bits fit,
 // and so does their sum over a block, since it begins with what makes it one of signed weights:
 // 32 products of int4 are at most 32 * 8 * 127 = 32512, 16 of e2m1 or of 5 bits are at most
 // 16 * 16 * 127, which is the same, and so are 8 of 6 bits. It does not matter that the sum may
-// wrap around before its end.
-struct ByteProducts : QuantisedActs<1> {
+// wrap around before its end. So a step takes two instructions.
+struct ShortByteProducts : QuantisedActs<1> {
   using Weights = I32x16;
   using Sum = I32x16;  // two sums of 16 bits in each lane
   using Act = IntVector;
@@ -146,8 +144,9 @@ struct ByteProducts : QuantisedActs<1> {
 };
 
 template <int kOffset>
-struct Bytes : ByteProducts {
-  using Products = ByteProducts;
+  requires(kOffset <= 32)
+struct Bytes<kOffset> : ShortByteProducts {
+  using Products = ShortByteProducts;
   static constexpr int kMostBlockLog2 = kOffset <= 8 ? 6 : kOffset <= 16 ? 5 : 4;
   static constexpr int kOutlierBlockLog2 = 5;
 

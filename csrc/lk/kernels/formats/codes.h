@@ -72,7 +72,7 @@ template <class C, int kVectorsOfStep>
 struct InIntegers : C {
   static constexpr int kByteSteps = C::kUnitWeights / 4;
 
-  static void unpack(const U32x16* words, I32x16* w) {
+  static inline __attribute__((always_inline)) void unpack(const U32x16* words, I32x16* w) {
     U32x16 step[kByteSteps];
     C::steps(words, step);
     widen(step, w);
@@ -107,14 +107,14 @@ struct In16Bits : InIntegers<C, 2> {
                                         C::kByteOrder[5], C::kByteOrder[7]};
 };
 
-// Whether sums of products of bytes are exact. Without vpdpbusd they have to fit into 16 bits
-// (bytes.h).
+// Whether sums of products of bytes are exact. Without vpdpbusd, sums of two have to fit into 16
+// bits (instructions.h): the bytes of IQ2 and IQ3_XXS are 126 at most, those of IQ4 up to 241.
 #if defined(LK_VPDPBUSD)
 template <class C>
 constexpr bool kBytesFit = true;
 #else
 template <class C>
-constexpr bool kBytesFit = C::kOffset <= 32;
+constexpr bool kBytesFit = C::kOffset <= 64;
 #endif
 
 template <class C>

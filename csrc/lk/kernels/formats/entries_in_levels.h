@@ -32,16 +32,6 @@ inline U32x16 entries_of(const uint16_t* table, U32x16 index) {
   }
 }
 
-// Shuffles the bytes of each lane: byte b of a lane becomes its byte from[b], or 0 where that is
-// 128.
-inline U32x16 shuffle_lanes(U32x16 a, uint32_t from) {
-  const auto lane = [&](uint32_t n) { return static_cast<int>(from + n * 0x04040404u); };
-  const __m128i at = _mm_setr_epi32(lane(0), lane(1), lane(2), lane(3));
-  return {(UintVector)_mm512_shuffle_epi8((__m512i)a.v[0], _mm512_broadcast_i32x4(at))};
-}
-// Bytes n and n + 1 of each lane, as 16 bits.
-inline U32x16 two_bytes(U32x16 a, int n) { return shuffle_lanes(a, 0x80018000u + n * 0x00010001u); }
-
 // The eight magnitudes of the entry in half h of each lane, with the signs of byte `byte`, in two
 // steps.
 template <int kOffset>
