@@ -293,12 +293,16 @@ class Matrix:
 
 def main(
     minutes: Annotated[float, typer.Option(min=0)] = 60,
-    only: Annotated[list[str] | None, typer.Option(help="A way of serving.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Such servers alone: {', '.join(KINDS)}.")
+    ] = None,
     command: Annotated[bool, typer.Option(help="Start real commands.")] = False,
     patience: Annotated[int, typer.Option(help="Seconds after which processes hang.")] = 30,
     seed: int | None = None,
 ) -> None:
     """Kill until the time is over."""
+    if unknown := [kind for kind in only or () if kind not in KINDS]:
+        raise typer.BadParameter(f"--only {unknown[0]}: allowed are {', '.join(KINDS)}")
     seed = random.randrange(1 << 30) if seed is None else seed
     random.seed(seed)
     cells: list[Cell] = []
