@@ -64,8 +64,8 @@ class ExpertLayer:
             activations are rounded to 8 bits, in blocks along K with a float32 scale each. A block
             of x has the largest size from 16 to 256 that divides g, and at most 64 (32 for mxfp4
             and nvfp4) on CPUs without VNNI. A block of the intermediate has 32, or 16 for nvfp4.
-            Activations keep 16 bits on CPUs without AVX2, and on CPUs without VNNI for int8, iq2,
-            iq3_xxs and iq4. None: the variable LK_ACTIVATION_BITS decides; without it or with
+            Activations keep 16 bits on CPUs without AVX2, and on CPUs without VNNI for int8 and
+            iq4. None: the variable LK_ACTIVATION_BITS decides; without it or with
             `auto`, int8 and q6_k take 16 and the others take 8 (docs/performance.md and
             docs/gguf.md have the measurements).
         w2_activation_bits: the same for the input of w2; only if w2_format is another format.

@@ -72,10 +72,10 @@ class Machine(BaseModel):
         return BLOCKS["avx512_vnni" if self.isa in AVX512_VNNI else "avx2"]
 
 
-# Timed beside int4 in the shape of Qwen3-30B-A3B, with 2048 tokens and with one, on Zen 3 (avx2)
-# and on Zen 4 (avx512_bf16, which has the kernels of avx512_vnni for these types, and those of
-# avx512_vbmi for IQ1, IQ2_XS and IQ2_S). For instruction sets that were not timed, the rates of
-# avx2 are an estimate.
+# Timed beside int4 in the shape of Qwen3-30B-A3B, with 2048 tokens and with one, on Zen 3 (avx2;
+# IQ1, IQ2 and IQ3 on Zen 4 with the kernels of avx2) and on Zen 4 (avx512_bf16, which has the
+# kernels of avx512_vnni for these types, and those of avx512_vbmi for IQ1, IQ2_XS and IQ2_S). For
+# instruction sets that were not timed, the rates of avx2 are an estimate.
 BLOCKS: dict[str, dict[str, Blocks]] = {
     "avx2": {
         "q2_k": Blocks(0.55, 4.4),
@@ -88,13 +88,13 @@ BLOCKS: dict[str, dict[str, Blocks]] = {
         "q5_1": Blocks(0.83, 6),
         "iq4_nl": Blocks(0.67, 5.1),
         "iq4_xs": Blocks(0.63, 5),
-        "iq1_s": Blocks(0.85, 14),
-        "iq1_m": Blocks(0.68, 16),
-        "iq2_xxs": Blocks(0.62, 20),
-        "iq2_xs": Blocks(0.54, 22),
-        "iq2_s": Blocks(0.45, 19),
-        "iq3_xxs": Blocks(0.6, 34),
-        "iq3_s": Blocks(0.95, 22),
+        "iq1_s": Blocks(0.82, 9.6),
+        "iq1_m": Blocks(0.77, 12),
+        "iq2_xxs": Blocks(0.68, 10),
+        "iq2_xs": Blocks(0.58, 11.5),
+        "iq2_s": Blocks(0.58, 13),
+        "iq3_xxs": Blocks(0.67, 15),
+        "iq3_s": Blocks(0.93, 18),
     },
     "avx512_vnni": {
         "q2_k": Blocks(0.71, 3.2),
