@@ -33,7 +33,7 @@ def _text() -> str:
             "pip install -r requirements/build.txt"
         ) from None
     of_iq1 = _grid(IQ1_S) * 8 + 16
-    books = [_words("Iq1Times8Plus16", of_iq1), *_levels("Iq1", of_iq1, "Times8Plus16")]
+    books = [_words("Iq1Times8Plus16", of_iq1)]
     for name, table, offset in (
         ("Iq2Xxs", IQ2_XXS, 64),
         ("Iq2Xs", IQ2_XS, 64),
@@ -57,9 +57,9 @@ namespace lk::codebooks {{
 // IQ1 and IQ2 has two words. Those of IQ2 and IQ3 are magnitudes: signs are with the weights. Each
 // number is higher by as much as the array's name says.
 //
-// A table has few different numbers, the levels. In 16 bits, an entry has the level of each of its
-// numbers: four bits for each of IQ3's, the first in the lowest ones; two bits for each of the
-// eight of IQ1 and IQ2, the even ones in the low byte, the odd ones in the high byte. Those of
+// A table of IQ2 or IQ3 has few different numbers, the levels. In 16 bits, an entry has the level
+// of each of its numbers: four bits for each of IQ3's, the first in the lowest ones; two bits for
+// each of the eight of IQ2, the even ones in the low byte, the odd ones in the high byte. Those of
 // larger tables are there as bytes, first the low ones of all entries.
 {"".join(books)}
 }}  // namespace lk::codebooks

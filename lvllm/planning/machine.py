@@ -74,7 +74,7 @@ class Machine(BaseModel):
 
 # Timed beside int4 in the shape of Qwen3-30B-A3B, with 2048 tokens and with one, on Zen 3 (avx2;
 # IQ1, IQ2 and IQ3 on Zen 4 with the kernels of avx2) and on Zen 4 (avx512_bf16, which has the
-# kernels of avx512_vnni for these types, and those of avx512_vbmi for IQ1, IQ2_XS and IQ2_S). For
+# kernels of avx512_vnni for these types, and those of avx512_vbmi for IQ2_XS and IQ2_S). For
 # instruction sets that were not timed, the rates of avx2 are an estimate.
 BLOCKS: dict[str, dict[str, Blocks]] = {
     "avx2": {

@@ -8,13 +8,12 @@
 namespace lk {
 namespace avx512_vbmi {
 
-// VBMI looks codes of fp8 up, scales of mxfp4 and nvfp4, and entries of IQ1, IQ2_XS and IQ2_S.
+// VBMI looks codes of fp8 up, scales of mxfp4 and nvfp4, and entries of IQ2_XS and IQ2_S.
 template <class F, class... Formats>
 constexpr bool kAmong = (std::is_same_v<F, Formats> || ...);
 struct New {
   template <class F>
-  static constexpr bool kFormat = kAmong<F, Fp8, Fp4, Fp4Act8, Iq1S, Iq1SAct8, Iq1M, Iq1MAct8,
-                                         Iq2Xs, Iq2XsAct8, Iq2S, Iq2SAct8>;
+  static constexpr bool kFormat = kAmong<F, Fp8, Fp4, Fp4Act8, Iq2Xs, Iq2XsAct8, Iq2S, Iq2SAct8>;
 };
 
 }  // namespace avx512_vbmi

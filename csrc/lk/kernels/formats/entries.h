@@ -50,9 +50,6 @@ struct Iq1 {
   }
 };
 
-// AVX-512 finds entries in registers, of these types with VBMI (entries_in_bytes.h).
-#if !defined(__AVX512VBMI__)
-
 // The entries of IQ1 whose numbers are in the halves of each lane, in four steps. `minus` has a bit
 // for each of the two.
 inline __attribute__((always_inline)) void moved_entries(U32x16 numbers, const U32x16 (&minus)[2],
@@ -91,6 +88,9 @@ struct Iq1MEntries : Entries<16, 0, 8>, Iq1 {
     moved_entries(two_bytes(words[0], 0) | high, {shared >> 3 & 1, shared >> 7 & 1}, step);
   }
 };
+
+// AVX-512 finds entries in registers, of these types with VBMI (entries_in_bytes.h).
+#if !defined(__AVX512VBMI__)
 
 // Two entries of eight weights for each lane, with bytes `byte` and the next of the signs, in four
 // steps.
