@@ -62,8 +62,8 @@ struct Numbers {
 
 // Types with units of two entries. Type::Both is made from the words of two vectors of rows, and
 // its step(vector, k, i) is step i of entry k of one of them.
-template <class Type, int kUnitWords, int kShared>
-struct EntriesInBytes : PairedEntries<kUnitWords, kShared, 16> {
+template <class Type, int kShared>
+struct EntriesInBytes : PairedEntries<1, kShared, 16> {
   static __attribute__((noinline)) void steps_of_two(const U32x16* words, const U32x16* words2,
                                                      U32x16* step, U32x16* step2) {
     const typename Type::Both both(words, words2);
@@ -76,7 +76,7 @@ struct EntriesInBytes : PairedEntries<kUnitWords, kShared, 16> {
   }
 };
 
-struct Iq2SEntries : EntriesInBytes<Iq2SEntries, 1, 4> {
+struct Iq2SEntries : EntriesInBytes<Iq2SEntries, 4> {
   static constexpr int kOffset = 64;
   struct Both {
     U32x16 signs;
@@ -97,7 +97,7 @@ struct Iq2SEntries : EntriesInBytes<Iq2SEntries, 1, 4> {
   };
 };
 
-struct Iq2XsEntries : EntriesInBytes<Iq2XsEntries, 1, 0> {
+struct Iq2XsEntries : EntriesInBytes<Iq2XsEntries, 0> {
   static constexpr int kOffset = 64;
   struct Both {
     U32x16 high;  // a bit of the entry, and seven of signs
