@@ -152,6 +152,7 @@ class NamedTensors {
  private:
   static constexpr const char* kNames[] = {
       "w13", "w13_scale", "w13_zero", "w13_global_scale", "w13_bias",
+      "w3",  "w3_scale",  "w3_zero",  "w3_global_scale",  "w3_bias",
       "w2",  "w2_scale",  "w2_zero",  "w2_global_scale",  "w2_bias",
       "w",   "w_scale",   "w_zero",   "w_global_scale",   "w_bias"};
 
@@ -166,7 +167,7 @@ lk::Format format_of(const std::string& format, bool act8, const NamedTensors& t
                    tensors.find(name + "_zero").has_value());
 }
 
-// The matrix named "w13", "w2" or, of a linear layer, "w".
+// The matrix named "w13", "w3", "w2" or, of a linear layer, "w".
 lk::Matrix matrix_of(const std::string& format, int64_t activation_bits, int64_t group_size,
                      const NamedTensors& tensors, const std::string& name, int64_t parts,
                      int64_t k) {
@@ -208,8 +209,9 @@ lk::Matrix matrix_of(const std::string& format, int64_t activation_bits, int64_t
 // The caller, expert_layer.py, has checked the tensors: they are on the CPU and contiguous, with
 // the right dtypes and shapes. It keeps them alive as long as the layer. Tensors come by name, so
 // that no two of them can be swapped unnoticed.
-int64_t layer_create(const std::string& format, const std::string& w2_format,
-                     const std::string& activation, int64_t activation_bits,
+int64_t layer_create(const std::string& format, const std::string& w3_format,
+                     const std::string& w2_format, const std::string& activation,
+                     int64_t activation_bits, int64_t w3_activation_bits,
                      int64_t w2_activation_bits, int64_t group_size, bool interleaved,
                      double swiglu_alpha, double swiglu_beta, double swiglu_limit,
                      bool weight_on_input, bool ordered, const std::vector<std::string>& names,
@@ -221,12 +223,16 @@ int64_t layer_create(const std::string& format, const std::string& w2_format,
                       .limit = static_cast<float>(swiglu_limit),
                       .beta = static_cast<float>(swiglu_beta)};
   layer.weight_on_input = weight_on_input;
-  const int64_t parts = lk::has_gate(layer.activation.kind) ? 2 : 1;
+  const bool has_w3 = tensors.find("w3").has_value();
+  const int64_t parts = lk::has_gate(layer.activation.kind) && !has_w3 ? 2 : 1;
   layer.experts = tensors.get("w13").size(0);
   layer.hidden = tensors.get("w2").size(1);
   layer.intermediate = tensors.get("w13").size(1) / parts;
   layer.w13 = matrix_of(format, activation_bits, group_size, tensors, "w13", parts, layer.hidden);
   layer.w13.interleaved = interleaved;
+  if (has_w3) {
+    layer.w3 = matrix_of(w3_format, w3_activation_bits, group_size, tensors, "w3", 1, layer.hidden);
+  }
   layer.w2 =
       matrix_of(w2_format, w2_activation_bits, group_size, tensors, "w2", 1, layer.intermediate);
   return lk::create_layer(layer, ordered);
@@ -606,8 +612,9 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   // int would become a constant, and a cached graph would keep the handle of an earlier process.
   m.def("expert_block(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor layer) -> Tensor");
   m.def(
-      "layer_create(*, str format, str w2_format, str activation, int activation_bits, "
-      "int w2_activation_bits, int group_size, bool interleaved, float swiglu_alpha, "
+      "layer_create(*, str format, str w3_format, str w2_format, str activation, "
+      "int activation_bits, int w3_activation_bits, int w2_activation_bits, int group_size, bool "
+      "interleaved, float swiglu_alpha, "
       "float swiglu_beta, float swiglu_limit, bool weight_on_input, bool ordered, str[] names, "
       "Tensor(a!)[] tensors) -> int");
   m.def("linear(Tensor x, Tensor layer, int rows) -> Tensor");

@@ -123,7 +123,7 @@ def take_gguf(arguments: Any) -> None:
     config = _given_config(arguments.hf_config_path)
     own_tokenizer = arguments.tokenizer is None and not arguments.skip_tokenizer_init
     folder = present(file, tokenizer=own_tokenizer, config=config)
-    gguf.check_types(model_files.config_of(folder)["quantization_config"], str(file))
+    gguf.check_types(model_files.config_of(folder), str(file))
     arguments.model = str(folder)
     arguments.load_format = METHOD
     arguments.hf_config_path = None

@@ -115,9 +115,17 @@ class Layer:
         return ExpertLayer(**arguments)
 
     def dequantised(self, name: str) -> torch.Tensor:
-        """The float32 weights of "w13" or "w2". Their rows keep the order they were given in."""
+        """The float32 weights of "w13" or "w2". Their rows keep the order they were given in.
+
+        Up rows in w3 follow those of w13.
+        """
+        if name == "w13" and "w3" in self.arguments:
+            return torch.cat((self._stored("w13"), self._stored("w3")), dim=1)
+        return self._stored(name)
+
+    def _stored(self, name: str) -> torch.Tensor:
         a = self.arguments
-        format = a.get("w2_format", a["format"]) if name == "w2" else a["format"]
+        format = a.get(f"{name}_format", a["format"])
         return dequantise(
             format,
             a[name],
@@ -260,6 +268,7 @@ def random_layer(
     intermediate: int,
     *,
     w2_format: str | None = None,
+    w3_format: str | None = None,
     activation: str = "silu",
     bias: bool = False,
     bias_dtype: torch.dtype = torch.bfloat16,
@@ -273,7 +282,7 @@ def random_layer(
 
     Without a group size, int4 has groups of 32, and each row of int8 one scale.
     """
-    parts = 1 if activation == "relu2" else 2
+    parts = 1 if activation == "relu2" or w3_format is not None else 2
     rows = parts * intermediate
     how: dict[str, Any] = {
         "fp8_scale": fp8_scale,
@@ -284,13 +293,16 @@ def random_layer(
     tensors = random_projection(
         random, "w13", format, experts, rows, hidden, parts=parts, **how
     ) | random_projection(random, "w2", w2_format or format, experts, hidden, intermediate, **how)
+    if w3_format is not None:
+        tensors |= random_projection(random, "w3", w3_format, experts, rows, hidden, **how)
+        arguments["w3_format"] = w3_format
     if bias:
         tensors["w13_bias"] = random.normal(experts, rows).to(bias_dtype)
         tensors["w2_bias"] = random.normal(experts, hidden).to(bias_dtype)
     if w2_format is not None:
         arguments["w2_format"] = w2_format
-    if "int4" in (format, w2_format):
+    if "int4" in (format, w2_format, w3_format):
         arguments["group_size"] = 32 if group_size is None else group_size
-    elif "int8" in (format, w2_format):
+    elif "int8" in (format, w2_format, w3_format):
         arguments["group_size"] = group_size
     return Layer({"format": format, "activation": activation} | tensors | arguments)

@@ -223,6 +223,7 @@ void run_round(uint32_t seed) {
   TestLayer layer(kind, experts, hidden, intermediate, random);
   TestBatch test(kind, layer, tokens, topk, random);
   const MatrixData w13 = layer.w13.data, w2 = layer.w2.data;
+  const MatrixData w3 = layer.w3 ? layer.w3->data : MatrixData();
   {
     const Created created(layer.spec);
     reserve(created.handle(), tokens, topk);
@@ -236,6 +237,7 @@ void run_round(uint32_t seed) {
     const int64_t handle = create_layer({layer.spec}, /*ordered=*/true);
     restore_layer(handle);
     EXPECT_TRUE(layer.w13.data == w13 && layer.w2.data == w2) << "restored";
+    EXPECT_TRUE(!layer.w3 || layer.w3->data == w3) << "restored";
     EXPECT_TRUE(refused([&] { restore_layer(handle); }));
   }
   check_any_bytes(kind, layer, test, random);

@@ -148,11 +148,13 @@ void order_matrix(const Matrix& matrix, int64_t experts, ThreadPool& pool) {
 
 void order_layer(const LayerSpec& layer, ThreadPool& pool) {
   order_matrix(layer.w13, layer.experts, pool);
+  if (layer.has_w3()) order_matrix(layer.w3, layer.experts, pool);
   order_matrix(layer.w2, layer.experts, pool);
 }
 
 void restore_layer(const LayerSpec& layer, ThreadPool& pool) {
   tile_matrix(layer.w13, layer.experts, true, pool);
+  if (layer.has_w3()) tile_matrix(layer.w3, layer.experts, true, pool);
   tile_matrix(layer.w2, layer.experts, true, pool);
   if (layer.w13.interleaved) deinterleave(layer.w13, layer.experts, true, pool);
 }

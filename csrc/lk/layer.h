@@ -12,8 +12,8 @@ namespace lk {
 
 constexpr int64_t kScaleBlock = 128;  // rows and columns that share a scale of kFloatBlocks
 
-// w13 or w2 of all experts. w13 has two parts, gate rows and then up rows, or one part, up rows, if
-// the activation has no gate. w2 has one part.
+// w13, w3 or w2 of all experts. w13 has two parts, gate rows and then up rows, or one part: up rows
+// if the activation has no gate, and gate rows if w3 has the up rows. w3 and w2 have one part.
 struct Matrix {
   Format format = Format::kBf16;
   char* weights = nullptr;  // [experts][parts][rows] rows of row_bytes; each part is cut into tiles
@@ -55,8 +55,14 @@ struct LayerSpec {
   int64_t hidden = 0;
   int64_t intermediate = 0;
   Matrix w13;
+  Matrix w3;  // the up rows, if they are stored in another format than the gate rows; else empty
   Matrix w2;
   LayerCounters* counters = nullptr;  // null: nobody counts the calls
+
+  bool has_w3() const { return w3.weights != nullptr; }
+  // The matrix with the up rows, and which of its parts they are.
+  const Matrix& up() const { return has_w3() ? w3 : w13; }
+  int64_t up_part() const { return up().parts - 1; }
 };
 
 // Puts the row-major matrices of so many experts into the order that the kernels read, in place.

@@ -95,6 +95,7 @@ TEST_P(Layer, OrderedRowsAreWhereProductsLookAndComeBack) {
       TestLayer layer(kind, kExperts, hidden, intermediate, random);
       const MatrixData w13 = layer.w13.data;
       const MatrixData w2 = layer.w2.data;
+      const MatrixData w3 = layer.w3 ? layer.w3->data : MatrixData();
       order_layer(layer.spec, pool);
       if (intermediate > 2) {
         EXPECT_NE(layer.w13.data.weights, w13.weights);
@@ -102,9 +103,11 @@ TEST_P(Layer, OrderedRowsAreWhereProductsLookAndComeBack) {
       }
       check_matrix(layer.w13, w13, layer.spec.w13, kind.format);
       check_matrix(layer.w2, w2, layer.spec.w2, kind.format);
+      if (layer.w3) check_matrix(*layer.w3, w3, layer.spec.w3, *kind.w3_format);
       restore_layer(layer.spec, pool);
       EXPECT_TRUE(layer.w13.data == w13);
       EXPECT_TRUE(layer.w2.data == w2);
+      EXPECT_TRUE(!layer.w3 || layer.w3->data == w3);
       if (HasFailure()) return;
     }
   }

@@ -25,6 +25,22 @@ bool is_finite(uint16_t value, Scalar type) {
   return (value & special) != special;
 }
 
+// How x is packed for a matrix that multiplies it.
+struct PackedX {
+  PackedX(const Matrix& matrix, const Kernels& kernels, int64_t hidden)
+      : format(kernels.of(matrix.format)),
+        block_log2(widest_block_log2(matrix.group, format.most_block_log2)),
+        row_bytes(format.act_row_bytes(hidden)) {}
+
+  const FormatKernels& format;
+  // The size of the blocks in which x is quantised, as large as the groups of weights allow. For
+  // normally distributed values, blocks of 256 instead of 32 cost 14% more error (1.33% of the
+  // result instead of 1.17%) and save seven of eight scalings of sums. The intermediate has more
+  // outliers: there, blocks of 64 instead of 32 already cost as much.
+  const int block_log2;
+  const int64_t row_bytes;
+};
+
 // One pass over the weights, for at most pass_tokens() tokens.
 class Pass {
  public:
@@ -33,25 +49,25 @@ class Pass {
       : layer_(layer),
         batch_(batch),
         kernels_(kernels),
-        w13_format_(kernels.of(layer.w13.format)),
+        w13_x_(layer.w13, kernels, layer.hidden),
+        up_x_(layer.up(), kernels, layer.hidden),
         w2_format_(kernels.of(layer.w2.format)),
         pool_(pool),
         ws_(workspace),
-        x_block_log2_(widest_block_log2(layer.w13.group, w13_format_.most_block_log2)),
         inter_block_log2_(widest_block_log2(layer.w2.group, w2_format_.outlier_block_log2)),
         slots_(batch.tokens * batch.topk),
         stream_(slots_ * layer.hidden * static_cast<int64_t>(sizeof(float)) > kCachedBytes),
-        act_row_(w13_format_.act_row_bytes(layer.hidden)),
         inter_row_(w2_format_.act_row_bytes(layer.intermediate)),
-        token_block_(std::min(token_block(w13_format_, layer.hidden),
-                              token_block(w2_format_, layer.intermediate))) {}
+        token_block_(std::min({token_block(w13_x_.format, layer.hidden),
+                               token_block(up_x_.format, layer.hidden),
+                               token_block(w2_format_, layer.intermediate)})) {}
 
   // Grows the workspace. No size becomes larger with fewer tokens.
   void reserve() {
     ws_.expert_begin.resize(layer_.experts + 1);
     ws_.active.resize(layer_.experts);
     ws_.slots.resize(slots_);
-    ws_.acts.resize(batch_.tokens * act_row_);
+    ws_.acts.resize(w13_acts_bytes() + (layer_.has_w3() ? batch_.tokens * up_x_.row_bytes : 0));
     ws_.inter.resize(slots_ * inter_row_);
     ws_.partial.resize(slots_ * layer_.hidden);
     ws_.workers.resize(pool_.size() * worker_bytes());
@@ -121,25 +137,37 @@ class Pass {
     }
   }
 
-  void divide(const Matrix& matrix, Phase* phase, NodeRows* rows) {
-    divide_among_teams(pool_.plan(), matrix.rows, active_, matrix.parts * matrix.tile_bytes(),
-                       phase, rows);
+  void divide(int64_t rows, int64_t tile_bytes, Phase* phase, NodeRows* node_rows) {
+    divide_among_teams(pool_.plan(), rows, active_, tile_bytes, phase, node_rows);
   }
 
   void plan() {
     divide_evenly(pool_.plan(), batch_.tokens, &pack_);
-    divide(layer_.w13, &gate_up_, gate_up_rows_);
-    divide(layer_.w2, &down_, down_rows_);
+    const Matrix& w13 = layer_.w13;
+    divide(w13.rows, w13.parts * w13.tile_bytes() + layer_.w3.tile_bytes(), &gate_up_,
+           gate_up_rows_);
+    divide(layer_.w2.rows, layer_.w2.tile_bytes(), &down_, down_rows_);
     const int64_t share = ceil_div(batch_.tokens * layer_.hidden, pool_.size());
     combine_columns_ = std::clamp(round_up(share, kLeastColumns), kLeastColumns, kMostColumns);
     combine_blocks_ = ceil_div(layer_.hidden, combine_columns_);
     divide_evenly(pool_.plan(), batch_.tokens * combine_blocks_, &combine_);
   }
 
+  // Where the packed rows of x are for w13, and for w3.
+  char* w13_acts() const { return ws_.acts.data(); }
+  char* w3_acts() const { return ws_.acts.data() + w13_acts_bytes(); }
+  int64_t w13_acts_bytes() const {
+    constexpr int64_t kCacheLine = 64;
+    return round_up(batch_.tokens * w13_x_.row_bytes, kCacheLine);
+  }
+
   void pack(int64_t token) {
-    pack_row(kernels_, w13_format_,
-             static_cast<const uint16_t*>(batch_.x) + token * batch_.x_stride, batch_.type,
-             layer_.hidden, x_block_log2_, ws_.acts.data() + token * act_row_);
+    pack(token, w13_x_, w13_acts());
+    if (layer_.has_w3()) pack(token, up_x_, w3_acts());
+  }
+  void pack(int64_t token, const PackedX& x, char* acts) {
+    pack_row(kernels_, x.format, static_cast<const uint16_t*>(batch_.x) + token * batch_.x_stride,
+             batch_.type, layer_.hidden, x.block_log2, acts + token * x.row_bytes);
   }
 
   // A worker's scratch memory holds the kernels' own, and the sums of both parts for a block of
@@ -156,9 +184,12 @@ class Pass {
     const auto bytes = [&](const FormatKernels& format, int64_t k) {
       return format.gathers(block()) ? format.gathered_bytes(k, block()) : 0;
     };
-    return std::max(bytes(w13_format_, layer_.hidden), bytes(w2_format_, layer_.intermediate));
+    return std::max({bytes(w13_x_.format, layer_.hidden), bytes(up_x_.format, layer_.hidden),
+                     bytes(w2_format_, layer_.intermediate)});
   }
-  int64_t worker_bytes() const { return 2 * sums_bytes() + kScratchBytes + gathered_bytes(); }
+  int64_t worker_bytes() const {
+    return 2 * sums_bytes() + kScratchBytes + (layer_.has_w3() ? 2 : 1) * gathered_bytes();
+  }
 
   Piece piece(const NodeRows* rows, Phase::Claim claim) const {
     return piece_of(pool_.plan(), rows, claim);
@@ -191,19 +222,42 @@ class Pass {
     }
   }
 
+  // The packed rows of some tokens' x, and their copies where the kernels want them gathered.
+  struct Rows {
+    const void* acts[kTokenBlock];
+    char* gathered;
+  };
+
+  // Finds those of the tokens of an expert from its slot number `first` on.
+  void find_rows(const PackedX& x, const char* acts, int64_t expert, int64_t first, int64_t tokens,
+                 Rows* rows) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t slot = ws_.slots[ws_.expert_begin[expert] + first + t];
+      rows->acts[t] = acts + slot / batch_.topk * x.row_bytes;
+    }
+    if (x.format.gathers(tokens)) {
+      x.format.gather(rows->acts, tokens, layer_.hidden, rows->gathered);
+    }
+  }
+
   // Multiplies gate tiles, then up tiles, as many of each as there is room for sums: so the runs of
   // tiles that follow each other in memory are long. `next_piece` is the worker's next piece.
   void gate_up(int worker, const Piece& piece, const Piece& next_piece) {
     const Matrix& w13 = layer_.w13;
+    const Matrix& of_up = layer_.up();
+    const int64_t up_part = layer_.up_part();
+    const bool gated = has_gate(layer_.activation.kind);
     const int64_t expert = ws_.active[piece.active];
     char* scratch = ws_.workers.data() + worker * worker_bytes();
     auto* gate = reinterpret_cast<float*>(scratch + kScratchBytes);
-    float* up = w13.parts == 2 ? gate + sums_bytes() / sizeof(float) : gate;
-    char* const gathered = scratch + kScratchBytes + 2 * sums_bytes();
-    int64_t gathered_first = -1;
+    float* up = gated ? gate + sums_bytes() / sizeof(float) : gate;
+    Rows x, own;
+    x.gathered = scratch + kScratchBytes + 2 * sums_bytes();
+    own.gathered = x.gathered + gathered_bytes();
+    const Rows& up_rows = layer_.has_w3() ? own : x;
+    int64_t found_first = -1;
     const int64_t slots = ws_.expert_begin[expert + 1] - ws_.expert_begin[expert];
     const int64_t run = run_rows(slots);
-    const void* acts[kTokenBlock];
     const int64_t end = piece.row + piece.rows;
     for (int64_t row = piece.row; row < end; row += run) {
       const Piece part{piece.active, row, std::min(run, end - row)};
@@ -211,22 +265,17 @@ class Pass {
           row + run < end ? w13.tile(expert, 0, row + run) : tiles(w13, next_piece).data();
       for (int64_t first = 0; first < slots; first += token_block_) {
         const int64_t tokens = std::min(token_block_, slots - first);
-        if (first != gathered_first) {
-          for (int64_t t = 0; t < tokens; ++t) {
-            const int64_t slot = ws_.slots[ws_.expert_begin[expert] + first + t];
-            acts[t] = ws_.acts.data() + slot / batch_.topk * act_row_;
-          }
-          if (w13_format_.gathers(tokens)) {
-            w13_format_.gather(acts, tokens, layer_.hidden, gathered);
-          }
-          gathered_first = first;
+        if (first != found_first) {
+          find_rows(w13_x_, w13_acts(), expert, first, tokens, &x);
+          if (layer_.has_w3()) find_rows(up_x_, w3_acts(), expert, first, tokens, &own);
+          found_first = first;
         }
-        if (w13.parts == 2) {
-          multiply(w13_format_, w13, expert, 0, part, w13.tile(expert, 1, row), x_block_log2_, acts,
-                   gathered, tokens, scratch, gate);
+        if (gated) {
+          multiply(w13_x_.format, w13, expert, 0, part, of_up.tile(expert, up_part, row),
+                   w13_x_.block_log2, x.acts, x.gathered, tokens, scratch, gate);
         }
-        multiply(w13_format_, w13, expert, w13.parts - 1, part, next, x_block_log2_, acts, gathered,
-                 tokens, scratch, up);
+        multiply(up_x_.format, of_up, expert, up_part, part, next, up_x_.block_log2, up_rows.acts,
+                 up_rows.gathered, tokens, scratch, up);
         for (int64_t at = 0; at < part.rows; at += kTileRows) {
           activate(expert, row + at, std::min(kTileRows, part.rows - at), first, tokens,
                    gate + at * tokens, up + at * tokens);
@@ -238,9 +287,8 @@ class Pass {
   // Activates a tile's sums, [tokens][kTileRows], and packs them for w2.
   void activate(int64_t expert, int64_t row, int64_t rows, int64_t first, int64_t tokens,
                 const float* gate, const float* up) {
-    const Matrix& w13 = layer_.w13;
-    const Epilogue of_gate = w13.epilogue(expert, 0, row);
-    const Epilogue of_up = w13.epilogue(expert, w13.parts - 1, row);
+    const Epilogue of_gate = layer_.w13.epilogue(expert, 0, row);
+    const Epilogue of_up = layer_.up().epilogue(expert, layer_.up_part(), row);
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t at = ws_.expert_begin[expert] + first + t;
       Sums g{gate + t * kTileRows, of_gate};
@@ -354,19 +402,14 @@ class Pass {
   const LayerSpec& layer_;
   const Batch& batch_;
   const Kernels& kernels_;
-  const FormatKernels& w13_format_;
+  const PackedX w13_x_;
+  const PackedX up_x_;  // that of w3, or else that of w13
   const FormatKernels& w2_format_;
   ThreadPool& pool_;
   Workspace& ws_;
-  // The size of the blocks in which x is quantised, as large as the groups of weights allow. For
-  // normally distributed values, blocks of 256 instead of 32 cost 14% more error (1.33% of the
-  // result instead of 1.17%) and save seven of eight scalings of sums. The intermediate has more
-  // outliers: there, blocks of 64 instead of 32 already cost as much.
-  const int x_block_log2_;
-  const int inter_block_log2_;
+  const int inter_block_log2_;  // that of the intermediate; see PackedX::block_log2
   const int64_t slots_;
   const bool stream_;        // whether `partial` is written past the caches
-  const int64_t act_row_;    // bytes
   const int64_t inter_row_;  // bytes
   const int64_t token_block_;
   int64_t active_ = 0;
@@ -392,9 +435,10 @@ void check_ids(const LayerSpec& layer, const Batch& batch, const Id* ids) {
 
 // How many tokens one pass computes at most.
 int64_t pass_tokens(const LayerSpec& layer, const Kernels& kernels, int64_t topk) {
-  const int64_t slot_bytes = layer.hidden * 4 +
-                             kernels.of(layer.w2.format).act_row_bytes(layer.intermediate) +
-                             kernels.of(layer.w13.format).act_row_bytes(layer.hidden);
+  const int64_t slot_bytes =
+      layer.hidden * 4 + kernels.of(layer.w2.format).act_row_bytes(layer.intermediate) +
+      PackedX(layer.w13, kernels, layer.hidden).row_bytes +
+      (layer.has_w3() ? PackedX(layer.w3, kernels, layer.hidden).row_bytes : 0);
   return std::max<int64_t>(kPassBytes / (slot_bytes * std::max<int64_t>(topk, 1)), 1);
 }
 

@@ -26,7 +26,7 @@ def computable(tensors: dict[str, Any]) -> bool:
     """Whether the engine computes these tensors as they are."""
     if "w13_order" in tensors:
         return False
-    formats = {format_of(tensors, name) for name in ("w13", "w2")}
+    formats = {format_of(tensors, name) for name in ("w13", "w3", "w2")}
     if formats.isdisjoint(weight_formats.GROUPED):
         return True
     if "int8" in formats and "w13_zero" in tensors:
@@ -35,13 +35,24 @@ def computable(tensors: dict[str, Any]) -> bool:
 
 
 def format_of(tensors: dict[str, Any], name: str) -> str:
-    """The format of "w13" or "w2"."""
-    format: str = tensors["format"]
-    return (tensors.get("w2_format") or format) if name == "w2" else format
+    """The format of "w13", "w3" or "w2"."""
+    format: str = tensors.get(f"{name}_format") or tensors["format"]
+    return format
 
 
 def values(tensors: dict[str, Any], name: str, expert: int, device: str = "cpu") -> torch.Tensor:
-    """The values of one expert's w13 or w2: float32 [rows, columns] on `device`."""
+    """The values of one expert's w13 or w2: float32 [rows, columns] on `device`.
+
+    w13 has the gate rows and then the up rows, also if these are stored in w3.
+    """
+    found = _values(tensors, name, expert, device)
+    if name == "w13" and tensors.get("w3") is not None:
+        return torch.cat((found, _values(tensors, "w3", expert, device)))
+    return found
+
+
+def _values(tensors: dict[str, Any], name: str, expert: int, device: str) -> torch.Tensor:
+    """The same of one tensor and its scales."""
 
     def of_expert(suffix: str) -> torch.Tensor | None:
         of_all: torch.Tensor | None = tensors.get(name + suffix)

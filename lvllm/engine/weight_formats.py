@@ -169,19 +169,21 @@ def group_size(format: str, given: int | None, largest: int) -> int:
     return given
 
 
-def group_size_of(formats: tuple[str, str], given: int | None, largest: int) -> int:
-    """The group size of a layer with these formats of w13 and w2, as `group_size` has it.
+def group_size_of(formats: tuple[str, str, str], given: int | None, largest: int) -> int:
+    """The group size of a layer with these formats of w13, w2 and w3, as `group_size` has it.
 
-    Raises ValueError if both have groups, of different sizes.
+    Raises ValueError if several have groups, of different sizes.
     """
-    alike = formats[0] == formats[1]
+    alike = len(set(formats)) == 1
     sizes = {
         group_size(format, given if alike or format in GROUPED else None, largest)
         for format in formats
     } - {0}
     if len(sizes) > 1:
+        others = dict.fromkeys(format for format in formats[1:] if format != formats[0])
         raise ValueError(
-            f"w2_format is {formats[1]!r}, but w13 in {formats[0]} has groups of another size"
+            f"format is {formats[0]!r}, but those of other projections, {', '.join(others)}, have"
+            " groups of another size"
         )
     return max(sizes, default=0)
 

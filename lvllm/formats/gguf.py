@@ -5,7 +5,7 @@ wants integers and scales apart where it knows the format from elsewhere, so tha
 types are taken apart as they arrive. The other types are blocks for lk, too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,17 +163,17 @@ def types_of(section: Section, module: str) -> tuple[str, str, str] | None:
     return None if types is None else (types[0], types[1], types[2])
 
 
-def check_types(section: Section, where: str) -> None:
+def check_types(config: Section, where: str) -> None:
     """Check that lk computes all routed experts.
 
     Args:
-        section: `quantization_config` of config.json.
+        config: config.json, whose `quantization_config` has the types.
         where: the name of the file, for the error.
 
     Raises:
         CheckpointError: in one line, with the tensor, its type and what is allowed.
     """
-    for layer, types in section["experts"].items():
+    for layer, types in config["quantization_config"]["experts"].items():
         # Without a gate, its type is that of up.
         for name, kind in sorted(
             zip(EXPERTS, types, strict=True), key=lambda one: "gate" in one[0]
@@ -183,10 +183,11 @@ def check_types(section: Section, where: str) -> None:
                     f"{where}: tensor 'blk.{layer}.{name}.weight': experts of the type {kind} are"
                     f" not served; served are {', '.join(TYPES)}"
                 )
-        if types[1] != types[0]:
+        # vLLM's model takes a row of gate and of up in turn.
+        if types[1] != types[0] and config.get("model_type") == "gpt_oss":
             raise CheckpointError(
                 f"{where}: tensor 'blk.{layer}.{EXPERTS[1]}.weight': is {types[1]}, and"
-                f" {EXPERTS[0]} is {types[0]}: lk computes experts whose gate and up have one type"
+                f" {EXPERTS[0]} is {types[0]}: gate and up of gpt-oss must have one type"
             )
 
 
@@ -194,8 +195,9 @@ def _stored(section: Section, module: str) -> Stored:
     types = types_of(section, module)
     if types is None or ".experts." not in module:
         return PLAIN
-    down = module.rpartition(".")[2] in ("down_proj", "w2")
-    held = TYPES.get(types[2 if down else 0])
+    projection = module.rpartition(".")[2]
+    number = 2 if projection in ("down_proj", "w2") else projection in ("up_proj", "w3")
+    held = TYPES.get(types[number])
     if held is None:
         return Stored(8, computable=False)
     return StoredBlocks(held.bits, weights=held.weights, nbytes=held.nbytes)
@@ -221,35 +223,42 @@ def find(quant_config: Any, layer: Any, prefix: str) -> "Gguf | None":
     return Gguf(*held(quant_config, prefix)) if DESCRIPTOR.describes(quant_config) else None
 
 
-def held(quant_config: Any, prefix: str) -> tuple[Held, Held]:
-    """How the experts of the layer `prefix` are held: gate and up, and down."""
+def held(quant_config: Any, prefix: str) -> tuple[Held, Held, Held]:
+    """How the experts of the layer `prefix` are held: gate, up and down."""
     types = types_of(quant_config.section, prefix)
     if types is None:
         raise ValueError(f"{prefix}: the GGUF file has no experts for this layer")
-    gate, _, down = types
-    return TYPES[gate], TYPES[down]
+    gate, up, down = types
+    return TYPES[gate], TYPES[up], TYPES[down]
 
 
 class Gguf(ExpertFormat):
     """w13_weight [E, 2I, ...] (gate rows, then up rows) and w2_weight [E, H, ...], as `Held` says.
 
+    If gate and up are held differently, w13_weight has the gate rows alone, and its loader puts the
+    up rows into memory beside it.
+
     Args:
-        w13: how gate and up are held.
-        w2: how down is held.
+        gate: how gate is held; without a gate, how up is.
+        up: how up is held.
+        down: how down is held.
     """
 
     together = False
     """Whether gate and up come as one tensor, a row of each in turn."""
 
-    def __init__(self, w13: Held, w2: Held) -> None:
-        self.held = {"w13": w13, "w2": w2}
-        self.bits = max(w13.bits, w2.bits)
+    def __init__(self, gate: Held, up: Held, down: Held) -> None:
+        self.held = {"w13": gate, "w2": down}
+        if up is not gate:
+            self.held["w3"] = up
+        self.bits = max(held.bits for held in self.held.values())
+        self.memory: dict[str, torch.Tensor] = {}
         self.scales: dict[str, torch.Tensor] = {}
 
     def create_weights(
         self, layer: Module, shape: Shape, dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
-        for name, parts, rows, columns in shape.matrices:
+        for name, parts, rows, columns in self._matrices(shape):
             held = self.held[name]
             if columns % held.weights:
                 raise ValueError(
@@ -260,16 +269,25 @@ class Gguf(ExpertFormat):
             if held.split is not None:
                 scale_size = (shape.experts, rows, columns // held.weights)
                 self.scales[name] = torch.empty(scale_size, dtype=held.scale)
+            self.memory[name] = memory
+        for name, parts, rows, columns in shape.matrices:
             of_tensor = rows if self.together else rows // parts
-            place = self._placing(layer, name, of_tensor, held.columns(columns))
-            add_parameter(layer, f"{name}_weight", memory, attributes, place=place)
+            place = self._placing(layer, name, of_tensor, columns)
+            add_parameter(layer, f"{name}_weight", self.memory[name], attributes, place=place)
+
+    def _matrices(self, shape: Shape) -> list[tuple[str, int, int, int]]:
+        """`Shape.matrices` of what is held, with w3 if gate and up are held differently."""
+        matrices = list(shape.matrices)
+        if "w3" not in self.held:
+            return matrices
+        of_one = (1, shape.intermediate, shape.hidden)
+        return [("w13", *of_one), ("w3", *of_one), *matrices[1:]]
 
     def _placing(self, layer: Any, name: str, rows: int, columns: int) -> Callable[..., None]:
         """The function that copies an expert's tensor to its place.
 
-        `rows` and `columns` are the size of the tensor in this process, as the file has it.
+        `rows` and `columns` are the numbers of weights that this process has of the tensor.
         """
-        held = self.held[name]
         rank, ranks = layer.moe_config.tp_rank, layer.moe_config.moe_parallel_config.tp_size
 
         def refuse_any(bad: torch.Tensor) -> None:
@@ -277,35 +295,35 @@ class Gguf(ExpertFormat):
                 raise ValueError(f"{int(bad.sum())} of its scales are NaN or infinite")
 
         def place(data: torch.Tensor, expert: int, loaded: torch.Tensor, shard: str) -> None:
+            own_up = shard == "w3" and "w3" in self.held
+            matrix = "w3" if own_up else name
+            held = self.held[matrix]
+            size = (rows, held.columns(columns))
             divided = 1 if name == "w2" else 0
-            wanted = [rows, columns]
+            wanted = list(size)
             wanted[divided] *= ranks
             if list(loaded.shape) != wanted:
                 raise ValueError(wrong_shape(loaded.shape, wanted))
-            share = (rows, columns)[divided]
-            here = loaded.narrow(divided, rank * share, share)
-            first = rows if shard == "w3" else 0
-            to = data[expert, first : first + rows]
+            here = loaded.narrow(divided, rank * size[divided], size[divided])
+            first = rows if shard == "w3" and not own_up else 0
+            to = (self.memory["w3"] if own_up else data)[expert, first : first + rows]
             if held.split is None:
                 to.copy_(here)
                 if held.factors is not None:
                     refuse_any(~held.factors(to.unflatten(1, (-1, held.nbytes))).isfinite())
                 return
-            blocks = torch.empty((rows, columns), dtype=torch.uint8)
+            blocks = torch.empty(size, dtype=torch.uint8)
             blocks.copy_(here)
             codes, scale = held.split(blocks.view(rows, -1, held.nbytes))
             refuse_any(scale == 255 if scale.dtype == torch.uint8 else ~scale.isfinite())
             to.copy_(codes)
-            self.scales[name][expert, first : first + rows].copy_(scale)
+            self.scales[matrix][expert, first : first + rows].copy_(scale)
 
         return place
 
     def tensors(self, layer: Any) -> dict[str, Any]:
         own = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-        weights: Mapping[str, torch.Tensor] = {
-            "w13": layer.w13_weight.data,
-            "w2": layer.w2_weight.data,
-        }
+        weights, self.memory = self.memory, {}
         formats = {
             name: held.format or own[weights[name].dtype] for name, held in self.held.items()
         }
@@ -314,6 +332,8 @@ class Gguf(ExpertFormat):
         found: dict[str, Any] = {"format": formats["w13"], **weights, **scales}
         if formats["w2"] != formats["w13"]:
             found["w2_format"] = formats["w2"]
+        if "w3" in formats:
+            found["w3_format"] = formats["w3"]
         if any(format in GROUPED for format in formats.values()):
             found["group_size"] = GROUP
         return found

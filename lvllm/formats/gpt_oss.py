@@ -143,8 +143,8 @@ class GptOssGguf(gguf.Gguf):
     arrives = False
     together = True
 
-    def __init__(self, w13: gguf.Held, w2: gguf.Held) -> None:
-        super().__init__(w13, w2)
+    def __init__(self, gate: gguf.Held, up: gguf.Held, down: gguf.Held) -> None:
+        super().__init__(gate, up, down)
         self.missing: set[tuple[str, int]] = set()
 
     def create_weights(

@@ -30,17 +30,31 @@ def convert(
     Args:
         layer: the layer of the tensors.
         tensors: copies of `layer.tensors`, in the same order, on any one device.
-        name: "w13", which has the gate rows and then the up rows, or "w2".
+        name: "w13", which has the gate rows and then the up rows, also if these are in w3; or "w2".
         experts: consecutive experts of `tensors`.
         dtype: bfloat16 or float16. Weight and scale are multiplied in float32, and then rounded.
     """
+    found = _convert(layer, tensors, name, experts, dtype)
+    if name == "w13" and layer.w3_format is not None:
+        return torch.cat((found, _convert(layer, tensors, "w3", experts, dtype)), dim=1)
+    return found
+
+
+def _convert(
+    layer: ExpertLayer,
+    tensors: Mapping[str, torch.Tensor],
+    name: str,
+    experts: range,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same of one tensor and its scales."""
     part = {
         suffix: tensors[name + suffix][experts.start : experts.stop]
         for suffix in ("", "_scale", "_zero", "_global_scale")
         if name + suffix in tensors
     }
     parts = layer.parts if name == "w13" else 1
-    format = layer.w2_format if name == "w2" else layer.format
+    format = layer.format_of(name)
     rows: dict[str, Any] = {"format": format}
     if format in BLOCK_FORMATS:
         rows[""] = part[""].cpu().clone()

@@ -95,10 +95,11 @@ def has_whole_words(layer: ExpertLayer) -> bool:
     an even number of them.
     """
     return all(
-        columns % _values_of_word(format) == 0
-        for format, columns in (
-            (layer.format, layer.hidden_size),
-            (layer.w2_format, layer.intermediate_size),
+        columns % _values_of_word(layer.format_of(name)) == 0
+        for name, columns in (
+            ("w13", layer.hidden_size),
+            ("w3", layer.hidden_size),
+            ("w2", layer.intermediate_size),
         )
     )
 
@@ -114,15 +115,14 @@ def _values_of_word(format: str) -> int:
 def _row_bytes(layer: ExpertLayer) -> int:
     """Return the bytes of all that `multiply` makes for one pair of a token and an expert."""
     # x, the output in 16 and 32 bits; the sums of w13 in 16 and 32 bits, and both activated.
-    return 8 * layer.hidden_size + 6 * (layer.parts + 1) * layer.intermediate_size
+    return 8 * layer.hidden_size + 6 * layer.projections * layer.intermediate_size
 
 
 def _chunks(
     layer: ExpertLayer, some: range, dtype: torch.dtype, scratch_bytes: int
 ) -> Iterator[range]:
     """Yield consecutive experts whose matrices fit in the scratch memory."""
-    projections = layer.parts + 1
-    expert = projections * layer.hidden_size * layer.intermediate_size * dtype.itemsize
+    expert = layer.projections * layer.hidden_size * layer.intermediate_size * dtype.itemsize
     count = max(1, scratch_bytes // expert)
     for first in range(some.start, some.stop, count):
         yield range(first, min(first + count, some.stop))

@@ -156,8 +156,8 @@ class Converted(ExpertFormat):
     def _converted(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """The converted weights, and the source's other tensors, such as biases, as they are."""
         suffixes = ("", "_scale", "_zero", "_order", "_global_scale")
-        replaced = {f"{name}{suffix}" for name in ("w13", "w2") for suffix in suffixes}
-        replaced |= {"format", "w2_format", "group_size"}
+        replaced = {f"{name}{suffix}" for name in ("w13", "w3", "w2") for suffix in suffixes}
+        replaced |= {"format", "w3_format", "w2_format", "group_size"}
         converted = {name: value for name, value in tensors.items() if name not in replaced}
         if not self.results:
             self._allocate_results()

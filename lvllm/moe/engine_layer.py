@@ -57,8 +57,9 @@ def make_of_shared(
 def _activation_bits(stored: dict[str, Any], wanted: int | None) -> dict[str, int]:
     """The numbers of bits of a layer's activations, for each of its formats."""
     bits = {"activation_bits": preferred_activation_bits(stored["format"], wanted)}
-    if w2_format := stored.get("w2_format"):
-        bits["w2_activation_bits"] = preferred_activation_bits(w2_format, wanted)
+    for name in ("w3", "w2"):
+        if format := stored.get(f"{name}_format"):
+            bits[f"{name}_activation_bits"] = preferred_activation_bits(format, wanted)
     return bits
 
 

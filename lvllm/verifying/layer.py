@@ -64,6 +64,7 @@ def products(
         ids = torch.tensor(experts, dtype=torch.int32)[order].contiguous()
         weights = torch.rand(tokens, topk, generator=random) + 0.1
         batches.append((x, ids, weights, expert_block(layer, x, ids, weights)))
+    bits = (layer.activation_bits, layer.w3_activation_bits, layer.w2_activation_bits)
     # The outputs of one token may cancel out, so errors are also measured by the usual size.
     usual = float(batches[-1][3].square().mean().sqrt())
     for isa in isas:
@@ -77,5 +78,5 @@ def products(
                     isa=name,
                     tokens=len(x),
                     error=error if error < 1e9 else 1e9,  # NaN, too
-                    bound=bound(min(layer.activation_bits, layer.w2_activation_bits), want.numel()),
+                    bound=bound(min(bits), want.numel()),
                 )

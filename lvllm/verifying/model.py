@@ -49,7 +49,7 @@ class LayerReport(BaseModel):
         from_file: float | None = None,
     ) -> Self:
         """The report about `layer`, which the model calls `name`."""
-        formats = dict.fromkeys((layer.format, layer.w2_format))
+        formats = dict.fromkeys(layer.format_of(name) for name in ("w13", "w3", "w2"))
         return cls(
             name=name,
             format=" and ".join(formats),

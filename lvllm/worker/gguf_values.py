@@ -42,21 +42,23 @@ class GgufValues:
         number = layer_number(layer)
         parts = [f"blk.{number}.{part}.weight" for part in (FUSED, *EXPERTS)]
         fused, gate, up, down = (self._header.tensors.get(part) for part in parts)
-        stored = [down] if name == "w2" else [fused] if fused else [gate, up]
-        of_layer = module.engine.w2_format if name == "w2" else module.engine.format
+        stored = {"w2": down} if name == "w2" else {"w13": fused or gate, "w3": up}
         found = []
-        for tensor in filter(None, stored):
+        for matrix, tensor in stored.items():
+            if tensor is None:
+                continue
+            of_layer = module.engine.format_of(matrix)
             held = TYPES.get(tensor.type)
             if held is None or (held.format or of_layer) != of_layer:
                 return None
             whole = _matrix(tensor, self._number(module, expert))
+            own = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(of_layer)
+            whole = whole if own is None else whole.to(own).float()
             if fused and name == "w13":
                 found += [self._share(module, half, 0) for half in whole.chunk(2)]
             else:
                 found.append(self._share(module, whole, 1 if name == "w2" else 0))
-        values = torch.cat(found)
-        own = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(of_layer)
-        return values if own is None else values.to(own).float()
+        return torch.cat(found)
 
     @staticmethod
     def _number(module: Any, expert: int) -> int:

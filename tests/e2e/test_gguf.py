@@ -49,20 +49,21 @@ SIZES = {"moe_intermediate_size": 64, "mlp_only_layers": []}
 
 
 BLOCKS = {
-    0: (Type.Q4_K, Type.Q6_K),
-    1: (Type.Q5_K, Type.Q5_K),
-    2: (Type.Q2_K, Type.Q3_K),
-    3: (Type.Q3_K, Type.Q8_0),
-    4: (Type.Q6_K, Type.Q4_0),
-    5: (Type.Q4_1, Type.Q5_1),
-    6: (Type.IQ4_XS, Type.IQ4_NL),
-    7: (Type.Q5_0, Type.IQ4_XS),
-    8: (Type.IQ2_XXS, Type.IQ3_XXS),
-    9: (Type.IQ2_XS, Type.IQ2_S),
-    10: (Type.IQ3_S, Type.IQ1_M),
-    11: (Type.IQ1_S, Type.IQ3_S),
+    0: (Type.Q4_K, Type.Q4_K, Type.Q6_K),
+    1: (Type.Q5_K, Type.Q5_K, Type.Q5_K),
+    2: (Type.Q2_K, Type.Q2_K, Type.Q3_K),
+    3: (Type.Q3_K, Type.Q8_0, Type.Q8_0),
+    4: (Type.Q6_K, Type.Q4_K, Type.Q4_0),
+    5: (Type.Q4_1, Type.F32, Type.Q5_1),
+    6: (Type.IQ4_XS, Type.IQ4_XS, Type.IQ4_NL),
+    7: (Type.Q5_0, Type.Q5_0, Type.IQ4_XS),
+    8: (Type.IQ2_XXS, Type.IQ2_XXS, Type.IQ3_XXS),
+    9: (Type.IQ2_XS, Type.IQ2_XS, Type.IQ2_S),
+    10: (Type.IQ3_S, Type.IQ3_S, Type.IQ1_M),
+    11: (Type.IQ1_S, Type.IQ2_S, Type.IQ3_S),
 }
-"""The types of gate and up, and of down, in each layer of a model in blocks."""
+"""The types of gate, up and down in each layer of a model in blocks."""
+PROJECTIONS = ("gate", "up", "down")
 RESIDENT = (0, 2, 5, 8, 11)
 """Layers of this model that a device holds in a second run."""
 
@@ -78,8 +79,13 @@ def kind(name: str) -> Type:
 
 def in_blocks(name: str) -> Type:
     """The same for a model in blocks."""
-    found = re.match(r"blk\.(\d+)\..*_exps.weight", name)
-    return BLOCKS[int(found[1])]["down" in name] if found else kind(name)
+    found = re.match(r"blk\.(\d+)\.ffn_(\w+)_exps.weight", name)
+    return BLOCKS[int(found[1])][PROJECTIONS.index(found[2])] if found else kind(name)
+
+
+def with_own_up(name: str) -> Type:
+    """The types of a model whose up projections have others than gate, in blocks of 32."""
+    return Type.Q5_0 if "ffn_up_exps.weight" in name else kind(name)
 
 
 @pytest.fixture(autouse=True)
@@ -137,17 +143,15 @@ def test_other_families(seed: int, tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_start_says_why_in_one_line(seed: int, tmp_path: Path) -> None:
-    plain = make("qwen3_moe", tmp_path / "plain", seed, num_hidden_layers=1, **SIZES)
-    file = write(
-        plain, tmp_path / "model.gguf", lambda name: Type.Q4_0 if "_up_" in name else kind(name)
-    )
+    plain = make("gpt_oss", tmp_path / "plain", seed, num_hidden_layers=1)
+    file = write(plain, tmp_path / "model.gguf", with_own_up)
     code, said = fail_to_serve(str(file))
     assert code == 1
     assert said.rstrip().endswith("--tokenizer DIR gives one")
     code, said = fail_to_serve(str(file), "--skip-tokenizer-init")
     assert code == 1
     last = said.rstrip().splitlines()[-1]
-    assert "tensor 'blk.0.ffn_up_exps.weight': is Q4_0, and ffn_gate_exps is Q8_0" in last
+    assert "tensor 'blk.0.ffn_up_exps.weight': is Q5_0, and ffn_gate_exps is Q8_0" in last
     assert "Traceback" not in said
 
 
@@ -166,18 +170,21 @@ def test_blocks_and_projections_of_two_types(seed: int, tmp_path: Path) -> None:
     )
     for answered, resident in zip(answers, ((), RESIDENT), strict=True):
         assert [*answered[0]["formats"].values()] == [
-            gate.name.lower() for layer, (gate, _) in BLOCKS.items() if layer not in resident
+            gate.name.lower() for layer, (gate, *_) in BLOCKS.items() if layer not in resident
         ]
         check_against_reference(values, asked, answered)
 
 
 def test_parts_of_a_model_on_two_ranks(seed: int, tmp_path: Path) -> None:
-    """Each rank takes its rows of gate and up, and its blocks of down. The folder is named."""
+    """Each rank takes its rows of gate and up, and its blocks of down. The folder is named.
+
+    Gate and up have different types.
+    """
     sizes = {"num_hidden_layers": 3, "tie_word_embeddings": True, **SIZES}
     plain = make("qwen3_moe", tmp_path / "plain", seed, **sizes)
     (tmp_path / "folder").mkdir()
-    write(plain, tmp_path / "folder" / "model.gguf", kind, parts=3)
-    values = dequantised(plain, tmp_path / "values", kind)
+    write(plain, tmp_path / "folder" / "model.gguf", with_own_up, parts=3)
+    values = dequantised(plain, tmp_path / "values", with_own_up)
     asked = prompts(seed)
     job = {"model": str(tmp_path / "folder"), "prompts": asked, "max_tokens": 8}
     (answers,) = generate([job | {"tensor_parallel_size": 2}])

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from torch.nn import Module
 
 from lvllm.checkpoint.headers import CheckpointError, TensorInfo
+from lvllm.engine import ExpertLayer
 from lvllm.engine.dequantize import values
 from lvllm.formats.base import Shape
 from lvllm.formats.gguf import DESCRIPTOR, TYPES, Gguf, Held, check_types
@@ -41,9 +42,11 @@ class Layer(Module):
         self.moe_config = SimpleNamespace(tp_rank=rank, moe_parallel_config=parallel)
 
 
-def loaded(held: Held, stored: Stored, rank: int, ranks: int) -> dict[str, Any]:
-    """lk's arguments for one rank, once all tensors have come."""
-    layer, format = Layer(rank, ranks), Gguf(held, held)
+def loaded(
+    held: Held, stored: Stored, rank: int, ranks: int, *, up: Held | None = None
+) -> dict[str, Any]:
+    """lk's arguments for one rank, once all tensors have come. `up` has another type, if given."""
+    layer, format = Layer(rank, ranks), Gguf(held, up or held, held)
     shape = Shape(EXPERTS, HIDDEN, SIZE // ranks, 2, allocate)
     format.create_weights(layer, shape, torch.bfloat16, {})
     for (expert, shard), tensor in stored.items():
@@ -52,19 +55,23 @@ def loaded(held: Held, stored: Stored, rank: int, ranks: int) -> dict[str, Any]:
     return format.tensors(layer)
 
 
-def draw(kind: Type) -> tuple[Stored, Stored]:
-    """Random tensors of all experts as the file has them, and their values in float32."""
+def draw(kind: Type, up: Type | None = None) -> tuple[Stored, Stored]:
+    """Random tensors of all experts as the file has them, and their values in float32.
+
+    Those of up have another type, if one is given.
+    """
     draw = np.random.default_rng(random.getrandbits(32))
     stored, wanted = {}, {}
     for expert in range(EXPERTS):
         for shard, size in SHARDS.items():
+            own = up if up is not None and shard == "w3" else kind
             numbers = draw.normal(0, 1, size).astype(np.float32)
-            raw = quantise(numbers, kind)
+            raw = quantise(numbers, own)
             tensor = torch.from_numpy(raw)
-            if kind.name in FLOATS:
-                tensor = tensor.view(torch.uint8).view(FLOATS[kind.name])
+            if own.name in FLOATS:
+                tensor = tensor.view(torch.uint8).view(FLOATS[own.name])
             stored[expert, shard] = tensor
-            wanted[expert, shard] = torch.from_numpy(gguf.dequantize(raw, kind))
+            wanted[expert, shard] = torch.from_numpy(gguf.dequantize(raw, own))
     return stored, wanted
 
 
@@ -89,6 +96,22 @@ def test_every_type_has_the_values_of_the_file(name: str, rank: int, ranks: int)
         assert torch.equal(values(tensors, matrix, expert), wanted)
 
 
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("gate", "up"), [("Q4_K", "Q6_K"), ("Q8_0", "IQ2_XS"), ("IQ3_S", "Q4_0"), ("BF16", "MXFP4")]
+)
+def test_gate_and_up_may_have_two_types(gate: str, up: str, rank: int, ranks: int) -> None:
+    stored, whole = draw(Type[gate], Type[up])
+    tensors = loaded(TYPES[gate], stored, rank, ranks, up=TYPES[up])
+    for (matrix, expert), wanted in of_rank(whole, rank, ranks).items():
+        assert torch.equal(values(tensors, matrix, expert), wanted)
+    layer = ExpertLayer(**tensors)
+    assert (layer.format, layer.w3_format) == (TYPES[gate].format, TYPES[up].format)
+    stored[1, "w3"] = stored[1, "w3"][:, :-1]
+    with pytest.raises(ValueError, match=r"has \[512, \d+\] where the model takes \[512, \d+\]$"):
+        loaded(TYPES[gate], stored, rank, ranks, up=TYPES[up])
+
+
 def test_what_does_not_fit() -> None:
     stored, _ = draw(Type.Q8_0)
     short = stored | {(1, "w3"): stored[1, "w3"][:-1]}
@@ -111,24 +134,25 @@ def test_scales_that_are_no_numbers(name: str) -> None:
 
 
 def test_types_that_lk_does_not_compute() -> None:
-    def check(*types: str) -> None:
-        check_types({"experts": {"0": ["Q8_0"] * 3, "4": list(types)}}, "x.gguf")
+    def check(*types: str, model: str = "qwen3_moe") -> None:
+        section = {"experts": {"0": ["Q8_0"] * 3, "4": list(types)}}
+        check_types({"model_type": model, "quantization_config": section}, "x.gguf")
 
     for name in TYPES:
         check(name, name, name)
     with pytest.raises(CheckpointError, match=r"^x.gguf: tensor 'blk.4.ffn_up_exps.weight': expe"):
         check("Q8_0", "TQ1_0", "Q8_0")
     with pytest.raises(CheckpointError, match=r"^x.gguf: tensor 'blk.4.ffn_up_exps.weight': is "):
-        check("Q8_0", "Q4_0", "Q8_0")
-    check("Q4_K", "Q4_K", "Q6_K")
+        check("Q8_0", "Q4_0", "Q8_0", model="gpt_oss")
+    check("Q4_K", "Q5_K", "Q6_K")
 
 
 @pytest.mark.parametrize("name", list(TYPES))
 def test_weights_are_counted(name: str, tmp_path: Any) -> None:
-    section = {"quant_method": "gguf", "experts": {"0": [name] * 3}}
+    section = {"quant_method": "gguf", "experts": {"0": ["Q2_K", name, "Q2_K"]}}
     block, nbytes = gguf.GGML_QUANT_SIZES[Type[name]]
     assert (TYPES[name].weights, TYPES[name].nbytes) == (block, nbytes)
-    module = "model.layers.0.mlp.experts.5.down_proj"
+    module = "model.layers.0.mlp.experts.5.up_proj"
     size = 96 * 64 // block * nbytes
     dtype = FLOATS.get(name, torch.uint8)
     tensor = TensorInfo(f"{module}.weight", tmp_path, dtype, (), 0, size)

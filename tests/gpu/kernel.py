@@ -38,6 +38,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("int8", {"w2_format": "q5_0", "group_size": 32}),
     ("mxfp4", {"w2_format": "q4_1"}),
     ("iq2_s", {"w2_format": "bf16"}),
+    ("q5_0", {"w3_format": "q4_1", "w2_format": "bf16"}),
+    ("int8", {"w3_format": "iq4_nl", "group_size": 32}),
+    ("bf16", {"w3_format": "mxfp4"}),
 ]
 
 
@@ -115,12 +118,17 @@ def check_blocks(random: Random, format: str) -> None:
 def check(random: Random, format: str, how: dict[str, Any], activation: str, number: int) -> None:
     """Compute groups and slots of experts of a random layer, and compare with the reference."""
     # Rows are whole words of four bytes, as the kernels want them. Tiles and blocks may be cut.
-    steps = [_step(format), _step(how.get("w2_format", format))]
+    steps = [
+        max(_step(format), _step(how.get("w3_format", format))),
+        _step(how.get("w2_format", format)),
+    ]
     most = 140 if max(steps) < 256 else 80
     hidden, intermediate = [
         step * int(random.integers(1, max(most // step, 2), 1)) for step in steps
     ]
     bias, on_input, tokens = number % 2 == 0, number % 3 == 0, 1 + number % 12 * 3
+    if "w3_format" in how:  # The up rows are no matter without a gate, and have no biases.
+        activation, bias = "silu", False
     layer = random_layer(
         random, format, 5, hidden, intermediate,
         activation=activation, bias=bias, apply_router_weight_on_input=on_input, **how,

@@ -27,7 +27,7 @@ def test_they_compute_the_expert_block() -> None:
         text=True,
     )
     assert done.returncode == 0, f"{done.args}: {done.stderr}"
-    assert done.stdout == "18 variants\n"
+    assert done.stdout == "21 variants\n"
 
 
 @pytest.mark.slow
@@ -41,6 +41,18 @@ def test_they_fit_with_every_type_of_gguf(number: int) -> None:
         taken = compile_launch(launch, architecture)
         assert taken.shared <= SHARED_KIB[architecture] << 10
         assert taken.spilled <= 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "gate", "up"), [(90, "q4_k", "q6_k"), (89, "iq2_s", "iq3_s")]
+)
+def test_they_fit_if_gate_and_up_have_two_types(architecture: int, gate: str, up: str) -> None:
+    launch = launches(gate, tokens_per_expert=128, w3_format=up)[0]
+    assert {gate, up} <= set(launch.arguments.values())
+    taken = compile_launch(launch, architecture)
+    assert taken.shared <= SHARED_KIB[architecture] << 10
+    assert taken.spilled <= 32
 
 
 @pytest.mark.slow

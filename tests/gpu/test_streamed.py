@@ -117,16 +117,24 @@ def test_it_agrees_with_the_engine(format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("w13_format", "w2_format"),
-    [("q4_k", "q6_k"), ("iq2_xxs", "q3_k"), ("q5_0", "int8"), ("mxfp4", "q5_1"), ("bf16", "q4_k")],
+    ("gate", "up", "down"),
+    [
+        ("q4_k", None, "q6_k"),
+        ("iq2_xxs", None, "q3_k"),
+        ("q5_0", None, "int8"),
+        ("mxfp4", None, "q5_1"),
+        ("bf16", None, "q4_k"),
+        ("q4_k", "q6_k", "q4_k"),
+        ("int8", "iq3_s", "bf16"),
+    ],
 )
-def test_it_computes_the_types_of_gguf(w13_format: str, w2_format: str) -> None:
+def test_it_computes_the_types_of_gguf(gate: str, up: str | None, down: str) -> None:
     draw = Random(randrange(1 << 30))
-    formats = {w13_format, w2_format}
+    formats = {gate, up or gate, down}
     step = max(BLOCK_FORMATS[of].block_weights for of in formats & BLOCK_FORMATS.keys())
     hidden, intermediate = (step * draw.integers(1, 512 // step + 1, 2)).tolist()
     layer = random_layer(
-        draw, w13_format, 4, hidden, intermediate, w2_format=w2_format, group_size=32
+        draw, gate, 4, hidden, intermediate, w3_format=up, w2_format=down, group_size=32
     )
     engine_layer = layer.make()
     x = draw.normal(30, hidden).to(torch.bfloat16)

@@ -148,14 +148,16 @@ struct Kind {
   Extras w13{}, w2{};
   Scalar type = Scalar::kBf16;        // of x and y
   std::optional<Format> w2_format{};  // if it is another one
+  std::optional<Format> w3_format{};  // if the up rows have a matrix of their own
+  Extras w3{};
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Kind& kind) { return out << kind.name; }
 
 struct TestLayer {
   TestLayer(const Kind& kind, int64_t experts, int64_t hidden, int64_t intermediate, Random& random)
-      : w13(kind.format, experts, has_gate(kind.activation.kind) ? 2 : 1, intermediate, hidden,
-            kind.interleaved, kind.w13, random),
+      : w13(kind.format, experts, has_gate(kind.activation.kind) && !kind.w3_format ? 2 : 1,
+            intermediate, hidden, kind.interleaved, kind.w13, random),
         w2(kind.w2_format.value_or(kind.format), experts, 1, hidden, intermediate, false, kind.w2,
            random) {
     // The biases of w2 are as large as the sums that they are added to, like those of w13 (see
@@ -168,9 +170,14 @@ struct TestLayer {
     spec.intermediate = intermediate;
     spec.w13 = w13.spec();
     spec.w2 = w2.spec();
+    if (kind.w3_format) {
+      w3.emplace(*kind.w3_format, experts, 1, intermediate, hidden, false, kind.w3, random);
+      spec.w3 = w3->spec();
+    }
   }
 
   TestMatrix w13, w2;
+  std::optional<TestMatrix> w3;
   LayerSpec spec;
 };
 
@@ -187,7 +194,8 @@ constexpr Extras groups_of(int64_t group, ScaleType type, bool bias = false) {
   return {.scale_type = type, .group = group, .bias = bias};
 }
 
-// Every format with its kinds of scales, every activation, with and without interleaving.
+// Every format with its kinds of scales, every activation, with and without interleaving, and a
+// matrix of its own for the up rows.
 inline const Kind kKinds[] = {
     {.name = "bf16"},
     {.name = "bf16_biases", .w13 = kWithBias, .w2 = kWithBias},
@@ -263,6 +271,12 @@ inline const Kind kKinds[] = {
     {.name = "mxfp4_act8", .format = Format::kFp4Act8, .w13 = kMxScales, .w2 = kMxScales},
     {.name = "nvfp4", .format = Format::kFp4, .w13 = kNvScales, .w2 = kNvScales},
     {.name = "nvfp4_act8", .format = Format::kFp4Act8, .w13 = kNvScales, .w2 = kNvScales},
+    {.name = "gate_int4_act8_and_up_bf16",
+     .format = Format::kInt4Act8,
+     .w13 = groups_of(64, ScaleType::kFp16, true),
+     .w2 = groups_of(64, ScaleType::kFp16),
+     .w3_format = Format::kBf16,
+     .w3 = kWithBias},
 };
 
 // A batch of random tokens for a layer; some of its slots are skipped.

@@ -17,24 +17,29 @@ inline double widen(Scalar type, uint16_t value) {
 inline std::vector<double> expert_output(const TestLayer& layer, int64_t expert,
                                          const std::vector<double>& x, double weight) {
   const LayerSpec& spec = layer.spec;
-  const int64_t parts = spec.w13.parts;
   const int64_t rows = spec.intermediate;
   std::vector<double> sums;  // [parts][rows]
-  for (int64_t row = 0; row < parts * rows; ++row) {
-    const double* w = layer.w13.values.data() + (expert * parts * rows + row) * spec.hidden;
-    double sum = 0;
-    for (int64_t i = 0; i < spec.hidden; ++i) sum += w[i] * x[i];
-    if (spec.weight_on_input) sum *= weight;
-    // The bias was de-interleaved with the rows.
-    if (spec.w13.bias) sum += spec.w13.bias[expert * parts * rows + row];
-    sums.push_back(sum);
-  }
+  const auto multiply = [&](const TestMatrix& matrix, const Matrix& of) {
+    const int64_t all = of.parts * rows;
+    for (int64_t row = 0; row < all; ++row) {
+      const double* w = matrix.values.data() + (expert * all + row) * spec.hidden;
+      double sum = 0;
+      for (int64_t i = 0; i < spec.hidden; ++i) sum += w[i] * x[i];
+      if (spec.weight_on_input) sum *= weight;
+      // The bias was de-interleaved with the rows.
+      if (of.bias) sum += of.bias[expert * all + row];
+      sums.push_back(sum);
+    }
+  };
+  multiply(layer.w13, spec.w13);
+  if (layer.w3) multiply(*layer.w3, spec.w3);
+  const auto up = static_cast<int64_t>(sums.size()) - rows;
   std::vector<double> out;
   for (int64_t h = 0; h < spec.hidden; ++h) {
     const double* w = layer.w2.values.data() + (expert * spec.hidden + h) * rows;
     double sum = spec.w2.bias ? spec.w2.bias[expert * spec.hidden + h] : 0;
     for (int64_t i = 0; i < rows; ++i) {
-      sum += w[i] * activated(spec.activation, sums[i], sums[(parts - 1) * rows + i]);
+      sum += w[i] * activated(spec.activation, sums[i], sums[up + i]);
     }
     out.push_back(spec.weight_on_input ? sum : sum * weight);
   }

@@ -54,10 +54,14 @@ def _gate_up(  # type: ignore[no-untyped-def]
     zero,
     global_scale,
     bias,
+    w3,
+    w3_scale,
+    w3_table,
     out,  # [last - first, intermediate]
     hidden,
     intermediate,
     groups,
+    w3_groups,
     alpha,
     beta,
     limit,
@@ -66,12 +70,17 @@ def _gate_up(  # type: ignore[no-untyped-def]
     CACHED: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    PARTS: tl.constexpr,
+    GATED: tl.constexpr,
+    PARTS: tl.constexpr,  # of w13
     FORMAT: tl.constexpr,
     VALUES: tl.constexpr,
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
+    W3: tl.constexpr,  # whether the up rows are in w3
+    W3_FORMAT: tl.constexpr,
+    W3_VALUES: tl.constexpr,
+    W3_SCALE: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -103,16 +112,23 @@ def _gate_up(  # type: ignore[no-untyped-def]
                 groups, PARTS, FORMAT, VALUES, SCALE, GROUP, ZERO, TILE, COLUMNS, BLOCK,
                 x.dtype.element_ty,
             )  # fmt: skip
-            if part == PARTS - 1:
-                up = tl.dot(a, w, up, input_precision="ieee")
-            else:
+            if GATED and part == 0:
                 gate = tl.dot(a, w, gate, input_precision="ieee")
+            else:
+                up = tl.dot(a, w, up, input_precision="ieee")
+        if W3:
+            w = weights.read(
+                w3, w3_scale, w3_table, global_scale, expert, 0, tile, column, intermediate, hidden,
+                w3_groups, 1, W3_FORMAT, W3_VALUES, W3_SCALE, GROUP, False, TILE, COLUMNS, BLOCK,
+                x.dtype.element_ty,
+            )  # fmt: skip
+            up = tl.dot(a, w, up, input_precision="ieee")
     row = tile * TILE + tl.arange(0, TILE)[None, :]
     within = row < intermediate
     if BIAS:
         own = bias + expert * PARTS * intermediate + row
         up += tl.load(own + (PARTS - 1) * intermediate, mask=within, other=0)
-        if PARTS == 2:
+        if GATED:
             gate += tl.load(own, mask=within, other=0)
     h = activation.apply(gate, up, alpha, beta, limit, ACTIVATION)
     tl.store(
@@ -232,7 +248,8 @@ def _add_up(  # type: ignore[no-untyped-def]
 
 def prepare(layer: ExpertLayer, device: torch.device) -> None:
     """Do what `lvllm.gpu.products.prepare` does."""
-    for format in {layer.format, layer.w2_format} & LOOKED_UP.keys():
+    formats = {layer.format_of(name) for name in ("w13", "w3", "w2")}
+    for format in formats & LOOKED_UP.keys():
         codebook(format, device)
 
 
@@ -321,14 +338,23 @@ class _Batch:
             "num_warps": 8 if rows > 64 else 4,
         }
         alpha, beta, limit = layer.swiglu
+        # This is not read, if w13 has the up rows, too.
+        up = "w13" if layer.w3_format is None else "w3"
+        of_up = _constants(layer, tensors, up)
         _gate_up[row_blocks, ceil_div(intermediate, TILE_ROWS)](
             x, pairs.slots, pairs.weights, pairs.starts_on_device, *window,
-            *_arguments(layer, tensors, "w13"), h, hidden, intermediate,
-            _groups(tensors, "w13"), alpha, beta, limit,
+            *_arguments(layer, tensors, "w13"), *_arguments(layer, tensors, up)[:3],
+            h, hidden, intermediate,
+            _groups(tensors, "w13"), _groups(tensors, up), alpha, beta, limit,
             TOPK=pairs.topk,
             ON_INPUT=layer.apply_router_weight_on_input,
             ACTIVATION=layer.activation,
+            GATED=layer.projections == 3,
             PARTS=layer.parts,
+            W3=layer.w3_format is not None,
+            W3_FORMAT=of_up["FORMAT"],
+            W3_VALUES=of_up["VALUES"],
+            W3_SCALE=of_up["SCALE"],
             **_constants(layer, tensors, "w13"),
             **shape,
         )  # fmt: skip
@@ -353,7 +379,7 @@ class _Batch:
 def _arguments(
     layer: ExpertLayer, tensors: Mapping[str, torch.Tensor], name: str
 ) -> list[torch.Tensor]:
-    """Return the weights, scales, zero points, global scales and bias of w13 or w2.
+    """Return the weights, scales, zero points, global scales and bias of w13, w3 or w2.
 
     Blocks have their scales among the weights, and some of both are halves of words: these take the
     place of the scales, and a table of the format that of the zero points.
@@ -362,7 +388,7 @@ def _arguments(
     words = stored.view(torch.int32)  # This stands for what the format has not.
     scale = tensors.get(f"{name}_scale", words)
     zero = tensors.get(f"{name}_zero", words)
-    format = _format(layer, name)
+    format = layer.format_of(name)
     if format in BLOCK_FORMATS:
         scale = stored.view(torch.int16)
     if format in LOOKED_UP:
@@ -382,10 +408,6 @@ def _groups(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     return 1 if scale is None or scale.dim() < 3 else scale.shape[2]
 
 
-def _format(layer: ExpertLayer, name: str) -> str:
-    return layer.w2_format if name == "w2" else layer.format
-
-
 def _scale_kind(format: str, scale: torch.Tensor | None) -> str:
     """Tell which weights share a scale: those of a group, a row, a block, a tensor, or none."""
     if format in BLOCK_FORMATS:
@@ -399,7 +421,7 @@ def _constants(
     layer: ExpertLayer, tensors: Mapping[str, torch.Tensor], name: str
 ) -> dict[str, Any]:
     """Return the compile-time constants that belong to the matrix's format."""
-    format = _format(layer, name)
+    format = layer.format_of(name)
     stored = ALL_FORMATS[format]
     return {
         "BIAS": f"{name}_bias" in tensors,
