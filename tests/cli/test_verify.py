@@ -46,6 +46,9 @@ def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
     tensors[name] = tensors[name] * 64
     tensors["model.layers.1.mlp.experts.3.up_proj.weight"][7, 8] = torch.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 200  # a shorter context than that of any published model
+    (folder / "config.json").write_text(json.dumps(config))
     result = verify(str(folder))
     assert result.returncode == 1
     lines = result.stdout.splitlines()
