@@ -6,6 +6,7 @@ describes the settings and parses single values; `lvllm.settings.resolving` reso
 and `lvllm.prepare` checks them against the model and the machine.
 """
 
+import re
 import string
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -323,6 +324,14 @@ def is_unset(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip(string.whitespace))
 
 
+# Kubernetes gives every container such variables for each Service of its namespace. Those of a
+# Service named lvllm begin with LVLLM_.
+OF_A_SERVICE = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)\Z|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?\Z")
+KUBERNETES_HINT = (
+    "Kubernetes sets it for a Service; put `enableServiceLinks: false` into the pod's spec"
+)
+
+
 def parse(variable: Variable, value: object, where: str) -> Any:
     """The parsed `value` of a setting found at `where` (the name the user wrote).
 
@@ -368,7 +377,8 @@ def check_names(environ: Mapping[str, str]) -> None:
 
 def _no_setting(name: str) -> str:
     known = {variable.name for variable in VARIABLES}
-    return f"{readable(name)} is not a setting of LvLLM: {suggest(name, known)}"
+    hint = KUBERNETES_HINT if OF_A_SERVICE.search(name) else suggest(name, known)
+    return f"{readable(name)} is not a setting of LvLLM: {hint}"
 
 
 def wrong(environ: Mapping[str, str]) -> dict[str, str]:

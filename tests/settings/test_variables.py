@@ -93,6 +93,28 @@ def test_a_misspelt_variable_is_not_ignored(name: str, suggestion: str) -> None:
         variables.check_names({"PATH": "", name: "1"})
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LVLLM_SERVICE_HOST",
+        "LVLLM_SERVICE_PORT",
+        "LVLLM_SERVICE_PORT_HTTP",
+        "LVLLM_PORT",
+        "LVLLM_PORT_8000_TCP",
+        "LVLLM_PORT_8000_TCP_ADDR",
+        "LK_SERVER_SERVICE_HOST",
+    ],
+)
+def test_a_variable_that_kubernetes_sets_for_a_service_is_explained(name: str) -> None:
+    with pytest.raises(variables.SettingError, match=f"{name} is not a setting.*Kubernetes sets"):
+        variables.check_names({name: "tcp://10.0.0.1:8000"})
+
+
+def test_no_setting_is_taken_for_a_variable_of_a_service() -> None:
+    names = [variable.name for variable in variables.VARIABLES]
+    assert not [name for name in names if variables.OF_A_SERVICE.search(name)]
+
+
 def test_document_has_every_variable() -> None:
     document = variables.markdown()
     assert all(f"| `{variable.name}` |" in document for variable in variables.VARIABLES)
