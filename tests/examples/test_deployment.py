@@ -71,6 +71,12 @@ def test_all_start_the_image_alike() -> None:
     assert '"--host", "0.0.0.0"' in command  # or nobody outside the container would reach it
 
 
+def test_the_image_has_what_is_needed_beside_python() -> None:
+    (packages,) = re.findall(r"apt-get install -y --no-install-recommends (.*) \\", DOCKERFILE)
+    # vLLM's kernels for CPUs load libnuma, which slim images lack.
+    assert {"g++", "libnuma1"} <= set(packages.split())
+
+
 def test_what_the_image_copies_exists() -> None:
     for source in re.findall(r"^COPY (\S+) ", DOCKERFILE, re.MULTILINE):
         assert source.startswith("--from=") or (ROOT / source).exists(), source
