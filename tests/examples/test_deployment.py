@@ -64,6 +64,13 @@ def test_the_image_serves_on_the_port_that_is_asked() -> None:
     assert annotations["prometheus.io/port"] == str(PORT)
 
 
+def in_image(instruction: str) -> list[str]:
+    """The words of the image's ENTRYPOINT or CMD."""
+    (words,) = re.findall(rf"^{instruction} (\[.*)$", DOCKERFILE, re.MULTILINE)
+    read: list[str] = json.loads(words)
+    return read
+
+
 def test_all_start_the_image_alike() -> None:
     (command,) = re.findall(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)
     assert json.loads(command) == COMPOSE["services"]["lvllm"]["command"] == CONTAINER["args"]
@@ -75,6 +82,9 @@ def test_the_image_has_what_is_needed_beside_python() -> None:
     (packages,) = re.findall(r"apt-get install -y --no-install-recommends (.*) \\", DOCKERFILE)
     # vLLM's kernels for CPUs load libnuma, which slim images lack.
     assert {"g++", "libnuma1"} <= set(packages.split())
+    # As the first process, vLLM would not get SIGTERM before it has set a handler.
+    assert in_image("ENTRYPOINT") == ["tini", "--", "vllm", "serve"]
+    assert "tini" in packages.split()
 
 
 def test_what_the_image_copies_exists() -> None:
