@@ -128,6 +128,9 @@ def test_the_pod_is_found_probed_and_confined() -> None:
     assert labels == DEPLOYMENT["spec"]["selector"]["matchLabels"] == SERVICE["spec"]["selector"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert CONTAINER[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    # Else Kubernetes sets LVLLM_PORT for the Service named lvllm, and LvLLM refuses it.
+    assert SERVICE["metadata"]["name"] == "lvllm"
+    assert POD["enableServiceLinks"] is False
     resources = CONTAINER["resources"]
     assert resources["requests"] == resources["limits"]
     assert resources["limits"]["cpu"].isdecimal()
