@@ -72,10 +72,16 @@ def in_image(instruction: str) -> list[str]:
 
 
 def test_all_start_the_image_alike() -> None:
-    (command,) = re.findall(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)
-    assert json.loads(command) == COMPOSE["services"]["lvllm"]["command"] == CONTAINER["args"]
-    assert CONTAINER["image"] == COMPOSE["services"]["lvllm"]["image"] == "lvllm:cpu"
-    assert '"--host", "0.0.0.0"' in command  # or nobody outside the container would reach it
+    command = in_image("CMD")
+    assert command[-2:] == ["--host", "0.0.0.0"]  # or nobody outside would reach it
+    service = COMPOSE["services"]["lvllm"]
+    assert CONTAINER["image"] == service["image"] == "lvllm:cpu"
+    *start, option, seconds = CONTAINER["args"]
+    assert (start, option) == (command, "--shutdown-timeout")
+    assert service["command"] == CONTAINER["args"]
+    # Running answers end before the container is killed.
+    assert service["stop_grace_period"] == f"{POD['terminationGracePeriodSeconds']}s"
+    assert int(seconds) + 10 <= POD["terminationGracePeriodSeconds"]
 
 
 def test_the_image_has_what_is_needed_beside_python() -> None:
