@@ -6,7 +6,7 @@ namespace lk {
 
 const Kernels& avx2_kernels() noexcept {
   // 16 lanes take two of the 16 registers, so sums take 8, or 12 where weights are already
-  // unpacked.
+  // unpacked. Formats with kRowsInTurn have sums of kTokensInTurn tokens instead.
   constexpr avx2::Registers kRegisters{
       .few_rows = 4, .few_tokens = 1, .many_rows = 1, .many_tokens = 6};
   static const Kernels kKernels = avx2::kernels_table<kRegisters>("avx2");

@@ -30,9 +30,19 @@ constexpr int64_t kShortSteps = kQuantisedActs<F> ? 16 : 8;
 // again, unless many_tokens keeps the totals in registers. Measured on Zen 3 with AVX2: after two
 // passes, fp8 takes 0.66 of the time at 4 tokens an expert, and fp16 0.75; others take longer. What
 // is not unpacked at all, as bf16 there, takes 0.95 of the time at 2 tokens an expert already.
+//
+// With AVX2 and passes of four tokens (kRowsInTurn), measured on Zen 4: one pass, if the weights
+// have high bits in a plane of their own or are entries of tables, since many_tokens takes 0.7 to
+// 0.9 of the time of two then.
 template <class F>
 constexpr int64_t few_passes(bool short_segments) {
   constexpr bool kBytes = F::Math::kStepWeights == 4;
+  if constexpr (kRowsInTurn<F>) {
+    if constexpr (requires { F::kHighBits; }) {
+      if (F::kHighBits != 0) return 1;
+    }
+    return kOwnScales<F> && kSlowUnpack<F> ? 1 : kBytes ? 4 : 2;
+  }
   if (kQuickUnpack<F>) return 1;
   if (kSlowUnpack<F>) return 2;
   if (kSteps<F> == 1) return 3;
@@ -40,12 +50,14 @@ constexpr int64_t few_passes(bool short_segments) {
   return kBytes ? kTileRows : 6;
 }
 
-// How many tokens a pass of few_tokens takes. Two with activations of 16 bits and formats of
-// blocks, which take 8 bits by default where a pass may have more: there are many such formats, and
-// each number is one more loop to compile.
+// How many tokens a pass of few_tokens takes. With AVX-512, two with activations of 16 bits and
+// formats of blocks, which take 8 bits by default where a pass may have more: there are many such
+// formats, and each number is one more loop to compile.
 template <class F, Registers kRegisters>
-constexpr int kFewTokens = kOwnScales<F> && F::Math::kActBytes == 2 ? min(kRegisters.few_tokens, 2)
-                                                                    : kRegisters.few_tokens;
+constexpr int kFewTokens =
+    kRowsInTurn<F>                             ? kTokensInTurn
+    : kOwnScales<F> && F::Math::kActBytes == 2 ? min(kRegisters.few_tokens, 2)
+                                               : kRegisters.few_tokens;
 
 // Whether few_tokens is for whole tiles only. A matrix has one at most that is not whole, and with
 // fewer rows in a pass formats of blocks would take twice as long to compile. The blocks of AMX are
