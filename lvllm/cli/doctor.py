@@ -121,6 +121,7 @@ def _limits(limits: Limits) -> dict[str, str]:
         "memory of nodes": UNKNOWN if nodes is None else ", ".join(map(str, nodes)),
         "locked memory": _size(limits.memlock_bytes),
         "open files": _or_unknown(limits.open_files),
+        "free in /dev/shm": _size(limits.shared_memory_bytes),
     }
 
 

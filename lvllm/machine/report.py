@@ -109,6 +109,8 @@ class Limits(BaseModel):
     allowed_memory_nodes: list[int] | None = None
     memlock_bytes: Limit = None
     open_files: Limit = None
+    shared_memory_bytes: int | None = None
+    """What is free in /dev/shm."""
     container: str | None = None
     """The kind of container, "none" if there is none."""
     virtual_machine: str | None = None
@@ -179,6 +181,8 @@ class Versions(BaseModel):
     numpy: str | None = None
     glibc: str | None = None
     gcc: str | None = None
+    libnuma: bool | None = None
+    """Whether the library is there; None: unknown."""
 
 
 class NodeRead(BaseModel):

@@ -1,5 +1,6 @@
 """What this process may take of the machine: cgroups of both versions, ulimits, containers."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -30,9 +31,17 @@ def read(run: Run, root: Path = Path("/")) -> Limits:
         allowed_memory_nodes=id_list(status_field(root, "Mems_allowed_list")),
         memlock_bytes=_ulimit(ulimits, "Max locked memory"),
         open_files=_ulimit(ulimits, "Max open files"),
+        shared_memory_bytes=_free(root / "dev/shm"),
         container=_container(run, root),
         virtual_machine=run(["systemd-detect-virt", "--vm"]) or None,
     )
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

@@ -1,5 +1,6 @@
 """Versions of what LvLLM runs on, without importing it: importing vLLM takes 9 seconds."""
 
+import ctypes
 import platform
 import sys
 from importlib import metadata
@@ -29,7 +30,16 @@ def read(run: Run) -> Versions:
         numpy=_version("numpy"),
         glibc=number if libc == "glibc" else None,
         gcc=run(["gcc", "-dumpfullversion"]) or None,
+        libnuma=_is_library("libnuma.so.1"),
     )
+
+
+def _is_library(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def _version(distribution: str) -> str | None:

@@ -39,6 +39,16 @@ def other_vllm(report: MachineReport) -> Iterator[Finding]:
         )
 
 
+def no_libnuma(report: MachineReport) -> Iterator[Finding]:
+    flavour = (report.versions.vllm or "").partition("+")[2]
+    if report.versions.libnuma is False and "cpu" in flavour:
+        yield Finding(
+            what="libnuma is not installed",
+            why="vLLM's operators for CPUs cannot be loaded without it, and no server starts",
+            command="apt install libnuma1 (Fedora: dnf install numactl-libs)",
+        )
+
+
 def wrong_settings(report: MachineReport) -> Iterator[Finding]:
     for name, reason in report.wrong_settings.items():
         yield Finding(
@@ -48,4 +58,4 @@ def wrong_settings(report: MachineReport) -> Iterator[Finding]:
         )
 
 
-RULES = (engine_fails, no_vllm, other_vllm, wrong_settings)
+RULES = (engine_fails, no_vllm, other_vllm, no_libnuma, wrong_settings)

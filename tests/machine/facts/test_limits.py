@@ -1,5 +1,6 @@
 """Cgroups, ulimits and containers, on made-up machines."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def test_ulimits(tmp_path: Path) -> None:
     )
     found = limits.read(nothing, made_up.write(tmp_path, {"proc/self/limits": table}))
     assert (found.open_files, found.memlock_bytes) == (1024, "unlimited")
+
+
+def test_free_shared_memory(tmp_path: Path) -> None:
+    assert limits.read(nothing, tmp_path).shared_memory_bytes is None
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    free = limits.read(nothing, tmp_path).shared_memory_bytes
+    assert free is not None
+    # Other programs write to the same disk meanwhile.
+    assert abs(free - shutil.disk_usage(tmp_path).free) < 1 << 30
 
 
 def test_containers_and_machines(tmp_path: Path) -> None:
