@@ -151,9 +151,9 @@ class NamedTensors {
 
  private:
   static constexpr const char* kNames[] = {
-      "w13", "w13_scale", "w13_zero", "w13_global_scale", "w13_bias",
-      "w3",  "w3_scale",  "w3_zero",  "w3_global_scale",  "w3_bias",
-      "w2",  "w2_scale",  "w2_zero",  "w2_global_scale",  "w2_bias",
+      "w13", "w13_scale", "w13_zero", "w13_global_scale", "w13_bias",  //
+      "w3",  "w3_scale",                                               //
+      "w2",  "w2_scale",  "w2_zero",  "w2_global_scale",  "w2_bias",   //
       "w",   "w_scale",   "w_zero",   "w_global_scale",   "w_bias"};
 
   std::map<std::string, Tensor> tensors_;
@@ -613,10 +613,9 @@ STABLE_TORCH_LIBRARY(lvllm, m) {
   m.def("expert_block(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor layer) -> Tensor");
   m.def(
       "layer_create(*, str format, str w3_format, str w2_format, str activation, "
-      "int activation_bits, int w3_activation_bits, int w2_activation_bits, int group_size, bool "
-      "interleaved, float swiglu_alpha, "
-      "float swiglu_beta, float swiglu_limit, bool weight_on_input, bool ordered, str[] names, "
-      "Tensor(a!)[] tensors) -> int");
+      "int activation_bits, int w3_activation_bits, int w2_activation_bits, int group_size, "
+      "bool interleaved, float swiglu_alpha, float swiglu_beta, float swiglu_limit, "
+      "bool weight_on_input, bool ordered, str[] names, Tensor(a!)[] tensors) -> int");
   m.def("linear(Tensor x, Tensor layer, int rows) -> Tensor");
   m.def(
       "linear_create(*, str format, int activation_bits, int group_size, int k, str[] names, "

@@ -71,7 +71,7 @@ class ExpertLayer:
             iq4. None: the variable LK_ACTIVATION_BITS decides; without it or with
             `auto`, int8 and q6_k take 16 and the others take 8 (docs/performance.md and
             docs/gguf.md have the measurements).
-        w3_activation_bits: the same for the input of w3.
+        w3_activation_bits: the same for the input of w3; only if there is w3.
         w2_activation_bits: the same for the input of w2; only if w2_format is another format.
         apply_router_weight_on_input: scale x by the router's weight instead of the expert's output.
         ordered: the tensors belong to another layer and are in the engine's order already, so they
@@ -147,7 +147,9 @@ class ExpertLayer:
         if w2_activation_bits is None and w2_format == format:
             w2_activation_bits = bits
         w2_bits = weight_formats.activation_bits(w2_format, w2_activation_bits)
-        w3_bits = weight_formats.activation_bits(w3_format or format, w3_activation_bits)
+        w3_bits = bits
+        if w3_format is not None:
+            w3_bits = weight_formats.activation_bits(w3_format, w3_activation_bits)
 
         weight_formats.check_weights("w13", w13, stored.weight)
         weight_formats.check_weights("w2", w2, w2_stored.weight)
