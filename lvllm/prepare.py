@@ -48,9 +48,6 @@ __all__ = [
 
 OMP_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
-CHUNKS = 10
-"""How many chunks vLLM's queue to the workers has."""
-
 SHAREABLE = ("auto", "hf", "safetensors", "mistral", METHOD)
 """The load formats whose experts engines can share, because they use the parameters' loaders."""
 
@@ -500,7 +497,7 @@ def _check_shared_memory(parallel: Any) -> None:
     if parallel.distributed_executor_backend == "mp" and hasattr(
         shm_broadcast, "check_shm_free_space"
     ):
-        room.check_shared_memory(CHUNKS * (envs.VLLM_MQ_MAX_CHUNK_BYTES_MB << 20))
+        room.check_shared_memory(room.queue_bytes(envs.VLLM_MQ_MAX_CHUNK_BYTES_MB))
 
 
 def _is_one_of_several_api_servers(parallel: Any) -> bool:

@@ -4,12 +4,18 @@ import resource
 import shutil
 
 from lvllm.errors import LvllmError
+from lvllm.units import MIB
 
-__all__ = ["allow_many_files", "check_open_files", "check_shared_memory"]
+__all__ = ["allow_many_files", "check_open_files", "check_shared_memory", "queue_bytes"]
 
 OPEN_FILES = 256
 """The most files of one process that a server of a small model has open. A worker has 100, 120 with
 shared experts, and an API server 35 and one for each client."""
+
+
+def queue_bytes(chunk_mib: int = 16) -> int:
+    """What vLLM's queue to its workers takes of /dev/shm: 10 chunks, of 16 MiB by default."""
+    return 10 * chunk_mib * MIB
 
 
 def allow_many_files() -> int:

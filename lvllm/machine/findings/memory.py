@@ -3,25 +3,24 @@
 from collections.abc import Iterator
 
 from lvllm.machine.report import Finding, MachineReport
+from lvllm.machine.room import queue_bytes
 from lvllm.units import MIB, amount, gib
 
 __all__ = ["RULES"]
 
 SWAPPED_BYTES = 256 * MIB
 """Below this, swap holds what idle programs have not touched since their start."""
-QUEUE_BYTES = 160 * MIB
-"""What vLLM's queue to its workers takes unless a variable says otherwise: 10 pieces of 16 MiB."""
 EQUAL_FREE = 0.5
 """Experts are divided evenly, so that a node with less than this part of the free memory of another
 one decides how large a model can be."""
 
 
 def small_shared_memory(report: MachineReport) -> Iterator[Finding]:
-    free = report.limits.shared_memory_bytes
-    if free is not None and free < QUEUE_BYTES:
+    free, needed = report.limits.shared_memory_bytes, queue_bytes()
+    if free is not None and free < needed:
         yield Finding(
             what=f"/dev/shm has {amount(free)} free",
-            why=f"vLLM's processes need {amount(QUEUE_BYTES)} there to talk to each other, and no"
+            why=f"vLLM's processes need {amount(needed)} there to talk to each other, and no"
             " server starts",
             command="mount -o remount,size=1g /dev/shm, or delete files there (Docker:"
             " --shm-size=1g)",
