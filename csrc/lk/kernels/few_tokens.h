@@ -161,9 +161,8 @@ __attribute__((flatten)) void few_tokens(const MatmulArgs& a, int64_t row, const
   const int64_t stride = a.rows * kUnitRowBytes<F>;
   const int64_t whole = a.row_bytes / kUnitRowBytes<F>;
   const int64_t units = whole + (last_unit != nullptr);
-  const char* const weights = a.tile + row * kUnitBytes;
   const LaneMask lanes = first_lanes(min(a.rows - row, kLanes));
-  const char* const tile_end = weights + whole * stride;
+  const char* const tile_end = a.tile + row * kUnitBytes + whole * stride;
   alignas(64) float scales[kGroupsAtOnce<F> * kScaleRows<F>];
   const float* scale = scales;
   // Totals stay in registers where there are enough; with bf16, unpacked weights need them.

@@ -2,8 +2,11 @@
 // many_tokens.h and amx_tokens.h.
 #pragma once
 
+#include <type_traits>
+
 #include "lk/kernels/amx_tokens.h"
 #include "lk/kernels/few_tokens.h"
+#include "lk/kernels/formats/k_quants.h"
 #include "lk/kernels/many_tokens.h"
 
 namespace lk::LK_ISA {
@@ -51,13 +54,14 @@ constexpr int64_t few_passes(bool short_segments) {
 }
 
 // How many tokens a pass of few_tokens takes. With AVX-512, two with activations of 16 bits and
-// formats of blocks, which take 8 bits by default where a pass may have more: there are many such
-// formats, and each number is one more loop to compile.
+// formats of blocks, since there are many such formats, and each number is one more loop to
+// compile. Q6_K alone has 16 bits by default wherever a pass may have more, and so has as many as
+// others.
 template <class F, Registers kRegisters>
-constexpr int kFewTokens =
-    kRowsInTurn<F>                             ? kTokensInTurn
-    : kOwnScales<F> && F::Math::kActBytes == 2 ? min(kRegisters.few_tokens, 2)
-                                               : kRegisters.few_tokens;
+constexpr int kFewTokens = kRowsInTurn<F> ? kTokensInTurn
+                           : kOwnScales<F> && F::Math::kActBytes == 2 && !std::is_same_v<F, Q6K>
+                               ? min(kRegisters.few_tokens, 2)
+                               : kRegisters.few_tokens;
 
 // Whether few_tokens is for whole tiles only. A matrix has one at most that is not whole, and with
 // fewer rows in a pass formats of blocks would take twice as long to compile. The blocks of AMX are
