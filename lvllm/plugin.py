@@ -43,7 +43,13 @@ def _register() -> None:
 
     from lvllm import patches
     from lvllm.loading import gguf_loader
-    from lvllm.upstream import expert_layers, integer_linear, quantization_configs, ray_variables
+    from lvllm.upstream import (
+        expert_layers,
+        integer_linear,
+        quantization_configs,
+        ray_variables,
+        request_log,
+    )
 
     # On a GPU vLLM's own linear layers, routers and pictures run.
     is_cpu = current_platform.is_cpu()
@@ -51,6 +57,7 @@ def _register() -> None:
     quantization_configs.register()
     gguf_loader.register()
     ray_variables.copy_ours()
+    request_log.hide_requests()
     if is_cpu:
         integer_linear.register()
     patches.install("cpu" if is_cpu else "cuda")

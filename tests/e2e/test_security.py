@@ -23,8 +23,7 @@ from tests.e2e.server import END_SECONDS, Server
 LONGEST = 512
 """max-model-len in config.yaml."""
 ARGUMENTS = (
-    "--config", "config.yaml", "--tensor-parallel-size", "2",
-    "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+    "--tensor-parallel-size", "2", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
 )  # fmt: skip
 
 
@@ -32,14 +31,19 @@ def unique() -> str:
     return "".join(random.choices(string.ascii_lowercase, k=12))
 
 
-SECRET, KEY, WRONG_KEY = (unique() for _ in range(3))
+SECRET, KEY, CONFIGURED_KEY, VARIABLE_KEY, WRONG_KEY = (unique() for _ in range(5))
+KEYS = (KEY, CONFIGURED_KEY, VARIABLE_KEY, WRONG_KEY)
+"""The option's key counts, then the configuration's, then the variable's."""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("security") / "log"
-    settings = {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_API_KEY": KEY}
-    with Server(log, *ARGUMENTS, **settings) as started:
+    folder = tmp_path_factory.mktemp("security")
+    config = folder / "config.yaml"
+    config.write_text(f"{Path('config.yaml').read_text()}\napi-key: {CONFIGURED_KEY}\n")
+    keys = ("--config", str(config), "--api-key", KEY)
+    settings = {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_API_KEY": VARIABLE_KEY}
+    with Server(folder / "log", *ARGUMENTS, *keys, **settings) as started:
         yield started.ready()
 
 
@@ -140,6 +144,7 @@ def send_everything(client: httpx.Client) -> None:
     ask(client, chat, 400, messages=messages, tools=[{"type": SECRET}])
     ask(client, chat, 404, messages=messages, model="none")
     ask(client, completion, 400, prompt=text, structured_outputs={"regex": f"({SECRET}"})
+    send_to_others(client, text)
     for body in (f'{{"prompt": "{SECRET}', f'{{"prompt": "{SECRET}"}}\xff', SECRET):
         answer = client.post(completion, content=body.encode("latin-1"))
         assert 400 <= answer.status_code < 500, answer.text
@@ -150,6 +155,32 @@ def send_everything(client: httpx.Client) -> None:
     assert answer.status_code == 401
 
 
+def send_to_others(client: httpx.Client, text: str) -> None:
+    """The same for the interfaces of Anthropic and for OpenAI's newer one."""
+    anthropic, responses = "/v1/messages", "/v1/responses"
+    messages = [{"role": "user", "content": text}]
+    tool = {"name": f"find_{SECRET}", "description": SECRET, "input_schema": {"title": SECRET}}
+    for stream in (False, True):
+        more = {"messages": messages, "stream": stream, "max_tokens": 8}
+        ask(client, anthropic, 200, system=SECRET, tools=[tool], stop_sequences=[SECRET], **more)
+        ask(client, responses, 200, input=text, stream=stream, max_output_tokens=8)
+    ask(client, f"{anthropic}/count_tokens", 200, messages=messages, tools=[tool])
+    # Wrong ones.
+    removed = {"type": "tool_removal", "tool": {"type": "tool_reference", "name": SECRET}}
+    for path in (anthropic, f"{anthropic}/count_tokens"):
+        for role in ("system", "user"):
+            wrong = [*messages, {"role": role, "content": [removed]}]
+            ask(client, path, 400, messages=wrong, tools=[tool | {"name": "other"}], max_tokens=8)
+        ask(client, path, 400, messages=[{"role": SECRET, "content": text}], max_tokens=8)
+    ask(client, anthropic, 400, messages=messages, tools=[{"name": SECRET}], max_tokens=8)
+    long = [{"role": "user", "content": f"{SECRET} " * LONGEST}]
+    ask(client, anthropic, 400, messages=long, max_tokens=8)
+    ask(client, responses, 400, input=f"{SECRET} " * LONGEST)
+    ask(client, responses, 400, input=[{"role": SECRET, "content": text}])
+    schema = {"type": "json_schema", "name": SECRET, "schema": {"type": SECRET}}
+    ask(client, responses, 400, input=text, text={"format": schema})
+
+
 def leaks(server: Server) -> list[str]:
     """Lines of the log with a secret in them.
 
@@ -157,7 +188,7 @@ def leaks(server: Server) -> list[str]:
     quotes it.
     """
     lines = server.log.read_text(errors="replace").splitlines()
-    found = [line for line in lines if any(one in line for one in (SECRET, KEY, WRONG_KEY))]
+    found = [line for line in lines if any(one in line for one in (SECRET, *KEYS))]
     return [line for line in found if not re.search(r" DEBUG .*/error_response\.py:", line)]
 
 
