@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import signal
-from contextlib import ExitStack, suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +17,7 @@ from lvllm.cli.chat import ApiKey, System
 from lvllm.cli.serving_arguments import CONTEXT, Arguments, ExpertsPerToken, Verify, environment
 from lvllm.errors import LvllmError
 from lvllm.loopback import LOOPBACK
+from lvllm.machine.installation import name_of_lvllm
 
 if TYPE_CHECKING:
     from lvllm.webui.site import Site
@@ -38,13 +41,14 @@ def webui(
 ) -> None:
     """Chat in the browser with a model of any OpenAI-compatible server.
 
-    Without --url a server is started as `lvllm run` does, and stopped in the end. Ctrl-C ends the
-    page. It needs gradio, the extra `webui`.
+    Without --url a server is started as `lvllm run` does, and stopped in the end. Ctrl-C or SIGTERM
+    ends the page. It needs gradio, the extra `webui`.
     """
     console = Console(stderr=True)
     try:
         if importlib.util.find_spec("gradio") is None:
-            raise LvllmError("webui needs gradio: pip install 'vllm[webui]' installs it")
+            extra = f"{name_of_lvllm()}[webui]"
+            raise LvllmError(f"webui needs gradio: pip install '{extra}' installs it")
         if url and (arguments or experts_per_token or verify):
             raise LvllmError(
                 "--url names a server that runs already: MODEL, --experts-per-token, --verify and"
@@ -52,7 +56,7 @@ def webui(
             )
         from lvllm.webui.site import serving
 
-        with serving(host, port) as site, ExitStack() as stack:
+        with _private_pictures(), serving(host, port) as site, ExitStack() as stack:
             if not url:
                 # In the environment the key is neither in the server's log nor in `ps`.
                 key = {VARIABLE: api_key} if api_key else {}
@@ -71,8 +75,19 @@ def webui(
         raise SystemExit(f"lvllm: {error}") from None
 
 
+@contextmanager
+def _private_pictures() -> Iterator[None]:
+    """Let gradio keep uploaded pictures in a folder that only this user can open, until the end.
+
+    Otherwise all users of the host have their pictures in /tmp/gradio, which is the first one's.
+    """
+    with tempfile.TemporaryDirectory(prefix="lvllm-webui-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # gradio reads it when it is imported.
+        yield
+
+
 def _chat(site: "Site", client: Client, host: str, system: str, console: Console) -> None:
-    """Show the chat until Ctrl-C. Raises LvllmError."""
+    """Show the chat until Ctrl-C or SIGTERM. Raises LvllmError."""
     models = client.models()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from lvllm.webui.answering import Answering
@@ -83,6 +98,7 @@ def _chat(site: "Site", client: Client, host: str, system: str, console: Console
     if host not in LOOPBACK:
         _say(console, "everybody who reaches this address can chat")
     with suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.pause()
     _say(console, "stopping")
 

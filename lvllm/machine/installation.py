@@ -1,8 +1,19 @@
-"""Which installed distributions have files of vLLM."""
+"""Which installed distributions have LvLLM and files of vLLM."""
 
 from importlib import metadata
 
-__all__ = ["owners_of_vllm", "shared_files"]
+__all__ = ["name_of_lvllm", "owners_of_vllm", "shared_files"]
+
+
+def name_of_lvllm() -> str:
+    """The distribution whose extras are LvLLM's: `lvllm` beside another vLLM, else `vllm`.
+
+    `pip install 'vllm[...]'` beside another vLLM would fetch upstream's over it.
+    """
+    try:
+        return metadata.distribution("lvllm").name
+    except metadata.PackageNotFoundError:
+        return "vllm"
 
 
 def owners_of_vllm() -> list[str]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -59,9 +60,9 @@ def browser() -> Iterator[webdriver.Chrome]:
 class Page:
     """The page as a visitor sees it. Whatever the visitor does, the page may be slow to follow."""
 
-    def __init__(self, browser: webdriver.Chrome, url: str, width: int = 1200) -> None:
+    def __init__(self, browser: webdriver.Chrome, url: str) -> None:
         self.browser = browser
-        browser.set_window_size(width, 860)
+        browser.set_window_size(1200, 860)
         browser.get(url)
 
     def until(self, condition: Callable[[], Any], seconds: float = WAIT) -> Any:
@@ -110,12 +111,21 @@ class Page:
         """How many questions are this text, which is one line."""
         return sum(row.text.splitlines().count(text) for row in self.all("#chat .user-row"))
 
-    def set_temperature(self, value: str) -> None:
+    def set(self, values: dict[str, str]) -> None:
+        """Open the settings, fill in fields by their labels, and close the settings."""
         self.click("#settings button")
-        selector = '#settings input[placeholder="the server\'s"]'
-        field = self.until(lambda: (one := self.all(selector)[0]).is_displayed() and one)
-        field.send_keys(value)
+        for label, value in values.items():
+            field = self.until(partial(self.setting, label))
+            field.clear()
+            field.send_keys(value)
         self.click("#settings button")
+
+    def setting(self, label: str) -> WebElement | None:
+        """The field with that label, once it can be seen."""
+        within = f"//*[@id='settings']//label[.//span[normalize-space()='{label}']]"
+        path = f"{within}//*[self::input or self::textarea]"
+        field = self.browser.find_element(By.XPATH, path)
+        return field if field.is_displayed() else None
 
     def answer(self, *wanted: str) -> str:
         """The last answer, once it has ended and contains all that is `wanted`."""
@@ -176,11 +186,21 @@ def webui(*arguments: str, **environment: str) -> Iterator[tuple[str, subprocess
 
 
 @pytest.fixture(scope="module")
-def fake(others: socket.socket) -> Iterator[tuple[FakeServer, str]]:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's folder for temporary files."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def fake(others: socket.socket, temporary: Path) -> Iterator[tuple[FakeServer, str]]:
     """A server that answers as a test tells it, and the URL of a page for it."""
-    proxy = f"http://127.0.0.1:{others.getsockname()[1]}"
-    with serving() as server, webui("--url", server.url, HTTPS_PROXY=proxy) as (url, _):
+    settings = {
+        "HTTPS_PROXY": f"http://127.0.0.1:{others.getsockname()[1]}",
+        "TMPDIR": str(temporary),
+    }
+    with serving() as server, webui("--url", server.url, **settings) as (url, _):
         yield server, url
+    assert list(temporary.iterdir()) == []
 
 
 def test_the_demo_model_from_loading_until_its_server_is_killed(
@@ -190,11 +210,12 @@ def test_the_demo_model_from_loading_until_its_server_is_killed(
         page = Page(browser, url)
         page.until(lambda: page.one("#text").text == "Starting the server")
         page.until(page.listens, START_SECONDS)
-        page.set_temperature("0")
+        page.set({"Temperature": "0"})
         page.send("What is 47 + 38?")
         said = page.answer("path: CPU")
         assert "85" in said
-        assert re.search(r"\d+ tokens · the first after \d+ ms · [^·]+ · path: CPU$", said)
+        rate = r"\d+\.\d tokens/s"
+        assert re.search(rf"\d+ tokens · the first after \d+ ms · {rate} · path: CPU$", said)
         page.send("What is 20 + 22?")
         page.until(lambda: len(page.answers()) == 2)
         assert "42" in page.answer("path: CPU")
@@ -349,22 +370,54 @@ def test_failures_are_one_line_and_the_page_goes_on(
 
 
 def test_a_long_answer_in_a_narrow_window(
-    browser: webdriver.Chrome, fake: tuple[FakeServer, str]
+    browser: webdriver.Chrome, fake: tuple[FakeServer, str], request: pytest.FixtureRequest
 ) -> None:
     server, url = fake
     words = [f"word{number} " for number in range(4000)]
     server.answers = [Answer([*words, "x" * 500], tokens=4001)]
-    page = Page(browser, url, width=360)
+    page = Page(browser, url)
+    phone = {"width": 360, "height": 640, "deviceScaleFactor": 1, "mobile": False}
+    # A window of Chromium's own has at least 500 pixels.
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    request.addfinalizer(
+        lambda: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    )
     page.send("a long one")
     page.answer("4001 tokens")
     assert "word3999" in page.last()
-    overflow = "return document.documentElement.scrollWidth - window.innerWidth"
-    assert browser.execute_script(overflow) <= 0  # type: ignore[no-untyped-call]
+    widths = "return [window.innerWidth, document.documentElement.scrollWidth]"
+    assert browser.execute_script(widths) == [360, 360]  # type: ignore[no-untyped-call]
     assert page.one("#question button.submit-button").is_displayed()
 
 
+def test_what_is_set_is_sent(browser: webdriver.Chrome, fake: tuple[FakeServer, str]) -> None:
+    server, url = fake
+    server.answers = [Answer(["yes"])]
+    tool = {"type": "function", "function": {"name": "weather"}}
+    page = Page(browser, url)
+    page.until(page.listens)
+    page.set(
+        {
+            "System prompt": "Be brief.",
+            "Tools": json.dumps([tool]),
+            "Temperature": "0.25",
+            "Top-p": "0.75",
+            "Top-k": "7",
+            "Most tokens of an answer": "33",
+            "Seed": "5",
+        }
+    )
+    page.send("do you see it?")
+    page.answer("yes")
+    sent = server.requests[-1]
+    assert [one["content"] for one in sent["messages"]] == ["Be brief.", "do you see it?"]
+    wanted = {"temperature": 0.25, "top_p": 0.75, "top_k": 7, "max_tokens": 33, "seed": 5}
+    assert {name: sent.get(name) for name in wanted} == wanted
+    assert sent["tools"] == [tool]
+
+
 def test_thinking_and_calls_and_pictures(
-    browser: webdriver.Chrome, fake: tuple[FakeServer, str], tmp_path: Path
+    browser: webdriver.Chrome, fake: tuple[FakeServer, str], temporary: Path, tmp_path: Path
 ) -> None:
     server, url = fake
     call = {"index": 0, "function": {"name": "weather", "arguments": '{"place": "Bonn"}'}}
@@ -382,6 +435,9 @@ def test_thinking_and_calls_and_pictures(
     picture, text = server.requests[-1]["messages"][-1]["content"]
     assert picture["image_url"]["url"].startswith("data:image/png;base64,")
     assert text == {"type": "text", "text": "what is it?"}
+    (pictures,) = temporary.glob("lvllm-webui-*")
+    assert pictures.stat().st_mode & 0o077 == 0
+    assert list(pictures.rglob("picture.png"))
 
 
 def test_the_page_asks_nobody_else_and_does_not_know_the_key(

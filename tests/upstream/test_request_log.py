@@ -23,8 +23,12 @@ def log(request: pytest.FixtureRequest) -> Iterator[logging.Logger]:
 def records(log: logging.Logger, error: Exception | None) -> list[str]:
     """What a handler gets of a line at each level, with `error` as its reason."""
     found: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = found.append  # type: ignore[method-assign]
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record)
+
+    handler = Handler()
     log.addHandler(handler)
     for level in (logging.DEBUG, logging.INFO, logging.ERROR):
         log.log(level, "refused: %s", error, exc_info=error)
