@@ -16,8 +16,9 @@ def explain(output: str) -> str:
     torch = re.search(r"No matching distribution found for (torch==\S+)", output)
     if torch:
         return (
-            f"pip finds no {torch[1]}; set PIP_EXTRA_INDEX_URL to PyTorch's CPU index, "
-            "or PIP_FIND_LINKS to a folder with the wheel"
+            f"pip finds no {torch[1]}; set PIP_EXTRA_INDEX_URL to PyTorch's CPU index (Linux, Pip"
+            " and CPU at https://pytorch.org/get-started/locally/), or PIP_FIND_LINKS to a folder"
+            " with the wheel"
         )
     if _NO_CONNECTION.search(output):
         return "no connection to the package index"
