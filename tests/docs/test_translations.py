@@ -28,7 +28,9 @@ def _english(link: str) -> str:
     return link.partition("#")[0].replace(".zh.", ".")
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".zh.md")])
+@pytest.mark.parametrize(
+    "name", [name for name in PAGES if name.endswith((".zh.md", "README_cn.md"))]
+)
 def test_links_lead_to_chinese_pages(name: str) -> None:
     page = ROOT / name
     for link in LINK.findall(BLOCK.sub("", page.read_text())):
