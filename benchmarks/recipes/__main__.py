@@ -1,7 +1,7 @@
 """Writes docs/recipes: `python -m benchmarks.recipes`.
 
 People write the pages about machines, but for the plans in them. Pages about families of models are
-generated as a whole.
+generated as a whole, in each language.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ MACHINES = ("desktop", "one-card", "many-cards", "no-card")
 
 def pages() -> Iterator[tuple[Path, str]]:
     """Each page and its current text."""
-    for name in MACHINES:
-        for language, suffix in (("en", ".md"), ("zh", ".zh.md")):
+    for language, suffix in machines.SUFFIXES.items():
+        for name in MACHINES:
             file = FOLDER / f"{name}{suffix}"
             yield file, machines.filled(file.read_text(), language)
-    yield FOLDER / "README.md", families.index()
-    for name, models in families.rows().items():
-        yield FOLDER / f"{name}.md", families.page(name, models)
+        yield FOLDER / f"README{suffix}", families.index(language)
+        for name, models in families.rows().items():
+            yield FOLDER / f"{name}{suffix}", families.page(name, models, language)
 
 
 if __name__ == "__main__":

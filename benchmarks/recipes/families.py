@@ -1,10 +1,20 @@
-"""A page for each file of examples/configs."""
+"""A page for each file of examples/configs, in each language."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.plans.models import MODELS
-from benchmarks.recipes.machines import LOAD, RECIPES, plan_of, sentence, table
+from benchmarks.recipes.machines import (
+    LOAD,
+    OTHER_COLUMNS,
+    RECIPES,
+    SUFFIXES,
+    plan_of,
+    sentence,
+    table,
+)
+from benchmarks.recipes.texts import INDEX, MACHINES, PAGE
 
 __all__ = ["index", "page", "rows"]
 
@@ -32,54 +42,44 @@ def rows() -> dict[str, str]:
     return {match["file"]: match["models"] for match in ROW.finditer(text)}
 
 
-def index() -> str:
+def index(language: str) -> str:
     """The page that lists the families."""
-    lines = [f"| [{file}.md]({file}.md) | {models} |" for file, models in rows().items()]
-    return "\n".join(
-        [
-            "# Model families",
-            "",
-            "`python -m benchmarks.recipes` writes this page and those that it lists, from "
-            "[examples/configs](../../examples/configs/README.md) and from what `lvllm plan` says.",
-            "",
-            "| page | models |",
-            "|---|---|",
-            *lines,
-            "",
-        ]
-    )
+    lines = [
+        f"| [{file}.md]({file}{SUFFIXES[language]}) | {_listed(models, language)} |"
+        for file, models in rows().items()
+    ]
+    return INDEX[language].format(rows="\n".join(lines))
 
 
-def page(file: str, models: str) -> str:
+def page(file: str, models: str, language: str) -> str:
     """The page of a family."""
     config = (CONFIGS / f"{file}.yaml").read_text()
     model = re.search(r"^model: (.*)$", config, re.MULTILINE)
     assert model, file
-    parts = [
-        f"# {models}\n",
-        "`python -m benchmarks.recipes` writes this page; do not edit it by hand.\n",
-        "## Serve it\n",
-        "With the settings that `lvllm serve` chooses for this machine:\n",
-        f"    lvllm plan {model[1]}\n    lvllm serve {model[1]}\n",
-        "Or with the family's configuration:\n",
-        f"    LVLLM_MOE_NUMA_ENABLED=1 vllm serve --config examples/configs/{file}.yaml\n",
-        "## The configuration\n",
-        "[What to change in it](../../examples/configs/README.md) is the same for all families.\n",
-        f"```yaml\n{config}```\n",
-    ]
-    if planned := PLANNED.get(file):
-        parts += [
-            "## Which machine\n",
-            f"What `lvllm plan` predicts for one user with a prompt of {LOAD.prompt} tokens and\n"
-            f"an answer of {LOAD.answer}, without rounding weights. GPUs are estimates, because\n"
-            "LvLLM has not run on one yet ([how these numbers are made](../plan.md)).\n",
-            *(_machines(name) for name in planned),
+    return PAGE[language].format(
+        models=_listed(models, language),
+        model=model[1],
+        file=file,
+        config=config,
+        machines=_machines(PLANNED.get(file, ()), language),
+    )
+
+
+def _listed(models: str, language: str) -> str:
+    return models.replace(", ", "、") if language == "zh" else models
+
+
+def _machines(models: Sequence[str], language: str) -> str:
+    """The part about the machines that a family's models fit on, if they are planned for."""
+    if not models:
+        return ""
+    tables = []
+    for model in models:
+        lines = [
+            (one.name(language), *sentence(plan_of(model, one), language))
+            for one in RECIPES.values()
         ]
-    parts.append("[models.md](../models.md) says what of the family has been tested, and how.\n")
-    return "\n".join(parts)
-
-
-def _machines(model: str) -> str:
-    head = (model, "prefill, tok/s", "decode, tok/s", "way")
-    lines = [(one.what, *sentence(plan_of(model, one))) for one in RECIPES.values()]
-    return table([head, *lines])
+        tables.append(table([(model, *OTHER_COLUMNS[language]), *lines]))
+    return MACHINES[language].format(
+        prompt=LOAD.prompt, answer=LOAD.answer, tables="\n".join(tables)
+    )

@@ -11,10 +11,22 @@ from lvllm.planning.placement import Load
 from lvllm.planning.settings import as_yaml, settings_of
 from lvllm.units import GIB
 
-__all__ = ["LOAD", "RECIPES", "Recipe", "filled", "plan_of", "sentence"]
+__all__ = [
+    "LOAD",
+    "OTHER_COLUMNS",
+    "RECIPES",
+    "SUFFIXES",
+    "Recipe",
+    "filled",
+    "plan_of",
+    "sentence",
+    "table",
+]
 
 LOAD = Load(prompt=8192, answer=512, context=16384)
 BEGIN, END = "<!-- from lvllm plan: {} -->\n", "<!-- end of {} -->\n"
+SUFFIXES = {"en": ".md", "zh": ".zh.md"}
+"""How the names of pages end, by their languages."""
 MODEL_COLUMN = {"en": "model", "zh": "模型"}
 OTHER_COLUMNS = {
     "en": ("prefill, tok/s", "decode, tok/s", "way"),
@@ -38,6 +50,8 @@ class Recipe:
     """A machine with the page that is for it."""
 
     what: str
+    chinese: str
+    """The same in Chinese."""
     gib: int
     cores: int
     """Those that compute: four are left to the system."""
@@ -49,6 +63,10 @@ class Recipe:
     gpu: str
     example: str
     """The model whose settings the page shows, as the hub names it; one of benchmarks.plans."""
+
+    def name(self, language: str) -> str:
+        """What the machine is."""
+        return self.chinese if language == "zh" else self.what
 
     def machine(self) -> Machine:
         """The machine as `lvllm plan` makes it from the options."""
@@ -80,22 +98,27 @@ def _not_here() -> Machine:
 RECIPES = {
     "desktop": Recipe(
         "Ryzen 9 9950X, DDR5-5600, 128 GiB, RTX 4090",
+        "Ryzen 9 9950X，DDR5-5600，128 GiB，RTX 4090",
         128, 12, 1, 76, "avx512_bf16", 1, "rtx-4090", "openai/gpt-oss-120b",
     ),
     "one-card": Recipe(
         "2 EPYC 9554, 24 channels DDR5-4800, 768 GiB, RTX 4090",
+        "两颗 EPYC 9554，24 通道 DDR5-4800，768 GiB，RTX 4090",
         768, 124, 2, 783, "avx512_bf16", 1, "rtx-4090", "deepseek-ai/DeepSeek-R1",
     ),
     "two-cards": Recipe(
         "2 Xeon 8480+, 16 channels DDR5-4800, 1 TiB, 2 RTX 4090",
+        "两颗 Xeon 8480+，16 通道 DDR5-4800，1 TiB，两张 RTX 4090",
         1024, 108, 2, 522, "amx", 2, "rtx-4090", "deepseek-ai/DeepSeek-R1",
     ),
     "eight-cards": Recipe(
         "2 EPYC 9554, 24 channels DDR5-4800, 768 GiB, 8 RTX 4090",
+        "两颗 EPYC 9554，24 通道 DDR5-4800，768 GiB，八张 RTX 4090",
         768, 124, 2, 783, "avx512_bf16", 8, "rtx-4090", "Qwen/Qwen3-235B-A22B-FP8",
     ),
     "no-card": Recipe(
         "EPYC 9654, 12 channels DDR5-4800, 768 GiB",
+        "EPYC 9654，12 通道 DDR5-4800，768 GiB",
         768, 92, 4, 391, "avx512_bf16", 0, "", "Qwen/Qwen3-30B-A3B",
     ),
 }  # fmt: skip
