@@ -43,9 +43,8 @@ def test_settings_exist(file: Path) -> None:
 
 def test_settings_have_allowed_values() -> None:
     in_kubernetes = {one["name"]: one.get("value", "") for one in CONTAINER["env"]}
-    service = (EXAMPLES / "systemd" / "lvllm-serve.service").read_text()
-    (line,) = re.findall(r"^Environment=(.*)$", service, re.MULTILINE)
-    in_systemd = dict(one.split("=") for one in line.split())
+    lines = unit_of("serve")["Environment"]
+    in_systemd = dict(one.split("=") for line in lines for one in line.split())
     for environment in (COMPOSE["services"]["lvllm"]["environment"], in_kubernetes, in_systemd):
         assert resolve(environment, None)["moe_numa_enabled"].value is True
 
@@ -82,6 +81,32 @@ def test_all_start_the_image_alike() -> None:
     # Running answers end before the container is killed.
     assert service["stop_grace_period"] == f"{POD['terminationGracePeriodSeconds']}s"
     assert int(seconds) + 10 <= POD["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("unit", ["bank", "serve"])
+def test_systemd_lets_services_write_into_their_caches_alone(unit: str) -> None:
+    found = unit_of(unit)
+    assert found["ProtectSystem"] == ["strict"]
+    assert found["NoNewPrivileges"] == ["yes"]
+    assert f"HOME=/var/cache/{found['CacheDirectory'][0]}" in found["Environment"]
+
+
+def test_systemd_lets_running_answers_end() -> None:
+    found = unit_of("serve")
+    (seconds,) = re.findall(r"--shutdown-timeout (\d+)", found["ExecStart"][0])
+    assert int(seconds) + 10 <= int(found["TimeoutStopSec"][0])
+    # Otherwise the engine gets SIGTERM together with the server, and ends at once.
+    assert found["KillMode"] == ["mixed"]
+
+
+def unit_of(name: str) -> dict[str, list[str]]:
+    """The settings of a service, each with all of its values."""
+    found: dict[str, list[str]] = {}
+    for line in (EXAMPLES / "systemd" / f"lvllm-{name}.service").read_text().splitlines():
+        setting, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found.setdefault(setting, []).append(value)
+    return found
 
 
 def test_the_image_has_what_is_needed_beside_python() -> None:
