@@ -51,6 +51,12 @@ def _register() -> None:
         request_log,
     )
 
+    if current_platform.is_unspecified():
+        raise LvllmError(
+            f"vLLM {vllm.__version__} is not built for CPUs, and finds no GPU here: `nvidia-smi`"
+            " must list one; for a machine without, install the build for CPUs"
+            " (VLLM_TARGET_DEVICE=cpu)"
+        )
     # On a GPU vLLM's own linear layers, routers and pictures run.
     is_cpu = current_platform.is_cpu()
     expert_layers.register()

@@ -51,6 +51,15 @@ def test_a_models_own_expert_class_is_refused_and_not_ignored(
 
 
 @pytest.mark.usefixtures("enabled")
+def test_a_build_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.interface import UnspecifiedPlatform
+
+    monkeypatch.setattr(vllm.platforms, "current_platform", UnspecifiedPlatform())
+    with pytest.raises(LvllmError, match="is not built for CPUs, and finds no GPU here"):
+        plugin.register()
+
+
+@pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize("cpu", [True, False])
 def test_what_only_the_cpu_platform_lacks(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA, vLLM's own linear layers and routers stay, and configurations are checked."""
@@ -60,6 +69,7 @@ def test_what_only_the_cpu_platform_lacks(cpu: bool, monkeypatch: pytest.MonkeyP
 
     class Platform:
         is_cpu = staticmethod(lambda: cpu)
+        is_unspecified = staticmethod(lambda: False)
 
         @classmethod
         def check_and_update_config(cls, vllm_config: Any) -> None:

