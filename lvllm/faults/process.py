@@ -43,8 +43,9 @@ def prepare() -> None:
 def is_command() -> bool:
     """Whether this process runs a command of vLLM, and not a program that uses it as a library."""
     program = sys.argv[0] if sys.argv else ""
-    # The second is `python -m vllm.entrypoints...`.
-    return Path(program).name == "vllm" or "/vllm/entrypoints/" in program
+    # The others are `python -m vllm.entrypoints...` and what `lvllm serve` starts.
+    modules = ("/vllm/entrypoints/", "/lvllm/serving/command.py")
+    return Path(program).name == "vllm" or any(module in program for module in modules)
 
 
 def refusal(line: str) -> BaseException:

@@ -8,6 +8,7 @@ import pytest
 
 from lvllm.errors import LvllmError
 from lvllm.faults import process
+from lvllm.serving import command
 
 CHILD = """
 import sys
@@ -80,6 +81,7 @@ def test_an_error_in_the_front_process_itself() -> None:
     [
         ("/venv/bin/vllm", SystemExit),
         ("/venv/lib/vllm/entrypoints/openai/api_server.py", SystemExit),
+        (command.__file__, SystemExit),  # `lvllm serve` and `lvllm run`
         ("train.py", LvllmError),
         ("-c", LvllmError),
         ("", LvllmError),  # an interactive Python
