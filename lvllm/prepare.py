@@ -22,9 +22,16 @@ from lvllm.faults import compiled, process, scratch
 from lvllm.formats import gguf
 from lvllm.handover import banks
 from lvllm.log import logger
-from lvllm.machine import compiler, cpus, gpu_distance, installation, memory_plan, room
+from lvllm.machine import (
+    compiler,
+    cpus,
+    gpu_distance,
+    installation,
+    memory_plan,
+    rank_network,
+    room,
+)
 from lvllm.machine.facts import limits
-from lvllm.machine.loopback import keep_ranks_on_loopback
 from lvllm.machine.memory_need import folder_of
 from lvllm.metrics import collector, memory
 from lvllm.prefill import configuration as prefill_configuration
@@ -77,7 +84,7 @@ def prepare(vllm_config: Any) -> None:
     _check_shared_memory(vllm_config.parallel_config)
     process.prepare()
     compiled.prepare()
-    keep_ranks_on_loopback(vllm_config.parallel_config)
+    rank_network.choose(vllm_config.parallel_config)
     if (line := installation.shared_files(installation.owners_of_vllm())) is not None:
         logger.warning("LvLLM: %s", line)
     if not _on_ray(vllm_config):

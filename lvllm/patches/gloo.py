@@ -9,7 +9,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from lvllm.machine.loopback import INTERFACE
+from lvllm.machine.rank_network import INTERFACE
 from lvllm.patches.registry import patch
 
 __all__ = ["share_devices"]

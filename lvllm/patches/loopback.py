@@ -20,7 +20,7 @@ __all__ = ["listen_where_it_is_asked"]
     until="TCPStore listens on the address that it is given",
 )
 def listen_where_it_is_asked(original: Any) -> Any:
-    from lvllm.machine.loopback import is_loopback
+    from lvllm.machine.rank_network import is_loopback
 
     def make(host_name: str, port: int, *arguments: Any, **options: Any) -> Any:
         if (

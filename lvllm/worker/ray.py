@@ -14,6 +14,7 @@ from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 from lvllm import prepare
 from lvllm.errors import LvllmError
 from lvllm.faults import process
+from lvllm.machine.rank_network import ADDRESS, take_network_of
 from lvllm.patches import install
 from lvllm.patches.ray_cluster import RANKS
 from lvllm.patches.registry import ON_RAY
@@ -50,6 +51,8 @@ class HybridRayExecutor(RayExecutorV2):
                     "distributed-executor-backend=ray: no Ray cluster is running here, and"
                     " RAY_ADDRESS names none: start one with `ray start` (docs/ray.md)"
                 ) from None
+        # Not gloo's interface, which vLLM would copy to hosts that name theirs otherwise.
+        os.environ.setdefault(ADDRESS, ray.util.get_node_ip_address())
         ranks = self.parallel_config.world_size
         places = int(ray.cluster_resources().get(RANKS, 0))
         if places < ranks:
@@ -92,6 +95,7 @@ class HybridRayWorkerProc(RayWorkerProc):
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets 1 for actors that ask for no CPUs of it.
         for name, value in theirs.items():
             os.environ.setdefault(name, value)
+        take_network_of(ray.util.get_node_ip_address())
         vllm_config = self._init_kwargs["vllm_config"]
         prepare.divide_host(vllm_config, ranks=len(assigned_physical_gpu_ids or [0]))
         cpus = HybridConfig.carried(vllm_config).omp_cpus[local_rank]

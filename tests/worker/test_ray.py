@@ -5,11 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 from vllm.v1.executor.ray_executor_v2 import RayWorkerProc
 
 from lvllm import prepare
 from lvllm.machine import cpus
+from lvllm.machine.rank_network import ADDRESS, INTERFACE
 from lvllm.settings.configuration import RESOLVED, HybridConfig
 from lvllm.worker.ray import HybridRayWorkerProc
 
@@ -33,7 +35,8 @@ def test_each_machine_divides_its_own_cpus(
         RayWorkerProc, "initialize_worker", lambda self, *given: loaded.extend(given)
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # by Ray
-    for name in ("_LVLLM_FAILURE", "LK_THREADS", "HERE"):
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    for name in ("_LVLLM_FAILURE", "LK_THREADS", "HERE", ADDRESS, INTERFACE):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("THERE", "ours")
@@ -48,4 +51,5 @@ def test_each_machine_divides_its_own_cpus(
     assert divided.engine_cpus == divided.omp_cpus == ((4, 5), (6, 7))
     assert (os.environ["HERE"], os.environ["THERE"]) == ("theirs", "ours")
     assert "_LVLLM_FAILURE" not in os.environ
+    assert (os.environ[ADDRESS], os.environ[INTERFACE]) == ("127.0.0.1", "lo")
     assert loaded == [1, {}, "tcp://host:1"]
