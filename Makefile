@@ -119,8 +119,9 @@ models-table: install ## rerun the tests of whole models and write the tables of
 		tests/e2e/test_expert_classes.py --record docs/tested.json
 	$(RUN) -m tests.e2e.results_page
 
-quality: install ## measure the demo model in every weight format, into docs/quality.md
-	$(VENV)/bin/lvllm eval examples/models/tiny-moe --formats all --markdown docs/quality.md
+quality: install ## measure the demo model in every weight format, into docs/quality.md and .zh.md
+	$(VENV)/bin/lvllm eval examples/models/tiny-moe --formats all \
+		--markdown docs/quality.md --markdown docs/quality.zh.md
 
 wheel: ## build the manylinux wheels WHEELS into dist/
 	@$(BOOTSTRAP) --tools wheel

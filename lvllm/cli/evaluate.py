@@ -1,7 +1,7 @@
 """`lvllm eval` measures how good a model is, and how far it is from another."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -84,8 +84,11 @@ def evaluate(
     ] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     markdown: Annotated[
-        Path | None,
-        typer.Option(help=f"Write the table into this page, after the line {report.BEGIN}."),
+        list[Path] | None,
+        typer.Option(
+            help=f"Write the table into this page, after the line {report.BEGIN};"
+            " may be given several times."
+        ),
     ] = None,
     wrong: Annotated[int, typer.Option(help="How many wrong answers to print.")] = 5,
 ) -> None:
@@ -98,7 +101,7 @@ def evaluate(
     console = Console()
     rows: list[report.Row] = []
     try:
-        _check(model, server, reference, save, formats, markdown, top, tokenizer)
+        _check(model, server, reference, save, formats, markdown or [], top, tokenizer)
         asked = evaluation.load_questions(questions or TINY_MOE) if questions or not text else []
         tested: Model
         if server:
@@ -133,8 +136,8 @@ def evaluate(
         about = report.notes(rows, read.source if read else "", rows[0].name)
         if not server and (models[-1].on_lvllm or variables.enabled(os.environ)):
             about.append(f"Experts on LvLLM's engine ({engine.info().isa}).")
-        if markdown:
-            report.write_page(markdown, report.markdown(rows, about))
+        for page in markdown or []:
+            report.write_page(page, report.markdown(rows, about))
     except (ValueError, OSError, evaluation.EvaluationError) as error:
         if rows:  # They may have taken hours.
             console.print(report.table(rows))
@@ -153,7 +156,7 @@ def _check(
     reference: str,
     save: Path | None,
     formats: str,
-    markdown: Path | None,
+    markdown: Sequence[Path],
     top: int | None,
     tokenizer: str,
 ) -> None:
@@ -174,8 +177,8 @@ def _check(
         raise ValueError(f"--top {top} is not allowed: at least 1")
     if top is not None and Path(reference).is_file() and not is_gguf(Path(reference)):
         raise ValueError(f"--top {top}: a saved reference has its own; leave it out")
-    if markdown:
-        report.split_page(markdown)
+    for page in markdown:
+        report.split_page(page)
 
 
 def _reference(

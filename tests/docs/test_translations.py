@@ -20,6 +20,7 @@ def _shape(name: str) -> dict[str, object]:
         "pictures": [path.replace(".zh.", ".") for path in re.findall(r"!\[[^]]*\]\((.*)\)", text)],
         "links": sorted(_english(link) for link in LINK.findall(text)),
         "code": [_plain(block) for block in blocks(name)],
+        "output of programs": re.findall(r"<!-- .*: begin -->.*<!-- .*: end -->", text, re.DOTALL),
     }
 
 

@@ -91,6 +91,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("missing --formats all", "'missing' is no checkpoint folder"),
         ("TINY --formats all --markdown page.md", "page.md has no lines <!-- lvllm eval: begin"),
         ("TINY --formats all --markdown missing/page.md", "missing is no folder"),
+        (
+            "TINY --formats all --markdown new.md --markdown page.md",
+            "page.md has no lines <!-- lvllm eval: begin",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
