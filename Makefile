@@ -107,6 +107,7 @@ docs: ## regenerate the generated pages and pictures, and build the site into bu
 	$(RUN) -m docs.chinese_settings
 	$(RUN) -m lvllm.patches > docs/patches.md
 	$(RUN) -m docs.pictures
+	$(RUN) -m benchmarks.plans
 	$(RUN) -m benchmarks.recipes
 	$(SITE) build --strict
 

@@ -1,6 +1,7 @@
 """The sizes of published models, as their config.json files give them."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from lvllm.planning import shape
@@ -155,6 +156,7 @@ MODELS = [
 ]
 
 
+@cache  # transformers takes half a second for each
 def shape_of(name: str) -> ModelShape:
     """The shape of one of MODELS."""
     config = next(model.config for model in MODELS if model.name == name)

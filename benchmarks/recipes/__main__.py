@@ -7,6 +7,7 @@ generated as a whole, in each language.
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.pages import SUFFIXES
 from benchmarks.recipes import families, machines
 
 FOLDER = Path(__file__).parents[2] / "docs/recipes"
@@ -15,7 +16,7 @@ MACHINES = ("desktop", "one-card", "many-cards", "no-card")
 
 def pages() -> Iterator[tuple[Path, str]]:
     """Each page and its current text."""
-    for language, suffix in machines.SUFFIXES.items():
+    for language, suffix in SUFFIXES.items():
         for name in MACHINES:
             file = FOLDER / f"{name}{suffix}"
             yield file, machines.filled(file.read_text(), language)

@@ -4,16 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.pages import SUFFIXES, table
 from benchmarks.plans.models import MODELS
-from benchmarks.recipes.machines import (
-    LOAD,
-    OTHER_COLUMNS,
-    RECIPES,
-    SUFFIXES,
-    plan_of,
-    sentence,
-    table,
-)
+from benchmarks.recipes.machines import LOAD, OTHER_COLUMNS, RECIPES, plan_of, sentence
 from benchmarks.recipes.texts import INDEX, MACHINES, PAGE
 
 __all__ = ["index", "page", "rows"]

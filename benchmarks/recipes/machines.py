@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
+from benchmarks.pages import table
 from benchmarks.plans.models import MODELS, shape_of
 from lvllm.planning.choice import Plan, choose
 from lvllm.planning.description import Description, machine_of
@@ -11,22 +12,10 @@ from lvllm.planning.placement import Load
 from lvllm.planning.settings import as_yaml, settings_of
 from lvllm.units import GIB
 
-__all__ = [
-    "LOAD",
-    "OTHER_COLUMNS",
-    "RECIPES",
-    "SUFFIXES",
-    "Recipe",
-    "filled",
-    "plan_of",
-    "sentence",
-    "table",
-]
+__all__ = ["LOAD", "OTHER_COLUMNS", "RECIPES", "Recipe", "filled", "plan_of", "sentence"]
 
 LOAD = Load(prompt=8192, answer=512, context=16384)
 BEGIN, END = "<!-- from lvllm plan: {} -->\n", "<!-- end of {} -->\n"
-SUFFIXES = {"en": ".md", "zh": ".zh.md"}
-"""How the names of pages end, by their languages."""
 MODEL_COLUMN = {"en": "model", "zh": "模型"}
 OTHER_COLUMNS = {
     "en": ("prefill, tok/s", "decode, tok/s", "way"),
@@ -124,13 +113,10 @@ RECIPES = {
 }  # fmt: skip
 
 
-_shape = cache(shape_of)  # transformers takes half a second for each
-
-
 @cache
 def plan_of(model: str, recipe: Recipe) -> Plan:
     """What the planner says of one of the published models."""
-    return choose(_shape(model), recipe.machine(), LOAD)
+    return choose(shape_of(model), recipe.machine(), LOAD)
 
 
 def sentence(plan: Plan, language: str = "en") -> tuple[str, ...]:
@@ -140,13 +126,6 @@ def sentence(plan: Plan, language: str = "en") -> tuple[str, ...]:
         return ("", "", NOT_FIT[language])
     way = WAYS[language].get(best.name, best.name)
     return (f"{best.speed.prefill_rate:.0f}", f"{best.speed.decode_rate:.1f}", way)
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table, whose first row is the head."""
-    head, *body = rows
-    lines = [head, tuple("---" for _ in head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _block(name: str, language: str) -> str:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from benchmarks.plans.__main__ import page
+from benchmarks.plans.__main__ import pages
 
 PAGE = Path(__file__).parents[2] / "docs/plans.md"
 
 
-def test_the_page_is_current() -> None:
-    assert PAGE.read_text() == page(), "python -m benchmarks.plans > docs/plans.md"
+def test_the_pages_are_current() -> None:
+    for file, text in pages():
+        assert file.read_text() == text, f"{file.name}: python -m benchmarks.plans"
 
 
 def test_published_decoding_is_predicted_within_a_factor_of_two() -> None:
