@@ -4,10 +4,10 @@
         [--gbs 80] [--steps 4000] [--users 1,4]
 
 Routing is made up with two skews (benchmarks/expert_cache/routing.py), and recorded from the demo
-model. The last column of a made-up table is the time to read the experts of a step from host memory
-with the scheme `counted`, against all of them: `--mib` is the size of an expert, `--gbs` the
-bandwidth. The time of the GPU's own experts is hidden behind the CPU's, since its memory is ten
-times as fast.
+model. `planned` is what `lvllm plan` expects. The last column of a made-up table is the time to
+read the experts of a step from host memory with the scheme `counted`, against all of them: `--mib`
+is the size of an expert, `--gbs` the bandwidth. The time of the GPU's own experts is hidden behind
+the CPU's, since its memory is ten times as fast.
 """
 
 from pathlib import Path
@@ -22,6 +22,7 @@ from rich.table import Table
 from benchmarks.expert_cache.routing import fitted_skew, made_up, recorded
 from benchmarks.expert_cache.schemes import SCHEMES, Trace
 from lvllm.evaluation import load_questions
+from lvllm.planning.hits import saved
 from lvllm.units import MIB
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -39,10 +40,10 @@ def demo_model() -> Trace:
     return list(recorded(TINY, prompts, ANSWER_TOKENS))
 
 
-def show(title: str, trace: Trace, seconds_of_read: float | None = None) -> None:
+def show(title: str, trace: Trace, users: int, seconds_of_read: float | None = None) -> None:
     """Print a table with the hits of each scheme."""
     reads = float(torch.stack(list(trace)).sum()) / len(trace)
-    table = Table("of the experts", *SCHEMES, "ms a step", title=title)
+    table = Table("of the experts", *SCHEMES, "planned", "ms a step", title=title)
     for share in SHARES:
         slots = int(share * trace[0].numel())
         hits = {name: scheme(trace, slots) for name, scheme in SCHEMES.items()}
@@ -50,7 +51,8 @@ def show(title: str, trace: Trace, seconds_of_read: float | None = None) -> None
         if seconds_of_read is not None:
             whole = 1e3 * reads * seconds_of_read
             time = f"{whole * (1 - hits['counted']):.1f} of {whole:.1f}"
-        table.add_row(f"{share:.0%}", *(f"{hit:.0%}" for hit in hits.values()), time)
+        expected = (*hits.values(), saved(share, users))
+        table.add_row(f"{share:.0%}", *(f"{hit:.0%}" for hit in expected), time)
     Console().print(table)
 
 
@@ -70,8 +72,9 @@ def main(
         skew = fitted_skew(128, 8, TOKENS, chosen)
         for count in map(int, users.split(",")):
             title = f"{TOKENS} tokens choose {chosen} of 128 (skew {skew:.2f}), {count} at a time"
-            show(title, list(made_up(layers, experts, topk, skew, count, steps, seed)), read)
-    show(f"the demo model, {ANSWERS} answers", demo_model())
+            trace = list(made_up(layers, experts, topk, skew, count, steps, seed))
+            show(title, trace, count, read)
+    show(f"the demo model, {ANSWERS} answers", demo_model(), 1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from benchmarks.gpu_model.decode import Step, step
 from benchmarks.gpu_model.layers import Parts
 from benchmarks.gpu_model.models import CHUNK, needs, resident_that_fit, slots_share
 from benchmarks.gpu_model.prefill import Prefill, Spent
-from benchmarks.gpu_model.skews import saved
+from lvllm.planning.hits import EVEN, SKEWED, saved
 from lvllm.planning.placement import Load
 from lvllm.units import MIB
 
@@ -15,6 +15,7 @@ __all__ = ["LONG", "Prediction"]
 
 LONG = 4 * CHUNK
 ANSWER = 512
+CURVES = {"even": EVEN, "skewed": SKEWED}
 DEFERRED = 2
 """Experts of a token that may be deferred."""
 
@@ -65,7 +66,7 @@ class Prediction:
     def cached(self, users: int, skew: str) -> Step:
         """The experts that are used most are on the GPU, as many as fit."""
         share = slots_share(self.parts.model, self.parts.machine, self._load(users))
-        return step(self.parts, users, CHUNK, saved=saved(skew, users, share))
+        return step(self.parts, users, CHUNK, saved=saved(share, users, CURVES[skew]))
 
     def deferred(self, users: int) -> Step:
         """DEFERRED experts of each token may end a layer later."""

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from benchmarks.expert_cache.curves import COVERED, covering, even_skew, simulated
 from benchmarks.expert_cache.routing import distinct, fitted_skew, made_up
 from benchmarks.expert_cache.schemes import SCHEMES
+from lvllm.planning.hits import EVEN, EXPERTS, SKEWED
 
 
 def test_made_up_routing_chooses_as_many_experts_as_it_is_fitted_to() -> None:
@@ -29,3 +31,15 @@ def test_a_scheme_counts_the_reads_of_its_experts(name: str) -> None:
     share = SCHEMES[name](trace, 4)
     best = {"whole layers": 0.5}.get(name, 1.0)
     assert share == pytest.approx(best)
+
+
+def test_the_even_skew_is_the_published_one() -> None:
+    trace = list(made_up(6, EXPERTS, 8, even_skew(), 1, 1000, 2))
+    assert covering(trace, 0.9) == pytest.approx(COVERED, abs=3)
+
+
+@pytest.mark.parametrize("users", [1, 8])
+def test_the_planner_has_what_is_simulated(users: int) -> None:
+    for skew, curves in (("even", EVEN), ("skewed", SKEWED)):
+        said = "python -m benchmarks.expert_cache.curves prints lvllm/planning/hits.py"
+        assert simulated(skew, users) == pytest.approx(curves[users], abs=6e-4), said

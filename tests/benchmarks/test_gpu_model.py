@@ -8,14 +8,12 @@ from random import Random, randrange
 import pytest
 import torch
 
-from benchmarks.expert_cache.routing import made_up
 from benchmarks.gpu_model.accelerator import SimulatedAccelerator, SimulatedStream
 from benchmarks.gpu_model.decode import step
 from benchmarks.gpu_model.layers import Parts
 from benchmarks.gpu_model.machines import MACHINES, Overheads
 from benchmarks.gpu_model.prefill import Prefill
 from benchmarks.gpu_model.shared import shared
-from benchmarks.gpu_model.skews import COVERED, EXPERTS, covering, even_skew, saved
 from benchmarks.gpu_model.tables import prediction_row
 from benchmarks.gpu_model.vary import RATES
 from lvllm.gpu.ring import StagingRing
@@ -216,13 +214,6 @@ def test_each_rate_can_be_varied(rate: str) -> None:
     )
     assert all(new <= old for old, new in zip(before, after, strict=True))
     assert before != after
-
-
-def test_the_even_skew_is_the_published_one() -> None:
-    trace = list(made_up(6, EXPERTS, 8, even_skew(), 1, 1000, 2))
-    assert covering(trace, 0.9) == pytest.approx(COVERED, abs=3)
-    assert saved("even", 1, 0) == 0
-    assert 0 < saved("even", 1, 0.1) < saved("even", 1, 0.4) < saved("even", 1, 1) == 1
 
 
 @pytest.mark.parametrize(
