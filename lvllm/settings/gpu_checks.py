@@ -70,6 +70,11 @@ def check(settings: Mapping[str, Setting], accelerator: Accelerator, vllm_config
             )
         if given and not layers:
             raise setting.refuse(f"{model.model} has no routed experts; allowed is {allowed}")
+    if any(cache.value) and not set(layers) - set(resident.value):
+        raise cache.refuse(
+            f"it is for layers that are not resident, and {resident.variable.name} names all;"
+            " allowed is 0 or empty"
+        )
     staging = settings["gpu_staging_mib"]
     for setting, given, allowed in (
         (window, window.value, "0 or empty"),

@@ -77,6 +77,8 @@ def test_allowed_settings() -> None:
     check("cuda", config(), prefill_min_batch_size="1", staging_mib="64")
     check("cuda", config(), prefill_min_batch_size="auto", call="mailbox")
     check("cuda", config(), expert_cache="4.5")
+    check("cuda", config(), expert_cache="4.5", resident_moe_layers="3-6")
+    check("cuda", config(), expert_cache="0", resident_moe_layers="3-7")
     check("host", config(), {"gpu_prefill_min_batch_size": "auto"}, prefetch_window="1")
     check("cuda", config(experts=0))
     check("host", config(drafts=2), resident_moe_layers="3,8-9")
@@ -109,6 +111,12 @@ def test_resident_layers_without_experts_are_refused(
         ("none", config(), {"call": "auto"}, "is none; allowed is hostfunc or empty"),
         ("none", config(), {"expert_cache": "auto"}, "is none; allowed is 0 or empty"),
         ("cuda", config(experts=0), {"expert_cache": "0.1"}, "experts; allowed is 0 or empty"),
+        (
+            "cuda",
+            config(),
+            {"expert_cache": "4", "resident_moe_layers": "3-7"},
+            "not resident, and LVLLM_GPU_RESIDENT_MOE_LAYERS names all; allowed is 0 or empty",
+        ),
         ("cuda", config(), {"prefill_min_batch_size": "257"}, "; allowed is 0 to 256"),
         (
             "host",
