@@ -27,6 +27,8 @@ SHORT = {
     "every batch streamed": "streamed",
     "long prompts streamed": "hybrid",
     "experts on the CPU": "experts",
+    "streamed and cached": "hybrid, cached",
+    "most used experts cached": "experts, cached",
 }
 
 

@@ -22,7 +22,8 @@ on a GPU yet. [What the planner assumes](plan.md) has a page of its own.
 Tokens a second of the prompt and of the answer, and the way to run it: *GPU* or *CPU* (everything
 is there), *streamed* (every batch's experts are copied to the GPU), *hybrid* (long prompts are
 streamed, and answers take the experts on the CPU), or *experts* (only the experts are on the CPU,
-for every batch). A dash: it does not fit. No weights are rounded.
+for every batch). *cached*: the GPU has the experts that are read most, of all layers, instead of
+whole layers. A dash: it does not fit. No weights are rounded.
 
 {plans}
 ## Against what others published
@@ -50,7 +51,8 @@ GPU 的数字依据数据手册和估计，因为 LvLLM 尚未在 GPU 上运行�
 
 表中是提示和回答的每秒 token 数，以及运行方式：*GPU* 或 *CPU*（一切都在那里）、
 *流式*（每个批次的专家都复制到 GPU）、*混合*（长提示流式复制，回答用 CPU 上的专家）、
-*专家*（只有专家在 CPU 上，所有批次都如此）。短横线表示装不下。不对权重做舍入。
+*专家*（只有专家在 CPU 上，所有批次都如此）。*缓存* 表示 GPU 存放的是所有层中读取最多的专家，
+而不是若干整层。短横线表示装不下。不对权重做舍入。
 
 {plans}
 ## 与他人公布的结果比较
@@ -101,6 +103,8 @@ CHINESE = {
     "CPU": "CPU",
     "streamed": "流式",
     "hybrid": "混合",
+    "hybrid, cached": "混合，缓存",
+    "experts, cached": "专家，缓存",
     "what": "引擎和机器",
     "prompt": "提示",
     "phase": "阶段",
@@ -113,6 +117,7 @@ CHINESE = {
     "experts: arithmetic": "专家：运算",
     "experts: memory bandwidth": "专家：内存带宽",
     "vLLM's own steps": "vLLM 自身的步骤",
+    "handing over to the CPU": "移交给 CPU",
     "Qwen3-Next-80B bf16, LvLLM 1.7, 2 EPYC 9555, RTX Pro 6000": (
         "Qwen3-Next-80B bf16，LvLLM 1.7，两颗 EPYC 9555，RTX Pro 6000"
     ),

@@ -29,6 +29,8 @@ WAYS: dict[str, dict[str, str]] = {
         "every batch streamed": "每个批次都流式复制",
         "long prompts streamed": "长提示流式复制",
         "experts on the CPU": "专家在 CPU 上",
+        "streamed and cached": "流式复制并缓存",
+        "most used experts cached": "缓存最常用的专家",
     },
 }
 NOT_FIT = {"en": "does not fit", "zh": "装不下"}

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from lvllm.planning.choice import Candidate, Plan
+from lvllm.planning.choice import Candidate, Plan, cache_of
 from lvllm.planning.settings import as_command, as_yaml, settings_of, unserved
 
 __all__ = ["as_data"]
@@ -38,11 +38,13 @@ def as_data(result: Plan) -> dict[str, Any]:
 
 def _candidate_data(result: Plan, one: Candidate) -> dict[str, Any]:
     chosen = settings_of(result.model, result.machine, one)
+    cache = cache_of(result, one)
     name = None if unserved(result.model) else result.model.name
     return {
         "name": one.name,
         "lacks": one.memory.lacks,
         "load": asdict(one.load),
+        "expert_cache": asdict(cache) if cache else None,
         "gpu_memory": one.memory.card,
         "host_memory": one.memory.host,
         "node_memory": one.memory.node,

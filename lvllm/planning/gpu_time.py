@@ -3,12 +3,12 @@
 LvLLM has not run on a GPU yet: all constants here are estimates.
 """
 
-from lvllm.planning.cpu_time import Seconds
+from lvllm.planning.cpu_time import CALL, Seconds
 from lvllm.planning.machine import Gpu, Machine
 from lvllm.planning.placement import Placement
 from lvllm.planning.shape import LayerShape, ModelShape
 
-__all__ = ["attention", "experts", "linear", "steps", "streamed"]
+__all__ = ["attention", "beside_cache", "experts", "linear", "steps", "streamed"]
 
 READ = 0.8
 MULTIPLY = 0.5
@@ -18,6 +18,9 @@ LAYER = 30e-6
 """A step of vLLM, and a layer in a CUDA graph, in seconds."""
 HANDOVER = 60e-6
 """To hand a layer's activations to the CPU and the result back."""
+DIVIDE = 20e-6
+"""To divide a layer's batch between the cache and the CPU, and to add both results: some ten
+kernels in a graph, most of which run beside the CPU."""
 
 
 def experts(model: ModelShape, machine: Machine, layer: LayerShape, tokens: int) -> Seconds:
@@ -27,14 +30,42 @@ def experts(model: ModelShape, machine: Machine, layer: LayerShape, tokens: int)
     )
 
 
+def beside_cache(
+    model: ModelShape,
+    machine: Machine,
+    how: Placement,
+    layer: LayerShape,
+    tokens: int,
+    on_cpu: Seconds,
+    saved: float,
+) -> Seconds:
+    """The routed experts of one layer, where a cache on the cards saves a share of the CPU's reads.
+
+    The cards compute this share while the CPU computes the others. `on_cpu` is what it would take
+    for all of them.
+    """
+    name, seconds = next(iter(on_cpu.items()))
+    left = (1 - saved) * (seconds - CALL)
+    bits = how.expert_bits(model)
+    part = _part("cached experts", machine, layer.read(tokens), layer.products(tokens), bits)
+    cached, whole = next(iter(part.items()))
+    longer = {name: left} if left >= saved * whole else {cached: saved * whole}
+    return {"handing over to the CPU": CALL + DIVIDE, **longer}
+
+
 def streamed(
     model: ModelShape, machine: Machine, how: Placement, layer: LayerShape, tokens: int
 ) -> Seconds:
-    """The routed experts of one layer that are copied to the cards while others are computed."""
+    """The routed experts of one layer that are copied to the cards while others are computed.
+
+    Those that the cache holds are not copied. A batch that is streamed reads nearly all experts, so
+    the cache holds no more of what it reads than its share.
+    """
     card = _card(machine)
     # The cards of a tensor-parallel group copy a part each, together no faster than the host reads.
     bus = min(machine.gpus * card.bus_gb_per_s, machine.read_gb_per_s) * 1e9
-    copying = layer.routed * how.expert_bits(model) / 8 / bus
+    copied = 1 - how.cached_share(model, machine.gpus)
+    copying = copied * layer.routed * how.expert_bits(model) / 8 / bus
     multiplying = layer.products(tokens) / _products(machine)
     limit = "bus" if copying >= multiplying else "the GPU's arithmetic"
     return {f"streamed experts: {limit}": max(copying, multiplying)}

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lvllm.planning import rounding
+from lvllm.planning import rounding, slots
 from lvllm.planning.bits import FormatShare
 from lvllm.planning.machine import Machine
 from lvllm.planning.shape import LayerShape, ModelShape
 from lvllm.settings.use_weight import UseWeight
 from lvllm.units import GIB, gib
 
-__all__ = ["Load", "Memory", "Placement", "memory", "resident_layers"]
+__all__ = ["Load", "Memory", "Placement", "memory", "offloaded_layers", "resident_layers"]
 
 USABLE = 0.9
 """Of a card's memory, vLLM takes this share by default (gpu-memory-utilization)."""
@@ -38,6 +38,8 @@ class Load:
     """The longest context, in tokens, that each user may have."""
     batch: int = 2048
     """Tokens of a prompt that are computed at once."""
+    kv_cache: float = 0
+    """Bytes that the KV cache of each card has at least, whatever the contexts take."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Placement:
     """LVLLM_MOE_USE_WEIGHT: KEEP, or a format to which experts are rounded while loading."""
     int8_linear: bool = False
     """LVLLM_DENSE_WEIGHT=INT8, without a GPU."""
+    cache: float = 0
+    """Bytes of each card for the experts that are read most, of all layers that are not resident.
+    The host holds these experts, too."""
 
     def expert_bits(self, model: ModelShape) -> float:
         return rounding.bits(model, self.use_weight)
@@ -64,6 +69,17 @@ class Placement:
             return model.bits.parts
         return (FormatShare(rounding.format(model, self.use_weight), 1, self.expert_bits(model)),)
 
+    def cached_experts(self, model: ModelShape, cards: int) -> int:
+        """How many experts the cache holds."""
+        layers = offloaded_layers(model, self.resident)
+        return slots.count(layers, self.expert_bits(model), cards, self.cache)
+
+    def cached_share(self, model: ModelShape, cards: int) -> float:
+        """The share of the experts of all layers that are not resident which the cache holds."""
+        if not self.cache or not (layers := offloaded_layers(model, self.resident)):
+            return 0
+        return self.cached_experts(model, cards) / sum(layer.experts for layer in layers)
+
     def other_bits(self, model: ModelShape) -> float:
         """On a CPU, weights outside the experts are computed in 16 bits, or in 8 if asked for."""
         if self.on_gpu:
@@ -71,7 +87,15 @@ class Placement:
         return 8 if self.int8_linear else 16
 
 
-Part = Literal["experts", "other weights", "KV cache", "staging", "activations", "programs"]
+Part = Literal[
+    "experts",
+    "cached experts",
+    "other weights",
+    "KV cache",
+    "staging",
+    "activations",
+    "programs",
+]
 
 
 @dataclass(frozen=True)
@@ -94,6 +118,11 @@ class Memory:
 def resident_layers(model: ModelShape, count: int) -> tuple[LayerShape, ...]:
     """The layers that keep their experts on the cards, if `count` do: the first ones."""
     return model.moe_layers[:count]
+
+
+def offloaded_layers(model: ModelShape, resident: int) -> tuple[LayerShape, ...]:
+    """The layers whose experts are on the host, if so many are resident."""
+    return model.moe_layers[resident:]
 
 
 def memory(model: ModelShape, machine: Machine, how: Placement, load: Load) -> Memory:
@@ -122,13 +151,24 @@ def memory(model: ModelShape, machine: Machine, how: Placement, load: Load) -> M
     staging = min(staged, max(two, STAGING_BYTES))
     card: dict[Part, float] = {
         "experts": resident / cards,
+        "cached experts": _cached(model, how, load, cards),
         "other weights": others / cards,
-        "KV cache": cache / cards,
+        "KV cache": max(cache / cards, load.kv_cache),
         "staging": staging if how.streamed_from is not None and offloaded else 0,
         "activations": activations,
         "programs": CARD_OVERHEAD,
     }
     return _checked(machine, card, {"experts": offloaded, "programs": HOST_OVERHEAD * cards})
+
+
+def _cached(model: ModelShape, how: Placement, load: Load, cards: int) -> float:
+    """What the cache of experts takes of each card."""
+    held = how.cached_experts(model, cards)
+    if not held:
+        return 0
+    layers = offloaded_layers(model, how.resident)
+    each = slots.expert_bytes(layers, how.expert_bits(model), cards)
+    return held * each + slots.beside_slots(model, layers, load.batch)
 
 
 def _activations(model: ModelShape, load: Load) -> float:
@@ -148,6 +188,8 @@ def _checked(machine: Machine, card: dict[Part, float], host: dict[Part, float])
             f"each GPU would hold {gib(sum(card.values()))},"
             f" and {gib(USABLE * machine.gpu.memory_bytes)} are usable"
         )
+        if size := card["cached experts"]:
+            card_lacks += f"; {gib(size)} are for the cache of experts"
     if sum(host.values()) > machine.memory_bytes:
         host_lacks = (
             f"the host would hold {gib(sum(host.values()))}, and has {gib(machine.memory_bytes)}"

@@ -13,7 +13,7 @@ from lvllm.planning.machine import Machine
 from lvllm.planning.placement import resident_layers
 from lvllm.planning.shape import ModelShape
 from lvllm.settings.variables import BY_KEY
-from lvllm.units import MIB, amount, ranges
+from lvllm.units import GIB, MIB, amount, ranges
 
 __all__ = ["LOCAL", "Chosen", "as_command", "as_yaml", "settings_of", "unserved"]
 
@@ -59,7 +59,7 @@ def settings_of(model: ModelShape, machine: Machine, best: Candidate) -> list[Ch
     if how.on_gpu:
         if machine.gpus > 1:
             found.append(_cards(model, machine.gpus))
-        return found + _on_gpu(model, best)
+        return found + _on_gpu(model, machine, best)
     contexts = _contexts(model, machine, best)
     cache = MIB * math.ceil(contexts * model.cache_bytes(load.context) / MIB)
     # vLLM rounds each sequence up to blocks, and refuses a cache that is too small for one.
@@ -97,7 +97,7 @@ def _contexts(model: ModelShape, machine: Machine, best: Candidate) -> int:
     return max(best.load.users, min(LEAST_SEQUENCES, more))
 
 
-def _on_gpu(model: ModelShape, best: Candidate) -> list[Chosen]:
+def _on_gpu(model: ModelShape, machine: Machine, best: Candidate) -> list[Chosen]:
     how = best.how
     found = []
     if how.resident:
@@ -106,6 +106,17 @@ def _on_gpu(model: ModelShape, best: Candidate) -> list[Chosen]:
                 f"{SECTION}gpu_resident_moe_layers",
                 ranges([layer.number for layer in resident_layers(model, how.resident)]),
                 "as many layers' experts as fit beside the KV cache",
+            )
+        )
+    if how.cache:
+        size = round(how.cache / GIB, 1)
+        held = how.cached_experts(model, model.cards(machine.gpus))
+        found.append(
+            Chosen(
+                f"{SECTION}gpu_expert_cache",
+                int(size) if size.is_integer() else size,
+                f"GiB of each GPU for the {held} experts that are read most; the KV cache has the"
+                " rest",
             )
         )
     if how.streamed_from is not None:

@@ -3,10 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from lvllm.planning import cpu_time, gpu_time
+from lvllm.planning import cpu_time, gpu_time, hits
 from lvllm.planning.cpu_time import Seconds
 from lvllm.planning.machine import Machine
-from lvllm.planning.placement import Load, Placement, resident_layers
+from lvllm.planning.placement import Load, Placement, offloaded_layers, resident_layers
 from lvllm.planning.shape import ModelShape
 
 __all__ = ["Speed", "limit", "predict"]
@@ -71,13 +71,18 @@ def _pass(
     kept = resident_layers(model, how.resident)
     for layer in kept:
         spent.update(gpu_time.experts(model, machine, layer, tokens))
-    for layer in model.moe_layers[len(kept) :]:
+    cached = how.cached_share(model, machine.gpus)
+    for layer in offloaded_layers(model, how.resident):
         if streams:
             spent.update(gpu_time.streamed(model, machine, how, layer, tokens))
-        else:
-            spent.update(cpu_time.experts(model, machine, how, layer, tokens))
+            continue
+        on_cpu = cpu_time.experts(model, machine, how, layer, tokens)
+        if cached:
+            saved = hits.saved_reads(layer, tokens, cached)
+            on_cpu = gpu_time.beside_cache(model, machine, how, layer, tokens, on_cpu, saved)
+        spent.update(on_cpu)
     spent.update(gpu_time.linear(model, machine, tokens, ends))
     spent.update(gpu_time.attention(model, machine, tokens, ends, back))
-    on_cpu = 0 if streams else len(model.moe_layers) - len(kept)
-    spent.update(gpu_time.steps(model, on_cpu))
+    handed_over = 0 if streams else len(model.moe_layers) - len(kept)
+    spent.update(gpu_time.steps(model, handed_over))
     return spent

@@ -1,6 +1,6 @@
 """A plan as people read it."""
 
-from lvllm.planning.choice import Candidate, Plan
+from lvllm.planning.choice import Candidate, Plan, cache_of
 from lvllm.planning.cpu_time import Seconds
 from lvllm.planning.machine import Machine
 from lvllm.planning.placement import resident_layers
@@ -128,6 +128,11 @@ def _memory(result: Plan, best: Candidate) -> list[str]:
     for name, some in where.items():
         if some and (best.how.on_gpu or name.endswith("host")):
             rows[name] = f"layers {ranges([layer.number for layer in some])}"
+    if cache := cache_of(result, best):
+        rows["experts in the cache"] = (
+            f"{cache.experts} of {cache.of}, which are taken to save {cache.saved:.0%} of the"
+            " reads of a token"
+        )
     return _pairs(rows)
 
 

@@ -96,6 +96,30 @@ def test_without_a_way_to_use_the_gpu_it_needs_the_build_for_cpus() -> None:
     assert result.output.endswith("This needs LvLLM's build for CPUs: docs/install.md.\n")
 
 
+def test_a_cache_of_experts_is_shown(tmp_path: Path) -> None:
+    """The model has 9 GiB of experts, and the card some room for them."""
+    config = json.loads((Path(TINY) / "config.json").read_text())
+    config |= {"hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 24}
+    config |= {"num_experts": 128, "num_experts_per_tok": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = ["--gpu", "rtx-4090", "--gpu-memory", "6G"]
+    shown = plan(str(tmp_path), *SMALL, *SERVER, *card)
+    assert shown.exit_code == 0, shown.output
+    best = json.loads(plan(str(tmp_path), *SMALL, *SERVER, *card, "--json").stdout)["candidates"][0]
+    cache = best["expert_cache"]
+    assert 0 < cache["experts"] < cache["of"] == 24 * 128
+    assert cache["experts"] / cache["of"] < cache["saved"] < 1
+    slots = cache["experts"] * 2 * 3 * 1024 * 512
+    assert slots <= cache["bytes_per_gpu"] < best["gpu_memory"]["cached experts"]
+    assert f"{best['name']} " in shown.output
+    assert f"{cache['experts']} of 3072, which are taken to save " in shown.output
+    settings = yaml.safe_load(best["yaml"])
+    size = settings["additional_config.lvllm.gpu_expert_cache"]
+    assert size * (1 << 30) == pytest.approx(cache["bytes_per_gpu"])
+    assert f"LVLLM_GPU_EXPERT_CACHE={size} " in shown.output
+    assert "LVLLM_DEFER_EXPERTS" not in shown.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

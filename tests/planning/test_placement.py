@@ -1,5 +1,8 @@
 """Where bytes lie."""
 
+from dataclasses import replace
+from random import random, randrange
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from lvllm.planning.bits import FormatShare
 from lvllm.planning.placement import Load, Placement, memory
 from lvllm.settings.use_weight import UseWeight
-from lvllm.units import GIB
+from lvllm.units import GIB, MIB
 from tests.planning.made_up import machine, model
 
 MODEL = model()  # 7 layers of 64 experts with 10 million weights in 16 bits: 8.96 GB
@@ -65,16 +68,44 @@ def test_rounding_only_shrinks(
     assert how.expert_parts(small) == (FormatShare(becomes, 1, how.expert_bits(small)),)
 
 
-@given(st.floats(1, 200), st.integers(0, 4), st.integers(0, 7), st.sampled_from([None, 1, 512]))
+@given(
+    st.floats(1, 200),
+    st.integers(0, 4),
+    st.integers(0, 7),
+    st.sampled_from([None, 1, 512]),
+    st.floats(0, 30),
+)
 def test_what_lacks_is_what_does_not_fit(
-    gib: float, gpus: int, resident: int, streamed: int | None
+    gib: float, gpus: int, resident: int, streamed: int | None, cache: float
 ) -> None:
     here = machine(gib=gib, gpus=gpus)
     on_gpu = gpus > 0
-    how = Placement(on_gpu, resident if on_gpu else 0, streamed if on_gpu else None)
+    how = Placement(False)
+    if on_gpu:
+        how = Placement(True, resident, streamed, cache=cache * GIB)
     needs = memory(MODEL, here, how, Load())
     assert (needs.host_lacks is None) == (sum(needs.host.values()) <= gib * GIB)
     usable = 0.9 * 24 * GIB if on_gpu else 0
     assert (needs.card_lacks is None) == (sum(needs.card.values()) <= usable)
-    total = sum(needs.host["experts"] + gpus * needs.card.get("experts", 0) for _ in range(1))
+    # The host has the experts of the cache, too.
+    total = needs.host["experts"] + gpus * needs.card.get("experts", 0)
     assert total == pytest.approx(7 * LAYER)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_a_cache_takes_whole_experts_of_each_card(gpus: int) -> None:
+    """Each card has its part of an expert, and more slots than experts are not made."""
+    each, resident = 10_000_000 * 2 / gpus, randrange(7)
+    slots = randrange(1, (7 - resident) * 64)
+    how = Placement(True, resident, cache=each * (slots + random()))
+    needs = memory(MODEL, machine(gpus=gpus), how, Load())
+    assert how.cached_experts(MODEL, gpus) == slots
+    assert how.cached_share(MODEL, gpus) == slots / ((7 - resident) * 64)
+    assert needs.card["cached experts"] - slots * each == pytest.approx(272 * MIB, rel=0.05)
+    whole = replace(how, cache=1000 * GIB)
+    assert whole.cached_share(MODEL, gpus) == 1
+    assert replace(how, resident=7).cached_share(MODEL, gpus) == 0
+    too_small = replace(how, cache=each / 2)
+    assert memory(MODEL, machine(gpus=gpus), too_small, Load()).card["cached experts"] == 0
+    lacks = memory(MODEL, machine(gpus=gpus), whole, Load(users=256, context=32768)).card_lacks
+    assert "are for the cache of experts" in str(lacks)

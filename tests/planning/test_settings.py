@@ -6,11 +6,13 @@ import pytest
 import yaml
 
 from lvllm.planning.choice import choose
+from lvllm.planning.filling import Given
 from lvllm.planning.placement import Load
 from lvllm.planning.settings import as_command, as_yaml, settings_of
 from lvllm.settings.config_file import section
 from lvllm.settings.resolving import resolve
 from lvllm.settings.use_weight import UseWeight
+from lvllm.units import GIB
 from tests.planning.made_up import machine, model
 
 MODEL = model()
@@ -18,6 +20,7 @@ MACHINES = [
     machine(),
     machine(gpus=1),
     machine(gpus=2, gpu_gib=12, gpu="h100", cores=2, isa="avx2"),
+    machine(gpus=1, gpu_gib=8),
 ]
 NAME = "folder with spaces: and #more"
 
@@ -48,11 +51,27 @@ def test_lvllm_takes_the_file_and_the_command_alike(here, use) -> None:  # type:
 
 def test_layers_are_named_by_the_models_own_numbers() -> None:
     here = machine(gpus=1, gpu_gib=12)
-    best = choose(MODEL, here, Load()).best
+    best = choose(MODEL, here, Load(), given=Given(cache=0.0)).best
     assert best is not None
     chosen = {one.key: one.value for one in settings_of(MODEL, here, best)}
     layers = chosen["additional_config.lvllm.gpu_resident_moe_layers"]
     assert layers == f"1-{best.how.resident}"  # Layer 0 is dense.
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_the_cache_of_experts_is_in_gib_of_each_gpu(gpus: int) -> None:
+    of, here = model(layers=24, experts=128), machine(gib=128, gpus=gpus, gpu_gib=16)
+    best = choose(of, here, Load()).best
+    assert best is not None
+    chosen = {one.key: one for one in settings_of(of, here, best)}
+    assert "additional_config.lvllm.gpu_resident_moe_layers" not in chosen
+    told = chosen["additional_config.lvllm.gpu_expert_cache"]
+    assert 0 < told.value * GIB == pytest.approx(best.how.cache)
+    # Whether the setting is one number or written with a digit more, no slot is lost by it.
+    (read,) = resolve({"LVLLM_GPU_EXPERT_CACHE": str(told.value)}, None)["gpu_expert_cache"].value
+    each = 10_000_000 * 2 / gpus
+    assert read // each == best.how.cached_experts(of, gpus)
+    assert f"{best.how.cached_experts(of, gpus)} experts" in told.why
 
 
 def test_the_cache_holds_the_contexts() -> None:

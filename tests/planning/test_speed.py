@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from random import random
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lvllm.engine.weight_formats import BLOCK_FORMATS
 from lvllm.planning import shape
 from lvllm.planning.bits import Bits, FormatShare
+from lvllm.planning.hits import EVEN
 from lvllm.planning.machine import BLOCKS, CPUS, Machine
 from lvllm.planning.placement import Load, Placement
 from lvllm.planning.speed import limit, predict
@@ -151,3 +155,57 @@ def test_only_batches_from_the_threshold_on_are_streamed() -> None:
     assert "streamed experts: bus" in speed.prefill
     assert not any("streamed" in name for name in speed.decode)
     assert any(name.startswith("experts:") for name in speed.decode)
+
+
+def test_a_cache_saves_the_cpus_reads() -> None:
+    """What it saves, the GPU reads at the same time."""
+    here, of = machine(gpus=1, gb_per_s=100), model(experts=128, chosen=8)
+    each = 10_000_000 * 2
+    how = Placement(True, cache=each * 7 * 32)
+    plain = predict(of, here, Placement(True), Load()).decode
+    speed = predict(of, here, how, Load()).decode
+    saved = EVEN[1][3]
+    reading = 7 * 8 * each / (0.88 * 100e9)
+    assert plain["experts: memory bandwidth"] == pytest.approx(reading + 7 * 20e-6)
+    assert speed["experts: memory bandwidth"] == pytest.approx((1 - saved) * reading)
+    over = "handing over to the CPU"
+    assert speed[over] == pytest.approx(plain[over] + 7 * (20e-6 + 20e-6))
+    # Where the CPU has next to nothing left, the GPU's reads are what takes the time.
+    fast = here.model_copy(update={"read_gb_per_s": 1e5})
+    speed = predict(of, fast, how, Load()).decode
+    read = 7 * 8 * each / (0.8 * 1008e9)
+    assert speed["cached experts: the GPU's memory"] == pytest.approx(saved * read)
+    assert not any(name.startswith("experts:") for name in speed)
+
+
+def test_cached_experts_are_not_copied() -> None:
+    here, part = machine(gpus=1), random()
+    slots = int(part * 7 * 64)
+    how = Placement(True, streamed_from=1, cache=10_000_000 * 2 * (slots + 0.5))
+    plain = predict(model(), here, replace(how, cache=0), Load()).prefill["streamed experts: bus"]
+    found = predict(model(), here, how, Load()).prefill
+    limit = max(
+        plain * (1 - slots / (7 * 64)),
+        7 * 2048 * 6 * 10_000_000 / (0.5 * 165e12 / 2),
+    )
+    assert sum(some for name, some in found.items() if "streamed" in name) == pytest.approx(limit)
+
+
+@given(st.floats(0, 20), st.floats(0, 20), st.integers(1, 64), st.integers(0, 6))
+def test_a_larger_cache_never_leaves_the_cpu_more(
+    one: float, other: float, users: int, resident: int
+) -> None:
+    small, large = (
+        predict(
+            model(experts=128, chosen=8),
+            machine(gpus=2),
+            Placement(True, resident, cache=size * GIB),
+            Load(users=users),
+        ).decode
+        for size in sorted((one, other))
+    )
+    assert _of_cpu(large) <= _of_cpu(small) + 1e-9
+
+
+def _of_cpu(decode: dict[str, float]) -> float:
+    return sum(seconds for name, seconds in decode.items() if name.startswith("experts:"))
