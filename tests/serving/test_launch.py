@@ -13,6 +13,7 @@ from lvllm.planning.errors import PlanError
 from lvllm.planning.machine import Machine
 from lvllm.serving.defaults import LEAST_CONTEXT
 from lvllm.serving.launch import Launch, prepare
+from lvllm.units import GIB
 from tests.models.gguf import write
 from tests.planning.made_up import machine
 
@@ -140,13 +141,41 @@ def test_a_gguf_file_is_planned(tmp_path: Path) -> None:
         prepare([str(tmp_path / "x.gguf")], {}, here)
 
 
-def test_settings_of_gpus_belong_together() -> None:
-    card = machine(gpus=2)
-    chosen = prepare([TINY], {}, lambda: card)
+def test_what_fits_on_the_gpus_is_there_as_a_whole() -> None:
+    chosen = prepare([TINY], {}, lambda: machine(gpus=2))
     assert "LVLLM_GPU_RESIDENT_MOE_LAYERS" in chosen.environment
+    assert "LVLLM_GPU_EXPERT_CACHE" not in chosen.environment
     assert options(chosen)["--tensor-parallel-size"] == "2"
-    own = prepare([TINY], {"LVLLM_GPU_PREFETCH_WINDOW": "2"}, lambda: card)
-    assert "LVLLM_GPU_RESIDENT_MOE_LAYERS" not in own.environment
+
+
+def test_a_cache_of_experts_is_passed_on(tmp_path: Path) -> None:
+    """This model has 9 GiB of experts, and the card has room for some of them."""
+    config = json.loads((Path(TINY) / "config.json").read_text())
+    config |= {"hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 24}
+    config |= {"num_experts": 128, "num_experts_per_tok": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def small_card() -> Machine:
+        return machine(gpus=1, gpu_gib=6, gb_per_s=50)
+
+    launch = prepare([str(tmp_path)], {}, small_card)
+    size = float(launch.environment["LVLLM_GPU_EXPERT_CACHE"])
+    assert 0 < size < 6
+    assert "LVLLM_GPU_RESIDENT_MOE_LAYERS" not in launch.environment
+    assert any(
+        note.startswith(f"LVLLM_GPU_EXPERT_CACHE={size:g}: GiB of each GPU for the ")
+        for note in launch.notes
+    )
+    # What the user gives is in the environment already, and is not chosen once more.
+    for value in ("0", "0.3", "auto"):
+        own = prepare([str(tmp_path)], {"LVLLM_GPU_EXPERT_CACHE": value}, small_card)
+        assert own.environment["LVLLM_GPU_EXPERT_CACHE"] == value
+        assert not any(note.startswith("LVLLM_GPU_EXPERT_CACHE=") for note in own.notes)
+        assert own.plan is not None
+        assert own.plan.best is not None
+        cache = own.plan.best.how.cache
+        assert cache > 0 if value == "auto" else cache == pytest.approx(float(value) * GIB)
+        assert ("LVLLM_GPU_RESIDENT_MOE_LAYERS" in own.environment) == (value != "auto")
 
 
 def test_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
