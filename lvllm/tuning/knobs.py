@@ -7,6 +7,7 @@ from lvllm.machine.cpus import default_threads, this_machine
 from lvllm.machine.facts import limits
 from lvllm.planning import rounding
 from lvllm.planning.choice import Candidate
+from lvllm.planning.filling import CACHE_UNIT
 from lvllm.planning.placement import resident_layers
 from lvllm.planning.shape import ModelShape
 from lvllm.serving.defaults import Defaults
@@ -14,7 +15,7 @@ from lvllm.serving.given import Given, count
 from lvllm.settings.use_weight import UseWeight
 from lvllm.settings.variables import ThreadBinding
 from lvllm.tuning.search import Knob
-from lvllm.units import ranges
+from lvllm.units import GIB, ranges
 
 __all__ = ["Allowed", "knobs"]
 
@@ -79,18 +80,30 @@ def _threads(given: Given, plan: Defaults) -> list[Knob]:
 
 def _on_gpu(model: ModelShape, best: Candidate) -> list[Knob]:
     how = best.how
-    layers = len(model.moe_layers)
     # The plan's estimate of the memory may be too high; a server that lacks it does not start.
-    more = {how.resident + 1, how.resident + max(2, layers // 16), how.resident - 1}
-    resident = [
-        ranges([layer.number for layer in resident_layers(model, n)])
-        for n in sorted(more, reverse=True)
-        if 0 < n <= layers
-    ]
-    found = [Knob("LVLLM_GPU_RESIDENT_MOE_LAYERS", tuple(resident))]
+    found = []
+    if how.cache:
+        tenth = max(how.cache / 10, CACHE_UNIT)
+        sizes = (how.cache + tenth, how.cache - tenth)
+        found.append(
+            Knob("LVLLM_GPU_EXPERT_CACHE", tuple(f"{n / GIB:.1f}" for n in sizes if n > 0))
+        )
+    if how.resident or not how.cache:
+        found.append(Knob("LVLLM_GPU_RESIDENT_MOE_LAYERS", _resident(model, how.resident)))
     if how.streamed_from is not None:
         batches = (how.streamed_from // 2, 2 * how.streamed_from)
         values = tuple(str(n) for n in batches if 1 <= n <= best.load.batch)
         found.append(Knob("LVLLM_GPU_PREFILL_MIN_BATCH_SIZE", values))
         found.append(Knob("LVLLM_GPU_PREFETCH_WINDOW", ("2", "0")))
     return found
+
+
+def _resident(model: ModelShape, count: int) -> tuple[str, ...]:
+    """One layer less, one more, and a sixteenth more; the largest first."""
+    layers = len(model.moe_layers)
+    counts = {count + 1, count + max(2, layers // 16), count - 1}
+    return tuple(
+        ranges([layer.number for layer in resident_layers(model, n)])
+        for n in sorted(counts, reverse=True)
+        if 0 < n <= layers
+    )

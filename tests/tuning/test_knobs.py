@@ -76,13 +76,14 @@ def test_what_was_given_stays() -> None:
 def test_beside_a_gpu(gpus: int) -> None:
     on = machine(gib=512, gpus=gpus, gpu="rtx-3090")
     of = model(layers=24, experts=128, expert=20_000_000)
-    found = tried(on, of)
+    layers = {"LVLLM_GPU_EXPERT_CACHE": "0"}
+    found = tried(on, of, environ=layers)
     assert "LVLLM_DENSE_WEIGHT" not in found
     resident = found["LVLLM_GPU_RESIDENT_MOE_LAYERS"]
     variable = BY_KEY["gpu_resident_moe_layers"]
     counts = [len(parse(variable, value, variable.name)) for value in resident]
     assert counts == sorted(counts, reverse=True)
-    plan = choose(of, on, read(["m", "--max-num-batched-tokens", "4096"], {}))
+    plan = choose(of, on, read(["m", "--max-num-batched-tokens", "4096"], layers))
     assert plan.best is not None
     assert plan.best.how.resident not in counts
     if plan.best.how.streamed_from is not None:
@@ -90,6 +91,22 @@ def test_beside_a_gpu(gpus: int) -> None:
             assert 1 <= int(value) <= 4096
     whole = replace(of, layers=of.layers[:2])
     assert "LVLLM_GPU_PREFETCH_WINDOW" not in tried(on, whole)
+
+
+def test_a_cache_of_experts_is_tried_larger_and_smaller() -> None:
+    on, of = machine(gib=512, gpus=1), model(layers=24, experts=128, expert=20_000_000)
+    plan = choose(of, on, read(["m", "--max-num-batched-tokens", "4096"], {}))
+    assert plan.best is not None
+    planned = plan.best.how.cache
+    found = tried(on, of)
+    assert "LVLLM_GPU_RESIDENT_MOE_LAYERS" not in found
+    variable = BY_KEY["gpu_expert_cache"]
+    larger, smaller = (
+        parse(variable, value, variable.name)[0] for value in found["LVLLM_GPU_EXPERT_CACHE"]
+    )
+    assert 0 < smaller < planned < larger < 1.5 * planned
+    for name, value in (("GPU_EXPERT_CACHE", "4"), ("GPU_RESIDENT_MOE_LAYERS", "1-2")):
+        assert f"LVLLM_{name}" not in tried(on, of, environ={f"LVLLM_{name}": value})
 
 
 def test_the_names_are_settings(tmp_path: Path) -> None:
