@@ -16,14 +16,14 @@ from rich.table import Table
 from benchmarks.gpu_kernels.compiled import SHARED_KIB, compile_launch
 from benchmarks.gpu_kernels.launches import launches
 from lvllm.engine.weight_formats import ALL_FORMATS
-from lvllm.gpu.kernels.experts import ROWS
+from lvllm.gpu.kernels import BLOCK_ROWS
 
 
 def main(formats: Annotated[str, typer.Option()] = ",".join(ALL_FORMATS)) -> None:
     """Print what the kernels of experts take on each architecture of GPUs."""
     table = Table("format", "rows", *(f"sm_{architecture}" for architecture in SHARED_KIB))
     for format in formats.split(","):
-        for rows in ROWS:
+        for rows in BLOCK_ROWS:
             gate_up, down, *_ = launches(format, tokens_per_expert=rows)
             cells = []
             for architecture in SHARED_KIB:

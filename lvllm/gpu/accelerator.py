@@ -33,6 +33,8 @@ class Accelerator(ABC):
     name: str
     device: torch.device
     """Activations and staged weights are on this device."""
+    compiles: bool
+    """Whether kernels are compiled at their first launch."""
 
     @abstractmethod
     def compute(self) -> Stream:

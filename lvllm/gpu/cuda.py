@@ -34,6 +34,7 @@ class CudaAccelerator(Accelerator):
     """The process's current CUDA device."""
 
     name = "cuda"
+    compiles = True
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():

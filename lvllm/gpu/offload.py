@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lvllm.engine.expert_layer import ExpertLayer
-from lvllm.gpu import break_even
+from lvllm.gpu import break_even, warm_up
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.cache.expert_cache import ExpertCache, open_caches
@@ -42,6 +44,7 @@ class Offload:
         reads_path: where the cache saves how often experts are read.
         defer: LVLLM_DEFER_EXPERTS, how many experts of a token are added one layer later.
         watchdog: to be told of copies, host calls and steps; it is closed at this object's end.
+        dtype: that of the activations.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Offload:
         reads_path: Path | None = None,
         defer: int = 0,
         watchdog: Watchdog | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.accelerator = accelerator
         self._threshold = threshold
@@ -64,7 +68,7 @@ class Offload:
         self._ahead, self._staging_bytes, self._call = ahead, staging_bytes, call
         self.cache_bytes, self._reads_path = cache_bytes, reads_path
         self._pins = self._streams or cache_bytes != 0
-        self._defer = defer
+        self._defer, self._dtype = defer, dtype
         if watchdog is not None:
             weakref.finalize(self, watchdog.close).atexit = False
         self._model: weakref.ref[object] | None = None
@@ -153,6 +157,8 @@ class Offload:
         logger.info("LvLLM: LVLLM_GPU_CALL=%s is %s", self._call, said)
         for layer in layers:
             layer.call = HybridCall(buffers, layer.experts, layer.topk, layer.name)
+        if self.accelerator.compiles:
+            warm_up.hybrid(layers, self._dtype)
         if self._pins:
             logger.info(
                 "LvLLM: pinned %s of experts in %.1f s while loading, %.1f GB/s",
@@ -177,6 +183,9 @@ class Offload:
             self._added[number].cache = cache.layers[number]
         if self._ring is not None:
             self._ring.leave_out(lambda n: of_layers[n].holds(n) if n in of_layers else None)
+        if self.accelerator.compiles:
+            added = [self._added[number] for number in of_layers]
+            warm_up.cached(added, self._tokens, self._dtype)
 
     def _open_ring(self, layers: list[OffloadedLayer]) -> None:
         """Allocate the ring, and measure the threshold if that is asked for."""
@@ -184,6 +193,8 @@ class Offload:
         ring = StagingRing(
             self.accelerator, weights, self._ahead, self._staging_bytes, self._watchdog
         )
+        if self.accelerator.compiles:
+            warm_up.streams(layers, ring, self._tokens, self._dtype)
         threshold, rates = self._threshold, None
         if isinstance(threshold, MeasuredThreshold):
             by_size = sorted(layers, key=OffloadedLayer.size)

@@ -65,6 +65,7 @@ class StandInAccelerator(Accelerator):
 
     name = "host"
     device = torch.device("cpu")
+    compiles = False
 
     def __init__(self, delay: Callable[[], float] | None = None) -> None:
         self._delay = delay

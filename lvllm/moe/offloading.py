@@ -60,6 +60,7 @@ def _make(config: HybridConfig) -> Offload:
         reads_path=_reads_path(vllm_config),
         defer=config.defer_experts,
         watchdog=watchdog,
+        dtype=vllm_config.model_config.dtype,
     )
 
 

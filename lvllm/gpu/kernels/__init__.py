@@ -9,3 +9,9 @@ They are imported only where they run.
 - activation.py applies the activation.
 - experts.py has the three kernels and starts them.
 """
+
+__all__ = ["BLOCK_ROWS"]
+
+BLOCK_ROWS = (16, 64, 128)
+"""The rows of a block of pairs: the fewest that hold an expert's rows on average, since
+tensor cores compute all of them. More rows convert a weight fewer times."""

@@ -22,16 +22,13 @@ import triton.language as tl
 from lvllm.engine.expert_layer import ExpertLayer
 from lvllm.engine.tiles import TILE_ROWS, WEIGHT_UNIT
 from lvllm.engine.weight_formats import ALL_FORMATS, BLOCK, BLOCK_FORMATS
-from lvllm.gpu.kernels import activation, blocks, weights
+from lvllm.gpu.kernels import BLOCK_ROWS, activation, blocks, weights
 from lvllm.gpu.kernels.codebooks import LOOKED_UP, codebook
 from lvllm.gpu.pairs import Pairs
 from lvllm.units import ceil_div
 
 __all__ = ["multiply", "multiply_cached", "prepare"]
 
-ROWS = (16, 64, 128)
-"""The rows of a block: the fewest that hold an expert's rows, since tensor cores compute all of
-them. More rows convert a weight fewer times."""
 COLUMNS = 64
 """The columns of the sum that are read at a time."""
 SUMS = 1024
@@ -299,7 +296,7 @@ def multiply_cached(
 
 def _rows(average: float) -> int:
     """Return the rows of a block for experts that have so many rows on average."""
-    return next((rows for rows in ROWS if rows >= average), ROWS[-1])
+    return next((rows for rows in BLOCK_ROWS if rows >= average), BLOCK_ROWS[-1])
 
 
 @dataclass(frozen=True)

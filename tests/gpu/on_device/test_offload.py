@@ -1,10 +1,11 @@
 """Tests GPU offload on a GPU, without vLLM.
 
-`tests/gpu/on_device/run.sh` runs these tests. Tests that do not need CUDA run on the stand-in, too,
-so that they are known to be correct before they meet a GPU.
+`python3 -m tests.gpu.on_device.step 1` runs these tests. Tests that do not need CUDA run on the
+stand-in, too, so that they are known to be correct before they meet a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lvllm.gpu.ring import StagingRing
 from tests.random_layers import FORMATS, Layer, Random, random_layer
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 160, 12, 4
+T = TypeVar("T")
 BATCHES = [1, 2, 4, 8, *range(16, 257, 16)]
 """The batch sizes for which vLLM captures graphs, up to 256 requests."""
 
@@ -69,6 +71,19 @@ def layers(random: Random, count: int) -> list[ExpertLayer]:
     return [layer.make() for layer in made]
 
 
+def captured(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Capture a graph of `run`. Return it, and what `run` returned.
+
+    `run` runs once before, as in vLLM: CUDA loads no kernel during a capture, and Triton compiles
+    one more for sizes that 16 divides.
+    """
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
 def hybrid(accelerator: Accelerator, made: list[ExpertLayer], tokens: int) -> list[HybridCall]:
     """Make the layers' calls in a stream, for batches of up to `tokens`."""
     buffers = PinnedBuffers(accelerator, tokens, [(HIDDEN, TOP_K)] * len(made))
@@ -106,9 +121,7 @@ def test_resident_against_float32(accelerator: Accelerator, format: str) -> None
         want = layer.reference(x.cpu(), ids.cpu(), weights.cpu())
         assert torch.linalg.norm(got.float().cpu() - want) <= 6e-3 * torch.linalg.norm(want)
         if accelerator.name == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                again = resident.run(x, ids, weights)
+            graph, again = captured(lambda: resident.run(x, ids, weights))  # noqa: B023
             graph.replay()
             assert torch.equal(again, got)
 
@@ -216,9 +229,7 @@ def test_graphs_of_every_batch_size(cuda: Accelerator) -> None:
     graphs = {}
     for tokens in reversed(BATCHES):
         inputs = batch(random, tokens, cuda.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = [call(*inputs) for call in calls]
+        graph, results = captured(lambda: [call(*inputs) for call in calls])  # noqa: B023
         graphs[tokens] = graph, inputs, results
     for _ in range(3):
         for graph, inputs, results in graphs.values():
@@ -234,10 +245,7 @@ def test_ten_thousand_steps_are_the_first(cuda: Accelerator) -> None:
     random = Random(13)
     calls = hybrid(cuda, layers(random, 2), 4)
     x, ids, weights = batch(random, 4, cuda.device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        first = calls[0](x, ids, weights)
-        result = calls[1](first, ids, weights)
+    graph, result = captured(lambda: calls[1](calls[0](x, ids, weights), ids, weights))
     graph.replay()
     want = result.clone()
     different = torch.zeros((), dtype=torch.int64, device=cuda.device)
@@ -257,6 +265,7 @@ def test_capturing_a_streamed_batch_goes_to_the_cpu(cuda: Accelerator) -> None:
     added = offload.add(0, "layer 0", layer, TOP_K)
     inputs = batch(random, 64, cuda.device)
     graph = torch.cuda.CUDAGraph()
+    # Outside of the capture it would be streamed. All of its kernels were compiled before.
     with torch.cuda.graph(graph):
         got = added.run(*inputs)
     graph.replay()
@@ -280,11 +289,7 @@ def test_graphs_read_the_slots_of_now(cuda: Accelerator, monkeypatch: pytest.Mon
     graphs = []
     for tokens in (32, 5, 1):
         inputs = batch(random, tokens, cuda.device)
-        for one in added:
-            one.run(*inputs)  # This compiles the kernels.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = [one.run(*inputs) for one in added]
+        graph, results = captured(lambda: [one.run(*inputs) for one in added])  # noqa: B023
         graphs.append((graph, inputs, results))
     seen = set()
     for step in range(240):
