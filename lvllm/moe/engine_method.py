@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
@@ -184,8 +185,13 @@ def _without_padding(topk_ids: torch.Tensor) -> torch.Tensor:
 
     Some of vLLM's routers do so, but not those with groups of experts or of a model's own. Only
     graphs and replicas have such rows. The mask is a tensor, which a graph reads at each replay.
+
+    With VLLM_MOE_SKIP_PADDING=0 there is none: vLLM's runner then does not write it, and whatever a
+    dummy run left in it, namely that all rows are padding, would hold for all tokens.
     """
-    padding = get_forward_context().is_padding if is_forward_context_available() else None
+    if not (envs.VLLM_MOE_SKIP_PADDING and is_forward_context_available()):
+        return topk_ids
+    padding = get_forward_context().is_padding
     if padding is None or len(padding) != len(topk_ids):
         return topk_ids
     return topk_ids.masked_fill(padding.unsqueeze(1), -1)
