@@ -16,9 +16,10 @@ from lvllm.units import ceil_div
 
 __all__ = ["SUM_BYTES", "run"]
 
-SUM_BYTES = 512 << 20
+SUM_BYTES = 1 << 30
 """The limit of the float32 sums of a batch. A larger batch is computed in parts, and each part
-copies the experts again: with a hidden size of 7168, one of more than 18 thousand tokens."""
+copies the experts again: with a hidden size of 7168, one of more than 37 thousand tokens. vLLM
+measures a step's memory with the largest batch, and so counts them."""
 
 
 def run(
@@ -66,7 +67,9 @@ def run(
         if count is not None:
             count(rows.stop - rows.start, counts)
         total = torch.zeros_like(x[rows], dtype=torch.float32)
-        for some, tensors in ring.stream(number, counts, ahead=ahead):
+        # A part that is followed by another would have the next layer's copies dropped.
+        last = part == parts - 1
+        for some, tensors in ring.stream(number, counts, ahead=ahead and last):
             multiply(layer, tensors, some, x[rows], pairs, total, scratch_bytes=scratch_bytes)
         out[rows] = total
     return out

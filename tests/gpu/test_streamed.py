@@ -13,6 +13,7 @@ from lvllm.gpu import groups, streamed
 from lvllm.gpu.convert import convert
 from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.stand_in import StandInAccelerator
+from tests.gpu.streams import Recorded
 from tests.random_layers import ACTIVATIONS, FORMATS, FOUR_BIT, Random, random_layer
 
 LAYERS = {
@@ -142,6 +143,25 @@ def test_it_computes_the_types_of_gguf(gate: str, up: str | None, down: str) -> 
     got = run(engine_layer, x, ids.int(), weights).float()
     want = layer.reference(x, ids, weights)
     assert torch.linalg.norm(got - want) <= 8e-3 * torch.linalg.norm(want)
+
+
+def test_only_the_last_part_copies_ahead() -> None:
+    """What another part had copied ahead would be dropped, and copied again."""
+    random, first = made("bf16", "silu", (16, 24), experts=4, seed=3)
+    layers = {3: first.make(), 5: made("bf16", "silu", (16, 24), experts=4, seed=4)[1].make()}
+    x, ids = random.normal(30, 16).bfloat16(), random.integers(0, 4, 30, 3)
+    accelerator = Recorded()
+    ring = StagingRing(accelerator, {n: of.tensors for n, of in layers.items()}, 1, 1 << 30)
+    streamed.run(layers[3], ring, 3, x, ids, random.uniform(0, 1, 30, 3), sum_bytes=10 * 4 * 16)
+    ring.settle()
+    accelerator.close()
+    copied = {
+        number: sum(
+            source.data_ptr() == of.tensors["w13"].data_ptr() for source in accelerator.sources
+        )
+        for number, of in layers.items()
+    }
+    assert copied == {3: 3, 5: 1}
 
 
 @pytest.mark.parametrize("wrong", [-2, 4, 1000])
