@@ -84,6 +84,7 @@ class HybridCPUWorker(CPUWorker):
 
     def shutdown(self) -> None:
         leaving.collect_nothing_more()
+        expert_cache.save()
         super().shutdown()
 
     def reload_weights(self, *_: Any, **__: Any) -> None:

@@ -1,13 +1,16 @@
-"""Opens the cache of experts whose size follows from the memory that the KV cache does not need."""
+"""What a worker does for the cache of experts: it opens the cache, and saves its counts at the end.
+
+The size of the cache may follow from the memory that the KV cache does not need.
+"""
 
 from typing import Any
 
-from lvllm.gpu import waiting_for_cache
+from lvllm.gpu import caches, waiting_for_cache
 from lvllm.gpu.cache.products import SCRATCH_BYTES
 from lvllm.log import logger
 from lvllm.units import amount
 
-__all__ = ["REQUESTS", "SHARE", "leave_room"]
+__all__ = ["REQUESTS", "SHARE", "leave_room", "save"]
 
 REQUESTS = 2
 """The KV cache holds at least so many requests of max-model-len."""
@@ -44,3 +47,9 @@ def leave_room(worker: Any, available: int) -> int:
     left = available - sum(cache.nbytes for cache in waiting[0].caches) - SCRATCH
     logger.info("%s %s", said, amount(left))
     return left
+
+
+def save() -> None:
+    """Save how often experts were read, so that a short run is known to the next one, too."""
+    for cache in caches():
+        cache.save()

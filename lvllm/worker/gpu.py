@@ -40,6 +40,7 @@ class HybridGPUWorker(Worker):
 
     def shutdown(self) -> None:
         leaving.collect_nothing_more()
+        expert_cache.save()
         super().shutdown()
 
     def reload_weights(self, *_: Any, **__: Any) -> None:

@@ -9,11 +9,14 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from lvllm.faults import leaving
 from lvllm.gpu import caches
 from lvllm.gpu.offload import Offload
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.units import MIB
+from lvllm.worker.cpu import HybridCPUWorker
 from lvllm.worker.expert_cache import SCRATCH, leave_room
+from lvllm.worker.gpu import HybridGPUWorker
 from tests.random_layers import Random, random_layer
 
 EXPERTS, HIDDEN, INTERMEDIATE = 8, 256, 256
@@ -72,6 +75,21 @@ def test_no_expert_has_room(layer: object) -> None:
     for available in (0, 10 * MIB, SCRATCH + EXPERT):
         assert leave_room(worker(BLOCK), available) == available
         assert caches() == []
+
+
+@pytest.mark.parametrize("kind", [HybridCPUWorker, HybridGPUWorker])
+def test_the_end_of_a_worker_saves_the_counts(
+    layer: object, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_room(worker(BLOCK), 4 * (SCRATCH + 3 * EXPERT))
+    (cache,) = caches()
+    done: list[str] = []
+    monkeypatch.setattr(type(cache), "save", lambda _: done.append("saved"))
+    monkeypatch.setattr(leaving, "collect_nothing_more", lambda: None)
+    monkeypatch.setattr(kind.__mro__[1], "shutdown", lambda _: done.append("ended"))
+    ending: Any = object.__new__(kind)
+    ending.shutdown()
+    assert done == ["saved", "ended"]
 
 
 def test_without_a_cache_nothing_changes() -> None:

@@ -111,7 +111,7 @@ class ExpertCache:
         weights = [layer.tensors for layer in layers.values()]
         self._replacing = Replacing(accelerator, weights, experts, self._slots, copies)
         self._most = max(1, STEP_BYTES // expert_bytes(of)) * EVERY
-        self._until_saved = SAVE_EVERY
+        self._unsaved = 0  # looks at the counts
         self._counters: CacheCounters | None = None
         tables, reads = self._replacing.on_device, self._reads.on_device
         self.layers = {
@@ -149,6 +149,15 @@ class ExpertCache:
             self._look(reads)
         return self._replacing.step()
 
+    def save(self) -> None:
+        """Save the counts, if there are any that have not been saved.
+
+        It asks the device for nothing, so what the last steps have read is left out.
+        """
+        if self._unsaved and self._path is not None:
+            saved.write(self._path, self._numbers, self._placement.scores)
+        self._unsaved = 0
+
     def _look(self, reads: torch.Tensor) -> None:
         """Count what some steps have read, and choose what is to be replaced."""
         if self._counters is not None:
@@ -157,10 +166,9 @@ class ExpertCache:
         self._placement.count(reads, EVERY)
         if self._replacing.idle:
             self._replacing.add(self._placement.moves(self._most))
-        self._until_saved -= 1
-        if self._until_saved == 0 and self._path is not None:
-            self._until_saved = SAVE_EVERY
-            saved.write(self._path, self._numbers, self._placement.scores)
+        self._unsaved += 1
+        if self._unsaved >= SAVE_EVERY:
+            self.save()
 
     def _begin(self) -> None:
         """Fill all slots, by what an earlier server has counted, and say so."""

@@ -200,6 +200,29 @@ def test_a_restart_begins_with_what_was_read(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_the_end_of_a_short_run_saves_what_was_read(
+    accelerator: StandInAccelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written if nothing was read."""
+    monkeypatch.setattr(reads, "EVERY", 2)
+    monkeypatch.setattr(expert_cache, "EVERY", 2)
+    path = tmp_path / "reads.safetensors"
+    given, layers = make(accelerator, ["int4", "int4"], 4, reads_path=path)
+    opened(layers[0]).save()
+    assert not path.exists()
+    for _ in range(40):
+        check(given, layers, 2, [5, 6])
+    assert not path.exists()
+    opened(layers[0]).save()
+    written = path.stat().st_mtime_ns
+    opened(layers[0]).save()
+    assert path.stat().st_mtime_ns == written
+    del layers
+    _, layers = make(accelerator, ["int4", "int4"], 4, reads_path=path)
+    for number in (0, 1):
+        assert opened(layers[0]).holds(number) == [e in (5, 6) for e in range(EXPERTS)]
+
+
 def test_a_cache_that_is_opened_later(accelerator: StandInAccelerator) -> None:
     given, layers = make(accelerator, ["int4", "int4"], 0, cache_bytes="auto")
     check(given, layers, 4, [1])
