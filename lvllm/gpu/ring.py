@@ -20,7 +20,7 @@ from lvllm.gpu.accelerator import Accelerator, Event, Mark
 from lvllm.gpu.copy_times import CopyTimes, GroupTimes
 from lvllm.gpu.counters import StreamedCounters
 from lvllm.gpu.groups import LayerGroups, LayerWeights
-from lvllm.gpu.spans import Spans
+from lvllm.gpu.spans import Freed, Spans
 from lvllm.gpu.watchdog import Watchdog
 from lvllm.units import amount
 
@@ -29,6 +29,21 @@ __all__ = ["StagingRing"]
 AT_ONCE = 4
 """The groups that are queued before the next one is computed. The host takes some 20 us for each. A
 layer of 256 experts in large groups would take it 5 ms, in which the device would wait."""
+
+
+@dataclass
+class _Unmarked:
+    """Copies of a layer of which the watchdog has not been told."""
+
+    layer: int
+    first: int
+    """The number of the first one."""
+    behind: str = ""
+    """What some of them wait for."""
+
+    def name(self) -> str:
+        behind = f", behind {self.behind}," if self.behind else ""
+        return f"layer {self.layer}: copy to the GPU{behind}"
 
 
 @dataclass
@@ -42,6 +57,8 @@ class _Group:
     copied: Event
     marks: tuple[Mark, Mark] | None
     """Around the copy, if the layer is counted."""
+    number: int
+    """Copies are numbered in the order in which they are queued."""
     ahead: bool = False
     """Whether the copy had been queued before its layer was asked for."""
 
@@ -82,6 +99,9 @@ class StagingRing:
         self._ahead = min(ahead, max(len(self._layers) - 1, 0))
         self._copies = accelerator.stream()
         self._steps = watchdog.follow(self._copies) if watchdog is not None else None
+        self._awaited = ""  # what the copies waited for last
+        self._queued = 0  # copies
+        self._unmarked: _Unmarked | None = None
         self._spans = Spans(self._size(limit))
         self._memory = self._allocate()
         # These are copied or being copied, in the order of computation.
@@ -147,6 +167,8 @@ class StagingRing:
             group = self._coming[0]
             released = None
             if any(counts[expert] for expert in group.experts):
+                if self._unmarked is not None and group.number >= self._unmarked.first:
+                    self._mark()
                 stream = self._accelerator.compute()
                 asked = self._accelerator.mark(stream) if group.marks else None
                 self._accelerator.wait(group.copied, stream)
@@ -223,10 +245,7 @@ class StagingRing:
             if taken is None:
                 return
             begin, before = taken
-            if before is not None:
-                self._accelerator.wait(before.released, self._copies)
-                if self._steps is not None:
-                    self._steps.mark(before.what)
+            self._await(place, before)
             self._coming.append(self._copy(place, some, begin))
             self._next = next(self._left, None)
             queued += 1
@@ -235,6 +254,8 @@ class StagingRing:
         """Queue the copy of a group to the ring's byte `begin`."""
         accelerator, layer = self._accelerator, self._layers[place]
         tensors = layer.views(some, self._memory[begin:])
+        self._unmarked = self._unmarked or _Unmarked(layer.number, self._queued)
+        self._queued += 1
         counted = place in self._counters
         begun = accelerator.mark(self._copies) if counted else None
         for name, source in layer.sources(some).items():
@@ -242,9 +263,38 @@ class StagingRing:
         marks = (begun, accelerator.mark(self._copies)) if counted else None
         copied = accelerator.event()
         accelerator.record(copied, self._copies)
+        return _Group(place, some, tensors, copied, marks, self._queued - 1)
+
+    def _await(self, place: int, before: Freed | None) -> None:
+        """Queue the wait of a copy of a layer for the last reads of the bytes that it writes.
+
+        The watchdog is told of the first wait for a layer's products, and before that of the copies
+        that do not wait for it.
+        """
+        number, unmarked = self._layers[place].number, self._unmarked
+        first = before is not None and before.what != self._awaited
+        if unmarked is not None and (first or unmarked.layer != number):
+            self._mark()
+        if before is None:
+            return
+        self._accelerator.wait(before.released, self._copies)
+        if not first:
+            self._unmarked = self._unmarked or _Unmarked(number, self._queued)
+            self._unmarked.behind = before.what
+            return
+        self._awaited = before.what
         if self._steps is not None:
-            self._steps.mark(f"layer {layer.number}: copy to the GPU")
-        return _Group(place, some, tensors, copied, marks)
+            self._steps.mark(before.what)
+
+    def _mark(self) -> None:
+        """Tell the watchdog of all copies that are queued, before the compute stream waits for one.
+
+        The device copies four bytes back for it. It would do so every 0.3 ms if each group had a
+        mark. The copies of a layer have one or two, as many are queued before one is waited for.
+        """
+        if self._steps is not None and self._unmarked is not None:
+            self._steps.mark(self._unmarked.name())
+        self._unmarked = None
 
     def _time(self, group: _Group, asked: Mark | None) -> None:
         """Mark the end of the group's work, which is in the compute stream by now."""

@@ -1,6 +1,7 @@
 """Tests the watchdog: it names a step that hangs, and does nothing otherwise."""
 
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from lvllm.faults import process
+from lvllm.gpu import groups
 from lvllm.gpu import watchdog as watchdogs
 from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.stand_in import StandInStream
@@ -82,6 +84,56 @@ def test_a_hanging_stream_is_named(
                     accelerator.launch(lambda: gate.wait(LONG), accelerator.compute())
     assert lines.said.wait(LONG)
     assert lines == [line(step)]
+    gate.set()
+    watchdog.close()
+
+
+GROUPS = {n: {"w13": torch.zeros(6, 1000, dtype=torch.uint8)} for n in (3, 4, 7)}
+"""Layers of six groups."""
+
+
+@pytest.mark.parametrize(
+    ("hangs", "step"),
+    [
+        ("copy", r"layer 7: copy to the GPU(, behind layer \d: experts on the GPU,)?"),
+        ("compute", r"(layer \d: copy to the GPU, behind )?layer 4: experts on the GPU,?"),
+    ],
+)
+def test_a_layer_of_many_groups_is_marked_once(
+    accelerator: RecordedAhead,
+    lines: Lines,
+    hangs: str,
+    step: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each mark is a copy back, which takes the place of one of weights. Any group may hang."""
+    monkeypatch.setattr(groups, "GROUP_BYTES", 1000)
+    watchdog, gate = Watchdog(accelerator, SHORT, lines.add), threading.Event()
+    ring = StagingRing(accelerator, GROUPS, 1, 9000, watchdog)
+    for _ in range(5):
+        for number in GROUPS:
+            list(ring.stream(number, [1] * 6))
+        accelerator.synchronize(accelerator.compute())
+        ring.settle()
+    marks = [source for source in accelerator.sources if source.nbytes == 4]
+    copies = [source for source in accelerator.sources if source.nbytes == 1000]
+    assert len(copies) >= 5 * 3 * 6
+    assert len(marks) <= 3 * (5 * 3 + 1)
+    group = random.randrange(6)
+    copy = accelerator.copy
+
+    def hang(target: torch.Tensor, source: torch.Tensor, stream: StandInStream) -> None:
+        if hangs == "copy" and source.data_ptr() == GROUPS[7]["w13"][group].data_ptr():
+            accelerator.launch(lambda: gate.wait(LONG), stream)
+        copy(target, source, stream)
+
+    monkeypatch.setattr(accelerator, "copy", hang)
+    for number in GROUPS:
+        for some, _ in ring.stream(number, [1] * 6):
+            if hangs == "compute" and number == 4 and some.start == group:
+                accelerator.launch(lambda: gate.wait(LONG), accelerator.compute())
+    assert lines.said.wait(LONG)
+    assert re.match(rf"{step} has not happened for 1 s", lines[0])
     gate.set()
     watchdog.close()
 
