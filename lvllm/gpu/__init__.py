@@ -3,7 +3,7 @@
 from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.devices import open_accelerator
 from lvllm.gpu.hybrid import host_calls, raise_host_call_error
-from lvllm.gpu.offload import Offload, caches, mark_step, waiting_for_cache
+from lvllm.gpu.offload import Offload, caches, mark_others, mark_step, waiting_for_cache
 from lvllm.gpu.offloaded_layer import OffloadedLayer, concentrated_routing
 from lvllm.gpu.resident_layer import ResidentLayer
 from lvllm.gpu.watchdog import Watchdog
@@ -17,6 +17,7 @@ __all__ = [
     "caches",
     "concentrated_routing",
     "host_calls",
+    "mark_others",
     "mark_step",
     "open_accelerator",
     "raise_host_call_error",

@@ -20,7 +20,7 @@ from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
 from lvllm.units import gib
 
-__all__ = ["Offload", "caches", "mark_step", "waiting_for_cache"]
+__all__ = ["Offload", "caches", "mark_others", "mark_step", "waiting_for_cache"]
 
 # vLLM shows the loggers of this name. This package works without vLLM.
 logger = logging.getLogger("vllm.plugins.lvllm")
@@ -217,10 +217,17 @@ class Offload:
         lost = [cache.step() for cache in self.caches]
         if any(lost) and self._ring is not None:
             self._ring.abort()
-        if self._watchdog is not None:
-            if self._steps is None:
-                self._steps = self._watchdog.follow(self.accelerator.compute())
-            self._steps.mark(running_host_call)
+        if (steps := self._compute_steps()) is not None:
+            steps.mark(running_host_call)
+
+    def _mark_others(self) -> None:
+        if (steps := self._compute_steps()) is not None:
+            steps.mark_others()
+
+    def _compute_steps(self) -> StreamSteps | None:
+        if self._watchdog is not None and self._steps is None:
+            self._steps = self._watchdog.follow(self.accelerator.compute())
+        return self._steps
 
 
 _building: weakref.ref[Offload] | None = None
@@ -248,3 +255,12 @@ def mark_step() -> None:
     """
     for offload in list(_live):
         offload._mark_step()
+
+
+def mark_others() -> None:
+    """Tell the watchdogs that the compute stream waits for other processes before its next work.
+
+    Call this once these waits are in the stream.
+    """
+    for offload in list(_live):
+        offload._mark_others()

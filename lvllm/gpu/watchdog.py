@@ -1,7 +1,9 @@
 """Ends the process when something that the GPU waits for does not happen, and says what it was.
 
 CUDA queues the steps of all layers within milliseconds, and they are due from then on. So a step is
-late when nothing at all has happened for the allowed time: a pass may take many times as long.
+late when nothing at all has happened for the allowed time: a pass may take many times as long. What
+waits for another process is never late, and holds back all that became due after it: that process
+has a watchdog of its own.
 
 The watchdog's thread reads host memory and never calls CUDA. A query of an event may block behind a
 thread that waits for the device, and would break a graph that is being captured. So the device
@@ -39,6 +41,8 @@ class _Step:
     happened: Callable[[], bool]
     due: float
     """The time.monotonic() at which it became due."""
+    others: bool = False
+    """Whether it waits for other processes, which may take any time."""
 
 
 class Watchdog:
@@ -100,12 +104,14 @@ class Watchdog:
         if current_thread() is not self._thread:
             self._thread.join()
 
-    def _due(self, steps: "Steps", name: Name, happened: Callable[[], bool]) -> None:
+    def _due(
+        self, steps: "Steps", name: Name, happened: Callable[[], bool], others: bool = False
+    ) -> None:
         with self._changed:
             now = time.monotonic()
             if steps.clear():
                 self._happened = now
-            steps.waiting.append(_Step(name, happened, now))
+            steps.waiting.append(_Step(name, happened, now, others))
             if self._sleeps_for_good:  # From any other sleep it wakes in time for this step.
                 self._changed.notify()
 
@@ -139,6 +145,8 @@ class Watchdog:
                 self._sleeps_for_good = True
                 self._changed.wait()
                 self._sleeps_for_good = False
+            elif oldest.others:
+                self._changed.wait(self._seconds / LOOKS)
             elif (left := max(oldest.due, self._happened) + self._seconds - now) > 0:
                 self._changed.wait(min(left, self._seconds / LOOKS))
             else:
@@ -185,10 +193,17 @@ class StreamSteps(Steps):
 
         The device copies four bytes for it. This must not be called while a graph is captured.
         """
+        self._mark(name, False)
+
+    def mark_others(self) -> None:
+        """Say that the stream waits for other processes before it goes on to its next work."""
+        self._mark("what other processes send", True)
+
+    def _mark(self, name: Name, others: bool) -> None:
         self._marked = (self._marked + 1) % NUMBERS
         number = self._watchdog.numbers[self._marked : self._marked + 1]
         self._watchdog.accelerator.copy(self._reached, number, self._stream)
-        self.due(name, partial(self._passed, self._marked))
+        self._watchdog._due(self, name, partial(self._passed, self._marked), others)
 
     def _passed(self, mark: int) -> bool:
         return (int(self._reached.item()) - mark) % NUMBERS < NUMBERS // 2

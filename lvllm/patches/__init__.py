@@ -25,6 +25,7 @@ from lvllm.patches import (
     ray_cluster,
     routing,
     segments,
+    stages,
 )
 from lvllm.patches.registry import Patch, PatchError, install, patches
 
@@ -52,4 +53,5 @@ __all__ = [
     "ray_cluster",
     "routing",
     "segments",
+    "stages",
 ]

@@ -33,6 +33,7 @@ __all__ = ["Patch", "PatchError", "Unless", "install", "patch", "patches"]
 
 AT_START = "at the start of every process"
 MODEL_LOADED = "in a CPU worker, once the model is loaded"
+IN_GPU_WORKER = "in a GPU worker, before the model is loaded"
 PICTURE_MODEL_IMPORTED = "once a model for pictures is imported"
 ON_RAY = "in an engine whose ranks are on a Ray cluster"
 NOTHING = "nothing"

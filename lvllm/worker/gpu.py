@@ -6,9 +6,11 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from lvllm.errors import LvllmError
-from lvllm.faults import leaving
-from lvllm.gpu import concentrated_routing, mark_step, raise_host_call_error
+from lvllm.faults import leaving, process
+from lvllm.gpu import concentrated_routing, mark_others, mark_step, raise_host_call_error
 from lvllm.moe.arrivals import NOT_AGAIN
+from lvllm.patches import PatchError, install
+from lvllm.patches.registry import IN_GPU_WORKER
 from lvllm.worker import expert_cache, experts, verification
 from lvllm.worker.counting import Steps, count_worker
 
@@ -28,6 +30,10 @@ class HybridGPUWorker(Worker):
 
     def load_model(self, **arguments: Any) -> None:
         """Load the model, and verify its layers if LVLLM_VERIFY says so."""
+        try:
+            install("cuda", IN_GPU_WORKER)
+        except PatchError as error:
+            process.end(str(error))
         super().load_model(**arguments)
         experts.warn_if_none_are_ours(self.vllm_config, self.model_runner.get_model())
         verification.at_start(self.vllm_config, self.model_runner.get_model())
@@ -60,9 +66,22 @@ class HybridGPUWorker(Worker):
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step, which is due from now on for the watchdog."""
         self._steps.add(scheduler_output)
+        self._wait_for_sends()
         output = super().execute_model(scheduler_output)
         mark_step()
         return _checked(output)
+
+    def _wait_for_sends(self) -> None:
+        """Wait for the last step's sends to the next stage of a pipeline, as vLLM would do next.
+
+        They begin when that stage is done with the step before.
+        """
+        sends: list[Any] = getattr(self, "_pp_send_work", [])
+        for handle in sends:
+            handle.wait()
+        if sends:
+            sends.clear()
+            mark_others()
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample the tokens of a step."""

@@ -172,6 +172,45 @@ def test_a_step_may_take_long_while_other_work_goes_on(
     watchdog.close()
 
 
+def test_a_step_waits_for_other_processes_for_any_time(
+    accelerator: RecordedAhead, lines: Lines
+) -> None:
+    """Its own work is late from then on, and so is work that was due before."""
+    watchdog, stream = Watchdog(accelerator, SHORT, lines.add), accelerator.stream()
+    steps, received, gate = watchdog.follow(stream), threading.Event(), threading.Event()
+    accelerator.launch(lambda: received.wait(LONG), stream)
+    steps.mark_others()
+    accelerator.launch(lambda: gate.wait(LONG), stream)
+    steps.mark("a step")
+    watchdog.steps().due("layer 3: experts on the CPU", gate.is_set)
+    assert not lines.said.wait(2 * SHORT)
+    begin = time.monotonic()
+    received.set()
+    assert lines.said.wait(LONG)
+    assert time.monotonic() - begin > 0.7 * SHORT
+    assert lines == [line("a step")]
+    gate.set()
+    watchdog.close()
+
+
+def test_a_step_before_one_that_waits_for_others_is_late(
+    accelerator: RecordedAhead, lines: Lines
+) -> None:
+    watchdog, stream, gate = (
+        Watchdog(accelerator, SHORT, lines.add),
+        accelerator.stream(),
+        threading.Event(),
+    )
+    steps = watchdog.follow(stream)
+    accelerator.launch(lambda: gate.wait(LONG), stream)
+    steps.mark("a step")
+    steps.mark_others()
+    assert lines.said.wait(LONG)
+    assert lines == [line("a step")]
+    gate.set()
+    watchdog.close()
+
+
 def test_a_hanging_host_callback_is_named(accelerator: RecordedAhead, lines: Lines) -> None:
     watchdog, done = Watchdog(accelerator, SHORT, lines.add), [0]
     calls = watchdog.steps()

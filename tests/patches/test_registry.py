@@ -166,9 +166,15 @@ report = {
     "again": again,
     "missing": {registry.AT_START: missing(registry.AT_START)},
 }
-for when in (registry.MODEL_LOADED, registry.PICTURE_MODEL_IMPORTED, registry.ON_RAY):
-    registry.install("cpu", when)
-    registry.install("cpu", when)
+for when in (
+    registry.MODEL_LOADED,
+    registry.PICTURE_MODEL_IMPORTED,
+    registry.ON_RAY,
+    registry.IN_GPU_WORKER,
+):
+    platform = "cuda" if when == registry.IN_GPU_WORKER else "cpu"
+    registry.install(platform, when)
+    registry.install(platform, when)
     report["missing"][when] = missing(when)
 print(json.dumps(report))
 """
@@ -205,7 +211,12 @@ def test_switched_off_nothing_is_touched(process: Any) -> None:
 
 @pytest.mark.slow
 def test_every_entry_is_installed(process: Any) -> None:
-    later = {registry.MODEL_LOADED, registry.PICTURE_MODEL_IMPORTED, registry.ON_RAY}
+    later = {
+        registry.MODEL_LOADED,
+        registry.PICTURE_MODEL_IMPORTED,
+        registry.ON_RAY,
+        registry.IN_GPU_WORKER,
+    }
     moments = {registry.AT_START, *later}
     assert process["missing"] == {when: [] for when in moments}
     assert {patch.when for patch in patches()} == moments
