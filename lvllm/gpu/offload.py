@@ -16,6 +16,7 @@ from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.cache.expert_cache import ExpertCache, open_caches
 from lvllm.gpu.hybrid import HybridCall, PinnedBuffers, raise_host_call_error, running_host_call
 from lvllm.gpu.offloaded_layer import OffloadedLayer
+from lvllm.gpu.products import require_whole_words
 from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.watchdog import StreamSteps, Watchdog
 from lvllm.units import gib
@@ -116,8 +117,14 @@ class Offload:
         router chooses from, if other ranks hold some of them.
 
         Raises MemoryError, in one line, if the host's memory cannot be pinned or the device has too
-        little memory for the copies of experts.
+        little memory for the copies of experts, and ValueError if a cache of them could not compute
+        the layer in a graph.
         """
+        if self.cache_bytes:
+            try:
+                require_whole_words(experts, self.accelerator.device)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}, or LVLLM_GPU_EXPERT_CACHE=0") from None
         layer = OffloadedLayer(
             self, self.accelerator, number, name, experts, topk, routed or experts.num_experts
         )

@@ -18,7 +18,7 @@ from lvllm.engine.weight_formats import ALL_FORMATS
 from lvllm.gpu.convert import convert
 from lvllm.gpu.pairs import Pairs
 
-__all__ = ["SCRATCH_BYTES", "has_whole_words", "multiply", "prepare"]
+__all__ = ["SCRATCH_BYTES", "has_whole_words", "multiply", "prepare", "require_whole_words"]
 
 SCRATCH_BYTES = 512 << 20
 """The limit of converted matrices at a time, and that of rows at a time. Writing this much takes
@@ -94,14 +94,32 @@ def has_whole_words(layer: ExpertLayer) -> bool:
     Those of all published models are. Rows of blocks may have half a word more, but then there is
     an even number of them.
     """
-    return all(
-        columns % _values_of_word(layer.format_of(name)) == 0
-        for name, columns in (
-            ("w13", layer.hidden_size),
-            ("w3", layer.hidden_size),
-            ("w2", layer.intermediate_size),
-        )
-    )
+    return _odd_rows(layer) is None
+
+
+def require_whole_words(layer: ExpertLayer, device: torch.device) -> None:
+    """Raise ValueError on a GPU, unless the kernels compute the layer.
+
+    PyTorch would compute it otherwise, for which the host waits for the device. A graph cannot.
+    """
+    if device.type == "cuda" and (odd := _odd_rows(layer)) is not None:
+        raise ValueError(f"the GPU's kernels want rows of whole words, but {odd}")
+
+
+def _odd_rows(layer: ExpertLayer) -> str | None:
+    """Describe rows of the layer that are no whole words; None: all are."""
+    for name, columns in (
+        ("w13", layer.hidden_size),
+        ("w3", layer.hidden_size),
+        ("w2", layer.intermediate_size),
+    ):
+        format = layer.format_of(name)
+        if columns % (values := _values_of_word(format)):
+            return (
+                f"those of {name} have {columns} weights in {format}; allowed is a multiple of"
+                f" {values}"
+            )
+    return None
 
 
 def _values_of_word(format: str) -> int:

@@ -7,7 +7,7 @@ from lvllm.gpu import operator
 from lvllm.gpu.accelerator import Accelerator
 from lvllm.gpu.cache import products
 from lvllm.gpu.pairs import Pairs
-from lvllm.gpu.products import prepare
+from lvllm.gpu.products import prepare, require_whole_words
 
 __all__ = ["ResidentLayer"]
 
@@ -23,10 +23,12 @@ class ResidentLayer:
         experts: the layer on the host. It is ended, and its memory freed.
 
     Raises:
+        ValueError: in one line, if a graph could not hold the layer.
         MemoryError: in one line, if the device has no room.
     """
 
     def __init__(self, accelerator: Accelerator, experts: ExpertLayer) -> None:
+        require_whole_words(experts, accelerator.device)
         stream = accelerator.compute()
         self._experts = experts
         self._tensors = {}

@@ -69,13 +69,13 @@ def resident_method(
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
     device = current_platform.device_name
+    remedy = f"leave {layer_number(prefix)} out of LVLLM_GPU_RESIDENT_MOE_LAYERS"
+    if _is_draft():
+        remedy = "leave speculative-config out, as a draft's layers are resident"
     try:
-        method = ResidentMoEMethod(moe_config, formats.find(quant_config, layer, prefix), prefix)
+        weight_format = formats.find(quant_config, layer, prefix)
+        method = ResidentMoEMethod(moe_config, weight_format, prefix, remedy)
     except ValueError as error:
-        number = layer_number(prefix)
-        remedy = f"leave {number} out of LVLLM_GPU_RESIDENT_MOE_LAYERS"
-        if _is_draft():
-            remedy = "leave speculative-config out, as a draft's layers are resident"
         raise LayerError(
             f"{prefix}: vLLM cannot compute these experts on {device}, where they are to be"
             f" resident: {why}; nor can LvLLM: {error}; {remedy}"

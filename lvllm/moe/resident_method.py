@@ -5,6 +5,7 @@ from typing import Any
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from lvllm.engine import ExpertLayer
+from lvllm.errors import LayerError
 from lvllm.formats import ExpertFormat
 from lvllm.gpu import ResidentLayer, open_accelerator
 from lvllm.moe.engine_method import EngineMoEMethod
@@ -20,10 +21,17 @@ class ResidentMoEMethod(EngineMoEMethod):
     The host's memory holds a layer only until it is complete.
     """
 
-    def __init__(self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str) -> None:
+    def __init__(
+        self, moe: FusedMoEConfig, weight_format: ExpertFormat, prefix: str, remedy: str
+    ) -> None:
+        """`remedy` says what the user can do if the accelerator cannot compute the layer."""
         super().__init__(moe, weight_format, UseWeight.KEEP, prefix)
+        self.remedy = remedy
 
     def keep(self, layer: Any, experts: ExpertLayer) -> None:
         layer.engine_handle = experts.handle
         accelerator = open_accelerator(HybridConfig.current().accelerator)
-        layer.on_device = ResidentLayer(accelerator, experts)
+        try:
+            layer.on_device = ResidentLayer(accelerator, experts)
+        except ValueError as error:
+            raise LayerError(f"{layer.layer_name}: {error}; {self.remedy}") from error

@@ -18,6 +18,7 @@ from lvllm.gpu.break_even import MeasuredThreshold
 from lvllm.gpu.hybrid import raise_host_call_error
 from lvllm.gpu.offload import Offload, mark_step
 from lvllm.gpu.offloaded_layer import ComputePath, OffloadedLayer, choose_path, concentrated_routing
+from lvllm.gpu.resident_layer import ResidentLayer
 from lvllm.gpu.ring import StagingRing
 from lvllm.gpu.stand_in import StandInAccelerator
 from lvllm.gpu.watchdog import Watchdog
@@ -307,6 +308,31 @@ def test_an_error_in_a_callback_names_its_layer(accelerator: Pinning) -> None:
         torch.ops.lvllm.routed_experts(x, ids, weights, made[0].handle)
     raise_host_call_error()
     assert kept
+
+
+def test_rows_that_a_graph_could_not_compute_are_refused(
+    accelerator: Pinning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host would wait for the device between their products."""
+    layer = random_layer(Random(1), "bf16", EXPERTS, 33, 64).make()
+    one, kept = Model(), []
+
+    def add(number: int) -> OffloadedLayer:
+        joined = Offload.announce(number, one, lambda: Offload(accelerator, 8, cache_bytes=1 << 20))
+        kept.append(joined)
+        return joined.add(number, f"layers.{number}", layer, TOPK)
+
+    assert add(0).cache is not None
+    monkeypatch.setattr(accelerator, "device", torch.device("cuda"))
+    said = (
+        "the GPU's kernels want rows of whole words, but those of w13 have 33 weights in bf16;"
+        " allowed is a multiple of 2"
+    )
+    with pytest.raises(ValueError, match=f"^layers.1: {said}, or LVLLM_GPU_EXPERT_CACHE=0$"):
+        add(1)
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        ResidentLayer(accelerator, layer)
+    assert layer.tensors  # It is refused before anything is done.
 
 
 def test_experts_are_deferred_from_layer_to_layer(accelerator: Pinning) -> None:

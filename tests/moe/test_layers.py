@@ -24,7 +24,8 @@ from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
 from lvllm.engine import bank
-from lvllm.moe import activations
+from lvllm.errors import LayerError
+from lvllm.moe import activations, resident_method
 from lvllm.moe import resident as resident_layers
 from lvllm.moe.method import HybridMoEMethod
 from lvllm.moe.resident_method import ResidentMoEMethod
@@ -296,6 +297,20 @@ def test_resident_layers_that_nobody_can_compute() -> None:
     assert "its kernels need a gate; nor can LvLLM: " in said
     assert "activation 'silu_no_mul' is not supported" in said
     assert said.endswith("; leave 4 out of LVLLM_GPU_RESIDENT_MOE_LAYERS")
+
+
+@pytest.mark.usefixtures("resident", "beyond_vllm")
+def test_resident_layers_that_a_graph_could_not_hold(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("33 weights")
+
+    monkeypatch.setattr(resident_method, "ResidentLayer", refuse)
+    with pytest.raises(LayerError) as caught:
+        check("silu", False, "odd.layers.4.mlp.experts", vllm_config, 1)
+    wanted = "odd.layers.4.mlp.experts: 33 weights; leave 4 out of LVLLM_GPU_RESIDENT_MOE_LAYERS"
+    assert str(caught.value) == wanted
 
 
 @pytest.mark.usefixtures("resident")
