@@ -23,14 +23,17 @@ FOUND = "answers "
 Answers: TypeAlias = list[list[tuple[list[int], list[float]]]]
 
 
-def answer(settings: dict[str, Any] | None, **arguments: Any) -> tuple[Answers, str]:
-    """Return the answers of a new process, and its log.
+def answer(
+    settings: dict[str, Any] | None, environment: dict[str, str] | None = None, **arguments: Any
+) -> tuple[Answers, str]:
+    """Return the answers of a new process, with more environment variables, and its log.
 
     Raises RuntimeError with the end of the log if the process fails.
     """
     job = json.dumps({"settings": settings, "arguments": arguments})
     variables = {key: value for key, value in os.environ.items() if not key.startswith("LVLLM_")}
     variables["LVLLM_MOE_NUMA_ENABLED"] = str(int(settings is not None))
+    variables |= environment or {}
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.on_device.answers", job],
         cwd=ROOT,

@@ -11,6 +11,7 @@ BOUND = 0.15
 EAGER = {"enforce_eager": True}
 STREAMED = {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
 GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8], "max_cudagraph_capture_size": 8}
+DECODING = {"compilation_config": GRAPHS | {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hybrid": ({}, EAGER),
     "streamed, by mailbox": (STREAMED | {"gpu_call": "mailbox"}, EAGER),
@@ -18,18 +19,30 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "some experts in the cache": (STREAMED | {"gpu_expert_cache": "0.002"}, EAGER),
     "graphs of decoding, with a cache": (
         {"gpu_call": "auto", "gpu_expert_cache": "0.002"},
-        {"compilation_config": GRAPHS | {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+        DECODING,
     ),
     "graphs of decoding and pieces": (
         STREAMED,
         {"compilation_config": GRAPHS | {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
     ),
+    "graphs that attention breaks": (
+        STREAMED,
+        {
+            "environment": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"},
+            "compilation_config": GRAPHS | {"cudagraph_mode": "FULL_AND_PIECEWISE"},
+        },
+    ),
+    "the first model runner, with graphs": (
+        STREAMED | {"gpu_expert_cache": "0.002"},
+        DECODING | {"environment": {"VLLM_USE_V2_MODEL_RUNNER": "0"}},
+    ),
 }
+"""LvLLM's settings, and arguments of `answer`."""
 
 
 @pytest.fixture(scope="module")
 def stock() -> Answers:
-    answers, _ = answer(None, **EAGER)
+    answers, _ = answer(None, enforce_eager=True)
     return answers
 
 
