@@ -51,6 +51,18 @@ def seconds(accelerator: Accelerator, work: Callable[[], object], times: int = 5
     return statistics.median(found)
 
 
+class Rows(list[tuple[object, ...]]):
+    """The rows of a table. Each of them is printed as soon as it is measured, too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def add(self, *row: object) -> None:
+        self.append(row)
+        print(self._name, *(f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row))
+
+
 def table(title: str, header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
     print(f"\n{title}")
     for row in (header, *rows):
@@ -252,7 +264,9 @@ def main() -> None:
         header = ("", "in a stream", "in a graph")
         table("an empty call of the host, us", header, gpu_callback.costs(accelerator))
     rate = matrix_rate(accelerator)
-    rates, passes, steps, apart, kept = [], [], [], [], []
+    rates, passes, steps, apart, kept = map(
+        Rows, ("products", "prefill", "decoding", "deferred", "cached")
+    )
     formats, timed = a.formats.split(","), [int(tokens) for tokens in a.prefill.split(",")]
     for format in formats:
         layers = make(format, shape, a.layers)
@@ -268,17 +282,16 @@ def main() -> None:
             row = (copy, products, whole, cpu)
             hidden, intermediate, _, topk = shape
             reached = 2 * tokens * topk * 3 * hidden * intermediate / products
-            rates.append((format, tokens, 1e3 * products, reached / 1e12, reached / rate))
+            rates.add(format, tokens, 1e3 * products, reached / 1e12, reached / rate)
             speed = size / copy / there
-            passes.append(
-                (format, tokens, *(1e3 * t for t in row), speed, whole / max(copy, products))
-            )
+            longer = max(copy, products)
+            passes.add(format, tokens, *(1e3 * t for t in row), speed, whole / longer)
         if format == formats[0]:
             inputs = batch(shape, timed[-1], accelerator.device)
             show_timeline(accelerator, layers, inputs, a.ahead, a.trace)
         for tokens in map(int, a.decode.split(",")):
             alone, graph = decode(accelerator, layers, batch(shape, tokens, accelerator.device))
-            steps.append((format, tokens, 1e6 * alone, 1e6 * graph, 1e6 * (graph - alone)))
+            steps.add(format, tokens, 1e6 * alone, 1e6 * graph, 1e6 * (graph - alone))
         inputs = batch(shape, 1, accelerator.device)
         alone, _ = decode(accelerator, layers, inputs)
         work = pause(accelerator, alone / 2)
@@ -286,12 +299,12 @@ def main() -> None:
         for count in (0, shape[3] // 4, shape[3] // 2):
             _, took = decode(accelerator, layers, inputs, count, work)
             without = without or took
-            apart.append((format, count, 1e6 * alone, 1e6 * took, took / without))
+            apart.add(format, count, 1e6 * alone, 1e6 * took, took / without)
         whole_layer = 0.0
         for share in (1 / shape[2], 0.25, 0.5, 1.0):
             took = decode_cached(accelerator, layers, inputs, share)
             whole_layer = whole_layer or took
-            kept.append((format, share, 1e6 * took, took / whole_layer))
+            kept.add(format, share, 1e6 * took, took / whole_layer)
         for layer in layers:
             for tensor in layer.tensors.values():
                 accelerator.unpin(tensor)

@@ -8,8 +8,9 @@ after the other, each in a process of its own: LvLLM with no, half and all MoE l
 with half of all experts in its cache, and vLLM alone with the same experts offloaded by
 --offload-backend prefetch and by --cpu-offload-gb, and with none offloaded. Prompts are prefilled
 one at a time, up to their first token. Decoding steps have several requests at a time, after their
-prompts. The number in brackets compares with the faster of vLLM's ways to offload all experts or,
-if none of them runs, with the first configuration that runs.
+prompts. The memory of the largest process on the host is compared with what the plan says of the
+experts there. The number in brackets compares with the faster of vLLM's ways to offload all experts
+or, if none of them runs, with the first configuration that runs.
 
 On vLLM's CPU platform, which offloads nothing, LvLLM's configurations run on the stand-in. That
 only shows that the benchmark runs. `--shape tiny --layers 4 --prefill 48,96 --decode 1,4
@@ -37,7 +38,8 @@ OFFLOADED = ("vLLM, all prefetched", "vLLM, all by cpu-offload-gb")
 """The numbers in brackets compare with these configurations."""
 
 Results = dict[str, float]
-"""Tokens per second, by "prefill N" and "decode N"."""
+"""Tokens per second, by "prefill N" and "decode N", and GiB of memory, by HOST and PLANNED."""
+HOST, PLANNED = "host, GiB", "experts on the host by plan, GiB"
 
 
 def write_config(folder: Path, shape: Shape, layers: int, vocabulary: int, length: int) -> None:
@@ -75,8 +77,9 @@ def configurations(
 ) -> dict[str, dict[str, Any]]:
     """Return the names of configurations, and how these differ.
 
-    "enabled" is LvLLM's switch, "settings" are its settings, and all others are arguments of
-    `vllm.LLM`. `expert_gib` is the size of all experts in GiB.
+    "enabled" is LvLLM's switch, "planned" what its experts take on the host, in GiB, "settings" are
+    its settings, and all others are arguments of `vllm.LLM`. `expert_gib` is the size of all
+    experts in GiB.
     """
     offload: dict[str, Any] = {
         "gpu_prefill_min_batch_size": threshold,
@@ -84,16 +87,19 @@ def configurations(
     }
     if not on_gpu:
         offload["accelerator"] = "host"
-    resident = {"no": "", "half": f"0-{layers // 2 - 1}", "all": f"0-{layers - 1}"}
+    half = layers // 2
+    resident = {"no": (0, ""), "half": (half, f"0-{half - 1}"), "all": (layers, f"0-{layers - 1}")}
     found: dict[str, dict[str, Any]] = {
         f"LvLLM, {name} layers resident": {
             "enabled": True,
+            "planned": expert_gib * (layers - count) / layers,
             "settings": offload | {"gpu_resident_moe_layers": which},
         }
-        for name, which in resident.items()
+        for name, (count, which) in resident.items()
     }
     found["LvLLM, half the experts in the cache"] = {
         "enabled": True,
+        "planned": expert_gib,
         "settings": offload | {"gpu_expert_cache": round(expert_gib / 2, 6)},
     }
     experts = {"w13_weight", "w2_weight"}
@@ -153,12 +159,24 @@ def run(options: dict[str, Any]) -> Results:
             for _ in range(repeats)
         )
         found[f"decode {requests}"] = requests / step
+    found[HOST] = peak_gib()
     return found
+
+
+def peak_gib() -> float:
+    """Return the most memory that the largest of this process and its children has had, in GiB."""
+    import psutil
+
+    this, peaks = psutil.Process(), []
+    for process in (this, *this.children(recursive=True)):
+        status = Path("/proc", str(process.pid), "status").read_text()
+        peaks += [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+    return max(peaks) / (1 << 20)
 
 
 def measure(name: str, options: dict[str, Any], timeout: float) -> Results | str:
     """Return the results of a configuration, or the line that says why it does not run."""
-    enabled = options.pop("enabled", False)
+    enabled, planned = options.pop("enabled", False), options.pop("planned", None)
     settings = options.pop("settings", None)
     if settings is not None:
         options["additional_config"] = {"lvllm": settings}
@@ -188,7 +206,7 @@ def measure(name: str, options: dict[str, Any], timeout: float) -> Results | str
     for line in reversed(lines):
         if line.startswith(FOUND):
             found: Results = json.loads(line.removeprefix(FOUND))
-            return found
+            return found if planned is None else found | {PLANNED: planned}
     errors = [line for line in lines if "Error" in line or line.startswith("lvllm:")]
     return (errors or lines or ["nothing said"])[-1].strip()
 
@@ -198,7 +216,7 @@ def report(results: dict[str, Results | str]) -> str:
     ran = {name: found for name, found in results.items() if not isinstance(found, str)}
     if not ran:
         return "\n".join(f"{name}: {why}" for name, why in results.items())
-    columns = list(next(iter(ran.values())))
+    columns = [name for name in next(iter(ran.values())) if name not in (HOST, PLANNED)]
     compared = [ran[name] for name in OFFLOADED if name in ran] or [next(iter(ran.values()))]
     best = {column: max(found[column] for found in compared) for column in columns}
     width = max(map(len, results))
@@ -209,6 +227,9 @@ def report(results: dict[str, Results | str]) -> str:
             continue
         cells = [f"{found[c]:.4g} ({found[c] / best[c]:.2f})" for c in columns]
         lines.append(name.ljust(width) + "".join(f"{cell:>18}" for cell in cells))
+    for name, found in ran.items():
+        memory = [f"{what}: {found[what]:.2f}" for what in (HOST, PLANNED) if what in found]
+        lines += [f"{name.ljust(width)}  {', '.join(memory)}"] if memory else []
     return "\n".join(lines)
 
 
@@ -274,10 +295,12 @@ def main() -> None:
         ).items():
             if not a.only or any(part in name for part in a.only.split(",")):
                 results[name] = measure(name, common | more | {"model": folder}, a.timeout)
+                # A run that is cut off has said and kept what it knows.
+                print(f"{name}: {results[name]}", flush=True)
+                if a.json:
+                    a.json.write_text(json.dumps(results, indent=2) + "\n")
     print(f"{shape}, {a.layers} layers, experts of {expert_gib:.2f} GiB in bf16")
     print(report(results))
-    if a.json:
-        a.json.write_text(json.dumps(results, indent=2) + "\n")
     if all(isinstance(found, str) for found in results.values()):
         raise SystemExit(1)
 

@@ -61,6 +61,8 @@ def test_configurations_of_whole_runs(tmp_path: Path) -> None:
     assert set(gpu_serving.OFFLOADED) <= found.keys()
     half = found["LvLLM, half layers resident"]["settings"]
     assert half["gpu_resident_moe_layers"] == "0-23"
+    planned = [some["planned"] for some in found.values() if "planned" in some]
+    assert planned == [54, 27, 0, 54]
     assert found["LvLLM, half the experts in the cache"]["settings"]["gpu_expert_cache"] == 27
     assert found["vLLM, half by cpu-offload-gb"]["cpu_offload_gb"] == 27
     assert len(gpu_serving.configurations(False, 48, 54.0, 2048, 1)) == 5
@@ -76,6 +78,38 @@ def test_a_table_of_whole_runs() -> None:
     results[gpu_serving.OFFLOADED[1]] = {"prefill 8": 50.0, "decode 1": 5.0}
     assert gpu_serving.report(results).splitlines()[1].endswith("10 (2.00)")
     assert gpu_serving.report({"a": "x"}) == "a: x"
+    memory = {gpu_serving.HOST: 6.5, gpu_serving.PLANNED: 4.5}
+    lines = gpu_serving.report({"a": {"decode 1": 10.0, **memory}}).splitlines()
+    assert lines[1].split() == ["a", "10", "(1.00)"]
+    assert lines[2].endswith("  host, GiB: 6.50, experts on the host by plan, GiB: 4.50")
+
+
+def test_what_is_known_when_a_run_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each configuration is printed and kept as soon as it has been measured."""
+    kept: list[tuple[dict[str, object], str]] = []
+    file = tmp_path / "found.json"
+
+    def measure(name: str, options: object, timeout: float) -> gpu_serving.Results:
+        kept.append((json.loads(file.read_text()) if kept else {}, capsys.readouterr().out))
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        return {"decode 1": float(len(kept))}
+
+    monkeypatch.setattr(gpu_serving, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["", "--shape", "tiny", "--layers", "4", "--json", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        gpu_serving.main()
+    (_, first), (one, second), (two, third) = kept
+    assert not first
+    assert second == "LvLLM, no layers resident: {'decode 1': 1.0}\n"
+    assert third == "LvLLM, half layers resident: {'decode 1': 2.0}\n"
+    assert (len(one), len(two)) == (1, 2)
+
+
+def test_the_most_memory_of_a_process() -> None:
+    assert 0.01 < gpu_serving.peak_gib() < 1000
 
 
 @pytest.mark.parametrize(

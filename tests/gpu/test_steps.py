@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -32,9 +31,31 @@ def test_commands_pass_fail_and_end(
     assert "status -1:\nbegun\n\nnot done after 1 s\n" in said
     assert "left out  missing: there is no no-such-program\n" in said
     assert said.endswith("\ngood one\nlast\n\nstep 1, failed: bad, slow\n")
-    with tarfile.open(tmp_path / "out" / "step-1.tar.gz") as archive:
-        names = [name for name in archive.getnames() if name.endswith(".log")]
-    assert names == ["step-1/bad.log", "step-1/good-one.log", "step-1/slow.log"]
+    names = sorted(file.name for file in (tmp_path / "out" / "step-1").iterdir())
+    assert names == ["bad.log", "good-one.log", "slow.log"]
+
+
+def test_commands_run_beside_each_other(tmp_path: Path) -> None:
+    """Two that wait for each other end, and the third finds both ended."""
+
+    def waiting(own: str, other: str) -> str:
+        return f"touch {own}; until [ -e {other} ]; do sleep 0.01; done"
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    commands = (
+        Command("one", 60, waiting(str(a), str(b))),
+        Command("two", 60, waiting(str(b), str(a)), beside=True),
+        Command("three", 60, f"[ -e {a} -a -e {b} ]"),
+    )
+    assert step.run_all(commands, tmp_path) == {"one": True, "two": True, "three": True}
+
+
+def test_a_log_has_its_lines_at_once(tmp_path: Path) -> None:
+    """What has been measured is known even if the rest does not end."""
+    script = "import time; print('measured'); time.sleep(100)"
+    slow = Command("slow", 1, f'exec {sys.executable} -c "{script}"')
+    assert not step.run(slow, tmp_path)
+    assert (tmp_path / "slow.log").read_text().startswith("measured\n")
 
 
 def test_a_step_that_is_not_there() -> None:

@@ -19,6 +19,7 @@ PACKAGES = [
     "triton",
     "numpy",
     "pytest",
+    "pytest-xdist",
     "hypothesis",
     "pydantic",
     "rich",
@@ -58,7 +59,9 @@ def describe() -> None:
 
 def missing() -> list[str]:
     """Return the names of packages and programs that are not there."""
-    found = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    found = [
+        name for name in PACKAGES if importlib.util.find_spec(name.removeprefix("pytest-")) is None
+    ]
     for name in set(PACKAGES) - set(found):
         print(name, importlib.metadata.version(name))
     return found + [tool for tool in TOOLS if " not found" in said("bash", "-c", f"type {tool}")]

@@ -3,10 +3,12 @@
     python3 -m tests.gpu.on_device.step NUMBER [FOLDER]
 
 Each step takes less than 8 minutes. It prints a line for each command, then the ends of the logs
-that are to be read, and leaves all logs in FOLDER/step-NUMBER.tar.gz; FOLDER is $OUT or build/gpu.
-The exit status is 1 if a command failed. A machine needs a CUDA GPU, PyTorch for CUDA, CMake,
-Ninja, a C++ compiler and the packages that the first step names. It needs no network, and no vLLM
-before step 3; `tests/gpu/on_device/pack.py` packs that, and pydantic, which step 2 wants.
+that are to be read. Logs are in FOLDER/step-NUMBER from the first line on, so that a step that is
+cut off leaves what it knows; FOLDER is $OUT or build/gpu. The exit status is 1 if a command failed.
+A machine needs a CUDA GPU, PyTorch for CUDA, the packages that the first step names, and CMake,
+Ninja and a C++ compiler, unless lvllm/engine/_engine.so was built elsewhere and loads there. It
+needs no network, and no vLLM before step 3; `tests/gpu/on_device/pack.py` packs that, and pydantic,
+which step 2 wants.
 """
 
 import contextlib
@@ -15,8 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,7 @@ PYTHON = sys.executable
 TEST = f"{PYTHON} -m pytest -q --confcutdir=tests/gpu/on_device -p no:cacheprovider"
 SMALL = "-k 'cuda and (streamed_against_float32 or many_layers)'"
 SERVE = f"{PYTHON} -m benchmarks.gpu_serving"
+LOADS = "'from lvllm import engine; print(engine.info().isa, \"as it was built\")'"
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,17 @@ class Command:
     """How many lines of its log are printed at the end of the step."""
     wants: str = ""
     """A program without which the command is left out."""
+    beside: bool = False
+    """Whether it runs beside the command before it."""
 
 
 STEPS: dict[int, tuple[Command, ...]] = {
     1: (
         Command("machine", 60, f"{PYTHON} -m tests.gpu.on_device.machine", shown=40),
-        Command("build", 240, f"{PYTHON} -m build_tools.engine"),
-        Command("lane", 240, f"{TEST} tests/gpu/on_device/test_offload.py", shown=10),
+        Command("build", 240, f"{PYTHON} -c {LOADS} || {PYTHON} -m build_tools.engine"),
+        # It compiles the kernels for most of its time, and so it has four processes.
+        Command("lane", 240, f"{TEST} -n 4 tests/gpu/on_device/test_offload.py", shown=10),
+        Command("engine", 240, f"{TEST} tests/engine/test_expert_layer.py -x", 3, beside=True),
         # compute-sanitizer slows kernels down a hundredfold, so it gets one small pass.
         Command(
             "memcheck",
@@ -56,7 +64,6 @@ STEPS: dict[int, tuple[Command, ...]] = {
             shown=5,
             wants="compute-sanitizer",
         ),
-        Command("engine", 120, f"{TEST} tests/engine/test_expert_layer.py -x", shown=3),
     ),
     2: (
         Command("host", 60, f"{PYTHON} -m benchmarks.gpu_machine", shown=30),
@@ -66,24 +73,34 @@ STEPS: dict[int, tuple[Command, ...]] = {
             f"{PYTHON} -m benchmarks.gpu_offload --formats bf16,int4 --prefill 512,8192",
             shown=60,
         ),
-        Command(
-            "lk",
-            150,
-            f"{PYTHON} -m benchmarks.moe_block --format bf16,int8,int4 --tokens 1,16,512",
-            shown=40,
+        *(
+            Command(
+                f"lk {format}",
+                50,
+                f"{PYTHON} -m benchmarks.moe_block --format {format} --tokens 1,16,512",
+                shown=14,
+            )
+            for format in ("int4", "bf16", "int8")
         ),
     ),
     3: (
         Command("import", 60, f"{PYTHON} -m tests.gpu.on_device.machine vllm", shown=10),
-        Command("serving", 400, f"{TEST} tests/gpu/on_device/test_serving.py -x", shown=40),
+        Command("serving", 400, f"{TEST} -vv tests/gpu/on_device/test_serving.py", shown=40),
     ),
     4: (
         Command(
+            "four layers",
+            120,
+            f"{SERVE} --layers 4 --prefill 8192 --decode 1 --repeats 1 --timeout 110"
+            " --only 'no layers' --json {logs}/four-layers.json",
+            shown=6,
+        ),
+        Command(
             "whole",
-            440,
-            f"{SERVE} --layers 48 --prefill 8192 --decode 1,4 --repeats 1 --timeout 200"
+            340,
+            f"{SERVE} --layers 48 --prefill 8192 --decode 1,4 --repeats 1 --timeout 170"
             " --only 'no layers,half layers,half the,all prefetched' --json {logs}/serving.json",
-            shown=12,
+            shown=16,
         ),
     ),
     5: (
@@ -103,11 +120,12 @@ def run(command: Command, logs: Path) -> bool:
     if command.wants and not shutil.which(command.wants):
         print(f"left out  {command.name}: there is no {command.wants}", flush=True)
         return True
-    log, begin = logs / f"{command.name.replace(' ', '-')}.log", time.monotonic()
+    log, begin = log_of(command, logs), time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
             ["bash", "-c", command.line.replace("{logs}", str(logs))],
             cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # Each line is in the log at once.
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # The command's processes are ended with it.
@@ -124,8 +142,28 @@ def run(command: Command, logs: Path) -> bool:
     if code == 0:
         print(f"passed    {took}: {lines[-1]}", flush=True)
     else:
-        print(f"FAILED    {took}, status {code}:", *lines[-40:], sep="\n", flush=True)
+        print(f"FAILED    {took}, status {code}:\n" + "\n".join(lines[-40:]), flush=True)
     return code == 0
+
+
+def log_of(command: Command, logs: Path) -> Path:
+    return logs / f"{command.name.replace(' ', '-')}.log"
+
+
+def run_all(commands: Sequence[Command], logs: Path) -> dict[str, bool]:
+    """Run commands one after the other, or beside each other where they say so."""
+    together: list[list[Command]] = []
+    for command in commands:
+        if command.beside:
+            together[-1].append(command)
+        else:
+            together.append([command])
+    passed: dict[str, bool] = {}
+    for some in together:
+        with ThreadPoolExecutor(len(some)) as threads:
+            good = threads.map(run, some, [logs] * len(some))
+            passed |= zip((command.name for command in some), good, strict=True)
+    return passed
 
 
 def main() -> None:
@@ -134,18 +172,15 @@ def main() -> None:
         raise SystemExit(f"wanted the number of a step, 1 to {len(STEPS)}, and a folder for logs")
     number = int(arguments[0])
     folder = Path(arguments[1] if len(arguments) > 1 else os.environ.get("OUT", "build/gpu"))
-    logs = Path("build", "gpu", f"step-{number}").absolute()
+    logs = Path(folder, f"step-{number}").absolute()
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    passed = {command.name: run(command, logs) for command in STEPS[number]}
+    passed = run_all(STEPS[number], logs)
     for command in STEPS[number]:
-        log = logs / f"{command.name.replace(' ', '-')}.log"
+        log = log_of(command, logs)
         if command.shown and passed[command.name] and log.exists():
             lines = log.read_text(errors="replace").splitlines()
             print(f"\n{command.name}", *lines[-command.shown :], sep="\n")
-    with tarfile.open(folder / f"step-{number}.tar.gz", "w:gz") as archive:
-        archive.add(logs, logs.name)
     failed = [name for name, good in passed.items() if not good]
     print(f"\nstep {number}, failed: {', '.join(failed) or 'none'}")
     raise SystemExit(bool(failed))
