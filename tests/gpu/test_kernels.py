@@ -11,9 +11,11 @@ import pytest
 from benchmarks.gpu_kernels.compiled import SHARED_KIB, compile_launch
 from benchmarks.gpu_kernels.launches import launches
 from lvllm.engine.weight_formats import BLOCK_FORMATS
+from lvllm.gpu.kernels import BLOCK_ROWS
 from tests.random_layers import FORMATS
 
 BLOCKS = tuple(BLOCK_FORMATS)
+ARCHITECTURES = (*SHARED_KIB,)
 
 
 @pytest.mark.slow
@@ -35,7 +37,7 @@ def test_they_compute_the_expert_block() -> None:
 def test_they_fit_with_every_type_of_gguf(number: int) -> None:
     """Gate and up have one of two types, and down has the other."""
     w13, w2 = BLOCKS[2 * number], BLOCKS[2 * number - 1]
-    architecture = [*SHARED_KIB][number % len(SHARED_KIB)]
+    architecture = ARCHITECTURES[number % len(ARCHITECTURES)]
     for launch in launches(w13, tokens_per_expert=128, w2_format=w2)[:2]:
         assert w13 in launch.arguments.values() or w2 in launch.arguments.values()
         taken = compile_launch(launch, architecture)
@@ -56,17 +58,22 @@ def test_they_fit_if_gate_and_up_have_two_types(architecture: int, gate: str, up
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "format"), zip([*SHARED_KIB, min(SHARED_KIB)], FORMATS, strict=True)
-)
-def test_they_fit_on_every_architecture(architecture: int, format: str) -> None:
-    """benchmarks/gpu_kernels compiles every format for every architecture."""
-    started = launches(format, tokens_per_expert=128)
+@pytest.mark.parametrize("number", range(len(FORMATS)))
+def test_they_fit_on_every_architecture(number: int) -> None:
+    """Each kernel does: those of streamed groups in one format, those of slots in another one.
+
+    benchmarks/gpu_kernels compiles every format in every size of blocks for every architecture.
+    """
+    architecture, rows = ARCHITECTURES[number % len(ARCHITECTURES)], BLOCK_ROWS[number % 2]
+    streamed = launches(FORMATS[number], tokens_per_expert=BLOCK_ROWS[-1])[:3]
+    started = streamed + launches(FORMATS[number - 3], tokens_per_expert=rows)[3:]
     names = [launch.kernel.__name__ for launch in started]
     products = ["_gate_up", "_down", "_add_up"]
     assert names == [*products, *products, "_split", "_exchange"]
+    sizes = [launch.arguments["ROWS"] for launch in started if "ROWS" in launch.arguments]
+    assert sizes == [BLOCK_ROWS[-1]] * 2 + [rows] * 2
     for launch in started:
         taken = compile_launch(launch, architecture)
         assert taken.shared <= SHARED_KIB[architecture] << 10
         # A few bytes are spilled outside of the loop over the columns.
-        assert taken.spilled <= 16
+        assert taken.spilled <= 32
