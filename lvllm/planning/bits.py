@@ -12,8 +12,10 @@ from lvllm.planning.errors import PlanError
 
 __all__ = ["PLAIN", "Bits", "FormatShare", "of_section"]
 
-GROUP_SCALES = {"mxfp4": 8 / 32, "nvfp4": 8 / 16}
-"""Bits of scales for each weight in formats that fix the size of their groups."""
+GROUPS = {"mxfp4": 32, "nvfp4": 16}
+"""Formats that fix how many weights of a row share a scale."""
+GROUP_SCALES = {name: 8 / size for name, size in GROUPS.items()}
+"""Bits of scales for each weight in these."""
 EXPERT = "model.layers.99.mlp.experts.0.up_proj"
 OTHER = "model.layers.99.self_attn.o_proj"
 """Modules whose entries in a section stand for all of their kind."""
@@ -41,6 +43,9 @@ class Bits:
     others: float
     parts: tuple[FormatShare, ...] = ()
     """The formats of experts that GGUF files store, if the engine computes them; else none."""
+    block: int = 1
+    """A rank's part of the rows of gate and up, which are the columns of down, has a multiple of so
+    many: it cannot have a part of a block."""
 
 
 PLAIN = Bits("bf16", 16, 16)
@@ -62,7 +67,9 @@ def of_section(section: Mapping[str, Any] | None) -> Bits:
         others = PLAIN.others  # Only its experts are quantised.
     format = _format(section, experts)
     scale = GROUP_SCALES.get(format) or _group_scale(section)
-    return Bits(format, experts + scale * (experts < 16), others + scale * (others < 16))
+    block = (section.get("weight_block_size") or [GROUPS.get(format, 1)])[0]
+    sizes = (experts + scale * (experts < 16), others + scale * (others < 16))
+    return Bits(format, *sizes, block=block if isinstance(block, int) else 1)
 
 
 def _format(section: Mapping[str, Any], bits: int) -> str:

@@ -95,4 +95,5 @@ def bits_of(
     )
     # All but the experts become 16 bits.
     others_bits = 16 * sum(x.weights for x in others) / rest
-    return Bits(parts[0].format, held, others_bits, parts), of_file
+    block = max(TYPES[name].weights for name in types)
+    return Bits(parts[0].format, held, others_bits, parts, block), of_file

@@ -31,8 +31,13 @@ class Chosen:
     key: str
     """Of `vllm serve`'s YAML file; LvLLM's own begin with additional_config.lvllm."""
     value: Any
-    """A text or a number. A setting that the user gave may also be a boolean or a list."""
+    """A text, a number, or True. A setting that the user gave may also be False or a list."""
     why: str
+
+    @property
+    def option(self) -> list[str]:
+        """The words of `vllm serve`'s command line, if the setting is one of its options."""
+        return [f"--{self.key}"] if self.value is True else [f"--{self.key}", str(self.value)]
 
 
 LOCAL = Chosen("host", "127.0.0.1", "requests from this machine only; docs/security.md says more")
@@ -58,7 +63,7 @@ def settings_of(model: ModelShape, machine: Machine, best: Candidate) -> list[Ch
     ]
     if how.on_gpu:
         if machine.gpus > 1:
-            found.append(_cards(model, machine.gpus))
+            found += _cards(model, machine.gpus)
         return found + _on_gpu(model, machine, best)
     contexts = _contexts(model, machine, best)
     cache = MIB * math.ceil(contexts * model.cache_bytes(load.context) / MIB)
@@ -82,12 +87,16 @@ def settings_of(model: ModelShape, machine: Machine, best: Candidate) -> list[Ch
     return found + _rounded(model, best)
 
 
-def _cards(model: ModelShape, gpus: int) -> Chosen:
+def _cards(model: ModelShape, gpus: int) -> list[Chosen]:
     used = model.cards(gpus)
     why = "the number of GPUs"
     if used < gpus:
         why = f"{gpus} GPUs do not divide the model's attention heads or its experts' rows evenly"
-    return Chosen("tensor-parallel-size", used, why)
+    found = [Chosen("tensor-parallel-size", used, why)]
+    if not model.divides_blocks(used):
+        why = "whole experts on each GPU: a part of one would not have whole blocks of weights"
+        found.append(Chosen("enable-expert-parallel", True, why))
+    return found
 
 
 def _contexts(model: ModelShape, machine: Machine, best: Candidate) -> int:
@@ -172,11 +181,11 @@ def _plain(value: Any) -> str:
 def as_command(model: str, settings: list[Chosen]) -> str:
     """One line for a shell."""
     variables = ["LVLLM_MOE_NUMA_ENABLED=1"]
-    options = []
+    options: list[str] = []
     for one in settings:
         if one.key.startswith(SECTION):
             name = BY_KEY[one.key.removeprefix(SECTION)].name
             variables.append(f"{name}={one.value}")
         else:
-            options.append(f"--{one.key} {one.value}")
+            options += one.option
     return " ".join([*variables, "vllm serve", shlex.quote(model), *options])

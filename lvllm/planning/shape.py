@@ -155,6 +155,10 @@ class ModelShape:
         heads = self.heads is None or divides_heads(*self.heads, size)
         return heads and (self.rows is None or self.rows % size == 0)
 
+    def divides_blocks(self, size: int) -> bool:
+        """Whether each of so many cards gets whole blocks of each expert."""
+        return self.rows is None or self.rows % (size * self.bits.block) == 0
+
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the KV cache for one context of so many tokens, in 16 bits."""
         return int(sum(2 * layer.cached * layer.looks(tokens) for layer in self.layers))

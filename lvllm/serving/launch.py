@@ -91,7 +91,7 @@ def prepare(
         if one.key.startswith(SECTION):
             environment[BY_KEY[one.key.removeprefix(SECTION)].name] = str(one.value)
         else:
-            options += [f"--{one.key}", str(one.value)]
+            options += one.option
     arguments, keys = api_key.split(given.words)
     # A key in the file would win over the variable, which takes a single key.
     if len(keys) == 1 and "api-key" not in user.read(arguments, environment).options:
@@ -153,5 +153,5 @@ def _notes(found: Defaults) -> list[str]:
         if key.startswith(SECTION):
             lines.append(f"{BY_KEY[key.removeprefix(SECTION)].name}={one.value}: {one.why}")
         else:
-            lines.append(f"--{key} {one.value}: {one.why}")
+            lines.append(f"{' '.join(one.option)}: {one.why}")
     return lines

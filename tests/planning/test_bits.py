@@ -29,12 +29,12 @@ GROUPS = {
     ("section", "bits"),
     [
         (None, Bits("bf16", 16, 16)),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, Bits("fp8", 8, 8)),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, Bits("fp8", 8, 8, block=128)),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, Bits("int4", 4.125, 4.125)),
         ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True}, Bits("int8", 8, 8)),
         (
             {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
-            Bits("mxfp4", 4.25, 16),
+            Bits("mxfp4", 4.25, 16, block=32),
         ),
         (GROUPS, Bits("int4", 4.5, 16)),
     ],

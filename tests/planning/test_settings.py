@@ -5,6 +5,7 @@ import shlex
 import pytest
 import yaml
 
+from benchmarks.plans.models import shape_of
 from lvllm.planning.choice import choose
 from lvllm.planning.filling import Given
 from lvllm.planning.placement import Load
@@ -14,6 +15,7 @@ from lvllm.settings.resolving import resolve
 from lvllm.settings.use_weight import UseWeight
 from lvllm.units import GIB
 from tests.planning.made_up import machine, model
+from tests.settings.test_example_configs import serve_parser
 
 MODEL = model()
 MACHINES = [
@@ -56,6 +58,33 @@ def test_layers_are_named_by_the_models_own_numbers() -> None:
     chosen = {one.key: one.value for one in settings_of(MODEL, here, best)}
     layers = chosen["additional_config.lvllm.gpu_resident_moe_layers"]
     assert layers == f"1-{best.how.resident}"  # Layer 0 is dense.
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "whole"),
+    [
+        ("GLM-4.5-Air-FP8", 2, True),  # 1408 rows: parts of 704 are 5.5 blocks of 128
+        ("GLM-4.5-Air-FP8", 1, False),
+        ("Qwen3-235B-A22B-FP8", 4, False),  # 1536 rows
+        ("Qwen3-30B-A3B", 4, False),  # in bf16, without blocks
+        ("gpt-oss-120b", 4, True),  # 2880 rows, in blocks of 32
+        ("gpt-oss-120b", 2, False),
+    ],
+)
+def test_gpus_have_whole_experts_where_parts_would_not_be_whole_blocks(
+    name: str, gpus: int, whole: bool
+) -> None:
+    of, here = shape_of(name), machine(gib=1024, gpus=gpus, gpu_gib=24)
+    best = choose(of, here, Load()).best
+    assert best is not None
+    assert best.how.on_gpu
+    chosen = settings_of(of, here, best)
+    assert ("enable-expert-parallel" in [one.key for one in chosen]) == whole
+    words = shlex.split(as_command(name, chosen))
+    parsed = serve_parser().parse_args(words[words.index("serve") :])
+    assert bool(parsed.enable_expert_parallel) == whole
+    assert parsed.tensor_parallel_size == gpus
+    assert yaml.safe_load(as_yaml(name, chosen)).get("enable-expert-parallel", False) == whole
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
