@@ -43,7 +43,10 @@ def has_kernels(model: ModelShape, formats: Sequence[str], cards: int) -> bool:
     Without kernels the host waits for the device in each layer, which a graph cannot hold
     (lvllm/gpu/products.py). Sizes that are not known are taken to be as those of published models.
     """
-    sizes = [model.hidden] if model.rows is None else [model.hidden, model.rows / cards]
+    sizes: list[float] = [model.hidden]
+    if model.rows is not None:
+        # Otherwise each card has whole experts.
+        sizes.append(model.rows / cards if model.divides_blocks(cards) else model.rows)
     return all(size % _word(name) == 0 for name in formats for size in sizes)
 
 
