@@ -18,7 +18,6 @@ __all__ = ["mark_what_is_received"]
     " happened. It has to know where the stream waits for another stage, which may take any time.",
     upstream="none, because vLLM has no watchdog of the device's work",
     until="vLLM calls its worker between the receipt of a step's input and the step",
-    checked=("0.32.0",),
     platform="cuda",
     when=IN_GPU_WORKER,
 )
