@@ -72,10 +72,11 @@ def _of_rank(sizes: Sequence[int | Literal["auto"]]) -> int | Literal["auto"]:
 def _reads_path(vllm_config: Any) -> Path:
     """Where this rank saves how often its experts are read.
 
-    This is beside the model, or in vLLM's cache if the model is not in a folder of the user's.
+    This is beside the model, or in vLLM's cache if the model is not in a folder of the user's. The
+    name is not one of a file with weights: a model without an index has all those in its folder.
     """
     world = get_world_group()
-    name = f"lvllm-expert-reads-{world.rank_in_group + 1}-of-{world.world_size}.safetensors"
+    name = f"lvllm-expert-reads-{world.rank_in_group + 1}-of-{world.world_size}.counts"
     folder = Path(vllm_config.model_config.model)
     if folder.is_dir() and os.access(folder, os.W_OK):
         return folder / name

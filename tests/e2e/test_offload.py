@@ -1,6 +1,7 @@
 """Experts beside an accelerator, by its stand-in on the host: the same answers as without."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ DEFERRED = ON_CPU | {"defer_experts": 2}
 STREAMED = ON_CPU | {"gpu_prefill_min_batch_size": 16, "gpu_prefetch_window": 1}
 
 
-def test_all_ways_of_a_batch(qwen3_moe: Path) -> None:
+def test_all_ways_of_a_batch(qwen3_moe: Path, tmp_path: Path) -> None:
     """Prompts that are longer than a batch, and a model with a dense layer among the others."""
     draw = random.Random(5)
+    # Beside it, the cache saves what was read. Without an index, all files with weights are loaded.
+    demo = shutil.copytree(TINY, tmp_path / "tiny-moe")
     prompts = [[draw.randrange(3, 40) for _ in range(n)] for n in (3, 18, 61)]
-    tiny: Job = {"model": str(TINY), "prompts": prompts, "max_tokens": 12}
+    tiny: Job = {"model": str(demo), "prompts": prompts, "max_tokens": 12}
     tiny |= {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
     ids = [[draw.randrange(VOCABULARY) for _ in range(n)] for n in (5, 40)]
     other: Job = {"model": str(qwen3_moe), "prompts": ids, "max_tokens": 6}
@@ -40,6 +43,7 @@ def test_all_ways_of_a_batch(qwen3_moe: Path) -> None:
     jobs += [with_settings(tiny, one) for one in ways]
     environment = ONE_PROCESS | {"TORCHDYNAMO_DISABLE": "0"}
     answers = generate(jobs, environment=environment, logged=CHOSEN, together=True)
+    assert len(list(demo.glob("lvllm-expert-reads-*"))) == 1
     without, beside = answers[:3], answers[3:6]
     streamed, auto, cached, both, deferred = answers[6:]
     assert beside == without  # every bit of every log-probability
