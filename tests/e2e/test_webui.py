@@ -214,7 +214,8 @@ def test_the_demo_model_from_loading_until_its_server_is_killed(
         page.send("What is 47 + 38?")
         said = page.answer("path: CPU")
         assert "85" in said
-        rate = r"\d+\.\d tokens/s"
+        # On a busy machine all tokens may come in one piece, and there is no rate.
+        rate = r"(\d+\.\d tokens/s|all after \d+ ms)"
         assert re.search(rf"\d+ tokens · the first after \d+ ms · {rate} · path: CPU$", said)
         page.send("What is 20 + 22?")
         page.until(lambda: len(page.answers()) == 2)
