@@ -8,9 +8,9 @@ after the other, each in a process of its own: LvLLM with no, half and all MoE l
 with half of all experts in its cache, and vLLM alone with the same experts offloaded by
 --offload-backend prefetch and by --cpu-offload-gb, and with none offloaded. Prompts are prefilled
 one at a time, up to their first token. Decoding steps have several requests at a time, after their
-prompts. The memory of the largest process on the host is compared with what the plan says of the
-experts there. The number in brackets compares with the faster of vLLM's ways to offload all experts
-or, if none of them runs, with the first configuration that runs.
+prompts. The memory of the largest process on the host is shown beside what the experts take there.
+The number in brackets compares with the faster of vLLM's ways to offload all experts or, if none of
+them runs, with the first configuration that runs.
 
 On vLLM's CPU platform, which offloads nothing, LvLLM's configurations run on the stand-in. That
 only shows that the benchmark runs. `--shape tiny --layers 4 --prefill 48,96 --decode 1,4

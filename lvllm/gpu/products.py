@@ -18,7 +18,14 @@ from lvllm.engine.weight_formats import ALL_FORMATS
 from lvllm.gpu.convert import convert
 from lvllm.gpu.pairs import Pairs
 
-__all__ = ["SCRATCH_BYTES", "has_whole_words", "multiply", "prepare", "require_whole_words"]
+__all__ = [
+    "SCRATCH_BYTES",
+    "has_whole_words",
+    "multiply",
+    "prepare",
+    "require_whole_words",
+    "values_of_word",
+]
 
 SCRATCH_BYTES = 512 << 20
 """The limit of converted matrices at a time, and that of rows at a time. Writing this much takes
@@ -114,7 +121,7 @@ def _odd_rows(layer: ExpertLayer) -> str | None:
         ("w2", layer.intermediate_size),
     ):
         format = layer.format_of(name)
-        if columns % (values := _values_of_word(format)):
+        if columns % (values := values_of_word(format)):
             return (
                 f"those of {name} have {columns} weights in {format}; allowed is a multiple of"
                 f" {values}"
@@ -122,7 +129,7 @@ def _odd_rows(layer: ExpertLayer) -> str | None:
     return None
 
 
-def _values_of_word(format: str) -> int:
+def values_of_word(format: str) -> int:
     """Return how many weights of a row a word has; in formats of blocks, those of a block."""
     stored = ALL_FORMATS[format]
     return (

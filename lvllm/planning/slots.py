@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from lvllm.engine.tiles import WEIGHT_UNIT
-from lvllm.engine.weight_formats import ALL_FORMATS
 from lvllm.gpu.cache.products import SCRATCH_BYTES
+from lvllm.gpu.products import values_of_word
 from lvllm.planning.shape import LayerShape, ModelShape
 
 __all__ = ["beside_slots", "count", "expert_bytes", "has_kernels"]
@@ -47,12 +46,4 @@ def has_kernels(model: ModelShape, formats: Sequence[str], cards: int) -> bool:
     if model.rows is not None:
         # Otherwise each card has whole experts.
         sizes.append(model.rows / cards if model.divides_blocks(cards) else model.rows)
-    return all(size % _word(name) == 0 for name in formats for size in sizes)
-
-
-def _word(format: str) -> int:
-    """How many weights of a row a word has, or a block in formats of blocks."""
-    stored = ALL_FORMATS[format]
-    return (
-        stored.unit if stored.block_bytes else WEIGHT_UNIT // stored.weight.itemsize * stored.values
-    )
+    return all(size % values_of_word(name) == 0 for name in formats for size in sizes)
