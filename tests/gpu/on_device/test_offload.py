@@ -243,7 +243,8 @@ def test_graphs_of_every_batch_size(cuda: Accelerator) -> None:
 @pytest.mark.gpu
 def test_ten_thousand_steps_are_the_first(cuda: Accelerator) -> None:
     random = Random(13)
-    calls = hybrid(cuda, layers(random, 2), 4)
+    made = layers(random, 2)  # The calls do not keep their layers.
+    calls = hybrid(cuda, made, 4)
     x, ids, weights = batch(random, 4, cuda.device)
     graph, result = captured(lambda: calls[1](calls[0](x, ids, weights), ids, weights))
     graph.replay()
