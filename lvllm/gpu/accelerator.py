@@ -91,7 +91,8 @@ class Accelerator(ABC):
 
         Both tensors must live until the copy is done, and the one on the host must be pinned.
 
-        Raises ValueError unless both are contiguous and have the same shape and dtype.
+        Raises ValueError unless both are contiguous and have the same shape and dtype, and for a
+        target that was made in inference mode outside of that mode.
         """
 
     @abstractmethod
@@ -179,7 +180,11 @@ class Accelerator(ABC):
 
 
 def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Raise ValueError unless the copy is a plain copy of bytes."""
+    """Raise ValueError unless the copy is a plain copy of bytes that PyTorch allows.
+
+    PyTorch refuses to change a tensor of inference mode outside of it, and vLLM runs steps in this
+    mode, but not what comes between them.
+    """
     if target.shape != source.shape or target.dtype != source.dtype:
         raise ValueError(
             f"cannot copy {source.dtype} {list(source.shape)} to {target.dtype}"
@@ -190,6 +195,8 @@ def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
             raise ValueError(
                 f"{name} of a copy has strides {tensor.stride()}, wanted a contiguous tensor"
             )
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("target of a copy was made in inference mode, and is changed outside")
 
 
 def check_pinnable(tensor: torch.Tensor) -> None:

@@ -186,7 +186,10 @@ class StreamSteps(Steps):
         super().__init__(watchdog)
         self._stream = stream
         self._marked = 0
-        self._reached = watchdog.accelerator.pinned((1,), torch.int32).zero_()
+        # The first mark may come within a step, and later ones come between steps. PyTorch does not
+        # let these write to a tensor that was made in inference mode.
+        with torch.inference_mode(False):
+            self._reached = watchdog.accelerator.pinned((1,), torch.int32).zero_()
 
     def mark(self, name: Name) -> None:
         """Make a step due that has happened once the stream has done all work that it holds now.

@@ -325,3 +325,16 @@ def test_the_process_ends_in_one_line(front: bool, monkeypatch: pytest.MonkeyPat
     )
     assert (done.returncode, done.stdout) == (1, f"lvllm: {said}\n")
     assert process.reported() == (said if front else None)
+
+
+def test_steps_may_be_marked_within_and_between_steps(
+    accelerator: RecordedAhead, lines: Lines
+) -> None:
+    """The first mark of a pipeline's later stage comes in inference mode, as vLLM's steps do."""
+    watchdog = Watchdog(accelerator, LONG, lines.add)
+    with torch.inference_mode():
+        steps = watchdog.follow(accelerator.compute())
+        steps.mark_others()
+    steps.mark("a step")
+    watchdog.close()
+    assert not lines
