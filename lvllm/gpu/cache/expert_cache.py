@@ -178,7 +178,7 @@ class ExpertCache:
         known = scores is not None
         if scores is None:
             # The first experts of all layers, then the second ones: so both work on every layer.
-            scores = torch.linspace(UNKNOWN, 0, shape[1]).expand(shape)
+            scores = torch.linspace(UNKNOWN, 0, shape[1], dtype=torch.float32).expand(shape)
         self._placement.count(scores, 0)
         self._replacing.add(self._placement.moves(self._slots.count))
         self._replacing.settle()

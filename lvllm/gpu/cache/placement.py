@@ -41,7 +41,7 @@ class Placement:
     """
 
     def __init__(self, layers: int, experts: int, slots: int) -> None:
-        self.scores = torch.zeros(layers, experts)
+        self.scores = torch.zeros(layers, experts, dtype=torch.float32)
         """float32 [layers, experts]: the steps in which each expert was read, halved in time."""
         self.table = torch.full((layers, experts), -1, dtype=torch.int32)
         """int32 [layers, experts]: the slot of each expert, or -1."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvllm.gpu.cache import saved
+from lvllm.gpu.cache import placement, saved
 from tests.random_layers import Random
 
 
@@ -55,3 +55,18 @@ def test_a_full_disk_keeps_the_file_before_and_nothing_else(
     found = saved.read(path, [1], 4)
     assert found is not None
     assert torch.equal(found, torch.ones(1, 4))
+
+
+def test_counts_are_float32_whatever_a_model_is(tmp_path: Path) -> None:
+    """vLLM makes the model's dtype the default one while it loads, and a cache may open then."""
+    path, before = tmp_path / "reads", torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        chosen = placement.Placement(2, 5, 3)
+    finally:
+        torch.set_default_dtype(before)
+    chosen.count(torch.full((2, 5), 257.0), 0)
+    saved.write(path, [0, 1], chosen.scores)
+    found = saved.read(path, [0, 1], 5)
+    assert found is not None
+    assert found.tolist() == [[257.0] * 5] * 2
