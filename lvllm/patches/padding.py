@@ -32,16 +32,16 @@ OWN = "lvllm_own_padding"
 )
 def gather_padding(original: Any) -> Any:
     def _maybe_dispatch(self: Any, hidden_states: Tensor, router_logits: Tensor) -> Any:
-        config = self.moe_config
-        if not self.do_naive_dispatch_combine and config.pcp_size == 1:
+        if not self.do_naive_dispatch_combine:
             return original(self, hidden_states, router_logits)
         from vllm.forward_context import get_forward_context
 
         context = get_forward_context()
         own = context.is_padding
         context.additional_kwargs[OWN] = own
-        # With sequence parallelism a rank has a part of the rows, and the mask is that of all.
-        if own is None or len(own) != len(hidden_states):
+        # With sequence parallelism a rank has a part of the rows, and the mask is that of all. On
+        # one rank alone both may be as long, but all ranks have to gather as many columns.
+        if own is None or self.moe_config.is_sequence_parallel:
             context.is_padding = None
             return original(self, hidden_states, router_logits)
         column = own.to(router_logits.dtype).unsqueeze(1)
@@ -61,7 +61,7 @@ def gather_padding(original: Any) -> Any:
 )
 def restore_padding(original: Any) -> Any:
     def _maybe_combine(self: Any, shared_output: Tensor | None, hidden_states: Any) -> Any:
-        if self.do_naive_dispatch_combine or self.moe_config.pcp_size > 1:
+        if self.do_naive_dispatch_combine:
             from vllm.forward_context import get_forward_context
 
             context = get_forward_context()

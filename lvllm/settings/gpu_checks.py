@@ -166,6 +166,12 @@ def _check_cuda(vllm_config: Any) -> None:
             "allgather_reducescatter",
             "only that backend passes all tokens of a rank's experts to lk",
         ),
+        (
+            "prefill-context-parallel-size",
+            parallel.prefill_context_parallel_size,
+            1,
+            "vLLM would not bring a prompt's tokens together for lk",
+        ),
         ("data-parallel-backend", parallel.data_parallel_backend, "mp", one_server),
         ("data-parallel-external-lb", parallel.data_parallel_external_lb, False, one_server),
         ("data-parallel-hybrid-lb", parallel.data_parallel_hybrid_lb, False, one_server),
