@@ -1,5 +1,7 @@
 """vLLM's GPU worker, which ends a step with an error that a host call met in that step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -8,6 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from lvllm.errors import LvllmError
 from lvllm.faults import leaving, process
 from lvllm.gpu import concentrated_routing, mark_others, mark_step, raise_host_call_error
+from lvllm.log import logger
 from lvllm.moe.arrivals import NOT_AGAIN
 from lvllm.patches import PatchError, install
 from lvllm.patches.registry import IN_GPU_WORKER
@@ -23,7 +26,9 @@ class HybridGPUWorker(Worker):
     A host call cannot raise, and the replay of a graph runs no Python. The host waits for a step's
     output anyway, and by then all host calls of the step have ended.
 
-    Raises RuntimeError, which ends the engine.
+    Raises RuntimeError, which ends the engine. vLLM takes the output, or the exception, of one rank
+    alone: it only logs the exceptions of all others, which leaves the first one waiting for them.
+    So any other rank ends its process, and looks for host calls' errors when its next step begins.
     """
 
     _steps = Steps(None)
@@ -65,11 +70,27 @@ class HybridGPUWorker(Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step, which is due from now on for the watchdog."""
-        self._steps.add(scheduler_output)
-        self._wait_for_sends()
-        output = super().execute_model(scheduler_output)
-        mark_step()
-        return _checked(output)
+        with self._ended_by_errors():
+            self._steps.add(scheduler_output)
+            self._wait_for_sends()
+            output = super().execute_model(scheduler_output)
+            mark_step()
+            return _checked(output)
+
+    @contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        """End the process for an error, unless vLLM hears of this rank's."""
+        parallel = self.parallel_config
+        of_last_stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
+        if self.rank == parallel.world_size - of_last_stage:
+            yield
+            return
+        try:
+            raise_host_call_error()
+            yield
+        except Exception as error:
+            logger.exception("LvLLM: rank %d ends", self.rank)
+            process.end_now(f"rank {self.rank}: {error}")
 
     def _wait_for_sends(self) -> None:
         """Wait for the last step's sends to the next stage of a pipeline, as vLLM would do next.
@@ -85,7 +106,8 @@ class HybridGPUWorker(Worker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample the tokens of a step."""
-        return _checked(super().sample_tokens(grammar_output))
+        with self._ended_by_errors():
+            return _checked(super().sample_tokens(grammar_output))
 
 
 def _checked(output: Any) -> Any:

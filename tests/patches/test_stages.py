@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import ParallelConfig
 from vllm.v1.worker.gpu_worker import AsyncIntermediateTensors, Worker
 
 from lvllm import gpu
@@ -40,6 +41,7 @@ def test_what_is_sent_is_marked_before_the_next_step(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(worker, "mark_others", lambda: said.append("marked"))
     monkeypatch.setattr(worker, "mark_step", lambda: None)
     stage: Any = object.__new__(HybridGPUWorker)
+    stage.rank, stage.parallel_config = 0, ParallelConfig()
 
     def execute(self: Any, _: object) -> None:
         assert not getattr(self, "_pp_send_work", [])
