@@ -247,9 +247,12 @@ def main(
         Path | None,
         typer.Option("--plot", help="Draw the results to this file (needs matplotlib)."),
     ] = None,
-    markdown_file: Annotated[
-        Path | None,
-        typer.Option("--markdown", help="Write a table into this file, between its markers."),
+    markdown_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--markdown",
+            help="Write a table into this file, between its markers; may be given several times.",
+        ),
     ] = None,
     cost: Annotated[
         bool, typer.Option("--call-cost", help="Time calls that compute next to nothing instead.")
@@ -267,7 +270,7 @@ def main(
         for option, file in (
             ("--json", json_file),
             ("--plot", plot_file),
-            ("--markdown", markdown_file),
+            *(("--markdown", file) for file in markdown_files or []),
         ):
             check_folder(option, file)
         if plot_file and importlib.util.find_spec("matplotlib") is None:
@@ -294,8 +297,8 @@ def main(
             json_file.write_text(report.json())
         if plot_file:
             plot(report, plot_file)
-        if markdown_file:
-            write_markdown(report, markdown_file)
+        for file in markdown_files or []:
+            write_markdown(report, file)
     except (UserError, MemoryError, ValueError) as error:
         # The engine's own errors are one line each as well.
         say(f"error: {error}")

@@ -48,12 +48,12 @@ def torch_peer() -> Iterator[Peer]:
 
 @pytest.mark.slow
 def test_reports(tmp_path: Path) -> None:
-    report, plot, table = (tmp_path / name for name in ("r.json", "r.png", "r.md"))
+    report, plot, table, twin = (tmp_path / name for name in ("r.json", "r.png", "r.md", "r.zh.md"))
     arguments = [
         *("--shape", "64x96x3x2", "--shape", "tiny", "--shape", "100000x100000x1000x1"),
         *("--tokens", "1,70", "--seconds", "0"),
         *("--threads", "1", "--format", "fp16,int8", "--peer", "torch", "--json", str(report)),
-        *("--markdown", str(table), "--plot", str(plot)),
+        *("--markdown", str(table), "--markdown", str(twin), "--plot", str(plot)),
     ]
     got = run(*arguments)
     assert got.returncode == 0, got.stderr
@@ -80,7 +80,7 @@ def test_reports(tmp_path: Path) -> None:
         assert 0 < result["error"] < (3e-3 if result["format"] == "fp16" else 1.5e-2)
         assert min(result["ms"], result["gb_s"], result["gflop_s"], result["roofline"]) > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "| fp16 | torch |" in table.read_text()
+    assert "| fp16 | torch |" in table.read_text() == twin.read_text()
 
 
 @pytest.mark.slow
@@ -107,6 +107,10 @@ def test_call_cost() -> None:
         (["--peer-python", "lk=/bin/sh"], "must be NAME=PYTHON, NAME one of torch"),
         (["--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
         (["--plot", "/no/such/folder/x.png"], "--plot: there is no folder /no/such/folder"),
+        (
+            ["--markdown", "x.md", "--markdown", "/no/such/folder/x.md"],
+            "--markdown: there is no folder /no/such/folder",
+        ),
     ],
 )
 def test_wrong_arguments(
