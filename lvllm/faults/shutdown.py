@@ -155,7 +155,7 @@ def _fail(call: Any) -> None:
 
 
 def wait_for_a_death(processes: Sequence[Any]) -> NoReturn:
-    """Wait until one of a server's API servers, engines and coordinators has ended.
+    """Wait until one of a server's processes, or of a headless node's workers, has ended.
 
     None of them ends by itself, and one that was sent SIGTERM ends with status 0. The others are
     killed, and the line says which one it was. With SIGTERM they would wait for each other for

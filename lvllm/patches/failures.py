@@ -85,14 +85,21 @@ def end_in_the_workers_line(original: Any) -> Any:
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor.start_worker_monitor",
     signature="(self, inline=False)",
     why="A server whose worker was killed, by the system for want of memory, say, says only that"
-    " its engine has failed. It names the worker and the signal.",
+    " its engine has failed. It names the worker and the signal. A headless node, which waits here"
+    " for the end of its workers, stays when the first node has gone, and ends with status 0 when"
+    " its own worker was killed. It ends with status 1 and a line that says why.",
     upstream="none, because nothing was proposed yet",
-    until="vLLM carries the end of a worker to its front process",
+    until="vLLM carries the end of a worker to its front process, and that of a node to the others",
 )
 def name_the_worker(original: Any) -> Any:
+    from lvllm.faults import first_node
     from lvllm.faults import shutdown as stopping
 
     def start_worker_monitor(self: Any, inline: bool = False) -> None:
+        if inline:  # This is the front process of a headless node.
+            processes = [worker.proc for worker in self.workers]
+            parallel = self.parallel_config
+            first_node.wait_for_an_end(processes, parallel.master_addr, parallel.master_port)
         stopping.report_a_death(self)
         original(self, inline)
 

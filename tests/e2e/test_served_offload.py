@@ -5,7 +5,9 @@ from all of its processes, and an end to all of them.
 import random
 import re
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,8 +203,9 @@ def test_replicas_and_the_watchdog(known: Known, tmp_path: Path) -> None:
         assert re.search(rf"^lvllm: layer \d: {late}: the process ends$", said, re.MULTILINE)
 
 
-def test_two_nodes(known: Known, tmp_path: Path) -> None:
-    """A pipeline's stages on two nodes, here of one host, which end when they are told to."""
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[tuple[Server, Server]]:
+    """A pipeline's stages on two nodes, here of one host, once the first one answers."""
     arguments = (
         *(*ARGUMENTS, "--pipeline-parallel-size", "2", "--nnodes", "2"),
         *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
@@ -212,11 +215,27 @@ def test_two_nodes(known: Known, tmp_path: Path) -> None:
     environment |= {"VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1"}
     first, second = (*arguments, "--node-rank", "0"), (*arguments, "--node-rank", "1", "--headless")
     with (
-        Server(tmp_path / "second", *second, **environment) as other,
-        Server(tmp_path / "first", *first, **environment) as server,
+        Server(folder / "second", *second, **environment) as other,
+        Server(folder / "first", *first, **environment) as server,
     ):
-        assert server.ready().ask(known.prompts, TOKENS) == known.answers
+        yield server.ready(), other
+
+
+def test_two_nodes_end_when_they_are_told_to(known: Known, tmp_path: Path) -> None:
+    with two_nodes(tmp_path) as (server, other):
+        assert server.ask(known.prompts, TOKENS) == known.answers
         for node in (server, other):
             node.process.send_signal(signal.SIGTERM)
-        server.ended()
-        other.ended()
+        for node in (server, other):
+            node.ended()
+            assert node.process.wait() == 0, node.said()
+
+
+def test_a_node_ends_with_the_first(tmp_path: Path) -> None:
+    with two_nodes(tmp_path) as (server, other):
+        server.process.send_signal(signal.SIGTERM)
+        for node in (server, other):
+            node.ended()
+        assert (server.process.wait(), other.process.wait()) == (0, 1)
+        line = r"^lvllm: the first node \(127\.0\.0\.1:\d+\) is gone \(.+\), so this one ends$"
+        assert len(re.findall(line, other.log.read_text(), re.MULTILINE)) == 1
