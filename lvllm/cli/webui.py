@@ -56,7 +56,12 @@ def webui(
             )
         from lvllm.webui.site import serving
 
-        with _private_pictures(), serving(host, port) as site, ExitStack() as stack:
+        with (
+            _until_interrupted(),
+            _private_pictures(),
+            serving(host, port) as site,
+            ExitStack() as stack,
+        ):
             if not url:
                 # In the environment the key is neither in the server's log nor in `ps`.
                 key = {VARIABLE: api_key} if api_key else {}
@@ -73,6 +78,17 @@ def webui(
             _chat(site, Client(url, api_key), host, system, console)
     except LvllmError as error:
         raise SystemExit(f"lvllm: {error}") from None
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the block alone, so that what it has made is removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -98,7 +114,6 @@ def _chat(site: "Site", client: Client, host: str, system: str, console: Console
     if host not in LOOPBACK:
         _say(console, "everybody who reaches this address can chat")
     with suppress(KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.pause()
     _say(console, "stopping")
 
