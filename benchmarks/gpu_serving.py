@@ -184,6 +184,8 @@ def measure(name: str, options: dict[str, Any], timeout: float) -> Results | str
     environment |= {
         "LVLLM_MOE_NUMA_ENABLED": str(int(enabled)),
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # vLLM's sampler wants FlashInfer, which a machine without a network may lack.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
     print(f"{name} ...", file=sys.stderr, flush=True)
     child = subprocess.Popen(

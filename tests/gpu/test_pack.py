@@ -36,7 +36,7 @@ def test_a_wheel_is_unpacked_with_our_plugin_and_without_kernels(
     info, wheel, site = "vllm-0.1.dist-info", tmp_path / "vllm.whl", tmp_path / "site"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in ("vllm/__init__.py", "vllm/_C.abi3.so", *pack.LEFT_OUT):
-            archive.writestr(f"{name}_C.so" if name.endswith(("/", "fa")) else name, "x")
+            archive.writestr(f"{name}_C.so" if name.endswith(("/", "fa2")) else name, "x")
         archive.writestr(f"{info}/entry_points.txt", entries)
         archive.writestr(f"{info}/METADATA", METADATA)
     assert pack.unpack_vllm(wheel, site) == METADATA

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ TINY = ROOT / "examples" / "models" / "tiny-moe"
 TOGETHER = (1, 3, 5, 9)
 """Numbers of requests at a time. Graphs are captured for 1, 2, 4 and 8, so most are padded."""
 FOUND = "answers "
+PLAIN = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""vLLM wants FlashInfer for its sampler, unless it is told not to use it. It is not packed."""
 
 Answers: TypeAlias = list[list[tuple[list[int], list[float]]]]
 
@@ -28,25 +31,33 @@ def answer(
 ) -> tuple[Answers, str]:
     """Return the answers of a new process, with more environment variables, and its log.
 
+    The log is in the folder LOGS, if this variable is set, from the first line on.
+
     Raises RuntimeError with the end of the log if the process fails.
     """
     job = json.dumps({"settings": settings, "arguments": arguments})
     variables = {key: value for key, value in os.environ.items() if not key.startswith("LVLLM_")}
     variables["LVLLM_MOE_NUMA_ENABLED"] = str(int(settings is not None))
-    variables |= environment or {}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.on_device.answers", job],
-        cwd=ROOT,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    for line in reversed(done.stdout.splitlines()):
+    variables |= PLAIN | (environment or {})
+    with tempfile.NamedTemporaryFile(
+        "w+", dir=os.environ.get("LOGS"), suffix=".log", delete="LOGS" not in os.environ
+    ) as log:
+        log.write(f"{job}\n")
+        log.flush()
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.gpu.on_device.answers", job],
+            cwd=ROOT,
+            env=variables,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+        )
+        log.seek(0)
+        said = log.read()
+    for line in reversed(said.splitlines()):
         if line.startswith(FOUND):
-            return json.loads(line.removeprefix(FOUND)), done.stdout
-    raise RuntimeError(f"{job}: no answers, status {done.returncode}:\n{done.stdout[-6000:]}")
+            return json.loads(line.removeprefix(FOUND)), said
+    raise RuntimeError(f"{job}: no answers, status {done.returncode}:\n{said[-6000:]}")
 
 
 def questions(count: int) -> list[list[int]]:
@@ -70,6 +81,9 @@ def main() -> None:
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
         "enable_prefix_caching": False,
+        # Other processes share the GPU, so what is free there cannot be measured.
+        "gpu_memory_utilization": 0.2,
+        "kv_cache_memory_bytes": 256 << 20,
         "skip_tokenizer_init": True,
         "seed": 0,
     } | job["arguments"]

@@ -21,6 +21,7 @@ PACKAGES = [
     "pytest",
     "pytest-xdist",
     "hypothesis",
+    "gguf",
     "pydantic",
     "rich",
     "typer",

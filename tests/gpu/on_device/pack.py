@@ -3,10 +3,12 @@
     python -m tests.gpu.on_device.pack FOLDER --installed NAMES [--python 3.12]
 
 NAMES is a file with the packages that the machine has, a name a line (`pip list --format=freeze`
-there, without versions). FOLDER gets pieces of at most 50 MiB, a manifest, and the line that
-unpacks them there. vLLM's libraries are those with PyTorch's stable interface, which load with
-older PyTorch than vLLM asks for. FlashAttention stays behind, so that Triton's attention is used.
-The entry points are vLLM's and LvLLM's, so that vLLM there finds the plugin.
+there, without versions). FOLDER gets an archive of what the first two steps want, pieces of
+at most 48 MiB with vLLM, a manifest, and the lines that unpack them there. vLLM's libraries are
+those with PyTorch's stable interface, which load with older PyTorch than vLLM asks for. Of
+FlashAttention only the third version is packed, for GPUs of compute capability 9.0: without any,
+vLLM cannot be imported on a GPU. The entry points are vLLM's and LvLLM's, so that vLLM there finds
+the plugin.
 """
 
 import hashlib
@@ -23,8 +25,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lvllm.supported import TESTED
+from tests.gpu.on_device.machine import PACKAGES
 
-PIECE_BYTES = 50 << 20
+PIECE_BYTES = 48 << 20
 PLATFORMS = [
     word
     for name in (*(f"manylinux_2_{minor}" for minor in range(39, 4, -1)), "manylinux2014")
@@ -33,11 +36,11 @@ PLATFORMS = [
 """pip takes each of these names literally."""
 LEFT_OUT = (
     "vllm/vllm-rs",
-    "vllm/vllm_flash_attn/_vllm_fa",
+    "vllm/vllm_flash_attn/_vllm_fa2",
     "vllm/third_party/deep_gemm/",
     "vllm/third_party/fmha_sm100/",
 )
-"""Beginnings of files of vLLM's wheel that a first run does not need: 600 of 820 MB."""
+"""Beginnings of files of vLLM's wheel that a first run does not need: 400 of 820 MB."""
 NOT_NEEDED = {
     "fastsafetensors",
     "flashinfer-python",
@@ -54,6 +57,7 @@ NOT_NEEDED = {
     "torchcodec",
 }
 """Requirements of kernels that are not used, and of what a first run does not serve."""
+FIRST = "first.tar.xz"
 PLUGIN = "lvllm = lvllm.plugin:register\n"
 
 
@@ -80,6 +84,11 @@ def needed(metadata: str, installed: set[str], python: str) -> list[str]:
         if canonicalize_name(one.name) not in installed | NOT_NEEDED
         and (one.marker is None or one.marker.evaluate(environment))
     ]
+    return resolved(asked, installed, python)
+
+
+def resolved(asked: list[str], installed: set[str], python: str) -> list[str]:
+    """Return these packages and what they need, without what the machine has, as NAME==VERSION."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as report:
         command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed"]
         where = ["--target", "/nowhere", "--only-binary=:all:", "--python-version", python]
@@ -119,28 +128,49 @@ def main(
     }
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        wheels, site = Path(temporary, "wheels"), Path(temporary, "site")
+        wheels, site, first = (Path(temporary, name) for name in ("wheels", "site", "first"))
         download(wheels, python, f"vllm=={TESTED}")
         (vllm,) = wheels.glob("vllm-*.whl")
         wanted = needed(unpack_vllm(vllm, site), names, python)
         print("packed beside vLLM:", *wanted)
         vllm.unlink()
         download(wheels, python, *wanted)
-        for wheel in wheels.glob("*.whl"):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(site)
+        unpack(wheels, site)
+        asked = [name for name in PACKAGES if canonicalize_name(name) not in names]
+        pinned = {one.partition("==")[0]: one for one in wanted}
+        small = [pinned.get(one.partition("==")[0], one) for one in resolved(asked, names, python)]
+        first.mkdir()
+        if small:
+            download(first / "wheels", python, *small)
+            unpack(first / "wheels", first / "site")
+        compress(first / "site", folder / FIRST)
         whole = Path(temporary, "site.tar.xz")
-        subprocess.run(["tar", "-C", site, "-I", "xz -T0", "-cf", whole, "."], check=True)
+        compress(site, whole)
         data = whole.read_bytes()
-    manifest = []
-    for number, first in enumerate(range(0, len(data), PIECE_BYTES), 1):
-        piece = data[first : first + PIECE_BYTES]
+    manifest = [f"{hashlib.sha256((folder / FIRST).read_bytes()).hexdigest()}  {FIRST}\n"]
+    for number, begin in enumerate(range(0, len(data), PIECE_BYTES), 1):
+        piece = data[begin : begin + PIECE_BYTES]
         (folder / f"piece-{number}").write_bytes(piece)
         manifest.append(f"{hashlib.sha256(piece).hexdigest()}  piece-{number}\n")
     (folder / "manifest").write_text("".join(manifest))
-    print(f"{len(manifest)} pieces of {len(data) / 1e6:.0f} MB together. Unpack them there with")
-    print("  sha256sum -c manifest && mkdir -p site && cat piece-* | tar xJ -C site")
-    print("and set PYTHONPATH to that site.")
+    print(f"{FIRST} has {', '.join(small) or 'nothing'}. Before the first step, unpack it with")
+    print(f"  mkdir -p site && tar xJf {FIRST} -C site")
+    print(f"{len(manifest) - 1} pieces of {len(data) / 1e6:.0f} MB together have vLLM. Before the")
+    print("third step, unpack them with")
+    print("  sha256sum -c manifest && cat piece-* | tar xJ -C site")
+    print("and set PYTHONPATH to that site in each step.")
+
+
+def unpack(wheels: Path, site: Path) -> None:
+    """Unpack the wheels of a folder into another one."""
+    for wheel in wheels.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+
+
+def compress(site: Path, archive: Path) -> None:
+    site.mkdir(exist_ok=True)
+    subprocess.run(["tar", "-C", site, "-I", "xz -T0", "-cf", archive, "."], check=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ that are to be read. Logs are in FOLDER/step-NUMBER from the first line on, so t
 cut off leaves what it knows; FOLDER is $OUT or build/gpu. The exit status is 1 if a command failed.
 A machine needs a CUDA GPU, PyTorch for CUDA, the packages that the first step names, and CMake,
 Ninja and a C++ compiler, unless lvllm/engine/_engine.so was built elsewhere and loads there. It
-needs no network, and no vLLM before step 3; `tests/gpu/on_device/pack.py` packs that, and pydantic,
-which step 2 wants.
+needs no network, and no vLLM before step 3; `tests/gpu/on_device/pack.py` packs it, and what step 1
+names.
 """
 
 import contextlib
@@ -85,7 +85,13 @@ STEPS: dict[int, tuple[Command, ...]] = {
     ),
     3: (
         Command("import", 60, f"{PYTHON} -m tests.gpu.on_device.machine vllm", shown=10),
-        Command("serving", 400, f"{TEST} -vv tests/gpu/on_device/test_serving.py", shown=40),
+        # Three of vLLM's processes are on the GPU at a time: a start is little work for it.
+        Command(
+            "serving",
+            400,
+            f"LOGS={{logs}} {TEST} -vv -n 3 tests/gpu/on_device/test_serving.py",
+            shown=40,
+        ),
     ),
     4: (
         Command(
