@@ -24,7 +24,7 @@ SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs
 # the end fill up the time that is left.
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 SEED := $(if $(TEST_SEED),--seed $(TEST_SEED))
-CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
 # Images for containers like to set this variable. Every process that imports vLLM would then compile
 # a few thousand modules anew: a refused `vllm serve` takes 17 s with it and 9 s without.
