@@ -72,7 +72,7 @@ def count_worker(worker: Any) -> Steps:
         worker: vLLM's worker. Its model runner may have a model of drafts beside the main one.
     """
     vllm_config, runner = worker.vllm_config, worker.model_runner
-    model, draft = runner.get_model(), getattr(getattr(runner, "drafter", None), "model", None)
+    model, draft = runner.get_model(), runner.get_draft_model()
     labels = {"engine": engine_name(vllm_config), "rank": str(worker.rank)}
     layers = [*_layers(model, "offloaded", "resident")]
     if isinstance(draft, torch.nn.Module):

@@ -76,8 +76,8 @@ def test_layers_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(is_kv_producer=True), parallel_config=None
     )
-    drafter = SimpleNamespace(model=Experts(0, draft))
-    runner = SimpleNamespace(get_model=lambda: model, drafter=drafter)
+    drafts = Experts(0, draft)
+    runner = SimpleNamespace(get_model=lambda: model, get_draft_model=lambda: drafts)
     worker = SimpleNamespace(vllm_config=vllm_config, rank=3, model_runner=runner)
     steps = counting.count_worker(worker)
     ids = torch.tensor([[0, 1], [0, -1], [0, 1]], dtype=torch.int32)
