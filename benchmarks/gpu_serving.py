@@ -100,7 +100,7 @@ def configurations(
     found["LvLLM, half the experts in the cache"] = {
         "enabled": True,
         "planned": expert_gib,
-        "settings": offload | {"gpu_expert_cache": round(expert_gib / 2, 6)},
+        "settings": offload | {"gpu_expert_cache": f"{expert_gib / 2:.6f}"},
     }
     experts = {"w13_weight", "w2_weight"}
     if on_gpu:

@@ -63,7 +63,9 @@ def test_configurations_of_whole_runs(tmp_path: Path) -> None:
     assert half["gpu_resident_moe_layers"] == "0-23"
     planned = [some["planned"] for some in found.values() if "planned" in some]
     assert planned == [54, 27, 0, 54]
-    assert found["LvLLM, half the experts in the cache"]["settings"]["gpu_expert_cache"] == 27
+    assert (
+        found["LvLLM, half the experts in the cache"]["settings"]["gpu_expert_cache"] == "27.000000"
+    )
     assert found["vLLM, half by cpu-offload-gb"]["cpu_offload_gb"] == 27
     assert len(gpu_serving.configurations(False, 48, 54.0, 2048, 1)) == 5
 
