@@ -6,11 +6,11 @@ it at its end. If that is killed, the next start of the same user removes the fo
 the kernel takes back from a process that ends, says whether its server still runs.
 """
 
-import atexit
 import fcntl
 import os
 import shutil
 import tempfile
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -69,7 +69,10 @@ def prepare() -> None:
     os.rename(folder / "new", folder / "lock")
     os.environ[_VARIABLE] = f"{os.getpid()}:{folder}"
     os.environ[SOCKETS] = str(folder)
-    atexit.register(remove)
+    # At the end of the process, newer finalisers run before it, such as those by which vLLM ends
+    # its engines. Until then, NCCL's threads there read the ranks' file once a second, and wait for
+    # it if it is gone.
+    weakref.finalize(remove, remove)
 
 
 def file_store() -> str | None:

@@ -62,6 +62,26 @@ def test_the_folder_goes_with_its_server(parent: Path) -> None:
     assert not list(parent.iterdir())
 
 
+def test_the_folder_is_there_until_vllm_has_ended_its_engines(parent: Path) -> None:
+    """vLLM does it in a finaliser, which is newer than the folder."""
+    script = """
+import os, weakref
+from lvllm.faults import scratch
+weakref.finalize(os.path, print, "older")
+scratch.prepare()
+weakref.finalize(os.path, lambda: print(os.listdir(os.environ["VLLM_RPC_BASE_PATH"])))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"TMPDIR": str(parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "['lock']\nolder\n"
+    assert not list(parent.iterdir())
+
+
 def test_the_next_start_removes_what_a_killed_server_left(parent: Path) -> None:
     killed, running = Server(parent), Server(parent)
     Path(killed.folder, "socket").touch()
