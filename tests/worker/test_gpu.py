@@ -42,7 +42,7 @@ def worker_of(rank: int, ranks: int) -> Any:
 
 @contextmanager
 def layer_of_four_experts() -> Iterator[Callable[[int], None]]:
-    """Give a function that computes a batch of a layer, whose ids are this number on."""
+    """Give a function that computes a batch of a layer, whose ids begin with this number."""
     random = Random(randrange(1 << 30))
     accelerator = StandInAccelerator()
     experts = random_layer(random, "bf16", 4, 64, 64).make()
@@ -50,7 +50,8 @@ def layer_of_four_experts() -> Iterator[Callable[[int], None]]:
     layer = one.add(7, "layers.7", experts, topk=2)
 
     def compute(first: int) -> None:
-        ids = random.integers(first, first + 1, 3, 2)
+        ids = random.integers(0, 4, 3, 2)
+        ids[0, 0] = first
         layer.call(random.normal(3, 64).bfloat16(), ids, torch.ones(3, 2))
 
     yield compute
