@@ -15,12 +15,18 @@
 
 #include "tests/gpu/emulated_cuda/device.h"
 
-#undef cuStreamWriteValue64
-#undef cuDevicePrimaryCtxRelease
-#undef cuMemGetInfo
-#undef cuGetProcAddress
+namespace {
 
-static int context;
+int context;
+
+// A word that a stream writes or waits for; null: the device cannot reach it.
+uint64_t* word_at(CUdeviceptr address) {
+  auto* place = reinterpret_cast<void*>(address);
+  if (!emulated::device_can_read(place)) return nullptr;
+  return static_cast<uint64_t*>(emulated::host_view(place));
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -145,18 +151,17 @@ REFUSED(cuMemSetAccess)
 REFUSED(cuMemUnmap)
 
 CUresult cuStreamWriteValue64_v2(CUstream stream, CUdeviceptr address, cuuint64_t value, unsigned) {
-  if (!emulated::device_can_read(reinterpret_cast<void*>(address))) return CUDA_ERROR_INVALID_VALUE;
-  return static_cast<CUresult>(emulated::enqueue(stream, [=] {
-    auto* place = static_cast<uint64_t*>(emulated::host_view(reinterpret_cast<void*>(address)));
-    std::atomic_ref<uint64_t>(*place).store(value);
-  }));
+  uint64_t* word = word_at(address);
+  if (!word) return CUDA_ERROR_INVALID_VALUE;
+  return static_cast<CUresult>(
+      emulated::enqueue(stream, [=] { std::atomic_ref<uint64_t>(*word).store(value); }));
 }
 CUresult cuStreamWaitValue64_v2(CUstream stream, CUdeviceptr address, cuuint64_t value, unsigned) {
-  if (!emulated::device_can_read(reinterpret_cast<void*>(address))) return CUDA_ERROR_INVALID_VALUE;
+  uint64_t* word = word_at(address);
+  if (!word) return CUDA_ERROR_INVALID_VALUE;
   return static_cast<CUresult>(emulated::enqueue(stream, [=] {
-    auto* place = static_cast<uint64_t*>(emulated::host_view(reinterpret_cast<void*>(address)));
     auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-    while (std::atomic_ref<uint64_t>(*place).load() != value) {
+    while (std::atomic_ref<uint64_t>(*word).load() != value) {
       std::this_thread::yield();
       if (std::chrono::steady_clock::now() > end) {
         std::fprintf(stderr, "emulated: waited 60 s for a word\n");

@@ -5,6 +5,7 @@ after a replay.
 """
 
 import ctypes
+import functools
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ def load() -> None:
     hooks.install()
 
 
+@functools.cache
 def runtime() -> ctypes.CDLL:
     """Return the emulated runtime."""
     library = ctypes.CDLL(None)
