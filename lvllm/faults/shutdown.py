@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import queue
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from lvllm.faults import scratch
 from lvllm.faults.leaving import end_in_a_line
 from lvllm.faults.process import report, reported
+from lvllm.log import logger
 
 __all__ = [
     "ServerStopped",
@@ -121,15 +123,18 @@ def end_with_the_coordinator(client: Any) -> None:
 
 
 def end_calls_with_the_engine(client: Any) -> None:
-    """Let open calls of vLLM's `MPClient` to its engine fail once the engine has ended.
+    """Let what waits for the engine of vLLM's `MPClient` fail once the engine has ended.
 
     vLLM refuses calls from then on, and waits for ever for the results of earlier ones. A server
-    makes its last ones shortly before it answers requests.
+    makes its last ones shortly before it answers requests. `LLM.generate` waits for outputs in a
+    queue into which nobody puts the engine's end.
     """
     resources, calls = client.resources, client.utility_results
-    processes = getattr(resources.engine_manager, "processes", None)
+    manager = resources.engine_manager
+    processes = getattr(manager, "processes", None)
     if not processes:  # Ray's actors are no processes of this host.
         return
+    weak = weakref.ref(client)
 
     def wait() -> None:
         connection.wait([process.sentinel for process in processes])
@@ -137,6 +142,13 @@ def end_calls_with_the_engine(client: Any) -> None:
             time.sleep(0.05)
         for call in list(calls.values()):
             _fail(call)
+        outputs = getattr(weak(), "outputs_queue", None)
+        if not isinstance(outputs, queue.Queue):  # vLLM ends the requests of a server by itself.
+            return
+        if (name := manager.failed_proc_name) is not None:  # It was not asked to end.
+            death = _ended_by(manager.finished_procs().get(name))
+            logger.error("LvLLM: the process %s %s", name, death)
+        outputs.put_nowait(EngineDeadError())
 
     threading.Thread(target=wait, name="lvllm-calls", daemon=True).start()
 

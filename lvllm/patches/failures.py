@@ -275,7 +275,8 @@ def say_who_died_of_several(original: Any) -> Any:
     signature="(self)",
     why="With one API server, nobody notices when the process that coordinates data-parallel"
     " replicas was killed, and replicas wait for it for ever. And a call to an engine that has"
-    " ended meanwhile never returns, so that a server hangs whose engine dies late in its start.",
+    " ended meanwhile never returns: a server hangs whose engine dies late in its start, and so"
+    " does `LLM.generate` whose engine is killed.",
     upstream="none, because nothing was proposed yet",
     until="vLLM watches its coordinator as it does its engines, and ends open calls with them",
 )

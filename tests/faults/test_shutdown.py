@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 import time
 from concurrent.futures import Future
+from queue import Empty, Queue
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,34 @@ def test_an_engine_that_gets_the_servers_signal_has_not_died() -> None:
     assert noted_death() is None
 
 
+class Client:
+    """What vLLM's client of an engine has. One without an event loop has a queue of outputs."""
+
+    def __init__(self, resources: Any, calls: dict[int, Any]) -> None:
+        self.resources, self.utility_results = resources, calls
+        self.outputs_queue: Queue[Any] = Queue()
+
+
+def test_outputs_end_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LLM.generate` waits for outputs of an engine that is killed."""
+    said: list[str] = []
+    monkeypatch.setattr(shutdown.logger, "error", lambda text, *of: said.append(text % of))
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), name="E")
+    process.start()
+    manager = SimpleNamespace(processes=[process], failed_proc_name=None)
+    manager.finished_procs = lambda: {"E": process.exitcode}
+    resources = SimpleNamespace(engine_manager=manager, engine_dead=False)
+    client = Client(resources, {})
+    end_calls_with_the_engine(client)
+    with pytest.raises(Empty):
+        client.outputs_queue.get(timeout=0.2)
+    process.kill()
+    process.join()
+    manager.failed_proc_name, resources.engine_dead = "E", True
+    assert isinstance(client.outputs_queue.get(timeout=60), EngineDeadError)
+    assert said == ["LvLLM: the process E was ended by SIGKILL"]
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_calls_fail_with_the_engine(asynchronous: bool) -> None:
     """Calls that are open when the engine's process ends."""
@@ -108,10 +137,10 @@ def test_calls_fail_with_the_engine(asynchronous: bool) -> None:
         answered.set_result(1)
         process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0.1,))
         process.start()
-        manager = SimpleNamespace(processes=[process])
+        manager = SimpleNamespace(processes=[process], failed_proc_name=None)
         resources = SimpleNamespace(engine_manager=manager, engine_dead=False)
-        calls = {1: answered, 2: call}
-        end_calls_with_the_engine(SimpleNamespace(resources=resources, utility_results=calls))
+        client = Client(resources, {1: answered, 2: call})
+        end_calls_with_the_engine(client)
         await asyncio.to_thread(process.join)
         assert not call.done()
         resources.engine_dead = True
