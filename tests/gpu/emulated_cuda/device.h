@@ -26,8 +26,12 @@ cudaError_t failed(cudaError_t error);
 // device's own addresses, as on a real machine. All others stay as they are.
 void* host_view(const void* address);
 
-// Whether the device can read this address: its own memory, and pinned memory.
+// Whether a device can read this address: its own memory, and pinned memory.
 bool device_can_read(const void* address);
+
+// The number of devices that this machine has, and the one that this thread uses.
+int devices();
+int current_device();
 
 // Does work of a stream now, or makes it a part of the graph in which the stream is captured.
 cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);

@@ -17,7 +17,9 @@
 
 namespace {
 
-int context;
+char contexts[64];  // Of each device.
+
+CUcontext context_of(int device) { return reinterpret_cast<CUcontext>(&contexts[device]); }
 
 // A word that a stream writes or waits for; null: the device cannot reach it.
 uint64_t* word_at(CUdeviceptr address) {
@@ -35,24 +37,21 @@ CUresult cuDriverGetVersion(int* version) {
   *version = 13000;
   return CUDA_SUCCESS;
 }
-CUresult cuDeviceGet(CUdevice* device, int) {
-  *device = 0;
+CUresult cuDeviceGet(CUdevice* device, int number) {
+  *device = number;
   return CUDA_SUCCESS;
 }
-CUresult cuDeviceGetCount(int* count) {
-  *count = 1;
-  return CUDA_SUCCESS;
-}
+CUresult cuDeviceGetCount(int* count) { return static_cast<CUresult>(cudaGetDeviceCount(count)); }
 CUresult cuDeviceGetName(char* name, int length, CUdevice) {
   std::snprintf(name, static_cast<size_t>(length), "Emulated GPU");
   return CUDA_SUCCESS;
 }
-CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   return static_cast<CUresult>(
-      cudaDeviceGetAttribute(value, static_cast<cudaDeviceAttr>(attribute), 0));
+      cudaDeviceGetAttribute(value, static_cast<cudaDeviceAttr>(attribute), device));
 }
-CUresult cuDevicePrimaryCtxRetain(CUcontext* made, CUdevice) {
-  *made = reinterpret_cast<CUcontext>(&context);
+CUresult cuDevicePrimaryCtxRetain(CUcontext* made, CUdevice device) {
+  *made = context_of(device);
   return CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) {
@@ -61,14 +60,17 @@ CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) {
   return CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext* current) {
-  *current = reinterpret_cast<CUcontext>(&context);
+  *current = context_of(emulated::current_device());
   return CUDA_SUCCESS;
 }
-CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext context) {
+  auto device = static_cast<int>(reinterpret_cast<char*>(context) - contexts);
+  return context ? static_cast<CUresult>(cudaSetDevice(device)) : CUDA_SUCCESS;
+}
 CUresult cuCtxPushCurrent_v2(CUcontext) { return CUDA_SUCCESS; }
 CUresult cuCtxPopCurrent_v2(CUcontext* current) { return cuCtxGetCurrent(current); }
 CUresult cuCtxGetDevice(CUdevice* device) {
-  *device = 0;
+  *device = emulated::current_device();
   return CUDA_SUCCESS;
 }
 CUresult cuCtxGetLimit(size_t* value, CUlimit) {
@@ -94,7 +96,7 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
 CUresult cuModuleLoadData(CUmodule* module, const void*) {
   if (emulated::check_captures("cuModuleLoadData") != 0)
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-  *module = reinterpret_cast<CUmodule>(&context);
+  *module = reinterpret_cast<CUmodule>(contexts);
   return CUDA_SUCCESS;
 }
 CUresult cuModuleLoad(CUmodule* module, const char*) { return cuModuleLoadData(module, nullptr); }
@@ -103,7 +105,7 @@ CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned, CUjit
 }
 CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char*) {
-  *function = reinterpret_cast<CUfunction>(&context);
+  *function = reinterpret_cast<CUfunction>(contexts);
   return CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
@@ -136,11 +138,14 @@ CUresult cuGetProcAddress_v2(const char* name, void** function, int, cuuint64_t,
   return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 
+// This describes tensors to kernels of FlashAttention, which are not computed.
+CUresult emulated_cuTensorMapEncodeTiled() asm("cuTensorMapEncodeTiled");
+CUresult emulated_cuTensorMapEncodeTiled() { return CUDA_SUCCESS; }
+
 // What is not emulated.
 #define REFUSED(name)                   \
   CUresult refused_##name() asm(#name); \
   CUresult refused_##name() { return CUDA_ERROR_NOT_SUPPORTED; }
-REFUSED(cuTensorMapEncodeTiled)
 REFUSED(cuMemAddressFree)
 REFUSED(cuMemAddressReserve)
 REFUSED(cuMemCreate)

@@ -27,12 +27,14 @@ size_t round_up(size_t bytes, size_t unit) {
   return (std::max(bytes, size_t{1}) + unit - 1) / unit * unit;
 }
 
-// The device's memory. A file is mapped twice: at the device's addresses nobody can read it.
+// The memory of all devices, one after another. A file is mapped twice: at the devices' addresses
+// nobody can read it.
 class Arena {
  public:
   Arena() {
     const char* gib = std::getenv("EMULATED_CUDA_GIB");
-    size = (gib ? std::strtoull(gib, nullptr, 10) : 4) << 30;
+    part = (gib ? std::strtoull(gib, nullptr, 10) : 4) << 30;
+    size = part * static_cast<size_t>(emulated::devices());
     int file = memfd_create("emulated-cuda", MFD_CLOEXEC);
     if (file < 0 || ftruncate(file, static_cast<off_t>(size)) != 0) std::abort();
     device = map(file, PROT_NONE);
@@ -42,35 +44,46 @@ class Arena {
 
   bool has(const void* address) const { return address >= device && address < device + size; }
 
+  int device_of(const void* address) const { return static_cast<int>(offset_of(address) / part); }
+
   void* take(size_t bytes) {
     bytes = round_up(bytes, kAlignment);
-    size_t begin = 0;
-    for (auto [offset, length] : taken_) {
-      if (offset - begin >= bytes) break;
-      begin = offset + length;
+    size_t begin = static_cast<size_t>(emulated::current_device()) * part, end = begin + part;
+    for (auto next = taken_.lower_bound(begin); next != taken_.end(); ++next) {
+      if (next->first - begin >= bytes) break;
+      begin = next->first + next->second;
     }
-    if (begin + bytes > size) return nullptr;
+    if (begin + bytes > end) return nullptr;
     taken_[begin] = bytes;
-    used += bytes;
     return device + begin;
   }
 
+  // The bytes that are taken of the current device.
+  size_t used() const {
+    size_t begin = static_cast<size_t>(emulated::current_device()) * part, sum = 0;
+    for (auto [offset, length] : taken_) sum += offset - begin < part ? length : 0;
+    return sum;
+  }
+
   bool give_back(const void* address) {
-    auto found = taken_.find(static_cast<size_t>(static_cast<const char*>(address) - device));
+    auto found = taken_.find(offset_of(address));
     if (found == taken_.end()) return false;
     // A later use of this memory is seen.
     std::memset(host + found->first, 0xAB, std::min(found->second, kOverwritten));
-    used -= found->second;
     taken_.erase(found);
     return true;
   }
 
+  size_t part = 0;  // Of each device.
   size_t size = 0;
-  size_t used = 0;
   char* device = nullptr;
   char* host = nullptr;
 
  private:
+  size_t offset_of(const void* address) const {
+    return static_cast<size_t>(static_cast<const char*>(address) - device);
+  }
+
   char* map(int file, int access) {
     void* place = mmap(nullptr, size, access, MAP_SHARED | MAP_NORESERVE, file, 0);
     if (place == MAP_FAILED) std::abort();
@@ -160,8 +173,8 @@ cudaError_t cudaFreeAsync(void* address, cudaStream_t) {
 
 cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
   Lock lock(mutex);
-  *total = arena().size;
-  *unused = arena().size - arena().used;
+  *total = arena().part;
+  *unused = arena().part - arena().used();
   return cudaSuccess;
 }
 
@@ -224,8 +237,10 @@ cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
   *attributes = {};
+  attributes->device = emulated::current_device();
   void* place = const_cast<void*>(address);
   if (arena().has(address)) {
+    attributes->device = arena().device_of(address);
     attributes->type = cudaMemoryTypeDevice;
     attributes->devicePointer = place;
   } else if (emulated::device_can_read(address)) {
@@ -271,7 +286,7 @@ cudaError_t cudaMemset(void* target, int value, size_t bytes) {
   return cudaMemsetAsync(target, value, bytes, nullptr);
 }
 
-// What is not needed without several devices or processes, or kernels that read variables.
+// What is not needed without memory that processes share, or kernels that read variables.
 cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) {
   return cudaSuccess;
 }

@@ -1,9 +1,12 @@
-// An emulated NVML with one device, for vLLM, which asks it which platform this is.
+// An emulated NVML, for vLLM, which asks it which platform this is.
 
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+
+#include "tests/gpu/emulated_cuda/device.h"
 
 struct Memory {
   unsigned long long total, free, used;
@@ -12,6 +15,12 @@ struct Memory2 {
   unsigned version;
   unsigned long long total, reserved, free, used;
 };
+
+namespace {
+
+int numbers[64];  // A device's handle is the address of one of these.
+
+}  // namespace
 
 extern "C" {
 
@@ -29,23 +38,24 @@ int nvmlSystemGetCudaDriverVersion_v2(int* version) {
   return 0;
 }
 int nvmlDeviceGetCount_v2(unsigned* count) {
-  *count = 1;
+  *count = static_cast<unsigned>(emulated::devices());
   return 0;
 }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) {
-  static int one;
-  *device = &one;
-  return index == 0 ? 0 : 2;
+  if (index >= static_cast<unsigned>(emulated::devices())) return 2;
+  *device = &numbers[index];
+  return 0;
 }
-int nvmlDeviceGetHandleByUUID(const char*, void** device) {
-  return nvmlDeviceGetHandleByIndex_v2(0, device);
+int nvmlDeviceGetHandleByUUID(const char* text, void** device) {
+  return nvmlDeviceGetHandleByIndex_v2(std::strtoul(text + 4, nullptr, 16) & 0xFF, device);
 }
 int nvmlDeviceGetName(void*, char* text, unsigned length) {
   std::snprintf(text, length, "Emulated GPU");
   return 0;
 }
-int nvmlDeviceGetUUID(void*, char* text, unsigned length) {
-  std::snprintf(text, length, "GPU-07070707-0707-0707-0707-070707070707");
+int nvmlDeviceGetUUID(void* device, char* text, unsigned length) {
+  auto number = static_cast<unsigned>(static_cast<int*>(device) - numbers);
+  std::snprintf(text, length, "GPU-%08x-0707-0707-0707-070707070707", number);
   return 0;
 }
 int nvmlDeviceGetCudaComputeCapability(void*, int* major, int* minor) {

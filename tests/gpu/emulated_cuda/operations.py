@@ -31,6 +31,8 @@ WAITS = {
     "aten::unique_consecutive", "aten::unique_dim",
 }  # fmt: skip
 """Operations for which the host waits, since it wants to know something of their result."""
+WIDER = (torch.ops.aten.mm.dtype, torch.ops.aten.bmm.dtype)
+"""Products with a dtype of their own, which PyTorch has for CUDA only."""
 WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _captured: list[Any] = []
@@ -161,7 +163,14 @@ class _Call:
 
     def _compute(self) -> Any:
         args, kwargs = self._on_host
-        return self._operation(*args, **kwargs)
+        return self._operate(*args, **kwargs)
+
+    def _operate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._operation not in WIDER:
+            return self._operation(*args, **kwargs)
+        first, second, dtype = args
+        product: Any = self._operation.overloadpacket.default
+        return product(first.to(dtype), second.to(dtype))
 
     def change(self) -> Any:
         """Compute an operation that changes some of its arguments."""
@@ -234,7 +243,7 @@ class _Call:
 
         args, kwargs = tree_map(shape, self._on_host[0]), tree_map(shape, self._on_host[1])
         try:
-            return self._operation(*args, **kwargs)
+            return self._operate(*args, **kwargs)
         except NotImplementedError:
             return self._compute()
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.gpu.emulated_cuda import routers
 from tests.gpu.emulated_cuda.operations import enqueue, to_host
 
 __all__ = ["compute"]
@@ -16,13 +17,15 @@ _libraries: list[torch.library.Library] = []
 def compute(_: Any) -> None:
     """Replace the operators, once `vllm._custom_ops` has loaded vLLM's libraries."""
     of_namespaces: dict[str, tuple[Callable[..., None], ...]] = {
-        "_C": (rms_norm, fused_add_rms_norm, silu_and_mul),
-        "_moe_C": (topk_softmax, moe_align_block_size, moe_sum),
+        "_C": (rms_norm, fused_add_rms_norm, silu_and_mul, vocab_parallel_embedding),
+        "_moe_C": (moe_align_block_size, moe_sum, routers.topk_softmax, routers.topk_sigmoid),
     }
     for namespace, functions in of_namespaces.items():
         library = torch.library.Library(namespace, "IMPL")
         for function in functions:
             library.impl(function.__name__, _on_host(function), "CUDA", allow_override=True)
+        if namespace == "_moe_C":
+            library.impl("grouped_topk", _grouped_topk, "CUDA", allow_override=True)
         _libraries.append(library)
 
 
@@ -32,6 +35,15 @@ def _on_host(function: Callable[..., None]) -> Callable[..., None]:
         enqueue(lambda: function(*host[0], **host[1]))
 
     return run
+
+
+def _grouped_topk(scores: Tensor, groups: int, kept: int, topk: int, *others: Any) -> Any:
+    made = [
+        torch.empty(len(scores), topk, dtype=dtype, device=scores.device)
+        for dtype in (torch.float32, torch.int32)
+    ]
+    _on_host(routers.grouped_topk)(*made, scores, groups, kept, *others)
+    return tuple(made)
 
 
 def rms_norm(out: Tensor, x: Tensor, weight: Tensor | None, epsilon: float) -> None:
@@ -54,17 +66,13 @@ def silu_and_mul(out: Tensor, x: Tensor) -> None:
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 
-def topk_softmax(
-    weights: Tensor,
-    ids: Tensor,
-    _: Tensor,
-    logits: Tensor,
-    renormalize: bool = False,
-    *others: Any,
+def vocab_parallel_embedding(
+    out: Tensor, ids: Tensor, weight: Tensor, begin: int, end: int, *others: int
 ) -> None:
-    values, chosen = torch.softmax(logits.float(), -1).topk(weights.shape[-1], -1)
-    weights.copy_(values / values.sum(-1, keepdim=True) if renormalize else values)
-    ids.copy_(chosen)
+    """Take this rank's rows, of words `begin` to `end`, and zeros for others. None was added."""
+    own = (ids >= begin) & (ids < end)
+    rows = weight[(ids.long() - begin).clamp(0, len(weight) - 1)]
+    out.copy_(rows * own.unsqueeze(-1))
 
 
 def moe_align_block_size(

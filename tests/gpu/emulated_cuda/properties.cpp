@@ -1,8 +1,10 @@
-// One device, with the properties of an H100, and the way to the driver's functions.
+// The devices, with the properties of an H100, and the way to the driver's functions.
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -10,25 +12,63 @@
 
 using emulated::failed;
 
+namespace {
+
+thread_local int current = 0;
+
+int read_count() {
+  const char* devices = std::getenv("EMULATED_CUDA_DEVICES");
+  return devices ? std::atoi(devices) : 1;
+}
+
+// CUDA reads CUDA_VISIBLE_DEVICES once, and numbers what it names, separated by commas, from 0 on.
+int read_visible() {
+  const char* text = std::getenv("CUDA_VISIBLE_DEVICES");
+  if (!text) return emulated::devices();
+  std::string visible = text;
+  auto commas = static_cast<int>(std::count(visible.begin(), visible.end(), ','));
+  return visible.empty() ? 0 : std::min(commas + 1, emulated::devices());
+}
+
+int visible_devices() {
+  static int count = read_visible();
+  return count;
+}
+
+}  // namespace
+
+namespace emulated {
+
+int devices() {
+  static int count = read_count();
+  return count;
+}
+int current_device() { return current; }
+
+}  // namespace emulated
+
 extern "C" {
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return cudaSuccess;
+  *count = visible_devices();
+  return *count ? cudaSuccess : failed(cudaErrorNoDevice);
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : failed(cudaErrorInvalidDevice);
+  if (device < 0 || device >= visible_devices()) return failed(cudaErrorInvalidDevice);
+  current = device;
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (device != 0) return failed(cudaErrorInvalidDevice);
+  if (device < 0 || device >= visible_devices()) return failed(cudaErrorInvalidDevice);
   *properties = {};
   std::strcpy(properties->name, "Emulated GPU");
-  std::memset(&properties->uuid, 7, sizeof properties->uuid);
+  std::memset(&properties->uuid, 7 + device, sizeof properties->uuid);
+  properties->pciBusID = 7 + device;
   size_t unused;
   cudaMemGetInfo(&unused, &properties->totalGlobalMem);
   properties->major = 9;
@@ -113,8 +153,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetPCIBusId(char* text, int length, int) {
-  std::snprintf(text, static_cast<size_t>(length), "0000:00:07.0");
+cudaError_t cudaDeviceGetPCIBusId(char* text, int length, int device) {
+  std::snprintf(text, static_cast<size_t>(length), "0000:%02x:00.0", 7 + device);
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {

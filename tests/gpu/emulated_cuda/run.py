@@ -10,7 +10,10 @@ example:
 
     python -m tests.gpu.emulated_cuda.run python -m pytest tests/gpu/on_device/test_offload.py
 
-EMULATED_CUDA_GIB is the device's memory (4), of which what is written takes memory of the host.
+EMULATED_CUDA_DEVICES is the number of devices (1). Each process has devices of its own, and they
+send each other messages by an emulated NCCL (VLLM_ALLREDUCE_USE_SYMM_MEM=0 turns off what vLLM does
+without NCCL). EMULATED_CUDA_GIB is a device's memory (4), of which what is written takes memory of
+the host.
 EMULATED_CUDA_LOG names a file for what is not computed and why captures are spoilt. With
 EMULATED_CUDA_VALUES=0 Triton's kernels are compiled and started, and not computed, since the
 interpreter is slow. Inductor's kernels are never computed: TORCHDYNAMO_DISABLE=1 does without them.
@@ -31,6 +34,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "libcudart.so.13": ("memory.cpp", "streams.cpp", "kernels.cpp", "properties.cpp"),
     "libcuda.so.1": ("driver.cpp",),
     "libnvidia-ml.so.1": ("nvml.cpp",),
+    "libnccl.so.2": ("nccl.cpp",),
 }
 """The sources of each library. The first one is linked by the others."""
 ENTRY = "[torch.backends]\nemulated = tests.gpu.emulated_cuda.operations:load\n"
@@ -64,8 +68,11 @@ def environment() -> dict[str, str]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: emulated-cuda\nVersion: 1\n")
     (info / "entry_points.txt").write_text(ENTRY)
     paths = [os.environ.get("PYTHONPATH"), str(info.parent), str(ROOT)]
+    messages = BUILD / "messages"
+    messages.mkdir(exist_ok=True)
     return os.environ | {
-        "LD_PRELOAD": str(BUILD / "libcudart.so.13"),
+        "EMULATED_CUDA_MESSAGES": str(messages),
+        "LD_PRELOAD": f"{BUILD / 'libcudart.so.13'} {BUILD / 'libnccl.so.2'}",
         "LD_LIBRARY_PATH": str(BUILD),
         "TRITON_LIBCUDA_PATH": str(BUILD),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
