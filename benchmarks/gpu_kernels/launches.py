@@ -1,5 +1,7 @@
 """The launches of the kernels for a batch."""
 
+from typing import Any
+
 import torch
 
 from benchmarks.gpu_kernels.compiled import Launch, recorded
@@ -13,24 +15,16 @@ HIDDEN, INTERMEDIATE = 512, 768
 """Compiled kernels do not depend on these, if both are multiples of 16. Blocks have 256 weights."""
 
 
-def launches(
-    format: str,
-    tokens_per_expert: int,
-    *,
-    w2_format: str | None = None,
-    w3_format: str | None = None,
-) -> list[Launch]:
+def launches(format: str, tokens_per_expert: int, **how: Any) -> list[Launch]:
     """Return the launches for a layer of `format` with so many tokens for each expert.
 
-    The format of w2 is `w2_format`, if it is another one, and that of the up rows `w3_format`.
+    Further arguments go to `random_layer`.
 
     First come those for a streamed group, then those for experts in a cache. The last two divide a
     batch for the cache and bring it to the host.
     """
     count, random = 3, Random(1)
-    layer = random_layer(
-        random, format, count, HIDDEN, INTERMEDIATE, w2_format=w2_format, w3_format=w3_format
-    ).make()
+    layer = random_layer(random, format, count, HIDDEN, INTERMEDIATE, **how).make()
     x = torch.zeros(tokens_per_expert, HIDDEN, dtype=torch.bfloat16)
     ids = torch.arange(count).repeat(tokens_per_expert, 1)
     pairs = Pairs.sort(ids, torch.ones(ids.shape), count)

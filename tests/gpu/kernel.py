@@ -24,11 +24,13 @@ WAYS: dict[str, list[dict[str, Any]]] = {
         for group, zero, dtype in (
             (32, False, torch.bfloat16),
             (64, True, torch.float16),
+            (128, False, torch.bfloat16),
             (-1, True, torch.float32),
         )
     ],
     "int8": [{}, {"group_size": 64, "scale_dtype": torch.float16}],
 }
+"""What shares a scale in formats that leave it open."""
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((format, how) for format in FORMATS for how in WAYS.get(format, [{}])),
     # The interpreter takes long for rows of whole blocks of 256, so one matrix of a layer has them.

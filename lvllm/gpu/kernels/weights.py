@@ -65,12 +65,18 @@ def _unpack(words, FORMAT: tl.constexpr, VALUES: tl.constexpr):  # type: ignore[
 
 @triton.jit
 def _spread(groups, GROUP: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Repeat what groups share for each of their columns: [groups, rows] -> [COLUMNS, rows]."""
-    if groups.shape[0] == 1:
-        return groups
+    """Repeat what groups share for each of their columns: [groups, rows] -> [COLUMNS, rows].
+
+    One group has all columns, and stays [1, rows]. Triton compiles what follows a return within an
+    if, so this has only one.
+    """
     rows: tl.constexpr = groups.shape[1]
-    repeated = tl.broadcast_to(groups[:, None, :], (groups.shape[0], GROUP, rows))
-    return tl.reshape(repeated, (COLUMNS, rows))
+    if groups.shape[0] == 1:
+        repeated = groups
+    else:
+        several = tl.broadcast_to(groups[:, None, :], (groups.shape[0], GROUP, rows))
+        repeated = tl.reshape(several, (COLUMNS, rows))
+    return repeated
 
 
 @triton.jit
@@ -104,9 +110,42 @@ def read(  # type: ignore[no-untyped-def]
     """
     matrix = expert.to(tl.int64) * PARTS + part  # Offsets in a layer exceed 32 bits.
     if SCALE == "in blocks":
-        return block_weights.read(
+        value = block_weights.read(
             words, scale, zero, matrix, tile, column, rows, columns, FORMAT, ROWS, COLUMNS
-        ).to(DTYPE)
+        )
+    else:
+        value = _read_words(
+            words, scale, zero, global_scale, expert, matrix, part, tile, column, rows, columns,
+            groups, PARTS, FORMAT, VALUES, SCALE, GROUP, ZERO, ROWS, COLUMNS, BLOCK,
+        )  # fmt: skip
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _read_words(  # type: ignore[no-untyped-def]
+    words,
+    scale,
+    zero,
+    global_scale,
+    expert,
+    matrix,  # of all experts' parts
+    part,
+    tile,
+    column,
+    rows,
+    columns,
+    groups,
+    PARTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Read a block in a format whose scales lie in a tensor of their own. See `read`."""
     first = tile * ROWS
     row = tl.arange(0, ROWS)[None, :]
     n = tl.minimum(rows - first, ROWS)
@@ -144,4 +183,4 @@ def read(  # type: ignore[no-untyped-def]
         value *= tl.load(scale + at, mask=row < n, other=0)
     elif SCALE == "tensor":
         value *= tl.load(scale + expert)
-    return value.to(DTYPE)
+    return value
