@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -66,14 +66,23 @@ def test_a_first_node_that_ended_before(worker: BaseProcess) -> None:
 
 
 def test_a_host_that_has_forgotten_the_connection(
-    worker: BaseProcess, store: socket.socket
+    worker: BaseProcess, store: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made, connect = Event(), socket.create_connection
+
+    def connecting(*arguments: Any) -> socket.socket:
+        connection = connect(*arguments)
+        made.set()
+        return connection
+
     def forget() -> None:
         connected, _ = store.accept()
+        assert made.wait(60)  # Before, the reset would be an error of a connection in the making.
         at_once = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         connected.close()  # Instead of the end of the stream, this sends a reset.
 
+    monkeypatch.setattr(socket, "create_connection", connecting)
     Thread(target=forget).start()
     assert said(worker, store) == gone(store, "Connection reset by peer")
 
@@ -81,15 +90,17 @@ def test_a_host_that_has_forgotten_the_connection(
 def test_a_network_that_pauses_ends_nothing(
     worker: BaseProcess, store: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connect, tried = socket.create_connection, list[Any]()
+    connect, tried, made = socket.create_connection, list[Any](), Event()
 
     def pausing(*arguments: Any) -> socket.socket:
         tried.append(arguments)
         if len(tried) < 3:
             raise OSError(errno.ENETUNREACH, "Network is unreachable")
+        made.set()
         return connect(*arguments)
 
     def die() -> None:
+        assert made.wait(60)
         time.sleep(0.5)
         worker.kill()
 
