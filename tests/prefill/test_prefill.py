@@ -517,7 +517,7 @@ def state_of(process: int) -> str | None:
     """The letter that Linux shows for the state of a process; None if there is no such process."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except OSError:  # The file is gone, or the process while it is read.
         return None
 
 

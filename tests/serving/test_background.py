@@ -50,7 +50,7 @@ def ends(pid: int, seconds: float = 120) -> bool:
         try:
             if ") Z " in Path(f"/proc/{pid}/stat").read_text():
                 return True
-        except FileNotFoundError:
+        except OSError:  # The file is gone, or the process while it is read.
             return True
         time.sleep(0.05)
     return False
