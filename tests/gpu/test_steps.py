@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,10 +54,20 @@ def test_commands_run_beside_each_other(tmp_path: Path) -> None:
 
 def test_a_log_has_its_lines_at_once(tmp_path: Path) -> None:
     """What has been measured is known even if the rest does not end."""
-    script = "import time; print('measured'); time.sleep(100)"
-    slow = Command("slow", 1, f'exec {sys.executable} -c "{script}"')
-    assert not step.run(slow, tmp_path)
-    assert (tmp_path / "slow.log").read_text().startswith("measured\n")
+    log, seen = tmp_path / "slow.log", tmp_path / "seen"
+    script = (
+        "import os, time\n"
+        "print('measured')\n"
+        f"while not os.path.exists({str(seen)!r}): time.sleep(0.01)\n"
+    )
+    slow = Command("slow", 120, f'exec {sys.executable} -c "{script}"')
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(step.run, slow, tmp_path)
+        while not (log.exists() and log.read_text() == "measured\n"):
+            assert not running.done(), log.read_text()
+            time.sleep(0.01)
+        seen.touch()
+        assert running.result()
 
 
 def test_a_step_that_is_not_there() -> None:
