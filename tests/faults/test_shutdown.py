@@ -26,7 +26,7 @@ from lvllm.faults.shutdown import (
     note_a_death,
     noted_death,
 )
-from lvllm.patches.failures import notice_a_death_soon
+from lvllm.patches import failures
 
 
 def test_the_client_sees_status_503() -> None:
@@ -152,22 +152,32 @@ def test_calls_fail_with_the_engine(asynchronous: bool) -> None:
     assert isinstance(asyncio.run(ask()), EngineDeadError)
 
 
-def test_an_idle_server_notices_that_its_engine_has_died() -> None:
-    """Before vLLM's own loop would look for the first time, after 5 s."""
+def test_an_idle_server_notices_that_its_engine_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before vLLM's own loop would look for the first time, after 5 s, on a clock of its own."""
+    slept, sleep = 0.0, asyncio.sleep
+
+    async def pretend(seconds: float) -> None:
+        nonlocal slept
+        slept += seconds
+        await sleep(0)
+
+    monkeypatch.setattr(failures, "asyncio", SimpleNamespace(sleep=pretend))
     server = SimpleNamespace(should_exit=False)
     engine = SimpleNamespace(errored=False, is_running=True)
-    watch = notice_a_death_soon.make(None)
+    watch = failures.notice_a_death_soon.make(None)
 
     async def die() -> None:
         watching = asyncio.create_task(watch(server, engine))
-        await asyncio.sleep(0.6)
+        while slept < 0.6:
+            await sleep(0)
         assert not server.should_exit
         engine.errored, engine.is_running = True, False
         while not server.should_exit:
-            await asyncio.sleep(0.05)
+            await sleep(0)
         watching.cancel()
 
-    asyncio.run(asyncio.wait_for(die(), 4))
+    asyncio.run(die())
+    assert slept < 4
 
 
 def test_a_worker_that_stays_is_killed_and_one_that_ends_is_waited_for() -> None:
