@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -138,35 +139,66 @@ def test_a_layer_of_many_groups_is_marked_once(
     watchdog.close()
 
 
-def test_a_pass_may_take_longer_than_a_step(accelerator: RecordedAhead, lines: Lines) -> None:
+class Clock:
+    """A watchdog's clock, which goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def until_seen(self, watchdog: Watchdog) -> None:
+        """Wait until the watchdog has seen by this clock that something has happened."""
+        until = time.monotonic() + LONG
+        while watchdog._happened != self.now:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A busy machine may take any time for what is to be in time."""
+    one = Clock()
+    monkeypatch.setattr(watchdogs, "time", one)
+    return one
+
+
+def test_a_pass_may_take_longer_than_a_step(
+    accelerator: RecordedAhead, lines: Lines, clock: Clock
+) -> None:
     """All layers are queued at once, as on a GPU, and are due from then on."""
     watchdog = Watchdog(accelerator, SHORT, lines.add)
     ring = StagingRing(accelerator, LAYERS, 1, 1 << 20, watchdog)
-    compute = watchdog.follow(accelerator.compute())
-    queued = time.monotonic()
-    for number in LAYERS:
+    compute, gates = watchdog.follow(accelerator.compute()), [threading.Event() for _ in LAYERS]
+    for number, gate in zip(LAYERS, gates, strict=True):
         for _ in ring.stream(number, [1]):
-            accelerator.launch(lambda: time.sleep(0.6 * SHORT), accelerator.compute())
+            accelerator.launch(partial(gate.wait, LONG), accelerator.compute())
         compute.mark(f"layer {number}: experts on the GPU")
     compute.mark("a step")
-    assert time.monotonic() - queued < SHORT
+    for gate in gates:
+        clock.now += 0.6 * SHORT
+        gate.set()
+        clock.until_seen(watchdog)
     accelerator.synchronize(accelerator.compute())
-    assert time.monotonic() - queued > 2 * SHORT
+    assert clock.now > 2 * SHORT
     assert not lines
     watchdog.close()
 
 
 def test_a_step_may_take_long_while_other_work_goes_on(
-    accelerator: RecordedAhead, lines: Lines
+    accelerator: RecordedAhead, lines: Lines, clock: Clock
 ) -> None:
     """The replay of a graph is one step, in which the engine is called once a layer."""
     calls = [0]
     watchdog = Watchdog(accelerator, SHORT, lines.add, lambda: tuple(calls))
     watchdog.steps().due("a step", lambda: False)
     for _ in range(5):
-        time.sleep(0.5 * SHORT)
+        clock.now += 0.5 * SHORT
         calls[0] += 1
+        clock.until_seen(watchdog)
         assert not lines
+    clock.now += SHORT
     assert lines.said.wait(LONG)
     assert lines == [line("a step")]
     watchdog.close()
