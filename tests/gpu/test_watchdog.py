@@ -339,10 +339,11 @@ list(ring.stream(12, [1]))
 
 @pytest.mark.parametrize("front", [True, False])
 def test_the_process_ends_in_one_line(front: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(process._VARIABLE, raising=False)
+    monkeypatch.setenv(process._VARIABLE, "0:0")  # not this process, and undone after the test
     if front:
         process.prepare()
-        monkeypatch.setenv(process._VARIABLE, process.os.environ[process._VARIABLE])
+    else:
+        monkeypatch.delenv(process._VARIABLE)
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         stdout=subprocess.PIPE,
