@@ -38,9 +38,15 @@ def left(temporary: Path) -> list[Path]:
 
 
 def named(server: Server, name: str) -> int:
-    """The process that vLLM calls so."""
-    (found,) = (pid for pid in server.processes() if name in title(pid))
-    return found
+    """The process that vLLM calls so.
+
+    While it starts another program, that process has its title for a moment, too.
+    """
+    until = time.monotonic() + END_SECONDS
+    while len(found := [pid for pid in server.processes() if name in title(pid)]) != 1:
+        assert time.monotonic() < until, (name, found, server.said())
+        time.sleep(0.01)
+    return found[0]
 
 
 def test_all_processes_end_with_a_killed_front_process(temporary: Path, tmp_path: Path) -> None:
