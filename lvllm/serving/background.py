@@ -1,6 +1,7 @@
 """Runs `vllm serve` beside a chat: starts it, waits until it answers, and stops it."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -19,6 +20,10 @@ __all__ = ["ServerError", "free_port", "running"]
 
 TAIL = 15
 """Lines of the log that are shown when the server fails."""
+KERNELS_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_PORT = 20_000
+"""Services of a system listen below, and Ray keeps ports from 10002 to 19999 for its workers."""
+TRIES = 100
 
 
 class ServerError(LvllmError):
@@ -26,10 +31,27 @@ class ServerError(LvllmError):
 
 
 def free_port() -> int:
-    """A port of this host on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this host on which nobody listens.
+
+    A server takes seconds until it listens. Meanwhile the kernel may give any port of its range to
+    others, such as ranks that wait for each other. So this is a port below that range, if possible.
+    """
+    for port in (*_below_the_kernels(), 0):  # 0 is a port that the kernel gives.
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise ServerError("no port of this host is free")
+
+
+def _below_the_kernels() -> list[int]:
+    """Some ports that the kernel gives to nobody, or none where its range is not known."""
+    try:
+        end = int(KERNELS_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return []
+    below = range(FIRST_PORT, end)
+    # Programs that draw the same data, as tests do, want different ports.
+    return random.SystemRandom().sample(below, min(TRIES, len(below)))
 
 
 @contextmanager

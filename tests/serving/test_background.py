@@ -1,6 +1,7 @@
 """Servers that run beside a chat, and end with it."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lvllm.serving import background
 from lvllm.serving.background import ServerError, free_port, running
 from lvllm.serving.launch import Launch
 
@@ -54,6 +56,24 @@ def ends(pid: int, seconds: float = 120) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_a_free_port_is_one_that_the_kernel_gives_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the server listens there, others get ports from the kernel."""
+    range_of_ports = tmp_path / "range"
+    monkeypatch.setattr(background, "KERNELS_PORTS", range_of_ports)
+    range_of_ports.write_text("20500\t60999\n")
+    assert all(20000 <= free_port() < 20500 for _ in range(200))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(background, "FIRST_PORT", taken)
+        range_of_ports.write_text(f"{taken + 1} 65535")
+        assert free_port() not in (0, taken)
+    for unknown in ("1024 65535", ""):
+        range_of_ports.write_text(unknown)
+        assert free_port() > 0
 
 
 def test_a_server_and_its_children_end_with_the_block(tmp_path: Path) -> None:
