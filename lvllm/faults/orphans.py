@@ -5,18 +5,24 @@ for ever, and with them the memory of the experts stays in use. Linux can send a
 parent's end (PR_SET_PDEATHSIG), but it takes the thread that made the process for the parent: an
 engine that a program makes in a thread would end with that thread. So a thread of each process
 waits for the end of the pipe that multiprocessing keeps open in the parent. While a process is
-stopped (SIGSTOP), that thread does nothing. So the kernel is asked as well where the parent's main
-thread made the process, as in vLLM's own commands: that thread lives as long as its process.
+stopped (SIGSTOP), that thread does nothing, and neither while C++ keeps Python's lock: a rank that
+looks for a file store that went with the server does so for five minutes. So the kernel is asked to
+send SIGKILL at the end of the pipe. It is asked for that at the parent's end as well where the
+parent's main thread made the process, as in vLLM's own commands: that thread lives as long as its
+process.
 
 A process that is spawned imports vLLM for 5 to 15 s before it loads any plugin. Its parent sends it
 a `Birth` ahead of all that it imports, so that it asks the kernel first of all.
 """
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import connection
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.util import register_after_fork
 from pathlib import Path
@@ -69,6 +75,7 @@ def end_with_the_parent() -> None:
 
     if parent.pid is not None:
         _end_with_the_main_thread(parent.pid)
+    _end_with_the_pipe(parent.sentinel)
 
     def wait() -> None:
         parent.join()  # This returns at once if the parent has ended before.
@@ -88,6 +95,19 @@ def _end_with_the_main_thread(parent: int) -> None:
         return
     if str(os.getpid()) in made:
         die_with_the_parent()
+
+
+def _end_with_the_pipe(end: int) -> None:
+    """Let the kernel kill this process when the pipe of which it has this end is closed.
+
+    Nobody writes to the pipe any more, which would send the signal, too.
+    """
+    with suppress(OSError):  # A kernel may not know how, and the thread is still there.
+        fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+    if connection.wait([end], 0):  # It was closed before the kernel was asked.
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Birth:

@@ -1,11 +1,13 @@
 """A program that starts a child as vLLM does: METHOD NAME, and how the child is guarded."""
 
+import ctypes
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
 from threading import Thread
+from typing import Any
 
 from lvllm.faults.orphans import GuardedTarget, end_with_the_parent
 
@@ -22,6 +24,13 @@ def live_as_a_worker() -> None:
     live()
 
 
+def live_deaf() -> None:
+    """As a worker in C++ that keeps Python's lock, so that no other thread does anything."""
+    end_with_the_parent()
+    print(os.getpid(), flush=True)
+    ctypes.PyDLL(None).sleep(60)
+
+
 def find() -> Callable[[], None]:
     return live
 
@@ -30,9 +39,12 @@ if __name__ == "__main__":
     method, name, how = sys.argv[1:]
     multiprocessing.set_start_method(method)
     end_with_the_parent()  # In the front process, it does nothing but prepare for forks.
-    target = GuardedTarget(find, live) if how == "target" else live_as_a_worker
-    process = multiprocessing.Process(target=target, name=name)
-    if how == "thread":
+    targets: dict[str, Callable[..., Any]] = {
+        "target": GuardedTarget(find, live),
+        "deaf": live_deaf,
+    }
+    process = multiprocessing.Process(target=targets.get(how, live_as_a_worker), name=name)
+    if how in ("thread", "deaf"):
         thread = Thread(target=process.start)
         thread.start()
         thread.join()
