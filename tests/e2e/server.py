@@ -21,8 +21,9 @@ from tests.e2e.warm_process import ROOT, Forked, fork
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 SHARED_MEMORY = Path("/dev/shm")
-# Starting takes 25 s alone on two cores; beside others it may take several times that.
-START_SECONDS = 300
+# Starting takes 25 s alone on two cores, and compiling a model more; beside others it may take many
+# times that. This only ends what hangs.
+START_SECONDS = 600
 END_SECONDS = 60
 
 
