@@ -8,9 +8,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm.exceptions import GenerationError, GracefulHTTPError
@@ -259,11 +260,36 @@ def stop_at_once() -> None:
     def stop(number: int, _frame: object) -> None:
         name = signal.Signals(number).name
         os.write(2, f"lvllm: {name} has stopped the start\n".encode())
+        # Who looks for the others meanwhile would find the folder gone, and say so or wait for it.
+        _kill_descendants()
         scratch.remove()
         os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+
+
+def _kill_descendants() -> None:
+    """Kill all processes that this one has started, and those that these have.
+
+    Python's tracker of resources stays: it removes what others leave in /dev/shm, and ends then.
+    """
+    tracker = getattr(getattr(resource_tracker, "_resource_tracker", None), "_pid", None)
+    for process in _descendants(os.getpid()):
+        if process != tracker:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def _descendants(process: int) -> list[int]:
+    found = list[int]()
+    with suppress(OSError):  # The process has ended, or the kernel has no such files.
+        for task in Path(f"/proc/{process}/task").iterdir():
+            children = [int(child) for child in (task / "children").read_text().split()]
+            found += children
+            for child in children:
+                found += _descendants(child)
+    return found
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import asyncio
 import multiprocessing
+import os
 import signal
+import tempfile
 import time
 from concurrent.futures import Future
 from queue import Empty, Queue
@@ -17,7 +19,7 @@ pytest.importorskip("vllm")
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from lvllm.faults import shutdown
+from lvllm.faults import scratch, shutdown
 from lvllm.faults.shutdown import (
     ServerStopped,
     end_calls_with_the_engine,
@@ -190,3 +192,50 @@ def test_a_worker_that_stays_is_killed_and_one_that_ends_is_waited_for() -> None
     for process in (staying, ending):
         process.join()
     assert (staying.exitcode, ending.exitcode) == (-signal.SIGKILL, 0)
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def look(folder: str, out: int) -> None:
+    """As a worker that finds others in the folder."""
+    os.write(out, b"looks ")
+    while os.path.isdir(folder):
+        pass
+    os.write(out, b"gone ")
+
+
+def start(folder: str, out: int) -> None:
+    """As an engine."""
+    worker = FORK.Process(target=look, args=(folder, out))
+    worker.start()
+    worker.join()
+
+
+def front(parent: str, out: int) -> None:
+    """As a server's first process, while it starts."""
+    for variable in ("VLLM_RPC_BASE_PATH", "_LVLLM_SCRATCH"):
+        os.environ.pop(variable, None)
+    tempfile.tempdir = parent
+    os.dup2(out, 2)
+    scratch.prepare()
+    FORK.Process(target=start, args=(os.environ["VLLM_RPC_BASE_PATH"], out)).start()
+    shutdown.stop_at_once()
+    os.write(out, b"starts ")
+    time.sleep(60)
+
+
+def test_the_servers_folder_goes_after_all_who_may_look_for_it() -> None:
+    """Where ranks meet. A worker that found it gone would say so, or wait for it."""
+    reading, writing = os.pipe()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, open(reading, "rb") as said:
+        process = FORK.Process(target=front, args=(folder, writing))
+        process.start()
+        os.close(writing)
+        begun = b"".join(said.read(1) for _ in range(len("looks starts ")))
+        assert sorted(begun.split()) == [b"looks", b"starts"]
+        process.terminate()
+        assert said.read() == b"lvllm: SIGTERM has stopped the start\n"
+        process.join()
+        assert process.exitcode == 128 + signal.SIGTERM
+        assert os.listdir(folder) == []
