@@ -5,7 +5,6 @@ import secrets
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,10 +13,11 @@ from benchmarks.gpu_kernels.launches import launches
 from lvllm.engine.weight_formats import BLOCK_FORMATS
 from lvllm.gpu.kernels import BLOCK_ROWS
 from tests.gpu.kernel import WAYS
-from tests.random_layers import FORMATS
+from tests.random_layers import ACTIVATIONS, FORMATS
 
 BLOCKS = tuple(BLOCK_FORMATS)
 ARCHITECTURES = (*SHARED_KIB,)
+SCALED = [(format, how) for format, ways in WAYS.items() for how in ways]
 
 
 @pytest.mark.slow
@@ -60,12 +60,16 @@ def test_they_fit_if_gate_and_up_have_two_types(architecture: int, gate: str, up
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("format", "how"), [(format, how) for format, ways in WAYS.items() for how in ways]
-)
-def test_they_compile_whatever_shares_a_scale(format: str, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("number", range(len(SCALED)))
+def test_they_compile_with_every_scale_and_activation(number: int) -> None:
     """Triton's interpreter takes more than its compiler does: two results of two shapes, say."""
-    for launch in launches(format, tokens_per_expert=BLOCK_ROWS[0], **how)[:2]:
+    format, how = SCALED[number]
+    more = {
+        "activation": ACTIVATIONS[number % len(ACTIVATIONS)],
+        "bias": number % 2 == 0,
+        "apply_router_weight_on_input": number % 3 == 0,
+    }
+    for launch in launches(format, tokens_per_expert=BLOCK_ROWS[0], **how, **more)[:2]:
         assert compile_launch(launch, ARCHITECTURES[0]).spilled == 0
 
 
