@@ -59,7 +59,8 @@ def expected(layer: ExpertLayer, *arguments: torch.Tensor) -> torch.Tensor:
 def biased(random: Random, format: str) -> Layer:
     """Make a layer with biases, whose rows are whole blocks."""
     intermediate = 256 if format in BLOCK_FORMATS else INTERMEDIATE
-    return random_layer(random, format, EXPERTS, HIDDEN, intermediate, bias=True)
+    group = 128 if format == "int4" else None  # that of most published checkpoints
+    return random_layer(random, format, EXPERTS, HIDDEN, intermediate, bias=True, group_size=group)
 
 
 def layers(random: Random, count: int) -> list[ExpertLayer]:
