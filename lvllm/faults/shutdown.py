@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from multiprocessing import connection, resource_tracker
-from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 from vllm.exceptions import GenerationError, GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -275,21 +275,10 @@ def _kill_descendants() -> None:
     Python's tracker of resources stays: it removes what others leave in /dev/shm, and ends then.
     """
     tracker = getattr(getattr(resource_tracker, "_resource_tracker", None), "_pid", None)
-    for process in _descendants(os.getpid()):
-        if process != tracker:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-
-
-def _descendants(process: int) -> list[int]:
-    found = list[int]()
-    with suppress(OSError):  # The process has ended, or the kernel has no such files.
-        for task in Path(f"/proc/{process}/task").iterdir():
-            children = [int(child) for child in (task / "children").read_text().split()]
-            found += children
-            for child in children:
-                found += _descendants(child)
-    return found
+    for process in psutil.Process().children(recursive=True):
+        if process.pid != tracker:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @contextmanager
