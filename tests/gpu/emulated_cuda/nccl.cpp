@@ -6,7 +6,6 @@
 // others. A graph does both at each replay.
 
 #include <cuda_runtime_api.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -46,9 +45,8 @@ constexpr auto kPatience = std::chrono::minutes(10);
 using Bytes = std::vector<char>;
 
 std::string path_of(const Communicator& in, int from, int to, uint64_t number) {
-  const char* folder = std::getenv("EMULATED_CUDA_MESSAGES");
-  return std::string(folder ? folder : "/tmp") + "/" + in.name + "-" + std::to_string(from) + "-" +
-         std::to_string(to) + "-" + std::to_string(number);
+  return std::string(std::getenv("EMULATED_CUDA_MESSAGES")) + "/" + in.name + "-" +
+         std::to_string(from) + "-" + std::to_string(to) + "-" + std::to_string(number);
 }
 
 void send(Communicator& in, int to, const void* data, size_t bytes) {

@@ -16,17 +16,22 @@ _libraries: list[torch.library.Library] = []
 
 def compute(_: Any) -> None:
     """Replace the operators, once `vllm._custom_ops` has loaded vLLM's libraries."""
-    of_namespaces: dict[str, tuple[Callable[..., None], ...]] = {
-        "_C": (rms_norm, fused_add_rms_norm, silu_and_mul, vocab_parallel_embedding),
-        "_moe_C": (moe_align_block_size, moe_sum, routers.topk_softmax, routers.topk_sigmoid),
+    of_namespaces = {
+        "_C": _by_name(rms_norm, fused_add_rms_norm, silu_and_mul, vocab_parallel_embedding),
+        "_moe_C": {
+            **_by_name(moe_align_block_size, moe_sum, routers.topk_softmax, routers.topk_sigmoid),
+            "grouped_topk": _grouped_topk,  # It returns what the others are given to write.
+        },
     }
-    for namespace, functions in of_namespaces.items():
+    for namespace, operators in of_namespaces.items():
         library = torch.library.Library(namespace, "IMPL")
-        for function in functions:
-            library.impl(function.__name__, _on_host(function), "CUDA", allow_override=True)
-        if namespace == "_moe_C":
-            library.impl("grouped_topk", _grouped_topk, "CUDA", allow_override=True)
+        for name, operator in operators.items():
+            library.impl(name, operator, "CUDA", allow_override=True)
         _libraries.append(library)
+
+
+def _by_name(*functions: Callable[..., None]) -> dict[str, Callable[..., Any]]:
+    return {function.__name__: _on_host(function) for function in functions}
 
 
 def _on_host(function: Callable[..., None]) -> Callable[..., None]:
